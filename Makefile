@@ -1,0 +1,38 @@
+# `make quickstart` and `make test` each do everything from a fresh clone: environment, installation, the job.
+PYTHON ?= python3
+BIN := .venv/bin
+
+export HF_HUB_DISABLE_TELEMETRY := 1
+export TOKENIZERS_PARALLELISM := false
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test test-slow quality format clean
+
+help:  ## Show this help
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
+
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	@touch $@
+
+quickstart: .venv/.installed  ## Train, evaluate, save and reload tokens on the embedded backbone (no network)
+	HF_HUB_OFFLINE=1 $(BIN)/python examples/quickstart/run.py
+
+test: .venv/.installed  ## Run the fast tests (no network)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q
+
+test-slow: .venv/.installed  ## Run the long tests
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m slow
+
+quality: .venv/.installed  ## Check format, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: .venv/.installed  ## Format the code and mend what lint can mend
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:  ## Remove the environment, caches and outputs
+	rm -rf .venv build dist outputs *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
