@@ -37,7 +37,7 @@ self-supervision) on the 60,000 training images of [Fashion-MNIST](https://githu
 The test images chose nothing: neither the epoch nor a hyper-parameter.
 
 Made by `examples/quickstart/train_backbone.py`: {epochs} epochs, batch {batch_size}, AdamW (learning rate
-{lr:g}, weight decay {weight_decay:g}, one cycle), bfloat16 autocast, random flips and shifts by up to two pixels,
+{lr:g}, weight decay {weight_decay:g}, one cycle), bfloat16 autocast, random flips and shifts by one pixel,
 seed {seed}, {minutes:.0f} minutes on a CPU.
 
 It has no defence of its own: a small adversarial change of the image misleads it. That is what it is here for.
@@ -45,11 +45,11 @@ It has no defence of its own: a small adversarial change of the image misleads i
 
 
 def augment(images: Tensor) -> Tensor:
-    """Random horizontal flips and shifts by up to two pixels, each image its own. Images (B, 3, 28, 28) in [0, 1]."""
+    """Random horizontal flips and shifts by one pixel at most, each image its own. Images (B, 3, 28, 28) in [0, 1]."""
     batch = images.shape[0]
     flipped = torch.where(torch.rand(batch, 1, 1, 1) < 0.5, images.flip(-1), images)
-    windows = nn.functional.pad(flipped, (2, 2, 2, 2)).unfold(2, 28, 1).unfold(3, 28, 1)  # (B, 3, 5, 5, 28, 28)
-    dy, dx = torch.randint(0, 5, (2, batch))
+    windows = nn.functional.pad(flipped, (1, 1, 1, 1)).unfold(2, 28, 1).unfold(3, 28, 1)  # (B, 3, 3, 3, 28, 28)
+    dy, dx = torch.randint(0, 3, (2, batch))
     return windows[torch.arange(batch), :, dy, dx]
 
 
@@ -80,9 +80,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--source", type=Path, default=SOURCE)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "backbone")
-    parser.add_argument("--epochs", type=int, default=15)
+    parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--batch_size", type=int, default=256)
-    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--weight_decay", type=float, default=0.05)
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--depth", type=int, default=6)
@@ -101,6 +101,7 @@ def main() -> None:
         num_labels=len(LABELS),
         id2label=dict(enumerate(LABELS)),
         label2id={label: i for i, label in enumerate(LABELS)},
+        initializer_range=0.06,  # transformers' 0.02 is meant for wider models: at this width it learns far slower
         attn_implementation="eager",  # the faster one on a CPU at this size
     )
     model = Dinov2ForImageClassification(config)

@@ -1,0 +1,171 @@
+"""Finds what every vision transformer has, whatever its family: a stack of like layers, a width, a fingerprint."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+
+# A model is loaded in any of these; rounding float32 to them is deterministic, so their bytes identify it in all.
+_FINGERPRINT_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class LayerStack:
+    """The layers between which tokens live.
+
+    Attributes:
+        owner: The module whose forward runs the layers: it records their hidden states and attentions.
+        layers: The transformer layers, first to last; each reads and writes (B, N, D).
+        hidden_size: D.
+        attention_class: The class of the attention modules, where transformers names it.
+        is_timm: Whether `owner` is a timm model (inside a transformers wrapper).
+    """
+
+    owner: nn.Module
+    layers: nn.ModuleList | nn.Sequential
+    hidden_size: int
+    attention_class: type[nn.Module] | None
+    is_timm: bool
+
+
+def find_layer_stack(model: nn.Module) -> LayerStack:
+    """Finds the first stack of vision transformer layers in a model.
+
+    transformers models name the class of their layers in `_can_record_outputs`; timm models call them `blocks`.
+
+    Args:
+        model: A transformers vision model, bare or under a head, or a model that contains one.
+
+    Returns:
+        The stack.
+
+    Raises:
+        ValueError: If there is none, or if its layers are not alike (hierarchical models such as Swin).
+    """
+    owners: dict[str, nn.Module] = {"": model}
+    for name, module in model.named_modules():
+        if _is_timm_vit(module):
+            _check_alike(module.blocks, model)
+            return LayerStack(module, module.blocks, module.embed_dim, None, True)
+        owners[name] = module if isinstance(module, PreTrainedModel) else owners[name.rpartition(".")[0]]
+        owner = owners[name]
+        if not (isinstance(module, nn.ModuleList) and len(module) and isinstance(owner, PreTrainedModel)):
+            continue
+        layer_class = _recorded_class(owner, "hidden_states")
+        if owner.main_input_name == "pixel_values" and layer_class and all(isinstance(m, layer_class) for m in module):
+            _check_alike(module, model)
+            hidden_size = getattr(owner.config, "hidden_size", None)
+            if not isinstance(hidden_size, int):
+                raise ValueError(f"{type(model).__name__} has no single hidden_size: robustness tokens need one width")
+            return LayerStack(owner, module, hidden_size, _recorded_class(owner, "attentions"), False)
+    raise ValueError(
+        f"no stack of vision transformer layers found in {type(model).__name__}: robustness tokens need a vision "
+        "transformer of transformers (ViT, DINOv2, CLIP's vision model, ...) or of timm (VisionTransformer, Eva)"
+    )
+
+
+def layer_fingerprint(
+    layers: nn.ModuleList | nn.Sequential, dtypes: Mapping[str, torch.dtype] = _FINGERPRINT_DTYPES
+) -> dict[str, str]:
+    """Identifies a backbone by its first and last layer, the same under a head, in a DPT, or loaded in half precision.
+
+    sha256 over the tensors' names relative to the stack, their shapes, and their values rounded to bfloat16 and to
+    float16. A model held in one of these two can only be fingerprinted in that one.
+
+    Args:
+        layers: The layer stack of the base.
+        dtypes: Which of the two to compute.
+
+    Returns:
+        Hexadecimal digests by dtype name. Compare with [`check_fingerprint`].
+    """
+    tensors: dict[str, Tensor] = {}
+    for index in sorted({0, len(layers) - 1}):
+        tensors |= {f"{index}.{name}": tensor for name, tensor in sorted(layers[index].state_dict().items())}
+    floating = {t.dtype for t in tensors.values() if t.is_floating_point()}
+    if any(tensor.is_meta for tensor in tensors.values()):
+        raise ValueError("the base's weights are on the meta device: load it without offloading to fingerprint it")
+    digests = {}
+    for dtype_name, dtype in dtypes.items():
+        if any(held.itemsize <= 2 and held != dtype for held in floating):
+            continue  # already rounded to another half precision
+        digest = hashlib.sha256()
+        for name, tensor in tensors.items():
+            value = tensor.detach().to(device="cpu", dtype=dtype if tensor.is_floating_point() else tensor.dtype)
+            digest.update(f"{name}:{tuple(tensor.shape)}:".encode())
+            digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        digests[dtype_name] = digest.hexdigest()
+    return digests
+
+
+def check_fingerprint(
+    layers: nn.ModuleList | nn.Sequential, expected: Mapping[str, str], *, found_name: str, expected_name: str
+) -> None:
+    """Refuses a base that is not the one the tokens were trained on.
+
+    Args:
+        layers: The layer stack of the base at hand.
+        expected: What [`layer_fingerprint`] gave for the base of the adapter.
+        found_name: How to call the base at hand in the error.
+        expected_name: How to call the adapter's base in the error.
+
+    Raises:
+        ValueError: If they differ, or cannot be compared.
+    """
+    mend = "load that base, or pass ignore_base_mismatch=True if you know that they are the same"
+    for dtype_name, dtype in _FINGERPRINT_DTYPES.items():
+        found = layer_fingerprint(layers, {dtype_name: dtype}) if dtype_name in expected else {}
+        if dtype_name in found:
+            if found[dtype_name] == expected[dtype_name]:
+                return
+            raise ValueError(
+                f"the tokens were trained on {expected_name}, but the base given is {found_name}, with other weights "
+                f"({dtype_name} fingerprint {found[dtype_name][:12]}, not {expected[dtype_name][:12]}): {mend}"
+            )
+    raise ValueError(
+        f"cannot tell whether {found_name} is {expected_name}: the adapter holds fingerprints for {sorted(expected)}, "
+        f"and the base is in none of these: load it in float32, or {mend}"
+    )
+
+
+def vision_trunk(model: nn.Module) -> nn.Module:
+    """The headless model inside a classifier (`classifier.dinov2`), or the model itself where it has no head."""
+    base = getattr(model, getattr(model, "base_model_prefix", "") or "", model)
+    return base if isinstance(base, PreTrainedModel) else model
+
+
+def square_size(size: Any) -> int | None:
+    """The side in pixels of a size given as a number, a pair or nothing; None where it is not square."""
+    if isinstance(size, list | tuple):
+        return size[0] if len(set(size)) == 1 else None
+    return size
+
+
+def _recorded_class(owner: PreTrainedModel, key: str) -> type[nn.Module] | None:
+    """The module class whose outputs transformers records as `key` ("hidden_states" or "attentions")."""
+    spec = (owner._can_record_outputs or {}).get(key)
+    spec = spec[0] if isinstance(spec, list) else spec
+    return spec if isinstance(spec, type) else getattr(spec, "target_class", None)
+
+
+def _is_timm_vit(module: nn.Module) -> bool:
+    """Whether this is a columnar timm model; by its interface, so that timm need not be installed."""
+    return type(module).__module__.startswith("timm.") and all(
+        hasattr(module, name) for name in ("blocks", "norm_pre", "norm", "num_prefix_tokens", "forward_intermediates")
+    )
+
+
+def _check_alike(layers: nn.ModuleList | nn.Sequential, model: nn.Module) -> None:
+    first, last = ({n: t.shape for n, t in layers[i].state_dict().items()} for i in (0, -1))
+    if first != last:
+        raise ValueError(
+            f"{type(model).__name__} is hierarchical (its first and last stage differ in shape): robustness tokens "
+            "live in one sequence of one width from the first layer to the last; use a plain ViT such as DINOv2"
+        )

@@ -1,0 +1,167 @@
+"""The adapter's configuration: which base it belongs to, the tokens' size, and the recipe that trained them."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any, ClassVar, Literal, get_args
+
+from transformers import PreTrainedConfig
+
+
+SCHEMA_VERSION = 1
+
+FeatureView = Literal["cls_and_patches", "cls", "patches", "pooled"]
+SimilarityAxis = Literal["token", "feature"]
+
+# What transformers itself writes into (or accepts in) every config.json; everything else must be a field of ours.
+_TRANSFORMERS_KEYS = {"architectures", "auto_map", "dtype", "model_type", "transformers_version"}
+_TRANSIENT_KEYS = {
+    "attn_implementation",
+    "experts_implementation",
+    "id2label",
+    "label2id",
+    "name_or_path",
+    "num_labels",
+    "output_attentions",
+    "output_hidden_states",
+    "problem_type",
+    "return_dict",
+}
+
+
+class RobustnessTokenConfig(PreTrainedConfig):
+    """Configuration of a [`RobustnessTokenModel`].
+
+    Args:
+        schema_version (`int`): Version of this layout.
+        base_model_name_or_path (`str`): Hub id or folder of the frozen base.
+        base_model_revision (`str`, *optional*): Commit of the base on the Hub.
+        base_model_class (`str`): The transformers class that loads the base, such as `"Dinov2Model"`.
+        base_model_fingerprint (`dict[str, str]`): sha256 of the base's first and last layer by floating dtype, see
+            [`~robustness_tokens.backbones.layer_fingerprint`].
+        num_robustness_tokens (`int`): K, the number of tokens.
+        hidden_size (`int`): D, the width of the base.
+        initializer_range (`float`): Standard deviation of the tokens before training (paper: 0.01).
+        feature_view (`str`): What "the features" are: `"cls_and_patches"` (paper), `"cls"`, `"patches"`, `"pooled"`.
+        similarity_axis (`str`): `"token"` (what the published code computes) or `"feature"` (the paper's formula).
+        image_mean, image_std (`list[float]`): Normalisation of [0, 1] images that the tokens were trained with.
+        training (`dict`): The recipe the tokens were trained with; empty before training.
+
+    Raises:
+        ValueError: If a value is out of range, or a key is unknown.
+    """
+
+    model_type: ClassVar[str] = "robustness_tokens"
+
+    schema_version: int = SCHEMA_VERSION
+    base_model_name_or_path: str = ""
+    base_model_revision: str | None = None
+    base_model_class: str = ""
+    base_model_fingerprint: dict[str, str] | None = None
+    num_robustness_tokens: int = 10
+    hidden_size: int = 384
+    initializer_range: float = 0.01
+    feature_view: FeatureView = "cls_and_patches"
+    similarity_axis: SimilarityAxis = "token"
+    image_mean: list[float] | None = None
+    image_std: list[float] | None = None
+    training: dict[str, Any] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if unknown := sorted(set(kwargs) - _TRANSFORMERS_KEYS - _TRANSIENT_KEYS):
+            raise ValueError(f"RobustnessTokenConfig got unknown keys {unknown}; it knows {sorted(own_keys())}")
+        self.base_model_fingerprint = self.base_model_fingerprint or {}
+        self.training = self.training or {}
+        super().__post_init__(**kwargs)
+        self.validate()
+
+    def validate(self) -> None:
+        """Checks every field. Raises `ValueError` with the field, what it holds and what it may hold."""
+        check_schema_version(self.schema_version)
+        for name in ("num_robustness_tokens", "hidden_size"):
+            value = getattr(self, name)
+            if type(value) is not int or not 1 <= value <= 2**20:
+                raise ValueError(f"{name} must be a whole number from 1 to {2**20}, got {value!r}")
+        if not _is_finite(self.initializer_range) or self.initializer_range < 0:
+            raise ValueError(
+                f"initializer_range must be a finite number of at least 0, got {self.initializer_range!r}"
+            )
+        for name, allowed in (("feature_view", FeatureView), ("similarity_axis", SimilarityAxis)):
+            if getattr(self, name) not in get_args(allowed):
+                raise ValueError(f"{name} must be one of {get_args(allowed)}, got {getattr(self, name)!r}")
+        for name in ("base_model_name_or_path", "base_model_class"):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(f"{name} must be a string, got {getattr(self, name)!r}")
+        if self.base_model_revision is not None and not isinstance(self.base_model_revision, str):
+            raise ValueError(f"base_model_revision must be a string or null, got {self.base_model_revision!r}")
+        if self.base_model_class and not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", self.base_model_class):
+            raise ValueError(f"base_model_class must be the name of a class, got {self.base_model_class!r}")
+        for name in ("base_model_fingerprint", "training"):
+            if not isinstance(getattr(self, name), dict):
+                raise ValueError(f"{name} must be a dictionary, got {getattr(self, name)!r}")
+        for dtype, digest in (self.base_model_fingerprint or {}).items():
+            if not isinstance(digest, str) or not re.fullmatch(r"[0-9a-f]{64}", digest):
+                raise ValueError(f"base_model_fingerprint[{dtype!r}] must be 64 hexadecimal digits, got {digest!r}")
+        if (self.image_mean is None) != (self.image_std is None):
+            raise ValueError("image_mean and image_std go together: give both, or neither")
+        for name in ("image_mean", "image_std"):
+            values = getattr(self, name)
+            if values is not None and not (
+                isinstance(values, list | tuple) and values and all(_is_finite(v) for v in values)
+            ):
+                raise ValueError(f"{name} must be a list of finite numbers, one per channel, got {values!r}")
+        if self.image_std is not None and min(self.image_std) <= 0:
+            raise ValueError(f"image_std must be positive, got {self.image_std!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Only the adapter's own keys: labels and such belong to the base and are read from it."""
+        kept = own_keys() | _TRANSFORMERS_KEYS - {"dtype"}
+        return {key: value for key, value in super().to_dict().items() if key in kept}
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Strict: a key that is missing, or that nobody knows, is an error (see [`check_config_dict`])."""
+        check_config_dict(config_dict)
+        return super().from_dict(config_dict, **kwargs)
+
+
+def own_keys() -> set[str]:
+    """The names of the fields that the adapter's config.json must hold, all of them."""
+    return {field.name for field in fields(RobustnessTokenConfig)} - {field.name for field in fields(PreTrainedConfig)}
+
+
+def check_config_dict(config_dict: Mapping[str, Any]) -> None:
+    """Refuses a config.json with missing or unknown keys, or of a newer schema.
+
+    Raises:
+        ValueError: With the keys in question.
+    """
+    if not isinstance(config_dict, Mapping):
+        raise ValueError(f"the adapter's config.json must hold an object, got {type(config_dict).__name__}")
+    check_schema_version(config_dict.get("schema_version", SCHEMA_VERSION))
+    known = own_keys()
+    missing = sorted(known - set(config_dict))
+    unknown = sorted(set(config_dict) - known - _TRANSFORMERS_KEYS)
+    if missing or unknown:
+        raise ValueError(
+            f"the adapter's config.json has missing keys {missing} and unknown keys {unknown}: it is damaged, or was "
+            "not written by robustness_tokens"
+        )
+
+
+def check_schema_version(version: object) -> None:
+    """Raises `ValueError` unless this package can read that schema version."""
+    if type(version) is not int or version < 1:
+        raise ValueError(f"schema_version must be a whole number of at least 1, got {version!r}")
+    if version > SCHEMA_VERSION:
+        raise ValueError(
+            f"the adapter has schema_version {version}, this package reads up to {SCHEMA_VERSION}: "
+            "pip install --upgrade robustness-tokens"
+        )
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,462 @@
+"""The models that users type: a frozen base with robustness tokens, saved and loaded as a small adapter."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageClassification,
+    BaseImageProcessor,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .backbones import check_fingerprint, find_layer_stack, layer_fingerprint
+from .configuration import FeatureView, RobustnessTokenConfig, SimilarityAxis
+from .features import default_feature_view, extract_features
+from .hub import (
+    CARD_FILE,
+    CONFIG_FILE,
+    AdapterFolder,
+    cached_commit,
+    fetch_adapter,
+    push_adapter,
+    read_config,
+    read_tokens,
+    write_tokens,
+)
+from .injection import TokenInjector, attach_tokens, remove_tokens
+from .model_card import is_generated, render_card
+from .preprocessing import load_image_processor, with_normalization
+
+
+_HUB_KWARGS = ("token", "cache_dir", "local_files_only", "force_download")
+
+
+class RobustnessTokenPreTrainedModel(PreTrainedModel):
+    """What both models share. The base stays frozen and in eval mode; the tokens are the only trainable parameters."""
+
+    config: RobustnessTokenConfig
+    config_class = RobustnessTokenConfig
+    base_model_prefix = "backbone"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
+
+    def __init__(self, config: RobustnessTokenConfig, base_model: PreTrainedModel) -> None:
+        super().__init__(config)
+        tokens = torch.randn(config.num_robustness_tokens, config.hidden_size) * config.initializer_range  # (K, D)
+        self.injector: TokenInjector = attach_tokens(base_model, tokens)
+        self.backbone = base_model.requires_grad_(False)
+        self.injector.to(device=next(base_model.parameters()).device)
+        self.image_processor: BaseImageProcessor | None = None
+        for name in ("id2label", "label2id", "problem_type"):  # pipelines read them here; to_dict leaves them out
+            setattr(config, name, getattr(base_model.config, name, None))
+        self.eval()
+
+    @property
+    def robustness_tokens(self) -> nn.Parameter:
+        """The tokens, (K, D)."""
+        return self.injector.robustness_tokens
+
+    @classmethod
+    def from_base(
+        cls,
+        base_model: str | os.PathLike[str] | PreTrainedModel,
+        *,
+        num_robustness_tokens: int = 10,
+        initializer_range: float = 0.01,
+        feature_view: FeatureView | None = None,
+        similarity_axis: SimilarityAxis = "token",
+        image_mean: Sequence[float] | None = None,
+        image_std: Sequence[float] | None = None,
+        revision: str | None = None,
+        **base_kwargs: Any,
+    ) -> Self:
+        """A base with new, untrained tokens.
+
+        Args:
+            base_model: Hub id or folder (with safetensors weights), or a model in memory, which is hooked in place.
+            num_robustness_tokens: K (paper: 10).
+            initializer_range: Standard deviation of the new tokens (paper: 0.01).
+            feature_view: What "the features" are; by default what the paper takes for the family.
+            similarity_axis: `"token"` (what the published code computes) or `"feature"` (the paper's formula).
+            image_mean, image_std: Normalisation that the tokens will be trained with; by default the base's own.
+            revision: Branch, tag or commit of the base.
+            base_kwargs: For the base's `from_pretrained`: `dtype`, `device_map`, `attn_implementation`, `token`, ...
+
+        Returns:
+            The model, in eval mode.
+
+        Raises:
+            ValueError: If the base is no vision transformer, holds tokens already, or has no safetensors weights.
+        """
+        hub_kwargs = {name: base_kwargs[name] for name in _HUB_KWARGS if name in base_kwargs}
+        if isinstance(base_model, PreTrainedModel):
+            if base_kwargs or revision is not None:
+                raise ValueError(f"the base is in memory already: {sorted([*base_kwargs, 'revision'])} can't be applied")
+            base, name = base_model, base_model.config.name_or_path
+            if type(base.config).__name__ == "CLIPConfig" or _vision_class(base.config) not in (None, type(base)):
+                raise ValueError(
+                    f"{type(base).__name__} has two towers: give its vision model ({_vision_class(base.config).__name__})"  # type: ignore[union-attr]
+                    " to from_base, or use inject_tokens on the whole model"
+                )
+            base_class = type(base).__name__
+        else:
+            name = os.fspath(base_model)
+            base_class = cls._headless_class(name, revision, hub_kwargs)
+            base = cls._load_base(name, base_class, revision, base_kwargs)
+        stack = find_layer_stack(base)
+        size = getattr(getattr(base, "config", None), "image_size", None)
+        processor = load_image_processor(
+            name or None,
+            revision=revision,
+            image_size=size if isinstance(size, int) else None,
+            image_mean=image_mean,
+            image_std=image_std,
+            **{k: v for k, v in hub_kwargs.items() if k != "force_download"},
+        )
+        config = RobustnessTokenConfig(
+            base_model_name_or_path=name,
+            base_model_revision=cached_commit(name, revision=revision, cache_dir=base_kwargs.get("cache_dir")),
+            base_model_class=base_class,
+            base_model_fingerprint=layer_fingerprint(stack.layers),
+            num_robustness_tokens=num_robustness_tokens,
+            hidden_size=stack.hidden_size,
+            initializer_range=initializer_range,
+            feature_view=feature_view or default_feature_view(base),
+            similarity_axis=similarity_axis,
+            image_mean=list(processor.image_mean),
+            image_std=list(processor.image_std),
+        )
+        model = cls(config, base)
+        model.image_processor = processor
+        return model
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *,
+        config: RobustnessTokenConfig | None = None,
+        base_model: str | os.PathLike[str] | PreTrainedModel | None = None,
+        ignore_base_mismatch: bool = False,
+        revision: str | None = None,
+        subfolder: str = "",
+        adapter_kwargs: Mapping[str, Any] | None = None,
+        **base_kwargs: Any,
+    ) -> Self:
+        """A base with its trained tokens.
+
+        Args:
+            pretrained_model_name_or_path: Folder or Hub id of the adapter.
+            config: Given by the Auto classes; read from the adapter otherwise.
+            base_model: Folder, Hub id or model in memory to use as the base instead of the one the adapter names.
+            ignore_base_mismatch: Accept a base whose fingerprint is not the one the tokens were trained on.
+            revision: Branch, tag, commit or `refs/pr/N` of the adapter; the base comes at the commit it pins.
+            subfolder: Folder of the adapter inside its repo.
+            adapter_kwargs: Given by the Auto classes (for PEFT), unused.
+            base_kwargs: For the base's `from_pretrained`: `dtype`, `device_map`, `attn_implementation`, `token`,
+                `cache_dir`, `local_files_only`, `trust_remote_code`, ...
+
+        Returns:
+            The model, in eval mode.
+
+        Raises:
+            ValueError: If the adapter is damaged, or its base is not the one it was trained on.
+        """
+        hub_kwargs = {name: base_kwargs[name] for name in _HUB_KWARGS if base_kwargs.get(name) is not None}
+        folder = fetch_adapter(pretrained_model_name_or_path, revision=revision, subfolder=subfolder, **hub_kwargs)
+        adapter_config = read_config(folder)
+        if config is not None and config._attn_implementation is not None:
+            base_kwargs.setdefault("attn_implementation", config._attn_implementation)  # AutoModel moved it there
+        tokens = read_tokens(folder, adapter_config)
+        base_kwargs = {name: value for name, value in base_kwargs.items() if value is not None}
+        if isinstance(base_model, PreTrainedModel):
+            base = base_model
+        else:
+            name = os.fspath(base_model) if base_model is not None else adapter_config.base_model_name_or_path
+            pinned = adapter_config.base_model_revision if base_model is None else None
+            base = cls._load_base(name, adapter_config.base_model_class, pinned, base_kwargs)
+        if not ignore_base_mismatch:
+            _check_base(base, adapter_config)
+        model = cls(adapter_config, base)
+        with torch.no_grad():
+            model.robustness_tokens.copy_(tokens)
+        model.image_processor = load_image_processor(str(folder.path))
+        model.name_or_path = str(pretrained_model_name_or_path)
+        return model
+
+    @classmethod
+    def _headless_class(cls, name: str, revision: str | None, hub_kwargs: Mapping[str, Any]) -> str:
+        """The class of a base's vision features, by its config: AutoModel's, or the vision half of a two-tower model."""
+        config = AutoConfig.from_pretrained(name, revision=revision, **hub_kwargs)
+        vision_class = _vision_class(config)
+        if vision_class is not None:
+            return vision_class.__name__
+        try:
+            auto_class = AutoModel._model_mapping[type(config)]
+        except KeyError as exc:
+            raise ValueError(f"transformers has no AutoModel for {type(config).__name__} of {name}") from exc
+        return (auto_class[0] if isinstance(auto_class, list | tuple) else auto_class).__name__
+
+    @classmethod
+    def _load_base(
+        cls, name: str, base_class: str, revision: str | None, base_kwargs: Mapping[str, Any]
+    ) -> PreTrainedModel:
+        if not name:
+            raise ValueError("the adapter doesn't name its base: pass base_model= (a folder, a Hub id or a model)")
+        # getattr on transformers alone: a name in a config never reaches any other code.
+        loader = getattr(transformers, base_class, None)
+        if not (isinstance(loader, type) and issubclass(loader, PreTrainedModel)):
+            raise ValueError(f"base_model_class {base_class!r} is no model class of transformers {transformers.__version__}")
+        return _load(loader, name, revision, base_kwargs)
+
+    def train(self, mode: bool = True) -> Self:
+        """Sets the training mode of the tokens; the base stays in eval, so that it computes what it always did."""
+        super().train(mode)
+        if "backbone" in self._modules:
+            self.backbone.eval()
+            for module in self.backbone.modules():
+                # transformers checkpoints a layer only if it is in training mode; what is inside it stays in eval.
+                if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
+                    module.training = mode
+        return self
+
+    def forward(self, pixel_values: Tensor, **kwargs: Any) -> Any:
+        """The base's forward, with the tokens in its sequence.
+
+        Args:
+            pixel_values: (B, 3, H, W) normalised images.
+            kwargs: Whatever the base's forward takes.
+
+        Returns:
+            The base's own output class, every shape as without tokens.
+        """
+        return self.get_base_model()(pixel_values=pixel_values, **kwargs)
+
+    def get_features(self, pixel_values: Tensor) -> Tensor:
+        """The features that the tokens were trained on (`config.feature_view`), (B, N, D) or (B, D)."""
+        return extract_features(self.get_base_model(), pixel_values, feature_view=self.config.feature_view)
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Within the context the tokens are off, and the model computes bit for bit what the base does."""
+        before = self.injector.enabled
+        self.injector.set_enabled(False)
+        try:
+            yield
+        finally:
+            self.injector.set_enabled(before)
+
+    def get_base_model(self) -> PreTrainedModel:
+        """The base, tokens active in it (as in PEFT); see [`unload`]."""
+        if "backbone" not in self._modules:
+            raise ValueError("the base was taken out by unload(): load the adapter again")
+        return self.backbone
+
+    def unload(self) -> PreTrainedModel:
+        """Takes the base out, every hook gone; this model is of no more use."""
+        base: PreTrainedModel = remove_tokens(self.get_base_model())
+        del self.backbone
+        return base
+
+    def print_trainable_parameters(self) -> None:
+        """Prints how many parameters are trained, in PEFT's words."""
+        trainable = sum(p.numel() for p in self.parameters() if p.requires_grad)
+        total = sum(p.numel() for p in self.parameters())
+        print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
+
+    def save_pretrained(  # type: ignore[override]
+        self,
+        save_directory: str | os.PathLike[str],
+        *,
+        is_main_process: bool = True,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        base_model_id: str | None = None,
+        **push_kwargs: Any,
+    ) -> None:
+        """Writes the adapter: config.json, model.safetensors (the tokens alone), preprocessor_config.json, README.md.
+
+        Args:
+            save_directory: Folder; made if needed. A README.md that a person wrote is left as it is.
+            is_main_process: Only the main process of a distributed run writes.
+            push_to_hub: Also push, see [`push_to_hub`].
+            repo_id: Where to push; by default the folder's name.
+            base_model_id: Hub id to name as the base, where it was loaded from a folder.
+            push_kwargs: For [`push_to_hub`].
+
+        Raises:
+            ValueError: If the tokens are not finite.
+        """
+        if push_kwargs and not push_to_hub:
+            raise ValueError(f"save_pretrained got {sorted(push_kwargs)}, which only push_to_hub=True takes")
+        if is_main_process:
+            self._write(Path(save_directory), base_model_id=base_model_id, name=os.fspath(save_directory))
+        if push_to_hub:
+            target = repo_id or Path(save_directory).name
+            self.push_to_hub(target, base_model_id=base_model_id, **push_kwargs)
+
+    def push_to_hub(  # type: ignore[override]
+        self,
+        repo_id: str,
+        *,
+        base_model_id: str | None = None,
+        private: bool = True,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        commit_message: str = "Upload robustness tokens",
+    ) -> Any:
+        """Uploads the adapter in one commit, to a private repo unless `private=False`: the tokens are a secret.
+
+        Args:
+            repo_id: `user/name`.
+            base_model_id: Hub id of the base; required where it was loaded from a folder.
+            private, token, revision, create_pr, commit_message: See [`~robustness_tokens.hub.push_adapter`].
+
+        Returns:
+            The commit's information.
+
+        Raises:
+            ValueError: If the base is a folder and `base_model_id` is missing, or the repo is public.
+        """
+        name = base_model_id or self.config.base_model_name_or_path
+        if not name or os.path.isdir(name):
+            raise ValueError(
+                f"the base is the folder {name!r}, which nobody else has: pass base_model_id= with its id on the Hub"
+            )
+        return push_adapter(
+            lambda folder: self._write(folder, base_model_id=base_model_id, name=repo_id),
+            repo_id,
+            private=private,
+            token=token,
+            revision=revision,
+            create_pr=create_pr,
+            commit_message=commit_message,
+        )
+
+    def _write(self, folder: Path, *, base_model_id: str | None, name: str) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        config = RobustnessTokenConfig.from_dict(self.config.to_dict())
+        config.architectures = [type(self).__name__]
+        if base_model_id is not None:
+            config.base_model_name_or_path, config.base_model_revision = base_model_id, None
+        write_tokens(folder, self.robustness_tokens)
+        (folder / CONFIG_FILE).write_text(config.to_json_string(use_diff=False), encoding="utf-8")
+        processor = self.image_processor or load_image_processor(
+            None, image_mean=self.config.image_mean, image_std=self.config.image_std
+        )
+        if self.config.image_mean is not None and self.config.image_std is not None:
+            processor = with_normalization(processor, self.config.image_mean, self.config.image_std)
+        processor.save_pretrained(folder)
+        card = folder / CARD_FILE
+        if not card.exists() or is_generated(card.read_text(encoding="utf-8")):
+            card.write_text(render_card(config, name=name), encoding="utf-8")
+
+
+class RobustnessTokenModel(RobustnessTokenPreTrainedModel):
+    """A frozen vision transformer with robustness tokens; its outputs are the base's (features)."""
+
+
+class RobustnessTokenForImageClassification(RobustnessTokenPreTrainedModel):
+    """A frozen image classifier with robustness tokens; its outputs are the base's (logits)."""
+
+    @classmethod
+    def _load_base(
+        cls, name: str, base_class: str, revision: str | None, base_kwargs: Mapping[str, Any]
+    ) -> PreTrainedModel:
+        if not name:
+            raise ValueError("the adapter doesn't name its base: pass base_model= (a folder, a Hub id or a model)")
+        base, info = _load(AutoModelForImageClassification, name, revision, {**base_kwargs, "output_loading_info": True})
+        if info["missing_keys"]:
+            raise ValueError(
+                f"{name} holds no classification head ({sorted(info['missing_keys'])} are missing, and would be random): "
+                "load a classifier that stands on this base, and inject_tokens(classifier, adapter)"
+            )
+        return base
+
+
+def inject_tokens(
+    model: PreTrainedModel,
+    adapter: str | os.PathLike[str] | Tensor,
+    *,
+    ignore_base_mismatch: bool = False,
+    revision: str | None = None,
+    subfolder: str = "",
+    **hub_kwargs: Any,
+) -> Any:
+    """Puts trained tokens into any vision model in place: a classifier, DPT or UperNet keeps its own head.
+
+    Args:
+        model: A model that is, or contains, the vision transformer that the tokens were trained on.
+        adapter: Folder or Hub id of the adapter, or the tokens themselves, (K, D) (then nothing is checked but D).
+        ignore_base_mismatch: Accept a model with other weights than those the tokens were trained on.
+        revision, subfolder: Of the adapter on the Hub.
+        hub_kwargs: `token`, `cache_dir`, `local_files_only`, `force_download`.
+
+    Returns:
+        The model, with frozen tokens in it. [`remove_tokens`] takes them out again.
+
+    Raises:
+        ValueError: If the model has tokens already, is no vision transformer, or has other weights.
+    """
+    if isinstance(adapter, Tensor):
+        tokens = adapter.detach().clone()
+    else:
+        folder: AdapterFolder = fetch_adapter(adapter, revision=revision, subfolder=subfolder, **hub_kwargs)
+        config = read_config(folder)
+        tokens = read_tokens(folder, config)
+        if not ignore_base_mismatch:
+            _check_base(model, config)
+    injector = attach_tokens(model, tokens.to(next(model.parameters()).device))
+    injector.requires_grad_(False)
+    return model
+
+
+def _check_base(base: PreTrainedModel, config: RobustnessTokenConfig) -> None:
+    revision = f" at {config.base_model_revision}" if config.base_model_revision else ""
+    check_fingerprint(
+        find_layer_stack(base).layers,
+        config.base_model_fingerprint or {},
+        found_name=f"{type(base).__name__} {base.config.name_or_path!r}",
+        expected_name=f"{config.base_model_class} {config.base_model_name_or_path!r}{revision}",
+    )
+
+
+def _vision_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
+    """The vision half of a two-tower model (CLIP, SigLIP, ...), with its projection where there is one; else None."""
+    if not hasattr(config, "vision_config") or not hasattr(config, "text_config"):
+        return None
+    stem = type(config).__name__.removesuffix("Config")
+    names = (f"{stem}VisionModelWithProjection", f"{stem}VisionModel")
+    return next((getattr(transformers, name) for name in names if hasattr(transformers, name)), None)
+
+
+def _load(loader: Any, name: str, revision: str | None, base_kwargs: Mapping[str, Any]) -> Any:
+    try:
+        return loader.from_pretrained(name, revision=revision, use_safetensors=True, **base_kwargs)
+    except OSError as exc:
+        if "safetensors" in str(exc):
+            raise ValueError(
+                f"{name} has no safetensors weights, and nothing else is read: convert it with "
+                "`model.save_pretrained(folder)` where you trust its source"
+            ) from exc
+        raise
+
+
+AutoConfig.register(RobustnessTokenConfig.model_type, RobustnessTokenConfig)
+AutoModel.register(RobustnessTokenConfig, RobustnessTokenModel)
+AutoModelForImageClassification.register(RobustnessTokenConfig, RobustnessTokenForImageClassification)
