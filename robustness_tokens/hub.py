@@ -51,7 +51,7 @@ def fetch_adapter(
     revision: str | None = None,
     subfolder: str = "",
     token: str | bool | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
+    cache_dir: str | Path | None = None,
     local_files_only: bool = False,
     force_download: bool = False,
 ) -> AdapterFolder:
@@ -188,9 +188,7 @@ def holds_adapter(folder: str | os.PathLike[str]) -> bool:
     return any((Path(folder) / file).exists() for file in (CONFIG_FILE, TOKENS_FILE))
 
 
-def cached_commit(
-    repo_id: str, *, revision: str | None = None, cache_dir: str | os.PathLike[str] | None = None
-) -> str | None:
+def cached_commit(repo_id: str, *, revision: str | None = None, cache_dir: str | Path | None = None) -> str | None:
     """The commit of a repo as it lies in the local cache, which is the one that was just loaded; None for a folder."""
     if os.path.isdir(repo_id):
         return None
@@ -227,8 +225,8 @@ def push_adapter(
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if private and not api.model_info(repo_id).private:
         raise ValueError(
-            f"{repo_id} exists and is public: tokens are secrets, so they are not pushed there. Make the repo private, "
-            "or pass private=False if everyone may know the tokens"
+            f"{repo_id} exists and is public: tokens are secrets, so they are not pushed there. Make the repo "
+            "private, or pass private=False if everyone may know the tokens"
         )
     with tempfile.TemporaryDirectory() as folder:
         save(Path(folder))

@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .backbones import check_fingerprint, find_layer_stack, layer_fingerprint
+from .backbones import check_fingerprint, find_layer_stack, layer_fingerprint, square_size
 from .configuration import FeatureView, RobustnessTokenConfig, SimilarityAxis
 from .features import default_feature_view, extract_features
 from .hub import (
@@ -37,7 +37,7 @@ from .hub import (
 )
 from .injection import TokenInjector, attach_tokens, remove_tokens
 from .model_card import is_generated, render_card
-from .preprocessing import load_image_processor, with_normalization
+from .preprocessing import build_image_processor, load_image_processor, with_normalization
 
 
 _HUB_KWARGS = ("token", "cache_dir", "local_files_only", "force_download")
@@ -50,7 +50,7 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
     config_class = RobustnessTokenConfig
     base_model_prefix = "backbone"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = "image"
     supports_gradient_checkpointing = True
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
 
@@ -70,6 +70,11 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
         """The tokens, (K, D)."""
         return self.injector.robustness_tokens
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The base's: pipelines cast their inputs to it, while the tokens stay float32 and are cast as they enter."""
+        return self.get_base_model().dtype
+
     @classmethod
     def from_base(
         cls,
@@ -81,6 +86,7 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
         similarity_axis: SimilarityAxis = "token",
         image_mean: Sequence[float] | None = None,
         image_std: Sequence[float] | None = None,
+        image_processor: Any = None,
         revision: str | None = None,
         **base_kwargs: Any,
     ) -> Self:
@@ -93,6 +99,7 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
             feature_view: What "the features" are; by default what the paper takes for the family.
             similarity_axis: `"token"` (what the published code computes) or `"feature"` (the paper's formula).
             image_mean, image_std: Normalisation that the tokens will be trained with; by default the base's own.
+            image_processor: Of the base; by default loaded from beside it, or built from its input size.
             revision: Branch, tag or commit of the base.
             base_kwargs: For the base's `from_pretrained`: `dtype`, `device_map`, `attn_implementation`, `token`, ...
 
@@ -105,12 +112,14 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
         hub_kwargs = {name: base_kwargs[name] for name in _HUB_KWARGS if name in base_kwargs}
         if isinstance(base_model, PreTrainedModel):
             if base_kwargs or revision is not None:
-                raise ValueError(f"the base is in memory already: {sorted([*base_kwargs, 'revision'])} can't be applied")
-            base, name = base_model, base_model.config.name_or_path
-            if type(base.config).__name__ == "CLIPConfig" or _vision_class(base.config) not in (None, type(base)):
                 raise ValueError(
-                    f"{type(base).__name__} has two towers: give its vision model ({_vision_class(base.config).__name__})"  # type: ignore[union-attr]
-                    " to from_base, or use inject_tokens on the whole model"
+                    f"the base is in memory already: {sorted([*base_kwargs, 'revision'])} can't be applied"
+                )
+            base, name = base_model, base_model.config.name_or_path or ""
+            if vision_class := _vision_class(base.config):
+                raise ValueError(
+                    f"{type(base).__name__} has two towers: give from_base its vision model, {vision_class.__name__} "
+                    "(or the name or folder of this one), or use inject_tokens on the whole model"
                 )
             base_class = type(base).__name__
         else:
@@ -118,15 +127,12 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
             base_class = cls._headless_class(name, revision, hub_kwargs)
             base = cls._load_base(name, base_class, revision, base_kwargs)
         stack = find_layer_stack(base)
-        size = getattr(getattr(base, "config", None), "image_size", None)
-        processor = load_image_processor(
-            name or None,
-            revision=revision,
-            image_size=size if isinstance(size, int) else None,
-            image_mean=image_mean,
-            image_std=image_std,
-            **{k: v for k, v in hub_kwargs.items() if k != "force_download"},
-        )
+        if image_processor is None:
+            image_processor = _processor_of(base, name, revision=revision, hub_kwargs=hub_kwargs)
+        if image_mean is not None or image_std is not None:
+            image_processor = with_normalization(
+                image_processor, image_mean or image_processor.image_mean, image_std or image_processor.image_std
+            )
         config = RobustnessTokenConfig(
             base_model_name_or_path=name,
             base_model_revision=cached_commit(name, revision=revision, cache_dir=base_kwargs.get("cache_dir")),
@@ -137,11 +143,11 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
             initializer_range=initializer_range,
             feature_view=feature_view or default_feature_view(base),
             similarity_axis=similarity_axis,
-            image_mean=list(processor.image_mean),
-            image_std=list(processor.image_std),
+            image_mean=list(image_processor.image_mean),
+            image_std=list(image_processor.image_std),
         )
         model = cls(config, base)
-        model.image_processor = processor
+        model.image_processor = image_processor
         return model
 
     @classmethod
@@ -200,16 +206,16 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def _headless_class(cls, name: str, revision: str | None, hub_kwargs: Mapping[str, Any]) -> str:
-        """The class of a base's vision features, by its config: AutoModel's, or the vision half of a two-tower model."""
+        """The class of a base's vision features, by its config: AutoModel's, or the vision half of two towers."""
         config = AutoConfig.from_pretrained(name, revision=revision, **hub_kwargs)
         vision_class = _vision_class(config)
         if vision_class is not None:
             return vision_class.__name__
         try:
-            auto_class = AutoModel._model_mapping[type(config)]
+            auto_class: Any = AutoModel._model_mapping[type(config)]
         except KeyError as exc:
             raise ValueError(f"transformers has no AutoModel for {type(config).__name__} of {name}") from exc
-        return (auto_class[0] if isinstance(auto_class, list | tuple) else auto_class).__name__
+        return str((auto_class[0] if isinstance(auto_class, list | tuple) else auto_class).__name__)
 
     @classmethod
     def _load_base(
@@ -220,7 +226,9 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
         # getattr on transformers alone: a name in a config never reaches any other code.
         loader = getattr(transformers, base_class, None)
         if not (isinstance(loader, type) and issubclass(loader, PreTrainedModel)):
-            raise ValueError(f"base_model_class {base_class!r} is no model class of transformers {transformers.__version__}")
+            raise ValueError(
+                f"base_model_class {base_class!r} is no model class of transformers {transformers.__version__}"
+            )
         return _load(loader, name, revision, base_kwargs)
 
     def train(self, mode: bool = True) -> Self:
@@ -356,12 +364,8 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
             config.base_model_name_or_path, config.base_model_revision = base_model_id, None
         write_tokens(folder, self.robustness_tokens)
         (folder / CONFIG_FILE).write_text(config.to_json_string(use_diff=False), encoding="utf-8")
-        processor = self.image_processor or load_image_processor(
-            None, image_mean=self.config.image_mean, image_std=self.config.image_std
-        )
-        if self.config.image_mean is not None and self.config.image_std is not None:
-            processor = with_normalization(processor, self.config.image_mean, self.config.image_std)
-        processor.save_pretrained(folder)
+        if self.image_processor is not None:
+            self.image_processor.save_pretrained(folder)
         card = folder / CARD_FILE
         if not card.exists() or is_generated(card.read_text(encoding="utf-8")):
             card.write_text(render_card(config, name=name), encoding="utf-8")
@@ -380,11 +384,13 @@ class RobustnessTokenForImageClassification(RobustnessTokenPreTrainedModel):
     ) -> PreTrainedModel:
         if not name:
             raise ValueError("the adapter doesn't name its base: pass base_model= (a folder, a Hub id or a model)")
-        base, info = _load(AutoModelForImageClassification, name, revision, {**base_kwargs, "output_loading_info": True})
+        base, info = _load(
+            AutoModelForImageClassification, name, revision, {**base_kwargs, "output_loading_info": True}
+        )
         if info["missing_keys"]:
             raise ValueError(
-                f"{name} holds no classification head ({sorted(info['missing_keys'])} are missing, and would be random): "
-                "load a classifier that stands on this base, and inject_tokens(classifier, adapter)"
+                f"{name} holds no classification head ({sorted(info['missing_keys'])} are missing and would be "
+                "random): load a classifier that stands on this base, and inject_tokens(classifier, adapter)"
             )
         return base
 
@@ -434,6 +440,20 @@ def _check_base(base: PreTrainedModel, config: RobustnessTokenConfig) -> None:
         found_name=f"{type(base).__name__} {base.config.name_or_path!r}",
         expected_name=f"{config.base_model_class} {config.base_model_name_or_path!r}{revision}",
     )
+
+
+def _processor_of(base: PreTrainedModel, name: str, *, revision: str | None, hub_kwargs: Mapping[str, Any]) -> Any:
+    """The image processor that lies beside a base, or one built from its input size."""
+    config = getattr(base.config, "vision_config", base.config)
+    image_size = square_size(getattr(config, "image_size", None))
+    if name:
+        options = {key: value for key, value in hub_kwargs.items() if key != "force_download"}
+        return load_image_processor(name, revision=revision, image_size=image_size, **options)
+    if image_size is None:
+        raise ValueError(
+            f"{type(base).__name__} was made in memory and names no square image_size: pass image_processor="
+        )
+    return build_image_processor(image_size=image_size)
 
 
 def _vision_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:

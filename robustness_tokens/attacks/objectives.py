@@ -1,0 +1,193 @@
+"""What an attack maximises: callables from images to one number per image.
+
+Each factory takes a function of [0, 1] images, which applies normalisation and model, and what it should be pushed
+away from, in the order of the batch that will be attacked.
+
+Shapes: B images, N sequence, D width, C classes, H and W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def cosine_similarity(
+    features: Tensor, target: Tensor, *, similarity_axis: Literal["token", "feature"] = "token"
+) -> Tensor:
+    """Mean cosine of each example's features with its target.
+
+    Args:
+        features: (B, N, D) or (B, D) floating.
+        target: Same shape.
+        similarity_axis: For (B, N, D): `"token"` takes one cosine per feature, along the tokens, as the published
+            code does; `"feature"` one per token, along the features, as the paper's formula says. For (B, D) both
+            take the cosine along the features.
+
+    Returns:
+        (B,) cosines in [-1, 1].
+
+    Raises:
+        ValueError: If the shapes differ or are neither, or the axis is unknown.
+
+    Source: L_inv and L_adv of Pulfer et al., ECCV 2024, arXiv 2503.10191.
+    """
+    if similarity_axis not in ("token", "feature"):
+        raise ValueError(f'similarity_axis must be "token" or "feature", got {similarity_axis!r}')
+    _check_same_shape(features, target)
+    if features.dim() == 2:
+        return F.cosine_similarity(features, target, dim=1)  # (B,)
+    if features.dim() != 3:
+        raise ValueError(f"features must have shape (B, N, D) or (B, D), got {tuple(features.shape)}")
+    return F.cosine_similarity(features, target, dim=1 if similarity_axis == "token" else 2).mean(dim=1)  # (B,)
+
+
+def feature_cosine_objective(
+    features_fn: Callable[[Tensor], Tensor],
+    target: Tensor,
+    *,
+    similarity_axis: Literal["token", "feature"] = "token",
+) -> Callable[[Tensor], Tensor]:
+    """Minus the mean cosine with target features, see [`cosine_similarity`]: maximising pushes features away.
+
+    At images whose features are the target the gradient is rounding noise: start the attack at random.
+
+    Args:
+        features_fn: Maps (B, ...) images in [0, 1] to (B, N, D) or (B, D) features.
+        target: Same shape as the features, usually those of the clean images.
+        similarity_axis: `"token"` or `"feature"`.
+
+    Returns:
+        The objective, (B, ...) images to (B,).
+    """
+    target = detached_copy(target)
+    return lambda images: -cosine_similarity(features_fn(images), target, similarity_axis=similarity_axis)
+
+
+def feature_mse_objective(features_fn: Callable[[Tensor], Tensor], target: Tensor) -> Callable[[Tensor], Tensor]:
+    """Mean squared difference from target features.
+
+    At images whose features are the target the gradient is zero: start the attack at random.
+
+    Args:
+        features_fn: Maps (B, ...) images in [0, 1] to (B, ...) features.
+        target: Same shape as the features, usually those of the clean images.
+
+    Returns:
+        The objective, (B, ...) images to (B,); it raises a `ValueError` if the shapes differ.
+    """
+    target = detached_copy(target)
+
+    def objective(images: Tensor) -> Tensor:
+        features = features_fn(images)
+        _check_same_shape(features, target)
+        return (features - target).square().flatten(1).mean(dim=1)  # (B,)
+
+    return objective
+
+
+def cross_entropy_objective(logits_fn: Callable[[Tensor], Tensor], labels: Tensor) -> Callable[[Tensor], Tensor]:
+    """Cross-entropy of a classifier with the true labels.
+
+    Args:
+        logits_fn: Maps (B, ...) images in [0, 1] to (B, C) logits.
+        labels: (B,) int64 classes.
+
+    Returns:
+        The objective, (B, ...) images to (B,); it raises a `ValueError` if logits and labels don't fit.
+    """
+    labels = detached_copy(labels)
+
+    def objective(images: Tensor) -> Tensor:
+        logits = logits_fn(images)
+        _check_logits(logits, labels)
+        return F.cross_entropy(logits, labels, reduction="none")  # (B,)
+
+    return objective
+
+
+def margin_objective(logits_fn: Callable[[Tensor], Tensor], labels: Tensor) -> Callable[[Tensor], Tensor]:
+    """Largest wrong logit minus the true one: above 0 where the image is misclassified.
+
+    Unlike the cross-entropy it doesn't saturate where the classifier is sure.
+
+    Args:
+        logits_fn: Maps (B, ...) images in [0, 1] to (B, C) logits, C at least 2.
+        labels: (B,) int64 classes.
+
+    Returns:
+        The objective, (B, ...) images to (B,); it raises a `ValueError` if logits and labels don't fit.
+
+    Source: untargeted and unclipped form of the loss f_6 of Carlini & Wagner, "Towards Evaluating the Robustness of
+    Neural Networks", IEEE S&P 2017, arXiv 1608.04644.
+    """
+    labels = detached_copy(labels)
+
+    def objective(images: Tensor) -> Tensor:
+        logits = logits_fn(images)
+        _check_logits(logits, labels)
+        if logits.shape[1] < 2:
+            raise ValueError(f"logits_fn must return at least two classes, got shape {tuple(logits.shape)}")
+        index = labels[:, None]  # (B, 1)
+        true = logits.gather(1, index)[:, 0]
+        return logits.scatter(1, index, -torch.inf).amax(dim=1) - true  # (B,)
+
+    return objective
+
+
+def pixel_cross_entropy_objective(
+    logits_fn: Callable[[Tensor], Tensor], labels: Tensor, *, ignore_index: int = 255
+) -> Callable[[Tensor], Tensor]:
+    """Cross-entropy of a segmentation, averaged over each image's labelled pixels.
+
+    Args:
+        logits_fn: Maps (B, ...) images in [0, 1] to (B, C, H, W) logits at the size of the labels.
+        labels: (B, H, W) int64 classes.
+        ignore_index: Label of the pixels that don't count (255 as in transformers); an image without any labelled
+            pixel scores 0.
+
+    Returns:
+        The objective, (B, ...) images to (B,); it raises a `ValueError` if logits and labels don't fit.
+    """
+    labels = detached_copy(labels)
+    num_labelled = (labels != ignore_index).flatten(1).sum(dim=1)  # (B,)
+
+    def objective(images: Tensor) -> Tensor:
+        logits = logits_fn(images)
+        _check_pixel_logits(logits, labels)
+        per_pixel = F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="none")  # (B, H, W)
+        return per_pixel.flatten(1).sum(dim=1) / num_labelled.clamp(min=1)  # (B,)
+
+    return objective
+
+
+def detached_copy(tensor: Tensor) -> Tensor:
+    """A constant that autograd can save, also where the tensor was made in inference mode."""
+    with torch.inference_mode(False):
+        return tensor.detach().clone()
+
+
+def _check_same_shape(features: Tensor, target: Tensor) -> None:
+    if features.shape != target.shape:
+        raise ValueError(
+            f"features and target must have the same shape, got {tuple(features.shape)} and {tuple(target.shape)}"
+        )
+
+
+def _check_logits(logits: Tensor, labels: Tensor) -> None:
+    if logits.dim() != 2 or labels.shape != logits.shape[:1]:
+        raise ValueError(
+            f"logits must have shape (B, C) and labels (B,), got {tuple(logits.shape)} and {tuple(labels.shape)}"
+        )
+
+
+def _check_pixel_logits(logits: Tensor, labels: Tensor) -> None:
+    if logits.dim() != 4 or labels.shape != (logits.shape[0], *logits.shape[2:]):
+        raise ValueError(
+            "logits must have shape (B, C, H, W) and labels (B, H, W), "
+            f"got {tuple(logits.shape)} and {tuple(labels.shape)}: resize the logits to the labels in logits_fn"
+        )

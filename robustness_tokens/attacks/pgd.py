@@ -1,0 +1,175 @@
+"""Projected gradient descent in the L-infinity ball, in pixel space.
+
+Shapes: B images.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+
+Generators: TypeAlias = torch.Generator | Sequence[torch.Generator] | None
+
+
+@torch.inference_mode(False)
+@torch.enable_grad()
+def pgd_attack(
+    objective: Callable[[Tensor], Tensor],
+    images: Tensor,
+    *,
+    eps: float = 4 / 255,
+    step_size: float | None = None,
+    num_steps: int = 20,
+    num_restarts: int = 1,
+    random_start: bool = True,
+    generator: Generators = None,
+) -> Tensor:
+    """Adversarial images that maximise an objective within `eps` of the originals.
+
+    Every iterate of every restart counts, the last one too: each image keeps the one with its highest objective.
+    One restart costs `num_steps` gradients and `num_steps + 1` evaluations of the objective. Models are used as they
+    are: put them in eval mode first. Gradients are taken with respect to the images alone and no `.grad` is touched.
+
+    Args:
+        objective: Maps images (B, ...) to one number per image (B,), which is maximised. Normalisation belongs in it.
+        images: (B, ...) float32 or float64 in [0, 1].
+        eps: Radius of the L-infinity ball in pixel units, at least 0; 0 returns the images exactly.
+        step_size: Length of a step in pixel units; `None` is `2.5 * eps / num_steps`, which can cross the whole ball.
+        num_steps: Steps per restart, at least 1.
+        num_restarts: Runs from fresh random starts, at least 1.
+        random_start: Start uniformly in the ball, clipped to [0, 1], or else at the images themselves.
+        generator: Source of the random starts, on any device. A sequence holds one generator per image, so that an
+            image's noise doesn't depend on how images are batched. `None` is torch's default generator.
+
+    Returns:
+        (B, ...) detached images in [0, 1], at most `eps` from `images`, of their dtype and on their device.
+
+    Raises:
+        ValueError: If an argument is out of range, or the objective doesn't return one finite number per image that
+            is differentiable in the images.
+
+    Source: Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks", ICLR 2018, arXiv 1706.06083.
+    """
+    check_pixels("images", images)
+    lowest, highest = images.aminmax()
+    if not (lowest >= 0 and highest <= 1):
+        raise ValueError(
+            f"images must lie in [0, 1], got values from {lowest:g} to {highest:g}: undo the normalisation first and "
+            "apply it inside the objective"
+        )
+    check_steps(eps=eps, step_size=step_size, num_steps=num_steps)
+    if num_restarts < 1:
+        raise ValueError(f"num_restarts must be at least 1, got {num_restarts}")
+    if num_restarts > 1 and not random_start:
+        raise ValueError(f"num_restarts={num_restarts} would repeat one run without random_start=True")
+    if step_size is None:
+        step_size = 2.5 * eps / num_steps
+
+    images = images.detach().clone()
+    lower, upper = (images - eps).clamp(min=0), (images + eps).clamp(max=1)
+    best_images, best_values = images, images.new_full((len(images),), -math.inf)
+    for _ in range(num_restarts):
+        iterate = images
+        if random_start:
+            offset = eps * (2 * draw_noise(images, torch.rand, generator) - 1)
+            iterate = torch.clamp(images + offset, lower, upper)
+        for _ in range(num_steps):
+            iterate = iterate.detach().requires_grad_()
+            values = _evaluate(objective, iterate)
+            gradient = input_gradient(values.sum(), iterate, source="objective")
+            best_images, best_values = _keep_best(best_images, best_values, iterate, values)
+            iterate = torch.clamp(iterate.detach() + step_size * gradient.sign(), lower, upper)
+        with torch.no_grad():
+            values = _evaluate(objective, iterate)
+        best_images, best_values = _keep_best(best_images, best_values, iterate, values)
+    return best_images
+
+
+def _evaluate(objective: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    values = objective(images)
+    if values.shape != (len(images),):
+        raise ValueError(
+            f"objective must return one number per image, shape ({len(images)},), got shape {tuple(values.shape)}: "
+            "reduce every dimension but the first"
+        )
+    finite = values.isfinite()
+    if not finite.all():
+        raise ValueError(f"objective must be finite, got {values[~finite][0]:g} for image {(~finite).nonzero()[0, 0]}")
+    return values
+
+
+def _keep_best(best_images: Tensor, best_values: Tensor, iterate: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    values = values.detach()
+    better = values > best_values  # (B,)
+    per_pixel = better.view(-1, *[1] * (iterate.dim() - 1))  # (B, 1, ...)
+    return torch.where(per_pixel, iterate.detach(), best_images), torch.where(better, values, best_values)
+
+
+def check_pixels(name: str, pixels: Tensor) -> None:
+    """Raise a `ValueError` unless this is a batch in a precision that can hold a budget."""
+    # Half precision is coarser than 8 bits near 1 (bfloat16) or breaks the budget by rounding (float16).
+    if pixels.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"{name} must be float32 or float64, got {pixels.dtype}: convert first (8-bit images: `.float() / 255`); "
+            "a model in half precision can cast inside its own function"
+        )
+    if pixels.dim() == 0 or pixels.numel() == 0:
+        raise ValueError(f"{name} must hold at least one image, shape (B, ...), got shape {tuple(pixels.shape)}")
+
+
+def check_steps(*, eps: float, step_size: float | None, num_steps: int) -> None:
+    """Raise a `ValueError` unless budget and steps make sense."""
+    if not 0 <= eps < math.inf:
+        raise ValueError(f"eps must be a finite number of at least 0, got {eps}")
+    if step_size is not None and not 0 < step_size < math.inf:
+        raise ValueError(f"step_size must be a finite number above 0, got {step_size}")
+    if num_steps < 1:
+        raise ValueError(f"num_steps must be at least 1, got {num_steps}: without a step there is no attack")
+
+
+def draw_noise(like: Tensor, sample: Callable[..., Tensor], generator: Generators) -> Tensor:
+    """Noise of the shape, dtype and device of `like`.
+
+    Args:
+        like: (B, ...) floating tensor.
+        sample: `torch.rand` or `torch.randn`.
+        generator: One generator for all, one per example, or `None` for torch's default; on any device.
+
+    Returns:
+        (B, ...) noise.
+
+    Raises:
+        ValueError: If a sequence of generators doesn't hold one per example.
+    """
+    if generator is None:
+        return sample(like.shape, dtype=like.dtype, device=like.device)
+    if isinstance(generator, torch.Generator):
+        return sample(like.shape, generator=generator, dtype=like.dtype, device=generator.device).to(like.device)
+    if len(generator) != len(like):
+        raise ValueError(f"generator must hold one generator per image, {len(like)}, got {len(generator)}")
+    noise = [sample(like.shape[1:], generator=one, dtype=like.dtype, device=one.device) for one in generator]
+    return torch.stack(noise).to(like.device)  # (B, ...)
+
+
+def input_gradient(value: Tensor, images: Tensor, *, source: str) -> Tensor:
+    """Gradient of a scalar with respect to the images and nothing else; `source` names what was differentiated.
+
+    Raises:
+        ValueError: If there is no gradient, or it is not a number somewhere.
+    """
+    gradient = None
+    if value.requires_grad:
+        (gradient,) = torch.autograd.grad(value, images, allow_unused=True)
+    if gradient is None:
+        raise ValueError(
+            f"{source} has no gradient with respect to the images: compute it from the tensor it is given, without "
+            "detach, no_grad or rounding"
+        )
+    if gradient.isnan().any():
+        raise ValueError(f"{source} has a gradient with respect to the images that is NaN")
+    return gradient

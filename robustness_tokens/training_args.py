@@ -1,0 +1,223 @@
+"""What a training run can be told; names as in transformers.TrainingArguments where it has them."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from transformers import HfArgumentParser, SchedulerType
+
+from .configuration import FeatureView, SimilarityAxis
+
+
+AttackName = Literal["paper", "pgd"]
+AttackThrough = Literal["base", "tokens", "both"]
+MixedPrecision = Literal["no", "bf16"]
+Resize = Literal["squash", "processor"]
+
+_PGD_DEFAULT_EPS = 4 / 255
+_PAPER_STEP_SIZE = 0.01
+
+
+@dataclass(kw_only=True)
+class ModelArguments:
+    """The base and its new tokens."""
+
+    base_model: str = field(metadata={"help": "Hub id or folder of the frozen base."})
+    base_model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the base."})
+    num_robustness_tokens: int = field(default=10, metadata={"help": "How many tokens to learn (paper: 10)."})
+    initializer_range: float = field(default=0.01, metadata={"help": "Standard deviation of the new tokens."})
+    feature_view: FeatureView | None = field(
+        default=None, metadata={"help": "What the features are; by default what the paper takes for the family."}
+    )
+    similarity_axis: SimilarityAxis = field(
+        default="token", metadata={"help": "Axis of the cosine: token (published code) or feature (paper's formula)."}
+    )
+    attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flash_attention_2, ..."})
+
+
+@dataclass(kw_only=True)
+class DataArguments:
+    """The images to train on. No labels are needed."""
+
+    dataset: str = field(metadata={"help": "Hub id, folder of images, or parquet file."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the dataset on the Hub."})
+    split: str = field(default="train", metadata={"help": "Split of the dataset."})
+    streaming: bool = field(default=False, metadata={"help": "Stream the dataset instead of downloading it."})
+
+
+@dataclass(kw_only=True)
+class RobustnessTokenTrainingArguments:
+    """Hyper-parameters of [`RobustnessTokenTrainer`]; the defaults are the paper's for DINOv2.
+
+    Raises:
+        ValueError: If a value is out of range, or if `eps` is set for the paper's attack.
+    """
+
+    output_dir: str = field(metadata={"help": "Folder for the adapter, the checkpoints and the log."})
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Replace the adapter and the checkpoints that output_dir holds."}
+    )
+    max_steps: int = field(
+        default=50, metadata={"help": "Optimiser steps (paper: 50 DINOv2, 300 DeiT-III, OpenCLIP)."}
+    )
+    per_device_train_batch_size: int = field(default=8, metadata={"help": "Images per process and forward."})
+    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Forwards per optimiser step."})
+    learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of Adam."})
+    lr_scheduler_type: str = field(default="constant", metadata={"help": "As in transformers, such as cosine."})
+    warmup_steps: int = field(default=0, metadata={"help": "Steps of linear warm-up."})
+    max_grad_norm: float | None = field(default=None, metadata={"help": "Clip the tokens' gradient to this norm."})
+    invariance_weight: float = field(default=1.0, metadata={"help": "Weight of the loss on clean images."})
+    adversarial_weight: float = field(default=1.0, metadata={"help": "Weight of the loss on attacked images."})
+
+    attack: AttackName = field(
+        default="paper",
+        metadata={"help": "paper: the published attack (1.8/255 in pixels); pgd: L-inf PGD of size eps in pixels."},
+    )
+    attack_through: AttackThrough = field(
+        default="base", metadata={"help": "Whom the attacker sees: the base (paper), the tokens too, or each once."}
+    )
+    eps: float | None = field(
+        default=None, metadata={"help": "pgd only: budget in pixel units of [0, 1] images, 4/255."}
+    )
+    step_size: float | None = field(
+        default=None,
+        metadata={"help": "Of the attack: paper 0.01 (normalised units), pgd 2.5 * eps / steps (pixels)."},
+    )
+    num_attack_steps: int = field(default=30, metadata={"help": "Gradient steps of the attack."})
+
+    image_column_name: str | None = field(default=None, metadata={"help": "Column with the images; found if None."})
+    image_size: int | None = field(default=None, metadata={"help": "Side in pixels; the image processor's if None."})
+    resize: Resize = field(
+        default="squash", metadata={"help": "squash: bilinear, no crop (paper); processor: the image processor's own."}
+    )
+    max_broken_images: int = field(default=10, metadata={"help": "Skip so many unreadable images before giving up."})
+    dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that decode images."})
+
+    seed: int = field(default=0, metadata={"help": "Of the tokens, the order of the images and the attack's noise."})
+    mixed_precision: MixedPrecision = field(default="no", metadata={"help": "Precision of the forward passes."})
+    logging_steps: int = field(default=1, metadata={"help": "Write the log every so many steps."})
+    save_steps: int | None = field(default=None, metadata={"help": "Save a checkpoint every so many steps."})
+    save_total_limit: int | None = field(default=None, metadata={"help": "Keep only so many checkpoints."})
+    resume_from_checkpoint: str | None = field(
+        default=None, metadata={"help": "Folder of a checkpoint, or 'last' for the last one in output_dir."}
+    )
+    disable_tqdm: bool = field(default=False, metadata={"help": "No progress bar."})
+
+    def __post_init__(self) -> None:
+        for name, smallest in (
+            ("max_steps", 1),
+            ("per_device_train_batch_size", 1),
+            ("gradient_accumulation_steps", 1),
+            ("num_attack_steps", 1),
+            ("logging_steps", 1),
+            ("warmup_steps", 0),
+            ("dataloader_num_workers", 0),
+            ("max_broken_images", 0),
+        ):
+            self._check_at_least(name, smallest)
+        for name in ("save_steps", "save_total_limit", "image_size"):
+            if getattr(self, name) is not None:
+                self._check_at_least(name, 1)
+        for name, allowed in (
+            ("attack", get_args(AttackName)),
+            ("attack_through", get_args(AttackThrough)),
+            ("mixed_precision", get_args(MixedPrecision)),
+            ("resize", get_args(Resize)),
+            ("lr_scheduler_type", tuple(scheduler.value for scheduler in SchedulerType)),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
+        if self.attack == "paper" and self.eps is not None:
+            raise ValueError(
+                f'eps={self.eps:g} has no meaning with attack="paper", whose budget is fixed in normalised units '
+                '(about 1.8/255 in pixels): set attack="pgd" too, or leave eps out'
+            )
+        if self.attack == "pgd" and self.eps is None:
+            self.eps = _PGD_DEFAULT_EPS
+        if self.eps is not None and not 0 < self.eps <= 1:
+            raise ValueError(f"eps must be in (0, 1], in pixel units of [0, 1] images such as 8/255, got {self.eps}")
+        if self.step_size is None and self.attack == "paper":
+            self.step_size = _PAPER_STEP_SIZE
+        for name in ("learning_rate", "step_size", "max_grad_norm"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if (
+            min(self.invariance_weight, self.adversarial_weight) < 0
+            or self.invariance_weight + self.adversarial_weight == 0
+        ):
+            raise ValueError(
+                "invariance_weight and adversarial_weight must be at least 0 and not both 0, "
+                f"got {self.invariance_weight} and {self.adversarial_weight}"
+            )
+
+    def _check_at_least(self, name: str, smallest: int) -> None:
+        value = getattr(self, name)
+        if type(value) is not int or value < smallest:
+            raise ValueError(f"{name} must be a whole number of at least {smallest}, got {value!r}")
+
+    def recipe(self) -> dict[str, Any]:
+        """What determines the tokens, for the adapter's config: everything but folders, logging and workers."""
+        return {key: value for key, value in dataclasses.asdict(self).items() if key not in _NOT_RECIPE}
+
+
+_NOT_RECIPE = {
+    "output_dir",
+    "overwrite_output_dir",
+    "image_column_name",
+    "max_broken_images",
+    "dataloader_num_workers",
+    "logging_steps",
+    "save_steps",
+    "save_total_limit",
+    "resume_from_checkpoint",
+    "disable_tqdm",
+}
+
+
+def parse_arguments(
+    argv: Sequence[str] | None = None, *, prog: str | None = None
+) -> tuple[ModelArguments, DataArguments, RobustnessTokenTrainingArguments]:
+    """Reads a command line: `--name value` pairs, and first, if wanted, a YAML file with the same names.
+
+    Args:
+        argv: Words of the command line without the program's name; `sys.argv[1:]` if None.
+        prog: Name of the program in the help.
+
+    Returns:
+        The three groups of arguments. Fractions such as `8/255` are understood; later words win over the file.
+
+    Raises:
+        ValueError: If a value is out of range, or the file is no mapping.
+        SystemExit: On a word that is not understood, and after `--help`.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words and words[0].endswith((".yaml", ".yml")):
+        words = [*_words_of_file(Path(words[0])), *words[1:]]
+    words = [str(_as_number(word)) if re.fullmatch(r"\d+(\.\d+)?/\d+(\.\d+)?", word) else word for word in words]
+    parser = HfArgumentParser((ModelArguments, DataArguments, RobustnessTokenTrainingArguments), prog=prog)  # type: ignore[arg-type]
+    namespace = parser.parse_args(words)
+    values = vars(namespace)
+    groups = [
+        group(**{f.name: values[f.name] for f in dataclasses.fields(group)})
+        for group in (ModelArguments, DataArguments, RobustnessTokenTrainingArguments)
+    ]
+    return groups[0], groups[1], groups[2]  # type: ignore[return-value]
+
+
+def _words_of_file(path: Path) -> list[str]:
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a mapping of argument names to values, got {type(content).__name__}")
+    return [word for name, value in content.items() if value is not None for word in (f"--{name}", str(value))]
+
+
+def _as_number(fraction: str) -> float:
+    numerator, denominator = fraction.split("/")
+    return float(numerator) / float(denominator)
