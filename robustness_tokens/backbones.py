@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -66,8 +67,10 @@ def find_layer_stack(model: nn.Module) -> LayerStack:
                 raise ValueError(f"{type(model).__name__} has no single hidden_size: robustness tokens need one width")
             return LayerStack(owner, module, hidden_size, _recorded_class(owner, "attentions"), False)
     raise ValueError(
-        f"no stack of vision transformer layers found in {type(model).__name__}: robustness tokens need a vision "
-        "transformer of transformers (ViT, DINOv2, CLIP's vision model, ...) or of timm (VisionTransformer, Eva)"
+        f"no stack of vision transformer layers found in {type(model).__name__}: robustness tokens need layers that "
+        "hand one sequence (B, N, D) from the first to the last, as in ViT, DINOv2 or CLIP's vision model of "
+        "transformers, and VisionTransformer or Eva of timm; text models, convolutional networks, and layers that "
+        "pass feature maps on (ViTDet) have none"
     )
 
 
@@ -137,8 +140,14 @@ def check_fingerprint(
 
 def vision_trunk(model: nn.Module) -> nn.Module:
     """The headless model inside a classifier (`classifier.dinov2`), or the model itself where it has no head."""
-    base = getattr(model, getattr(model, "base_model_prefix", "") or "", model)
-    return base if isinstance(base, PreTrainedModel) else model
+    if _projects_images(model):
+        return model
+    for name in (getattr(model, "base_model_prefix", ""), "vision_model"):  # the latter in CLIP's classifier
+        base = getattr(model, name, None) if name else None
+        # DINOv3's `model` is its bare encoder, which takes no images.
+        if isinstance(base, PreTrainedModel) and "pixel_values" in inspect.signature(base.forward).parameters:
+            return vision_trunk(base)
+    return model
 
 
 def square_size(size: Any) -> int | None:
@@ -155,10 +164,16 @@ def _recorded_class(owner: PreTrainedModel, key: str) -> type[nn.Module] | None:
     return spec if isinstance(spec, type) else getattr(spec, "target_class", None)
 
 
+def _projects_images(model: nn.Module) -> bool:
+    """Whether the model's own output, not its vision tower's, is the image's embedding (CLIP, SigLIP)."""
+    return hasattr(model, "visual_projection") or hasattr(model, "get_image_features")
+
+
 def _is_timm_vit(module: nn.Module) -> bool:
-    """Whether this is a columnar timm model; by its interface, so that timm need not be installed."""
-    return type(module).__module__.startswith("timm.") and all(
-        hasattr(module, name) for name in ("blocks", "norm_pre", "norm", "num_prefix_tokens", "forward_intermediates")
+    """Whether this is a columnar timm model; by name, so that timm need not be installed."""
+    return any(
+        base.__module__.startswith("timm.") and base.__name__ in ("VisionTransformer", "Eva")
+        for base in type(module).__mro__
     )
 
 

@@ -9,19 +9,21 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .hub import read_json
+from .training_args import LAST_CHECKPOINT
 
 
 STATE_FILE = "trainer_state.json"
 TENSORS_FILE = "training_tensors.safetensors"
-LAST = "last"
 
 _TOKENS = "robustness_tokens"
 
@@ -32,7 +34,8 @@ def save_checkpoint(
     step: int,
     tokens: Tensor,
     optimizer: torch.optim.Optimizer,
-    state: dict[str, Any],
+    settings: Mapping[str, Any],
+    state: Mapping[str, Any],
     save_total_limit: int | None = None,
 ) -> Path:
     """Writes `output_dir/checkpoint-<step>`: aside first, then renamed, so that it is never seen half-written.
@@ -42,22 +45,25 @@ def save_checkpoint(
         step: Optimiser steps done.
         tokens: (K, D).
         optimizer: Holds the tokens as its only parameter.
+        settings: What a resumed run must have in common with this one; must be JSON.
         state: What else a resumed run needs; must be JSON.
         save_total_limit: Keep only so many checkpoints, the newest.
 
     Returns:
         The checkpoint's folder.
     """
-    final = output_dir / f"checkpoint-{step}"
-    partial = output_dir / f".checkpoint-{step}.part"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    for leftover in output_dir.glob(".checkpoint-*.part"):  # of a run that was killed
+        shutil.rmtree(leftover)
+    final, partial = output_dir / f"checkpoint-{step}", _partial(output_dir, step)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    partial.mkdir(mode=0o700)  # tokens are secrets
     tensors = {_TOKENS: tokens.detach().cpu().clone()}
     for index, values in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value).cpu() for name, value in values.items()}
     save_file(tensors, partial / TENSORS_FILE)
     (partial / TENSORS_FILE).chmod(0o600)
-    (partial / STATE_FILE).write_text(json.dumps({"step": step, **state}, indent=1), encoding="utf-8")
+    content = {"step": step, "settings": dict(settings), "state": dict(state)}
+    (partial / STATE_FILE).write_text(json.dumps(content, indent=1), encoding="utf-8")
     for path in (partial / TENSORS_FILE, partial / STATE_FILE, partial):
         _flush_to_disk(path)
     if final.exists():
@@ -65,25 +71,40 @@ def save_checkpoint(
     partial.rename(final)
     _flush_to_disk(output_dir)
     if save_total_limit is not None:
-        for _, old in list_checkpoints(output_dir)[:-save_total_limit]:
-            shutil.rmtree(old)
+        for old_step, old in list_checkpoints(output_dir)[:-save_total_limit]:
+            # Hidden first, so that a run killed in between leaves no half of it under its own name.
+            shutil.rmtree(old.rename(_partial(output_dir, old_step)))
     return final
 
 
-def load_checkpoint(folder: Path, *, tokens: nn.Parameter, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Puts a checkpoint's tensors back into the tokens and the optimiser.
+def load_checkpoint(
+    folder: Path, *, tokens: nn.Parameter, optimizer: torch.optim.Optimizer, settings: Mapping[str, Any]
+) -> tuple[int, dict[str, Any]]:
+    """Puts a checkpoint's tensors back into the tokens and the optimiser; nothing is changed if it doesn't fit.
+
+    Args:
+        folder: The checkpoint's.
+        tokens: (K, D), written in place.
+        optimizer: Holds the tokens as its only parameter.
+        settings: Of this run; they must be those that were given to [`save_checkpoint`].
 
     Returns:
-        The state that was given to [`save_checkpoint`], with `"step"`.
+        Optimiser steps done, and the state that was given to [`save_checkpoint`].
 
     Raises:
-        ValueError: If the checkpoint is not whole, or was made for other tokens.
+        ValueError: If the checkpoint is not whole, or was made with other settings or other tokens.
     """
-    if not (folder / STATE_FILE).is_file() or not (folder / TENSORS_FILE).is_file():
+    if not _is_whole(folder):
         raise ValueError(f"{folder} is not a checkpoint: expected {STATE_FILE} and {TENSORS_FILE} in it")
-    state = read_json(folder / STATE_FILE)
-    tensors = load_file(folder / TENSORS_FILE)
-    stored = tensors.pop(_TOKENS)
+    content = read_json(folder / STATE_FILE)
+    if missing := sorted({"step", "settings", "state"} - set(content)):
+        raise ValueError(f"{folder / STATE_FILE} has no {missing}: it is no checkpoint of this package, or damaged")
+    _check_settings(folder, stored=content["settings"], found=settings)
+    try:
+        tensors = load_file(folder / TENSORS_FILE)
+        stored = tensors.pop(_TOKENS)
+    except (SafetensorError, KeyError) as exc:
+        raise ValueError(f"{folder / TENSORS_FILE} is damaged ({exc}): resume from an earlier checkpoint") from exc
     if stored.shape != tokens.shape:
         raise ValueError(f"{folder} holds tokens of shape {tuple(stored.shape)}, the model has {tuple(tokens.shape)}")
     optimizer_state: dict[int, dict[str, Tensor]] = {}
@@ -93,7 +114,7 @@ def load_checkpoint(folder: Path, *, tokens: nn.Parameter, optimizer: torch.opti
     optimizer.load_state_dict({**optimizer.state_dict(), "state": optimizer_state})
     with torch.no_grad():
         tokens.copy_(stored)
-    return state
+    return content["step"], content["state"]
 
 
 def find_checkpoint(output_dir: Path, name: str) -> Path:
@@ -102,11 +123,13 @@ def find_checkpoint(output_dir: Path, name: str) -> Path:
     Raises:
         ValueError: If there is none.
     """
-    if name != LAST:
+    if name != LAST_CHECKPOINT:
         return Path(name)
     checkpoints = list_checkpoints(output_dir)
     if not checkpoints:
-        raise ValueError(f"resume_from_checkpoint={LAST!r}, but {output_dir} holds no checkpoint: leave it out")
+        raise ValueError(
+            f"resume_from_checkpoint={LAST_CHECKPOINT!r}, but {output_dir} holds no checkpoint: leave it out"
+        )
     return checkpoints[-1][1]
 
 
@@ -115,9 +138,24 @@ def list_checkpoints(output_dir: Path) -> list[tuple[int, Path]]:
     found = []
     for path in output_dir.glob("checkpoint-*"):
         match = re.fullmatch(r"checkpoint-(\d+)", path.name)
-        if match and (path / STATE_FILE).is_file() and (path / TENSORS_FILE).is_file():
+        if match and _is_whole(path):
             found.append((int(match[1]), path))
     return sorted(found)
+
+
+def _check_settings(folder: Path, *, stored: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+    differing = sorted(key for key in {*stored, *found} if stored.get(key) != found.get(key))
+    if differing:
+        changes = ", ".join(f"{key}: {stored.get(key)!r} -> {found.get(key)!r}" for key in differing)
+        raise ValueError(f"{folder} was made by another run ({changes}): resume with the same settings")
+
+
+def _is_whole(folder: Path) -> bool:
+    return (folder / STATE_FILE).is_file() and (folder / TENSORS_FILE).is_file()
+
+
+def _partial(output_dir: Path, step: int) -> Path:
+    return output_dir / f".checkpoint-{step}.part"
 
 
 def _flush_to_disk(path: Path) -> None:

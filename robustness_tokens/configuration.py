@@ -113,6 +113,10 @@ class RobustnessTokenConfig(PreTrainedConfig):
                 isinstance(values, list | tuple) and values and all(_is_finite(v) for v in values)
             ):
                 raise ValueError(f"{name} must be a list of finite numbers, one per channel, got {values!r}")
+        if self.image_mean is not None and len(self.image_mean) != len(self.image_std or []):
+            raise ValueError(
+                f"image_mean and image_std must hold as many numbers, got {self.image_mean!r} and {self.image_std!r}"
+            )
         if self.image_std is not None and min(self.image_std) <= 0:
             raise ValueError(f"image_std must be positive, got {self.image_std!r}")
 

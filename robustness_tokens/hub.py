@@ -91,10 +91,10 @@ def fetch_adapter(
 
 
 def read_config(folder: AdapterFolder) -> RobustnessTokenConfig:
-    """Reads config.json strictly; one from the Hub may name its base by repo id only.
+    """Reads config.json strictly. Whoever loads the base that it names first calls [`check_base_is_repo_id`].
 
     Raises:
-        ValueError: If it is damaged, of a newer schema, or names a base that is no repo id.
+        ValueError: If it is damaged, or of a newer schema.
     """
     config_dict = read_json(folder.path / CONFIG_FILE)
     check_config_dict(config_dict)
@@ -104,8 +104,6 @@ def read_config(folder: AdapterFolder) -> RobustnessTokenConfig:
             f"expected {RobustnessTokenConfig.model_type!r}"
         )
     config: RobustnessTokenConfig = RobustnessTokenConfig.from_dict(config_dict)
-    if folder.from_hub:
-        check_base_is_repo_id(config.base_model_name_or_path)
     return config
 
 
@@ -188,9 +186,30 @@ def holds_adapter(folder: str | os.PathLike[str]) -> bool:
     return any((Path(folder) / file).exists() for file in (CONFIG_FILE, TOKENS_FILE))
 
 
+def is_repo_id(name: str) -> bool:
+    """Whether the Hub could have a repo of this name."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def check_no_other_model(folder: Path) -> None:
+    """Raises `ValueError` if saving would overwrite the config and the weights of another model, such as the base."""
+    if not (folder / CONFIG_FILE).exists():
+        return
+    model_type = read_json(folder / CONFIG_FILE).get("model_type")
+    if model_type != RobustnessTokenConfig.model_type:
+        raise ValueError(
+            f"save_directory {str(folder)!r} holds another model, of model_type {model_type!r}: saving would "
+            "overwrite its weights with the tokens; choose another folder"
+        )
+
+
 def cached_commit(repo_id: str, *, revision: str | None = None, cache_dir: str | Path | None = None) -> str | None:
-    """The commit of a repo as it lies in the local cache, which is the one that was just loaded; None for a folder."""
-    if os.path.isdir(repo_id):
+    """The commit of a repo as it lies in the local cache, so the one just loaded; None for a path or no name."""
+    if os.path.isdir(repo_id) or not is_repo_id(repo_id):
         return None
     cached = try_to_load_from_cache(repo_id, CONFIG_FILE, revision=revision, cache_dir=cache_dir)
     return Path(cached).parent.name if isinstance(cached, str) else None

@@ -29,6 +29,7 @@ class TokenInjector(nn.Module):
         super().__init__()
         self.robustness_tokens = nn.Parameter(robustness_tokens)
         self.enabled = True
+        self.strips_before_norm = True
         self._rotary_modules: list[nn.Module] = []  # they skip `num_prefix_tokens` positions (timm's Eva)
 
     @property
@@ -87,14 +88,16 @@ class TokenInjector(nn.Module):
         return output[:, self.num_active_tokens :]  # (B, K + N, D) -> (B, N, D)
 
     def pad_attention_mask(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        """Masks and relative position biases made for N tokens: every token may attend to and from the new ones."""
-        mask, k = kwargs.get("attention_mask"), self.num_active_tokens
-        sequence = (args[0] if args else kwargs["hidden_states"]).shape[1]
-        if not isinstance(mask, Tensor) or mask.dim() != 4 or mask.shape[-1] != sequence - k:
+        """Extends masks and relative position biases, made for the base's own sequence, to the tokens in front."""
+        by_position = len(args) > 1
+        mask = args[1] if by_position else kwargs.get("attention_mask")
+        if mask is None or not self.enabled:
             return args, kwargs
-        rows = k if mask.shape[-2] != 1 else 0  # a mask of one row is broadcast over the queries
-        padded = F.pad(mask, (k, 0, rows, 0), value=True if mask.dtype == torch.bool else 0.0)
-        return args, {**kwargs, "attention_mask": padded}  # (B, H, N, N) -> (B, H, K + N, K + N)
+        sequence = (args[0] if args else kwargs["hidden_states"]).shape[1]
+        mask = _pad_mask(mask, self.num_active_tokens, sequence - self.num_active_tokens)
+        if by_position:
+            return (args[0], mask, *args[2:]), kwargs
+        return args, {**kwargs, "attention_mask": mask}
 
     def trim_recorded(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Takes the tokens out of `hidden_states` and `attentions`, where the owner of the layers recorded them."""
@@ -112,6 +115,8 @@ class TokenInjector(nn.Module):
         return self._insert(output)
 
     def strip_before_norm(self, module: nn.Module, args: Any) -> Any:
+        if not self.strips_before_norm:
+            return args
         return (args[0][:, self.num_active_tokens :], *args[1:])
 
 
@@ -188,8 +193,43 @@ def _own_hooks(model: nn.Module) -> Iterator[tuple[nn.Module, int, Any]]:
                     yield module, hook_id, hook
 
 
+def _pad_mask(mask: Any, k: int, sequence: int) -> Tensor:
+    """(B, H, N or 1, N) -> (B, H, K + N or 1, K + N), or (B, N) -> (B, K + N) as flash attention takes it.
+
+    Raises:
+        ValueError: If it isn't made for the N tokens that the base itself has.
+    """
+    if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
+        raise ValueError(
+            f"an attention mask of type {type(mask).__name__} can't be extended to the robustness tokens: load the "
+            'base with attn_implementation="sdpa" or "eager"'
+        )
+    if mask.shape[-1] != sequence:
+        raise ValueError(
+            f"an attention mask or relative position bias is {mask.shape[-1]} wide, the sequence without robustness "
+            f"tokens is {sequence}: BEiT with interpolate_pos_encoding=True stretches its bias over the tokens; "
+            "leave interpolate_pos_encoding out (its bias fits any image size without)"
+        )
+    if mask.dim() == 2:
+        return F.pad(mask, (k, 0), value=1)
+    if mask.shape[-2] != 1:  # one row is broadcast over the queries
+        mask = torch.cat([_token_row(mask).expand(-1, -1, k, -1), mask], dim=-2)  # (B, H, K + N, N)
+    return F.pad(mask, (k, 0), value=0.0 if mask.is_floating_point() else True)
+
+
+def _token_row(mask: Tensor) -> Tensor:
+    """(B, H, N, N) -> (B, H, 1, N): no bias, but padding that no query sees, no token sees (it would leak)."""
+    if not mask.is_floating_point():
+        return mask.any(dim=-2, keepdim=True)
+    lowest = torch.finfo(mask.dtype).min
+    hidden = (mask <= lowest / 2).all(dim=-2, keepdim=True)  # biases are nowhere near
+    return torch.zeros_like(mask[..., :1, :]).masked_fill(hidden, lowest)
+
+
 def _trim(recorded: Any, k: int) -> Any:
     """Hidden states (B, K + N, D), of which the last is stripped already, or attentions (B, H, K + N, K + N)."""
+    if not recorded:
+        return recorded  # attention kernels that keep no weights record none
     *inner, last = recorded
     if last is not None and last.dim() == 4:
         return tuple(attention[..., k:, k:] for attention in recorded)
@@ -197,9 +237,30 @@ def _trim(recorded: Any, k: int) -> Any:
 
 
 def _forward_intermediates(timm_model: Any, injector: TokenInjector, *args: Any, **kwargs: Any) -> Any:
-    """timm's own method, with the tokens counted among the prefix tokens that it splits off."""
-    timm_model.num_prefix_tokens += injector.num_active_tokens
+    """timm's own method; the tokens pass for prefix tokens, which it splits off, and then leave the prefix."""
+    own, k = timm_model.num_prefix_tokens, injector.num_active_tokens
+    timm_model.num_prefix_tokens = own + k
+    injector.strips_before_norm = False  # with norm=True the intermediates pass through the norm before the split
     try:
-        return type(timm_model).forward_intermediates(timm_model, *args, **kwargs)
+        output = type(timm_model).forward_intermediates(timm_model, *args, **kwargs)
     finally:
-        timm_model.num_prefix_tokens -= injector.num_active_tokens
+        timm_model.num_prefix_tokens = own
+        injector.strips_before_norm = True
+
+    def strip_prefix(intermediate: Any) -> Any:
+        if not isinstance(intermediate, tuple):
+            return intermediate
+        patches, prefix = intermediate
+        return (patches, prefix[:, k:]) if own else patches
+
+    if isinstance(output, dict):
+        prefixes = [prefix[:, k:] for prefix in output.pop("image_intermediates_prefix", [])]
+        if own and prefixes:
+            output["image_intermediates_prefix"] = prefixes
+        if "image_features" in output:
+            output["image_features"] = output["image_features"][:, k:]
+        return output
+    if isinstance(output, tuple):
+        features, intermediates = output
+        return features[:, k:], [strip_prefix(item) for item in intermediates]
+    return [strip_prefix(item) for item in output]

@@ -90,5 +90,5 @@ def is_generated(card: str) -> bool:
 def _render_training(training: dict[str, object]) -> str:
     if not training:
         return "The tokens have not been trained."
-    rows = [f"| {key} | {json.dumps(value)} |" for key, value in sorted(training.items())]
-    return "\n".join(["| setting | value |", "|---|---|", *rows])
+    rows = [(key, json.dumps(value).replace("|", "\\|")) for key, value in sorted(training.items())]
+    return "\n".join(["| setting | value |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows)])

@@ -29,7 +29,10 @@ from .hub import (
     CONFIG_FILE,
     AdapterFolder,
     cached_commit,
+    check_base_is_repo_id,
+    check_no_other_model,
     fetch_adapter,
+    is_repo_id,
     push_adapter,
     read_config,
     read_tokens,
@@ -111,9 +114,10 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
         """
         hub_kwargs = {name: base_kwargs[name] for name in _HUB_KWARGS if name in base_kwargs}
         if isinstance(base_model, PreTrainedModel):
-            if base_kwargs or revision is not None:
+            _check_no_loading_arguments("the base is", {**base_kwargs, "revision": revision})
+            if isinstance(base_model, RobustnessTokenPreTrainedModel):
                 raise ValueError(
-                    f"the base is in memory already: {sorted([*base_kwargs, 'revision'])} can't be applied"
+                    f"{type(base_model).__name__} has robustness tokens already: give from_base its base, .unload()"
                 )
             base, name = base_model, base_model.config.name_or_path or ""
             if vision_class := _vision_class(base.config):
@@ -190,11 +194,13 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
         tokens = read_tokens(folder, adapter_config)
         base_kwargs = {name: value for name, value in base_kwargs.items() if value is not None}
         if isinstance(base_model, PreTrainedModel):
+            for_base = {name: value for name, value in base_kwargs.items() if name not in _HUB_KWARGS}
+            _check_no_loading_arguments("the base is", for_base)
             base = base_model
+        elif base_model is not None:
+            base = cls._load_base(os.fspath(base_model), adapter_config.base_model_class, None, base_kwargs)
         else:
-            name = os.fspath(base_model) if base_model is not None else adapter_config.base_model_name_or_path
-            pinned = adapter_config.base_model_revision if base_model is None else None
-            base = cls._load_base(name, adapter_config.base_model_class, pinned, base_kwargs)
+            base = cls._load_named_base(folder, adapter_config, base_kwargs)
         if not ignore_base_mismatch:
             _check_base(base, adapter_config)
         model = cls(adapter_config, base)
@@ -218,11 +224,22 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
         return str((auto_class[0] if isinstance(auto_class, list | tuple) else auto_class).__name__)
 
     @classmethod
+    def _load_named_base(
+        cls, folder: AdapterFolder, config: RobustnessTokenConfig, base_kwargs: Mapping[str, Any]
+    ) -> PreTrainedModel:
+        name = config.base_model_name_or_path
+        if not name:
+            raise ValueError("the adapter doesn't name its base: pass base_model= (a folder, a Hub id or a model)")
+        if folder.from_hub:
+            check_base_is_repo_id(name)
+        elif not os.path.isdir(name) and not is_repo_id(name):
+            raise ValueError(f"the adapter's base was the folder {name!r}, which is gone: pass base_model=")
+        return cls._load_base(name, config.base_model_class, config.base_model_revision, base_kwargs)
+
+    @classmethod
     def _load_base(
         cls, name: str, base_class: str, revision: str | None, base_kwargs: Mapping[str, Any]
     ) -> PreTrainedModel:
-        if not name:
-            raise ValueError("the adapter doesn't name its base: pass base_model= (a folder, a Hub id or a model)")
         # getattr on transformers alone: a name in a config never reaches any other code.
         loader = getattr(transformers, base_class, None)
         if not (isinstance(loader, type) and issubclass(loader, PreTrainedModel)):
@@ -241,6 +258,10 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
                 if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
                     module.training = mode
         return self
+
+    def _set_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> None:
+        super()._set_gradient_checkpointing(*args, **kwargs)
+        self.train(self.training)  # now the layers that checkpoint are others
 
     def forward(self, pixel_values: Tensor, **kwargs: Any) -> Any:
         """The base's forward, with the tokens in its sequence.
@@ -307,7 +328,7 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
             push_kwargs: For [`push_to_hub`].
 
         Raises:
-            ValueError: If the tokens are not finite.
+            ValueError: If the tokens are not finite, or the folder holds another model. Nothing is written then.
         """
         if push_kwargs and not push_to_hub:
             raise ValueError(f"save_pretrained got {sorted(push_kwargs)}, which only push_to_hub=True takes")
@@ -358,17 +379,20 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
 
     def _write(self, folder: Path, *, base_model_id: str | None, name: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
+        check_no_other_model(folder)
         config = RobustnessTokenConfig.from_dict(self.config.to_dict())
         config.architectures = [type(self).__name__]
         if base_model_id is not None:
             config.base_model_name_or_path, config.base_model_revision = base_model_id, None
+        config_json, card_text = config.to_json_string(use_diff=False), render_card(config, name=name)
         write_tokens(folder, self.robustness_tokens)
-        (folder / CONFIG_FILE).write_text(config.to_json_string(use_diff=False), encoding="utf-8")
+        (folder / CONFIG_FILE).write_text(config_json, encoding="utf-8")
         if self.image_processor is not None:
             self.image_processor.save_pretrained(folder)
         card = folder / CARD_FILE
-        if not card.exists() or is_generated(card.read_text(encoding="utf-8")):
-            card.write_text(render_card(config, name=name), encoding="utf-8")
+        # A person's card may be in any encoding.
+        if not card.exists() or is_generated(card.read_text(encoding="utf-8", errors="replace")):
+            card.write_text(card_text, encoding="utf-8")
 
 
 class RobustnessTokenModel(RobustnessTokenPreTrainedModel):
@@ -378,20 +402,21 @@ class RobustnessTokenModel(RobustnessTokenPreTrainedModel):
 class RobustnessTokenForImageClassification(RobustnessTokenPreTrainedModel):
     """A frozen image classifier with robustness tokens; its outputs are the base's (logits)."""
 
+    def __init__(self, config: RobustnessTokenConfig, base_model: PreTrainedModel) -> None:
+        classifiers = AutoModelForImageClassification._model_mapping.get(type(base_model.config), ())
+        if not isinstance(base_model, classifiers):
+            raise _no_head_error(f"{type(base_model).__name__} {base_model.config.name_or_path!r}")
+        super().__init__(config, base_model)
+
     @classmethod
     def _load_base(
         cls, name: str, base_class: str, revision: str | None, base_kwargs: Mapping[str, Any]
     ) -> PreTrainedModel:
-        if not name:
-            raise ValueError("the adapter doesn't name its base: pass base_model= (a folder, a Hub id or a model)")
         base, info = _load(
             AutoModelForImageClassification, name, revision, {**base_kwargs, "output_loading_info": True}
         )
         if info["missing_keys"]:
-            raise ValueError(
-                f"{name} holds no classification head ({sorted(info['missing_keys'])} are missing and would be "
-                "random): load a classifier that stands on this base, and inject_tokens(classifier, adapter)"
-            )
+            raise _no_head_error(f"{name} ({sorted(info['missing_keys'])} are missing and would be random)")
         return base
 
 
@@ -420,7 +445,9 @@ def inject_tokens(
         ValueError: If the model has tokens already, is no vision transformer, or has other weights.
     """
     if isinstance(adapter, Tensor):
-        tokens = adapter.detach().clone()
+        given = {"revision": revision, "subfolder": subfolder or None, **hub_kwargs}
+        _check_no_loading_arguments("the tokens are", given)
+        tokens = _check_tokens(adapter).detach().clone()
     else:
         folder: AdapterFolder = fetch_adapter(adapter, revision=revision, subfolder=subfolder, **hub_kwargs)
         config = read_config(folder)
@@ -430,6 +457,27 @@ def inject_tokens(
     injector = attach_tokens(model, tokens.to(next(model.parameters()).device))
     injector.requires_grad_(False)
     return model
+
+
+def _check_no_loading_arguments(what: str, arguments: Mapping[str, Any]) -> None:
+    if given := sorted(name for name, value in arguments.items() if value is not None):
+        raise ValueError(f"{what} in memory already: {given} can't be applied")
+
+
+def _check_tokens(tokens: Tensor) -> Tensor:
+    if not tokens.is_floating_point() or tokens.numel() == 0 or not tokens.isfinite().all():
+        raise ValueError(
+            "robustness tokens must be at least one row of finite floating-point numbers, (K, D), got "
+            f"{tokens.dtype} of shape {tuple(tokens.shape)}"
+        )
+    return tokens
+
+
+def _no_head_error(name: str) -> ValueError:
+    return ValueError(
+        f"{name}: there is no classification head on this base. Load a classifier that stands on it, and "
+        "inject_tokens(classifier, adapter)"
+    )
 
 
 def _check_base(base: PreTrainedModel, config: RobustnessTokenConfig) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import re
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
-from transformers import HfArgumentParser, SchedulerType
+from transformers import HfArgumentParser
 
 from .configuration import FeatureView, SimilarityAxis
 
@@ -20,6 +20,12 @@ AttackName = Literal["paper", "pgd"]
 AttackThrough = Literal["base", "tokens", "both"]
 MixedPrecision = Literal["no", "bf16"]
 Resize = Literal["squash", "processor"]
+
+LAST_CHECKPOINT = "last"
+
+# Schedules that need nothing but the number of steps; the second group runs the same whatever max_steps is.
+_SCHEDULES_TO_MAX_STEPS = ("linear", "cosine", "cosine_with_restarts", "polynomial")
+_ENDLESS_SCHEDULES = ("constant", "constant_with_warmup", "inverse_sqrt")
 
 _PGD_DEFAULT_EPS = 4 / 255
 _PAPER_STEP_SIZE = 0.01
@@ -41,6 +47,13 @@ class ModelArguments:
     )
     attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flash_attention_2, ..."})
 
+    def from_base_kwargs(self) -> dict[str, Any]:
+        """Keyword arguments for `RobustnessTokenModel.from_base(model_args.base_model, ...)`."""
+        kwargs = dataclasses.asdict(self)
+        del kwargs["base_model"]
+        kwargs["revision"] = kwargs.pop("base_model_revision")
+        return {name: value for name, value in kwargs.items() if value is not None}
+
 
 @dataclass(kw_only=True)
 class DataArguments:
@@ -60,7 +73,7 @@ class RobustnessTokenTrainingArguments:
         ValueError: If a value is out of range, or if `eps` is set for the paper's attack.
     """
 
-    output_dir: str = field(metadata={"help": "Folder for the adapter, the checkpoints and the log."})
+    output_dir: str = field(metadata={"help": "Folder for the adapter; checkpoints and log go to folders in it."})
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Replace the adapter and the checkpoints that output_dir holds."}
     )
@@ -106,11 +119,15 @@ class RobustnessTokenTrainingArguments:
     save_steps: int | None = field(default=None, metadata={"help": "Save a checkpoint every so many steps."})
     save_total_limit: int | None = field(default=None, metadata={"help": "Keep only so many checkpoints."})
     resume_from_checkpoint: str | None = field(
-        default=None, metadata={"help": "Folder of a checkpoint, or 'last' for the last one in output_dir."}
+        default=None, metadata={"help": "Folder of a checkpoint, or 'last' (or True) for the last one in output_dir."}
     )
     disable_tqdm: bool = field(default=False, metadata={"help": "No progress bar."})
 
     def __post_init__(self) -> None:
+        if str(self.resume_from_checkpoint).lower() == "true":  # as transformers says it; a word on a command line
+            self.resume_from_checkpoint = LAST_CHECKPOINT
+        elif str(self.resume_from_checkpoint).lower() == "false":
+            self.resume_from_checkpoint = None
         for name, smallest in (
             ("max_steps", 1),
             ("per_device_train_batch_size", 1),
@@ -118,6 +135,7 @@ class RobustnessTokenTrainingArguments:
             ("num_attack_steps", 1),
             ("logging_steps", 1),
             ("warmup_steps", 0),
+            ("seed", 0),
             ("dataloader_num_workers", 0),
             ("max_broken_images", 0),
         ):
@@ -130,10 +148,20 @@ class RobustnessTokenTrainingArguments:
             ("attack_through", get_args(AttackThrough)),
             ("mixed_precision", get_args(MixedPrecision)),
             ("resize", get_args(Resize)),
-            ("lr_scheduler_type", tuple(scheduler.value for scheduler in SchedulerType)),
+            ("lr_scheduler_type", _ENDLESS_SCHEDULES + _SCHEDULES_TO_MAX_STEPS),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
+        if self.warmup_steps > 0 and self.lr_scheduler_type == "constant":
+            raise ValueError(
+                f'warmup_steps={self.warmup_steps} has no effect with lr_scheduler_type="constant": '
+                'set lr_scheduler_type="constant_with_warmup", or leave it out'
+            )
+        if self.resize == "processor" and self.image_size is not None:
+            raise ValueError(
+                f'image_size={self.image_size} has no effect with resize="processor", which goes by the image '
+                "processor: leave one of them out"
+            )
         if self.attack == "paper" and self.eps is not None:
             raise ValueError(
                 f'eps={self.eps:g} has no meaning with attack="paper", whose budget is fixed in normalised units '
@@ -146,14 +174,12 @@ class RobustnessTokenTrainingArguments:
         if self.step_size is None and self.attack == "paper":
             self.step_size = _PAPER_STEP_SIZE
         for name in ("learning_rate", "step_size", "max_grad_norm"):
-            if getattr(self, name) is not None and not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        if (
-            min(self.invariance_weight, self.adversarial_weight) < 0
-            or self.invariance_weight + self.adversarial_weight == 0
-        ):
+            if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be finite and above 0, got {getattr(self, name)}")
+        weights = (self.invariance_weight, self.adversarial_weight)
+        if not all(0 <= weight < math.inf for weight in weights) or sum(weights) == 0:
             raise ValueError(
-                "invariance_weight and adversarial_weight must be at least 0 and not both 0, "
+                "invariance_weight and adversarial_weight must be finite, at least 0 and not both 0, "
                 f"got {self.invariance_weight} and {self.adversarial_weight}"
             )
 
@@ -161,6 +187,11 @@ class RobustnessTokenTrainingArguments:
         value = getattr(self, name)
         if type(value) is not int or value < smallest:
             raise ValueError(f"{name} must be a whole number of at least {smallest}, got {value!r}")
+
+    @property
+    def schedule_depends_on_max_steps(self) -> bool:
+        """Whether the learning rate of a step depends on how many steps there will be."""
+        return self.lr_scheduler_type in _SCHEDULES_TO_MAX_STEPS
 
     def recipe(self) -> dict[str, Any]:
         """What determines the tokens, for the adapter's config: everything but folders, logging and workers."""
@@ -191,33 +222,41 @@ def parse_arguments(
         prog: Name of the program in the help.
 
     Returns:
-        The three groups of arguments. Fractions such as `8/255` are understood; later words win over the file.
+        The three groups of arguments. Numbers may be fractions such as `8/255`; later words win over the file.
 
     Raises:
-        ValueError: If a value is out of range, or the file is no mapping.
+        ValueError: If a value is out of range, or the file can't be read or is no mapping of names to plain values.
         SystemExit: On a word that is not understood, and after `--help`.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if words and words[0].endswith((".yaml", ".yml")):
         words = [*_words_of_file(Path(words[0])), *words[1:]]
-    words = [str(_as_number(word)) if re.fullmatch(r"\d+(\.\d+)?/\d+(\.\d+)?", word) else word for word in words]
-    parser = HfArgumentParser((ModelArguments, DataArguments, RobustnessTokenTrainingArguments), prog=prog)  # type: ignore[arg-type]
-    namespace = parser.parse_args(words)
-    values = vars(namespace)
-    groups = [
-        group(**{f.name: values[f.name] for f in dataclasses.fields(group)})
-        for group in (ModelArguments, DataArguments, RobustnessTokenTrainingArguments)
-    ]
-    return groups[0], groups[1], groups[2]  # type: ignore[return-value]
+    groups = (ModelArguments, DataArguments, RobustnessTokenTrainingArguments)
+    parser = HfArgumentParser(groups, prog=prog, allow_abbrev=False)  # type: ignore[arg-type]
+    parser.register("type", float, _as_number)
+    values = vars(parser.parse_args(words))
+    model_args, data_args, training_args = (
+        group(**{f.name: values[f.name] for f in dataclasses.fields(group)}) for group in groups
+    )
+    return model_args, data_args, training_args  # type: ignore[return-value]
 
 
 def _words_of_file(path: Path) -> list[str]:
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as exc:
+        raise ValueError(f"{path} can't be read as YAML: {exc}") from exc
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a mapping of argument names to values, got {type(content).__name__}")
-    return [word for name, value in content.items() if value is not None for word in (f"--{name}", str(value))]
+    for name, value in content.items():
+        if isinstance(value, dict | list):
+            raise ValueError(f"{path}: {name} must be a plain value, got a {type(value).__name__}")
+    return [f"--{name}={value}" for name, value in content.items() if value is not None]
 
 
-def _as_number(fraction: str) -> float:
-    numerator, denominator = fraction.split("/")
-    return float(numerator) / float(denominator)
+def _as_number(word: str) -> float:
+    numerator, slash, denominator = word.partition("/")
+    try:
+        return float(numerator) / (float(denominator) if slash else 1.0)
+    except ZeroDivisionError as exc:
+        raise ValueError(f"{word} divides by zero") from exc

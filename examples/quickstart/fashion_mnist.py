@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+
 SOURCE = Path("/usr/share/datasets/fashion-mnist")
 LABELS = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
 

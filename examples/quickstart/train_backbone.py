@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import BitImageProcessor, Dinov2Config, Dinov2ForImageClassification
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
+
 CARD = """---
 license: mit
 library_name: transformers
@@ -130,6 +131,8 @@ def main() -> None:
         print(f"epoch {epoch + 1}/{args.epochs}  loss {mean_loss:.4f}  {minutes:.1f} min", flush=True)
 
     model.half().save_pretrained(args.output)
+    model.config.dtype = torch.float32  # what from_pretrained loads the float16 file as
+    model.config.save_pretrained(args.output)
     BitImageProcessor(
         size={"height": 28, "width": 28},
         do_center_crop=False,
@@ -138,7 +141,8 @@ def main() -> None:
         do_convert_rgb=True,
     ).save_pretrained(args.output)
 
-    stored = Dinov2ForImageClassification.from_pretrained(args.output, dtype=torch.float32)
+    stored = Dinov2ForImageClassification.from_pretrained(args.output)
+    assert stored.dtype == torch.float32
     test_images, test_labels = (torch.from_numpy(array.copy()) for array in load_split("t10k", args.source))
     score = accuracy(stored, test_images, test_labels, normalise)
     print(f"stored file: {score:.2%} of {len(test_labels):,} test images")

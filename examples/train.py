@@ -1,0 +1,38 @@
+"""Trains robustness tokens on any folder or Hub dataset of images, on one process or many.
+
+    accelerate launch examples/train.py --base_model facebook/dinov2-small --dataset ILSVRC/imagenet-1k \
+        --output_dir outputs/dinov2-small-robtok
+
+    accelerate launch examples/train.py examples/dinov2_small.yaml --learning_rate 5e-3
+
+Every argument: python examples/train.py --help. `robtok train` is this script, installed.
+"""
+
+from __future__ import annotations
+
+from transformers import set_seed
+
+from robustness_tokens import RobustnessTokenModel, RobustnessTokenTrainer
+from robustness_tokens.data import load_image_dataset
+from robustness_tokens.training_args import parse_arguments
+
+
+def main() -> None:
+    model_args, data_args, training_args = parse_arguments()
+
+    set_seed(training_args.seed)  # of the new tokens; the trainer seeds everything else itself
+    model = RobustnessTokenModel.from_base(model_args.base_model, **model_args.from_base_kwargs())
+    model.print_trainable_parameters()
+
+    dataset = load_image_dataset(
+        data_args.dataset, name=data_args.dataset_config, split=data_args.split, streaming=data_args.streaming
+    )
+
+    trainer = RobustnessTokenTrainer(model, training_args, dataset)
+    result = trainer.train()
+    trainer.save_model()
+    trainer.accelerator.print(f"trained for {result.global_step} steps, adapter in {training_args.output_dir}")
+
+
+if __name__ == "__main__":
+    main()

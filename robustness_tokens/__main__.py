@@ -1,0 +1,6 @@
+"""`python -m robustness_tokens` is `robtok`."""
+
+from .cli import main
+
+
+main()

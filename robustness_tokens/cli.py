@@ -1,0 +1,90 @@
+"""The command `robtok`: thin, every command a few calls of the library."""
+
+from __future__ import annotations
+
+import json
+import logging
+from typing import Annotated
+
+import torch
+import transformers
+import typer
+
+from .data import load_image_dataset
+from .hub import EVALUATION_FILE, fetch_adapter, read_config, read_json, read_tokens
+from .modeling import RobustnessTokenModel
+from .trainer import RobustnessTokenTrainer
+from .training_args import DataArguments, ModelArguments, RobustnessTokenTrainingArguments, parse_arguments
+
+
+app = typer.Typer(
+    help="Adversarially robust vision transformers from a frozen backbone and a handful of learned input tokens.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+AdapterArgument = Annotated[str, typer.Argument(help="Folder or Hub id of an adapter.", show_default=False)]
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    add_help_option=False,
+)
+def train(context: typer.Context) -> None:
+    """Train tokens: robtok train [FILE.yaml] --base_model ... --dataset ... --output_dir ... (--help lists all)."""
+    run_training(*parse_arguments(context.args, prog="robtok train"))
+
+
+def run_training(
+    model_args: ModelArguments, data_args: DataArguments, training_args: RobustnessTokenTrainingArguments
+) -> None:
+    """Trains new tokens on a base and saves the adapter in `training_args.output_dir`."""
+    transformers.set_seed(training_args.seed)
+    model = RobustnessTokenModel.from_base(model_args.base_model, **model_args.from_base_kwargs())
+    dataset = load_image_dataset(
+        data_args.dataset, name=data_args.dataset_config, split=data_args.split, streaming=data_args.streaming
+    )
+    trainer = RobustnessTokenTrainer(model, training_args, dataset)
+    trainer.train()
+    trainer.save_model()
+
+
+@app.command()
+def info(
+    adapter: AdapterArgument,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
+) -> None:
+    """Print what an adapter holds, without loading its base."""
+    folder = fetch_adapter(adapter, revision=revision)
+    config = read_config(folder)
+    tokens = read_tokens(folder, config)
+    rows = {
+        "adapter": f"{adapter} (commit {folder.commit})" if folder.commit else adapter,
+        "base": config.base_model_name_or_path,
+        "base commit": config.base_model_revision or "none pinned (a folder)",
+        "base class": config.base_model_class,
+        "tokens": f"{config.num_robustness_tokens} of width {config.hidden_size}",
+        "size": f"{sum(file.stat().st_size for file in folder.path.iterdir() if file.is_file()):,} bytes",
+        "token norm": f"{torch.linalg.vector_norm(tokens, dim=1).mean():.3f} on average",
+        "features": f"{config.feature_view}, cosine along the {config.similarity_axis} axis",
+        "normalisation": f"mean {config.image_mean}, std {config.image_std}",
+    }
+    for name, value in rows.items():
+        typer.echo(f"{name:<15}{value}")
+    typer.echo(f"{'training':<15}" + ("" if config.training else "none: the tokens are untrained"))
+    for name, value in (config.training or {}).items():
+        typer.echo(f"  {name:<29}{value}")
+    if (folder.path / EVALUATION_FILE).is_file():
+        report = read_json(folder.path / EVALUATION_FILE)
+        typer.echo(f"{'evaluation':<15}" + json.dumps(report, indent=2))
+
+
+def main() -> None:
+    """Runs `robtok`; a user's mistake ends with its message, not with a traceback."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    try:
+        app()
+    except (ValueError, FloatingPointError) as exc:
+        typer.echo(f"robtok: {exc}", err=True)
+        raise SystemExit(1) from exc

@@ -1,0 +1,186 @@
+"""What happens to the images of one optimiser step: attacked, compared, and the gradient summed to the tokens.
+
+Shapes: B images of a batch, N sequence, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from .attacks import cosine_similarity, feature_cosine_objective, paper_attack, pgd_attack
+from .losses import example_generators, robustness_loss
+from .modeling import RobustnessTokenPreTrainedModel
+from .preprocessing import Normalizer
+from .training_args import MixedPrecision, RobustnessTokenTrainingArguments
+
+
+class _NotFiniteError(Exception):
+    """Features became infinite or NaN in the middle of an attack."""
+
+
+def compute_features(
+    model: RobustnessTokenPreTrainedModel, pixel_values: Tensor, *, mixed_precision: MixedPrecision = "no"
+) -> Tensor:
+    """The features that the tokens are trained on, in float32 whatever computed them.
+
+    Args:
+        model: With its tokens on or off.
+        pixel_values: (B, 3, H, W) normalised images.
+        mixed_precision: `"bf16"` runs the model under autocast.
+
+    Returns:
+        (B, N, D) or (B, D).
+    """
+    with torch.autocast(pixel_values.device.type, dtype=torch.bfloat16, enabled=mixed_precision == "bf16"):
+        return model.get_features(pixel_values).float()
+
+
+@torch.no_grad()
+def base_features(
+    model: RobustnessTokenPreTrainedModel, pixel_values: Tensor, *, mixed_precision: MixedPrecision = "no"
+) -> Tensor:
+    """f(x): what [`compute_features`] gives without tokens, and without a gradient."""
+    with model.disable_adapter():
+        return compute_features(model, pixel_values, mixed_precision=mixed_precision)
+
+
+def attack_for_training(
+    model: RobustnessTokenPreTrainedModel,
+    images: Tensor,
+    target: Tensor,
+    *,
+    args: RobustnessTokenTrainingArguments,
+    normalizer: Normalizer,
+    step: int,
+    index: Tensor,
+    through_tokens: bool,
+) -> Tensor:
+    """Attacked versions of images, as the arguments say; the noise depends on (seed, step, index) alone.
+
+    Args:
+        model: To attack; never changed.
+        images: (B, 3, H, W) float in [0, 1].
+        target: Features of the images without tokens, (B, N, D) or (B, D), which `"pgd"` pushes away from;
+            `"paper"` pushes away from the attacked model's own clean features, which without tokens are the same.
+        args: Of the training.
+        normalizer: [0, 1] images -> pixel values.
+        step: Optimiser step.
+        index: (B,) int64 global example indices.
+        through_tokens: Whether the attacker's model has the tokens.
+
+    Returns:
+        (B, 3, H, W) normalised pixel values, all NaN if the model's features were not finite: so every process sees
+        it in the reduced loss, and all of them stop at the same place.
+
+    Raises:
+        ValueError: If the images are not in [0, 1].
+    """
+
+    def features(pixel_values: Tensor) -> Tensor:
+        output = compute_features(model, pixel_values, mixed_precision=args.mixed_precision)
+        if not output.isfinite().all():
+            raise _NotFiniteError
+        return output
+
+    generators = example_generators(args.seed, step, index)
+    pixel_values = normalizer(images)
+    try:
+        with nullcontext() if through_tokens else model.disable_adapter():
+            if args.attack == "paper":
+                assert args.step_size is not None, "the arguments set it for the paper's attack"
+                return paper_attack(
+                    features,
+                    pixel_values,
+                    image_mean=normalizer.image_mean.flatten().tolist(),
+                    image_std=normalizer.image_std.flatten().tolist(),
+                    step_size=args.step_size,
+                    num_steps=args.num_attack_steps,
+                    generator=generators,
+                )
+            assert args.eps is not None, "the arguments set it for pgd"
+            objective = feature_cosine_objective(
+                lambda x: features(normalizer(x)), target, similarity_axis=model.config.similarity_axis
+            )
+            attacked = pgd_attack(
+                objective,
+                images,
+                eps=args.eps,
+                step_size=args.step_size,
+                num_steps=args.num_attack_steps,
+                generator=generators,
+            )
+            return normalizer(attacked)
+    except _NotFiniteError:
+        return torch.full_like(pixel_values, torch.nan)
+
+
+def accumulate_gradient(
+    model: RobustnessTokenPreTrainedModel,
+    features: Callable[[Tensor], Tensor],
+    batches: Sequence[Mapping[str, Tensor]],
+    *,
+    args: RobustnessTokenTrainingArguments,
+    accelerator: Accelerator,
+    normalizer: Normalizer,
+    step: int,
+) -> dict[str, float]:
+    """Adds the gradient of the mean loss, over the images of all batches and processes, to the tokens' `.grad`.
+
+    Args:
+        model: To attack and to take the targets from.
+        features: The same model as `accelerator.prepare` wrapped it: (2B, 3, H, W) pixel values -> features.
+        batches: Of this process, each `{"images": (B, 3, H, W) float in [0, 1], "index": (B,) int64}`.
+        args, accelerator, normalizer: Of the training.
+        step: Optimiser step.
+
+    Returns:
+        `loss` and the three cosines, each a mean over the same images.
+
+    Raises:
+        FloatingPointError: If the loss or its gradient is not finite, on every process alike.
+    """
+    axis, tokens, device = model.config.similarity_axis, model.robustness_tokens, accelerator.device
+    routes = {"base": (False,), "tokens": (True,), "both": (False, True)}[args.attack_through]
+    num_images = torch.tensor(float(sum(len(batch["images"]) for batch in batches)), device=device)
+    num_images = accelerator.reduce(num_images, reduction="mean")
+    totals = torch.zeros(4, device=device)
+    for batch in batches:
+        images, weight = batch["images"].to(device), len(batch["images"]) / (len(routes) * num_images)
+        pixel_values = normalizer(images)
+        target = base_features(model, pixel_values, mixed_precision=args.mixed_precision)
+        for through_tokens in routes:
+            attacked = attack_for_training(
+                model,
+                images,
+                target,
+                args=args,
+                normalizer=normalizer,
+                step=step,
+                index=batch["index"],
+                through_tokens=through_tokens,
+            )
+            is_last = batch is batches[-1] and through_tokens == routes[-1]
+            with nullcontext() if is_last else accelerator.no_sync(features):
+                losses = robustness_loss(
+                    features,
+                    pixel_values,
+                    attacked,
+                    target,
+                    similarity_axis=axis,
+                    invariance_weight=args.invariance_weight,
+                    adversarial_weight=args.adversarial_weight,
+                )
+                accelerator.backward(losses.loss * weight)
+            attacked_base = base_features(model, attacked, mixed_precision=args.mixed_precision)
+            baseline = cosine_similarity(attacked_base, target, similarity_axis=axis).mean()
+            totals += torch.stack([losses.loss, losses.invariance, losses.adversarial, baseline]).detach() * weight
+    totals = accelerator.reduce(totals, reduction="mean")
+    if not (totals.isfinite().all() and tokens.grad is not None and tokens.grad.isfinite().all()):
+        raise FloatingPointError(f"the loss ({totals[0].item():g}) or its gradient is not finite")
+    names = ("loss", "invariance_cosine", "adversarial_cosine", "baseline_cosine")
+    return dict(zip(names, totals.tolist(), strict=True))

@@ -1,0 +1,130 @@
+import os
+
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub reads it
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    Dinov2Config,
+    Dinov2ForImageClassification,
+    Dinov2Model,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersForImageClassification,
+    Dinov2WithRegistersModel,
+    PreTrainedModel,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTModel,
+)
+
+from robustness_tokens.modeling import RobustnessTokenModel
+
+
+IMAGE_SIZE, HIDDEN_SIZE, NUM_TOKENS, NUM_LABELS = 16, 32, 3, 5
+
+FAMILIES: dict[str, tuple[Any, Any, Any]] = {
+    "vit": (ViTConfig, ViTModel, ViTForImageClassification),
+    "dinov2": (Dinov2Config, Dinov2Model, Dinov2ForImageClassification),
+    "dinov2_with_registers": (
+        Dinov2WithRegistersConfig,
+        Dinov2WithRegistersModel,
+        Dinov2WithRegistersForImageClassification,
+    ),
+}
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def few_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(min(before, 2))
+    yield
+    torch.set_num_threads(before)
+
+
+def build_base(family: str, *, classifier: bool = False, **overrides: Any) -> Any:
+    """A tiny base, the same at each call; dropout would change its outputs if it were ever left in training mode."""
+    config_class, model_class, classifier_class = FAMILIES[family]
+    sizes: dict[str, Any] = {"image_size": IMAGE_SIZE, "patch_size": 8, "hidden_size": HIDDEN_SIZE}
+    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_labels": NUM_LABELS, "initializer_range": 0.2}
+    sizes |= {"hidden_dropout_prob": 0.3}
+    if family == "vit":
+        sizes["intermediate_size"] = 64
+    else:
+        sizes |= {"mlp_ratio": 2, "drop_path_rate": 0.3}
+    with torch.random.fork_rng():
+        torch.manual_seed(1 + list(FAMILIES).index(family))
+        model = (classifier_class if classifier else model_class)(config_class(**{**sizes, **overrides}))
+    return model.eval()
+
+
+@pytest.fixture
+def make_base() -> Callable[..., Any]:
+    """`make_base(family, classifier=False, **config)`: a tiny random base in memory, equal weights at each call."""
+    return build_base
+
+
+@pytest.fixture(params=list(FAMILIES))
+def family(request: pytest.FixtureRequest) -> str:
+    """Each of the families in turn."""
+    return str(request.param)
+
+
+@pytest.fixture
+def base(family: str) -> PreTrainedModel:
+    """A tiny headless base of each family, in memory."""
+    return build_base(family)
+
+
+@pytest.fixture(scope="session")
+def base_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folder of a tiny headless base, by family. Read only."""
+    folders = {family: tmp_path_factory.mktemp(family) for family in FAMILIES}
+    for family, folder in folders.items():
+        build_base(family).save_pretrained(folder)
+    return folders
+
+
+@pytest.fixture(scope="session")
+def classifier_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folder of a tiny classifier on each family. Read only."""
+    folders = {family: tmp_path_factory.mktemp(f"{family}_classifier") for family in FAMILIES}
+    for family, folder in folders.items():
+        build_base(family, classifier=True).save_pretrained(folder)
+    return folders
+
+
+@pytest.fixture
+def pixel_values() -> Tensor:
+    """(2, 3, 16, 16) normalised images."""
+    return torch.randn(2, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(5))
+
+
+@pytest.fixture(scope="session")
+def saved_adapter(base_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("adapter")
+    model = RobustnessTokenModel.from_base(base_folders["dinov2"], num_robustness_tokens=NUM_TOKENS)
+    with torch.no_grad():
+        tokens = torch.randn(NUM_TOKENS, HIDDEN_SIZE, generator=torch.Generator().manual_seed(7))
+        model.robustness_tokens.copy_(tokens)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def adapter_folder(saved_adapter: Path, tmp_path: Path) -> Path:
+    """A saved adapter of the tiny DINOv2, with three tokens that matter; the test's own copy, to damage at will."""
+    return Path(shutil.copytree(saved_adapter, tmp_path / "adapter"))

@@ -1,0 +1,228 @@
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from robustness_tokens import checkpoints
+from robustness_tokens.checkpoints import (
+    STATE_FILE,
+    TENSORS_FILE,
+    find_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+)
+from robustness_tokens.training_log import LOG_COLUMNS, append_to_log, read_log, start_log
+
+
+SETTINGS = {"seed": 0, "learning_rate": 0.1}
+
+
+def trained(steps: int, shape: tuple[int, ...] = (2, 3)) -> tuple[nn.Parameter, torch.optim.Adam]:
+    tokens = nn.Parameter(torch.arange(math.prod(shape), dtype=torch.float32).reshape(shape))
+    optimizer = torch.optim.Adam([tokens], lr=0.1)
+    for _ in range(steps):
+        step(tokens, optimizer)
+    return tokens, optimizer
+
+
+def step(tokens: nn.Parameter, optimizer: torch.optim.Optimizer) -> Tensor:
+    optimizer.zero_grad()
+    tokens.sin().sum().backward()
+    optimizer.step()
+    return tokens.detach().clone()
+
+
+def save(folder: Path, steps: int, **kwargs: Any) -> Path:
+    tokens, optimizer = trained(steps)
+    defaults = {"settings": SETTINGS, "state": {"position": [1, 2]}}
+    return save_checkpoint(folder, step=steps, tokens=tokens, optimizer=optimizer, **{**defaults, **kwargs})
+
+
+def test_a_round_trip_is_bit_equal_and_goes_on_alike(tmp_path: Path) -> None:
+    tokens, optimizer = trained(3)
+    folder = save_checkpoint(
+        tmp_path, step=3, tokens=tokens, optimizer=optimizer, settings=SETTINGS, state={"x": [0.1, None]}
+    )
+    assert folder == tmp_path / "checkpoint-3"
+    fresh, fresh_optimizer = trained(0)
+    done, state = load_checkpoint(folder, tokens=fresh, optimizer=fresh_optimizer, settings=SETTINGS)
+    assert (done, state) == (3, {"x": [0.1, None]})
+    assert torch.equal(fresh, tokens)
+    for _ in range(3):
+        assert torch.equal(step(fresh, fresh_optimizer), step(tokens, optimizer))
+
+
+def test_what_lies_on_the_disk(tmp_path: Path) -> None:
+    folder = save(tmp_path, 2)
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-2"}
+    assert {path.name for path in folder.iterdir()} == {STATE_FILE, TENSORS_FILE}
+    assert (folder / TENSORS_FILE).stat().st_mode & 0o777 == 0o600
+    assert folder.stat().st_mode & 0o777 == 0o700
+
+
+def test_small(tmp_path: Path) -> None:
+    tokens, optimizer = trained(1, shape=(10, 384))
+    folder = save_checkpoint(tmp_path, step=1, tokens=tokens, optimizer=optimizer, settings=SETTINGS, state={})
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 3 * 4 * 10 * 384 + 2_000
+
+
+def test_a_checkpoint_before_the_first_step(tmp_path: Path) -> None:
+    folder = save(tmp_path, 0)
+    tokens, optimizer = trained(2)
+    load_checkpoint(folder, tokens=tokens, optimizer=optimizer, settings=SETTINGS)
+    assert torch.equal(tokens, trained(0)[0])
+    assert optimizer.state_dict()["state"] == {}
+
+
+@pytest.mark.parametrize("limit", [1, 2, None])
+def test_save_total_limit(tmp_path: Path, limit: int | None) -> None:
+    for steps in (2, 10, 9, 100):
+        save(tmp_path, steps, save_total_limit=limit)
+    # By number: 9 comes before 10, and 100 last.
+    expected = [2, 9, 10, 100] if limit is None else [10, 100][-limit:]
+    assert [steps for steps, _ in list_checkpoints(tmp_path)] == expected
+    assert len(list(tmp_path.iterdir())) == len(expected)
+
+
+def test_saving_again_replaces(tmp_path: Path) -> None:
+    save(tmp_path, 2, state={"x": 1})
+    folder = save(tmp_path, 2, state={"x": 2})
+    tokens, optimizer = trained(0)
+    assert load_checkpoint(folder, tokens=tokens, optimizer=optimizer, settings=SETTINGS) == (2, {"x": 2})
+
+
+@pytest.mark.parametrize("moment", ["save_file", "_flush_to_disk"])
+def test_a_save_that_is_cut_off_leaves_the_checkpoint_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    save(tmp_path, 2)
+
+    def killed(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoints, moment, killed)
+        with pytest.raises(KeyboardInterrupt):
+            save(tmp_path, 4)
+    assert [steps for steps, _ in list_checkpoints(tmp_path)] == [2]
+    assert find_checkpoint(tmp_path, "last") == tmp_path / "checkpoint-2"
+    save(tmp_path, 6)
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-2", "checkpoint-6"}
+
+
+def test_an_error_of_the_disk_is_not_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        save(tmp_path, 2)
+    assert list_checkpoints(tmp_path) == []
+
+
+@pytest.mark.parametrize("missing", [STATE_FILE, TENSORS_FILE])
+def test_a_checkpoint_with_a_file_missing_is_not_whole(tmp_path: Path, missing: str) -> None:
+    save(tmp_path, 2)
+    (save(tmp_path, 4) / missing).unlink()
+    (tmp_path / "checkpoint-x").mkdir()
+    assert [steps for steps, _ in list_checkpoints(tmp_path)] == [2]
+    tokens, optimizer = trained(0)
+    with pytest.raises(ValueError, match="is not a checkpoint"):
+        load_checkpoint(tmp_path / "checkpoint-4", tokens=tokens, optimizer=optimizer, settings=SETTINGS)
+
+
+def test_find_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="holds no checkpoint"):
+        find_checkpoint(tmp_path, "last")
+    save(tmp_path, 2)
+    assert find_checkpoint(tmp_path, "last") == tmp_path / "checkpoint-2"
+    assert find_checkpoint(tmp_path, "some/folder") == Path("some/folder")
+
+
+def damage_tensors(folder: Path) -> None:
+    path = folder / TENSORS_FILE
+    path.write_bytes(path.read_bytes()[:-8])
+
+
+def damage_state(folder: Path) -> None:
+    (folder / STATE_FILE).write_text("{", encoding="utf-8")
+
+
+def empty_state(folder: Path) -> None:
+    (folder / STATE_FILE).write_text(json.dumps({"step": 1}), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [(damage_tensors, "damaged"), (damage_state, "not valid JSON"), (empty_state, "'settings', 'state'")],
+)
+def test_damage_is_an_error_that_changes_nothing(tmp_path: Path, damage: Any, message: str) -> None:
+    folder = save(tmp_path, 2)
+    damage(folder)
+    tokens, optimizer = trained(0)
+    with pytest.raises(ValueError, match=message):
+        load_checkpoint(folder, tokens=tokens, optimizer=optimizer, settings=SETTINGS)
+    assert torch.equal(tokens, trained(0)[0])
+    assert optimizer.state_dict()["state"] == {}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({**SETTINGS, "seed": 1}, "seed: 0 -> 1"),
+        ({"seed": 0}, r"learning_rate: 0\.1 -> None"),
+        ({**SETTINGS, "new": 5}, "new: None -> 5"),
+    ],
+)
+def test_other_settings_are_refused(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
+    folder = save(tmp_path, 2)
+    tokens, optimizer = trained(0)
+    with pytest.raises(ValueError, match=message):
+        load_checkpoint(folder, tokens=tokens, optimizer=optimizer, settings=settings)
+    assert torch.equal(tokens, trained(0)[0])
+
+
+def test_tokens_of_another_shape_are_refused(tmp_path: Path) -> None:
+    folder = save(tmp_path, 2)
+    tokens, optimizer = trained(0, shape=(4, 3))
+    with pytest.raises(ValueError, match=r"shape \(2, 3\), the model has \(4, 3\)"):
+        load_checkpoint(folder, tokens=tokens, optimizer=optimizer, settings=SETTINGS)
+
+
+# The log
+
+
+def row(number: int) -> dict[str, float]:
+    return {**dict.fromkeys(LOG_COLUMNS, number + 1 / 3), "step": number}
+
+
+def test_the_log_reads_back_what_was_written(tmp_path: Path) -> None:
+    path = tmp_path / "logs" / "log.csv"
+    start_log(path)
+    assert path.read_text(encoding="utf-8").strip() == ",".join(LOG_COLUMNS)
+    for number in (1, 2, 3):
+        append_to_log(path, row(number))
+    assert read_log(path, last_step=3) == [row(1), row(2), row(3)]
+    assert read_log(path, last_step=2) == [row(1), row(2)]
+    start_log(path, read_log(path, last_step=1))
+    assert read_log(path, last_step=9) == [row(1)]
+    assert [file.name for file in path.parent.iterdir()] == ["log.csv"]
+
+
+@pytest.mark.parametrize("rest", ["", "4", "4,0.1,0.", "4,0.1,0.2,0.3,0.4,0.5,"])
+def test_a_row_cut_in_the_middle_is_left_out(tmp_path: Path, rest: str) -> None:
+    path = tmp_path / "log.csv"
+    start_log(path, [row(1)])
+    with path.open("a", encoding="utf-8") as file:
+        file.write(rest)
+    assert read_log(path, last_step=9) == [row(1)]
+
+
+def test_a_missing_log_is_empty(tmp_path: Path) -> None:
+    assert read_log(tmp_path / "log.csv", last_step=9) == []

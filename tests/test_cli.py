@@ -1,0 +1,93 @@
+"""The command line, as a user types it: in processes of their own, offline."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from transformers import Dinov2Config, Dinov2Model
+
+
+ROOT = Path(__file__).parent.parent
+ADAPTER_FILES = {"README.md", "config.json", "model.safetensors", "preprocessor_config.json"}
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny base and a folder of images."""
+    folder = tmp_path_factory.mktemp("cli")
+    config = Dinov2Config(image_size=28, patch_size=14, hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
+    Dinov2Model(config).save_pretrained(folder / "base")
+    (folder / "images").mkdir()
+    generator = np.random.default_rng(0)
+    for index in range(12):
+        pixels = generator.integers(0, 256, (30, 40, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / "images" / f"{index}.png")
+    return folder
+
+
+def run(*words: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    environment["HF_HOME"] = str(cwd / "hf_home")
+    return subprocess.run([sys.executable, *map(str, words)], cwd=cwd, env=environment, capture_output=True, text=True)
+
+
+def arguments(work: Path, output: Path) -> list[str]:
+    return [
+        *("--base_model", str(work / "base"), "--dataset", str(work / "images"), "--output_dir", str(output)),
+        *("--num_robustness_tokens", "3", "--max_steps", "2", "--per_device_train_batch_size", "4"),
+        *("--attack", "pgd", "--eps", "8/255", "--num_attack_steps", "2"),
+    ]
+
+
+def test_accelerate_launch_trains_from_end_to_end(work: Path, tmp_path: Path) -> None:
+    launch = ["-m", "accelerate.commands.launch", "--num_processes", "1", ROOT / "examples" / "train.py"]
+    done = run(*launch, *arguments(work, tmp_path / "adapter"), cwd=work)
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in (tmp_path / "adapter").iterdir() if path.is_file()} >= ADAPTER_FILES
+    assert "trainable params: 96" in done.stdout
+    assert "without tokens" in done.stderr, "the progress bar shows the baseline"
+
+    info = run("-m", "robustness_tokens", "info", tmp_path / "adapter", cwd=work)
+    assert info.returncode == 0, info.stderr
+    assert "3 of width 32" in info.stdout
+    assert "0.03137" in info.stdout, "eps 8/255, in pixels"
+
+
+def test_train_command_reads_a_yaml_file_and_refuses_a_used_folder(work: Path, tmp_path: Path) -> None:
+    words = arguments(work, tmp_path / "adapter")
+    lines = [f"{name[2:]}: {value}" for name, value in zip(words[::2], words[1::2], strict=True)]
+    (tmp_path / "run.yaml").write_text("\n".join(lines))
+    command = ["-m", "robustness_tokens", "train", tmp_path / "run.yaml", "--max_steps", "1"]
+    done = run(*command, cwd=work)
+    assert done.returncode == 0, done.stderr
+    again = run(*command, cwd=work)
+    assert again.returncode == 1
+    assert "overwrite_output_dir" in again.stderr
+    assert "Traceback" not in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["info", "no/such/folder"], "neither a local folder nor"),
+        (["train", "--eps", "8/255", "--base_model", "b", "--dataset", "d", "--output_dir", "o"], "attack"),
+    ],
+)
+def test_mistakes_end_with_a_message_not_a_traceback(words: list[str], expected: str, tmp_path: Path) -> None:
+    done = run("-m", "robustness_tokens", *words, cwd=tmp_path)
+    assert done.returncode == 1
+    assert expected in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_help_lists_the_arguments(tmp_path: Path) -> None:
+    done = run("-m", "robustness_tokens", "train", "--help", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for name in ("--base_model", "--num_robustness_tokens", "--attack_through", "--overwrite_output_dir"):
+        assert name in done.stdout

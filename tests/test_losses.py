@@ -1,0 +1,92 @@
+import pytest
+import torch
+from torch import Tensor
+
+from robustness_tokens.losses import example_generators, robustness_loss
+
+
+# Two images of two tokens of width two; along tokens and along features the cosines differ.
+TARGET = torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[1.0, 1.0], [1.0, 1.0]]])
+ATTACKED = torch.tensor([[[3.0, 4.0], [0.0, 3.0]], [[1.0, 1.0], [0.0, 0.0]]])
+
+
+def identity(features: Tensor) -> Tensor:
+    return features
+
+
+@pytest.mark.parametrize(
+    ("axis", "adversarial"),
+    [
+        # Columns: (3, 0).(1, 0) / 3 = 1 and (4, 3).(0, 1) / 5 = .6; then (1, 0).(1, 1) / sqrt 2 twice.
+        ("token", (0.8 + 2**-0.5) / 2),
+        # Rows: (3, 4).(1, 0) / 5 = .6 and 1; then 1 and 0.
+        ("feature", (0.8 + 0.5) / 2),
+    ],
+)
+def test_loss_is_minus_the_weighted_cosines(axis: str, adversarial: float) -> None:
+    losses = robustness_loss(
+        identity,
+        TARGET,
+        ATTACKED,
+        TARGET,
+        similarity_axis=axis,  # type: ignore[arg-type]
+        invariance_weight=2,
+        adversarial_weight=3,
+    )
+    torch.testing.assert_close(losses.invariance, torch.tensor(1.0))
+    torch.testing.assert_close(losses.adversarial, torch.tensor(adversarial))
+    torch.testing.assert_close(losses.loss, torch.tensor(-2 - 3 * adversarial))
+
+
+def test_default_weights_are_the_papers() -> None:
+    losses = robustness_loss(identity, TARGET, ATTACKED, TARGET)
+    torch.testing.assert_close(losses.loss, -(losses.invariance + losses.adversarial))
+
+
+def test_one_forward_of_clean_then_attacked() -> None:
+    seen: list[Tensor] = []
+
+    def features(pixel_values: Tensor) -> Tensor:
+        seen.append(pixel_values)
+        return pixel_values
+
+    robustness_loss(features, TARGET, ATTACKED, TARGET)
+    assert len(seen) == 1
+    assert torch.equal(seen[0], torch.cat([TARGET, ATTACKED]))
+
+
+def test_gradient_reaches_the_tokens_and_vanishes_at_the_optimum() -> None:
+    shift = torch.zeros(2, requires_grad=True)
+    robustness_loss(lambda x: x + shift, TARGET, TARGET, TARGET).loss.backward()
+    assert shift.grad is not None
+    torch.testing.assert_close(shift.grad, torch.zeros(2), rtol=0, atol=1e-6)
+    shift.grad = None
+    robustness_loss(lambda x: x + shift, TARGET, ATTACKED, TARGET).loss.backward()
+    assert shift.grad.abs().max() > 1e-3
+
+
+def test_features_of_another_shape_than_the_target_are_refused() -> None:
+    with pytest.raises(ValueError, match="same shape"):
+        robustness_loss(identity, TARGET, ATTACKED, TARGET[:, :1])
+
+
+def noise(seed: int, step: int, index: list[int]) -> Tensor:
+    return torch.stack([torch.randn(8, generator=g) for g in example_generators(seed, step, torch.tensor(index))])
+
+
+def test_noise_belongs_to_the_example_not_to_the_batch() -> None:
+    whole = noise(0, 3, [0, 1, 2, 1000])
+    assert torch.equal(whole[[3, 1]], noise(0, 3, [1000, 1]))
+    assert torch.equal(whole, noise(0, 3, [0, 1, 2, 1000]))
+
+
+def test_noise_differs_by_seed_step_and_example() -> None:
+    keys = [(seed, step, index) for seed in (0, 1, 2) for step in (0, 1, 2) for index in (0, 1, 2)]
+    rows = torch.cat([noise(seed, step, [index]) for seed, step, index in keys])
+    assert len(rows.unique(dim=0)) == len(keys)
+
+
+def test_example_generators_leave_the_global_generator_alone() -> None:
+    before = torch.get_rng_state()
+    noise(0, 0, [0, 1])
+    assert torch.equal(torch.get_rng_state(), before)
