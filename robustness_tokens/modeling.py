@@ -194,7 +194,8 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
         tokens = read_tokens(folder, adapter_config)
         base_kwargs = {name: value for name, value in base_kwargs.items() if value is not None}
         if isinstance(base_model, PreTrainedModel):
-            for_base = {name: value for name, value in base_kwargs.items() if name not in _HUB_KWARGS}
+            served = (*_HUB_KWARGS, "trust_remote_code")  # the adapter takes these, and AutoModel always passes one
+            for_base = {name: value for name, value in base_kwargs.items() if name not in served}
             _check_no_loading_arguments("the base is", for_base)
             base = base_model
         elif base_model is not None:
@@ -403,7 +404,7 @@ class RobustnessTokenForImageClassification(RobustnessTokenPreTrainedModel):
     """A frozen image classifier with robustness tokens; its outputs are the base's (logits)."""
 
     def __init__(self, config: RobustnessTokenConfig, base_model: PreTrainedModel) -> None:
-        classifiers = AutoModelForImageClassification._model_mapping.get(type(base_model.config), ())
+        classifiers: Any = AutoModelForImageClassification._model_mapping.get(type(base_model.config), ())
         if not isinstance(base_model, classifiers):
             raise _no_head_error(f"{type(base_model).__name__} {base_model.config.name_or_path!r}")
         super().__init__(config, base_model)

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
-from transformers import HfArgumentParser
+from transformers import AutoConfig, HfArgumentParser
 
 from .configuration import FeatureView, SimilarityAxis
+from .presets import PAPER, resolve_preset
 
 
 AttackName = Literal["paper", "pgd"]
@@ -27,6 +28,8 @@ LAST_CHECKPOINT = "last"
 _SCHEDULES_TO_MAX_STEPS = ("linear", "cosine", "cosine_with_restarts", "polynomial")
 _ENDLESS_SCHEDULES = ("constant", "constant_with_warmup", "inverse_sqrt")
 
+_LISTS = ("image_mean", "image_std")
+
 _PGD_DEFAULT_EPS = 4 / 255
 _PAPER_STEP_SIZE = 0.01
 
@@ -37,6 +40,10 @@ class ModelArguments:
 
     base_model: str = field(metadata={"help": "Hub id or folder of the frozen base."})
     base_model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the base."})
+    preset: str | None = field(
+        default=None,
+        metadata={"help": "Start from a published recipe: paper (by family), dinov2, deit3 or openclip."},
+    )
     num_robustness_tokens: int = field(default=10, metadata={"help": "How many tokens to learn (paper: 10)."})
     initializer_range: float = field(default=0.01, metadata={"help": "Standard deviation of the new tokens."})
     feature_view: FeatureView | None = field(
@@ -45,12 +52,14 @@ class ModelArguments:
     similarity_axis: SimilarityAxis = field(
         default="token", metadata={"help": "Axis of the cosine: token (published code) or feature (paper's formula)."}
     )
+    image_mean: list[float] | None = field(default=None, metadata={"help": "Normalisation; the base's own if None."})
+    image_std: list[float] | None = field(default=None, metadata={"help": "Normalisation; the base's own if None."})
     attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flash_attention_2, ..."})
 
     def from_base_kwargs(self) -> dict[str, Any]:
         """Keyword arguments for `RobustnessTokenModel.from_base(model_args.base_model, ...)`."""
         kwargs = dataclasses.asdict(self)
-        del kwargs["base_model"]
+        del kwargs["base_model"], kwargs["preset"]
         kwargs["revision"] = kwargs.pop("base_model_revision")
         return {name: value for name, value in kwargs.items() if value is not None}
 
@@ -235,6 +244,13 @@ def parse_arguments(
     parser = HfArgumentParser(groups, prog=prog, allow_abbrev=False)  # type: ignore[arg-type]
     parser.register("type", float, _as_number)
     values = vars(parser.parse_args(words))
+    if values["preset"] is not None:
+        model_type = None
+        if values["preset"] == PAPER:
+            revision = values["base_model_revision"]
+            model_type = AutoConfig.from_pretrained(values["base_model"], revision=revision).model_type
+        parser.set_defaults(**resolve_preset(values["preset"], model_type))
+        values = vars(parser.parse_args(words))  # once more: what the user says wins over the preset
     model_args, data_args, training_args = (
         group(**{f.name: values[f.name] for f in dataclasses.fields(group)}) for group in groups
     )
@@ -249,9 +265,15 @@ def _words_of_file(path: Path) -> list[str]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a mapping of argument names to values, got {type(content).__name__}")
     for name, value in content.items():
-        if isinstance(value, dict | list):
+        if isinstance(value, dict) or (isinstance(value, list) and name not in _LISTS):
             raise ValueError(f"{path}: {name} must be a plain value, got a {type(value).__name__}")
-    return [f"--{name}={value}" for name, value in content.items() if value is not None]
+    words: list[str] = []
+    for name, value in content.items():
+        if isinstance(value, list):
+            words += [f"--{name}", *map(str, value)]
+        elif value is not None:
+            words.append(f"--{name}={value}")
+    return words
 
 
 def _as_number(word: str) -> float:

@@ -118,9 +118,8 @@ def timm(model_class: str, architecture: str, **model_args: Any) -> Callable[...
     """A builder of a timm model inside its transformers wrapper."""
 
     def build(**kwargs: Any) -> PreTrainedModel:
-        config = transformers.TimmWrapperConfig(
-            architecture=architecture, model_args=model_args, num_labels=NUM_LABELS, do_pooling=True
-        )
+        make_config: Any = transformers.TimmWrapperConfig
+        config = make_config(architecture=architecture, model_args=model_args, num_labels=NUM_LABELS, do_pooling=True)
         return _seeded(lambda: getattr(transformers, model_class)._from_config(config, **kwargs))
 
     return build
@@ -153,7 +152,8 @@ def dpt(**kwargs: Any) -> PreTrainedModel:
 
 
 def dpt_config() -> Any:
-    backbone = transformers.Dinov2Config(
+    make: Any = transformers.Dinov2Config
+    backbone = make(
         **{**DINOV2, "num_hidden_layers": 4},
         out_features=["stage1", "stage2", "stage3", "stage4"],
         reshape_hidden_states=False,
@@ -169,11 +169,13 @@ def dpt_config() -> Any:
 
 
 def upernet_config() -> Any:
-    backbone = transformers.BeitConfig(
+    make: Any = transformers.BeitConfig
+    backbone = make(
         **{**BEIT, "num_hidden_layers": 4, "use_relative_position_bias": True},
         out_features=["stage1", "stage2", "stage3", "stage4"],
     )
-    return transformers.UperNetConfig(
+    make = transformers.UperNetConfig
+    return make(
         backbone_config=backbone, hidden_size=16, pool_scales=[1, 2], auxiliary_channels=8, num_labels=NUM_LABELS
     )
 

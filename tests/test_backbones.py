@@ -114,7 +114,8 @@ def test_fingerprint_is_the_same_in_a_depth_estimator(make_base: Callable[..., A
 @pytest.mark.parametrize(("dtype", "name"), [(torch.bfloat16, "bfloat16"), (torch.float16, "float16")])
 def test_fingerprint_survives_a_cast(base: PreTrainedModel, dtype: torch.dtype, name: str) -> None:
     full = fingerprint(base)
-    cast = copy.deepcopy(base).to(dtype)
+    cast: Any = copy.deepcopy(base)
+    cast.to(dtype)
     assert fingerprint(cast) == {name: full[name]}
     check(cast, full)
     # A half-precision model loaded wider is the same base, in that precision.
@@ -153,7 +154,7 @@ def test_fingerprint_sees_swapped_layers(base: PreTrainedModel) -> None:
 
 
 def test_fingerprints_that_cannot_be_compared(base: PreTrainedModel) -> None:
-    expected = fingerprint(copy.deepcopy(base).to(torch.bfloat16))
+    expected = fingerprint(copy.deepcopy(base).bfloat16())
     with pytest.raises(ValueError, match=r"cannot tell whether FOUND is EXPECTED.*\['bfloat16'\].*float32"):
         check(base.half(), expected)
     with pytest.raises(ValueError, match="cannot tell"):

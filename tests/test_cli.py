@@ -46,7 +46,13 @@ def arguments(work: Path, output: Path) -> list[str]:
 
 
 def test_accelerate_launch_trains_from_end_to_end(work: Path, tmp_path: Path) -> None:
-    launch = ["-m", "accelerate.commands.launch", "--num_processes", "1", ROOT / "examples" / "train.py"]
+    launch: list[str | Path] = [
+        "-m",
+        "accelerate.commands.launch",
+        "--num_processes",
+        "1",
+        ROOT / "examples" / "train.py",
+    ]
     done = run(*launch, *arguments(work, tmp_path / "adapter"), cwd=work)
     assert done.returncode == 0, done.stderr
     assert {path.name for path in (tmp_path / "adapter").iterdir() if path.is_file()} >= ADAPTER_FILES
@@ -63,7 +69,7 @@ def test_train_command_reads_a_yaml_file_and_refuses_a_used_folder(work: Path, t
     words = arguments(work, tmp_path / "adapter")
     lines = [f"{name[2:]}: {value}" for name, value in zip(words[::2], words[1::2], strict=True)]
     (tmp_path / "run.yaml").write_text("\n".join(lines))
-    command = ["-m", "robustness_tokens", "train", tmp_path / "run.yaml", "--max_steps", "1"]
+    command: list[str | Path] = ["-m", "robustness_tokens", "train", tmp_path / "run.yaml", "--max_steps", "1"]
     done = run(*command, cwd=work)
     assert done.returncode == 0, done.stderr
     again = run(*command, cwd=work)

@@ -90,7 +90,7 @@ def test_labels_of_the_base_are_not_copied() -> None:
 @pytest.mark.parametrize("misspelt", ["num_robustnes_tokens", "num_tokens", "eps", "_secret"])
 def test_unknown_arguments_are_errors(misspelt: str) -> None:
     with pytest.raises(ValueError, match=rf"unknown keys \['{misspelt}'\].*num_robustness_tokens"):
-        RobustnessTokenConfig(**{misspelt: 3})
+        RobustnessTokenConfig(**{**FULL, misspelt: 3})
 
 
 NAN, INFINITE = float("nan"), float("inf")

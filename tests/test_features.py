@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 import torch
-from families import BASES, FAMILIES, HEADS, HIDDEN_SIZE, MAE, NUM_PATCHES, PATCH_SIZE, hf, images
 from torch import Tensor, nn
 from transformers.models.siglip2.image_processing_siglip2 import convert_image_to_patches
 
@@ -13,6 +12,7 @@ from robustness_tokens.backbones import vision_trunk
 from robustness_tokens.configuration import FeatureView
 from robustness_tokens.features import count_patches, default_feature_view, extract_features
 from robustness_tokens.injection import attach_tokens
+from tests.families import BASES, FAMILIES, HEADS, HIDDEN_SIZE, MAE, NUM_PATCHES, PATCH_SIZE, hf, images
 
 
 CLIP = {"clip_vision", "clip_vision_projection", "clip_two_towers", "clip_classifier"}

@@ -72,7 +72,7 @@ def test_fetch_names_every_missing_file(tmp_path: Path) -> None:
 def test_a_folder_named_like_the_weights_is_no_weights(adapter_folder: Path) -> None:
     (adapter_folder / "model.safetensors").unlink()
     (adapter_folder / "model.safetensors").mkdir()
-    with pytest.raises(ValueError, match="no model.safetensors"):
+    with pytest.raises(ValueError, match=r"no model\.safetensors"):
         fetch_adapter(adapter_folder)
 
 
@@ -284,7 +284,12 @@ def test_a_write_that_breaks_off_leaves_the_old_file_alone(tmp_path: Path, monke
 def test_readers_never_see_half_a_file(adapter_folder: Path) -> None:
     adapter = AdapterFolder(adapter_folder, from_hub=False)
     config = read_config(adapter)
-    writer = threading.Thread(target=lambda: [write_tokens(adapter_folder, torch.ones(3, 32)) for _ in range(50)])
+
+    def write() -> None:
+        for _ in range(50):
+            write_tokens(adapter_folder, torch.ones(3, 32))
+
+    writer = threading.Thread(target=write)
     writer.start()
     while writer.is_alive():
         assert read_tokens(adapter, config).shape == (3, 32)

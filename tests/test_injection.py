@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from families import BATCH_SIZE, DEIT3, FAMILIES, HIDDEN_SIZE, hf, timm
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from robustness_tokens.backbones import find_layer_stack
 from robustness_tokens.injection import TokenInjector, attach_tokens, find_injector, remove_tokens
+from tests.families import BATCH_SIZE, DEIT3, FAMILIES, HIDDEN_SIZE, hf, timm
 
 
 NUM_TOKENS = 3

@@ -236,7 +236,7 @@ def test_disable_adapter_ends_with_an_exception(model: RobustnessTokenModel, pix
 
 def test_a_failed_forward_leaves_the_model_usable(model: RobustnessTokenModel, pixel_values: Tensor) -> None:
     on = last_hidden_state(model, pixel_values)
-    with pytest.raises(ValueError, match="[Cc]hannel"):
+    with pytest.raises(ValueError, match=r"[Cc]hannel"):
         model(pixel_values=pixel_values[:, :1])
     assert torch.equal(last_hidden_state(model, pixel_values), on)
 
@@ -690,7 +690,7 @@ def test_classification_pipeline(classifier_adapter: Path) -> None:
     processor: Any = AutoImageProcessor.from_pretrained(classifier_adapter)
     expected = logits(model, processor(picture(), return_tensors="pt")["pixel_values"])[0].softmax(-1)
     result = pipeline("image-classification", model=str(classifier_adapter))(picture(), top_k=5)
-    scores: dict[str, float] = {entry["label"]: entry["score"] for entry in result}  # type: ignore[index, misc]
+    scores: dict[str, float] = {entry["label"]: entry["score"] for entry in result}
     assert scores == pytest.approx({f"LABEL_{i}": expected[i].item() for i in range(5)}, abs=1e-5)
 
 
@@ -874,6 +874,6 @@ def test_a_model_of_two_towers_is_pointed_to_its_vision_half() -> None:
     tower = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     vision = {**tower, "image_size": 16, "patch_size": 8}
     clip = CLIPModel(CLIPConfig(vision_config=vision, text_config={**tower, "vocab_size": 9}, projection_dim=8))
-    with pytest.raises(ValueError, match="CLIPModel has two towers: .*CLIPVisionModelWithProjection"):
+    with pytest.raises(ValueError, match=r"CLIPModel has two towers: .*CLIPVisionModelWithProjection"):
         RobustnessTokenModel.from_base(clip)
     inject_tokens(clip, torch.zeros(1, 16))

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoConfig
 
 from robustness_tokens.training_args import RobustnessTokenTrainingArguments, parse_arguments
 
@@ -220,3 +221,27 @@ def test_from_base_kwargs_are_from_bases_own() -> None:
         "similarity_axis": "token",
         "revision": "abc",
     }
+
+
+def test_a_preset_sets_what_the_user_does_not() -> None:
+    model_args, _, args = parse_arguments([*REQUIRED, "--preset", "openclip", "--learning_rate", "0.5"])
+    assert (args.max_steps, args.learning_rate, args.image_size) == (300, 0.5, 224)
+    assert (model_args.feature_view, model_args.image_mean) == ("pooled", [0.485, 0.456, 0.406])
+    assert model_args.from_base_kwargs()["image_std"] == [0.229, 0.224, 0.225]
+
+
+@pytest.mark.parametrize(("model_type", "max_steps"), [("dinov2", 50), ("clip_vision_model", 300)])
+def test_the_preset_paper_goes_by_the_family_of_the_base(model_type: str, max_steps: int, tmp_path: Path) -> None:
+    AutoConfig.for_model(model_type).save_pretrained(tmp_path)
+    words = ["--base_model", str(tmp_path), *REQUIRED[2:], "--preset", "paper"]
+    assert parse_arguments(words)[2].max_steps == max_steps
+
+
+def test_an_unknown_preset_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"preset must be one of.*got 'papers'"):
+        parse_arguments([*REQUIRED, "--preset", "papers"])
+
+
+def test_lists_in_a_file(tmp_path: Path) -> None:
+    model_args, _, _ = parse_arguments([write_yaml(tmp_path, "image_mean: [0.5, 0.4, 0.3]\n"), *REQUIRED])
+    assert model_args.image_mean == [0.5, 0.4, 0.3]

@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -40,7 +41,7 @@ from robustness_tokens.preprocessing import ImageTransform
 
 HERE = Path(__file__).parent
 EPS = 16 / 255  # pixel units of [0, 1] images
-ATTACK = {"eps": EPS, "step_size": 2 / 255, "num_steps": 20, "num_restarts": 1, "random_start": True}
+ATTACK: dict[str, Any] = {"eps": EPS, "step_size": 2 / 255, "num_steps": 20, "num_restarts": 1, "random_start": True}
 BATCH_SIZE = 250
 
 
@@ -203,7 +204,7 @@ def main() -> None:
     print(f"\nsaved, reloaded in a fresh process, outputs bit-equal: {'yes' if bit_equal else 'NO'}")
 
     plot_training_curves(trainer.log_history, args.output / "training_curves.png")
-    names = model.config.id2label
+    names = model.config.id2label or {}
     with torch.inference_mode():
         shown, hit = test["images"][:8], attacked["feature"][:8]
         with model.disable_adapter():

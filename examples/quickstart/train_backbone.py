@@ -99,12 +99,11 @@ def main() -> None:
         hidden_size=args.width,
         num_hidden_layers=args.depth,
         num_attention_heads=args.width // 32,
-        num_labels=len(LABELS),
         id2label=dict(enumerate(LABELS)),
         label2id={label: i for i, label in enumerate(LABELS)},
         initializer_range=0.06,  # transformers' 0.02 is meant for wider models: at this width it learns far slower
-        attn_implementation="eager",  # the faster one on a CPU at this size
     )
+    config._attn_implementation = "eager"  # the faster one on a CPU at this size
     model = Dinov2ForImageClassification(config)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=args.weight_decay)
     steps_per_epoch = len(images) // args.batch_size
