@@ -5,6 +5,7 @@ from .configuration import RobustnessTokenConfig
 from .features import extract_features
 from .injection import remove_tokens
 from .losses import robustness_loss
+from .merging import extract_tokens
 from .modeling import RobustnessTokenForImageClassification, RobustnessTokenModel, inject_tokens
 from .preprocessing import Normalizer
 from .trainer import RobustnessTokenTrainer
@@ -22,6 +23,7 @@ __all__ = [
     "RobustnessTokenTrainingArguments",
     "cosine_similarity",
     "extract_features",
+    "extract_tokens",
     "inject_tokens",
     "paper_attack",
     "pgd_attack",

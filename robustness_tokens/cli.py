@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -12,7 +13,8 @@ import typer
 
 from .data import load_image_dataset
 from .hub import EVALUATION_FILE, fetch_adapter, read_config, read_json, read_tokens
-from .modeling import RobustnessTokenModel
+from .modeling import RobustnessTokenForImageClassification, RobustnessTokenModel
+from .published_tokens import import_published_tokens
 from .trainer import RobustnessTokenTrainer
 from .training_args import DataArguments, ModelArguments, RobustnessTokenTrainingArguments, parse_arguments
 
@@ -78,6 +80,52 @@ def info(
     if (folder.path / EVALUATION_FILE).is_file():
         report = read_json(folder.path / EVALUATION_FILE)
         typer.echo(f"{'evaluation':<15}" + json.dumps(report, indent=2))
+
+
+@app.command()
+def import_tokens(
+    file: Annotated[Path, typer.Argument(help="A .pt file that the paper's authors released.", show_default=False)],
+    output_dir: Annotated[Path, typer.Argument(help="Folder of the adapter to write.", show_default=False)],
+    base: Annotated[str, typer.Option(help="Hub id or folder of the base they belong to.", show_default=False)],
+    overwrite_output_dir: Annotated[bool, typer.Option(help="Replace an adapter that is there.")] = False,
+) -> None:
+    """Make an adapter of tokens that the paper's authors released."""
+    model = import_published_tokens(file, base, output_dir, overwrite=overwrite_output_dir)
+    count, width = model.robustness_tokens.shape
+    typer.echo(f"wrote {output_dir}: {count} tokens of width {width} for {base}")
+
+
+@app.command()
+def merge(
+    adapter: AdapterArgument,
+    output_dir: Annotated[Path, typer.Argument(help="Folder of the plain model to write.", show_default=False)],
+    image_size: Annotated[int | None, typer.Option(help="Side in pixels; the base's own if not given.")] = None,
+    classifier: Annotated[bool, typer.Option(help="Keep the base's classification head.")] = False,
+) -> None:
+    """Turn base and tokens into a plain model with registers, which needs no add-on. It holds the tokens."""
+    if output_dir.exists() and any(output_dir.iterdir()):
+        raise ValueError(f"{output_dir} is not empty: choose another folder")
+    model_class = RobustnessTokenForImageClassification if classifier else RobustnessTokenModel
+    model = model_class.from_pretrained(adapter)
+    plain = model.merge_and_unload(image_size=image_size)
+    plain.save_pretrained(output_dir)
+    if model.image_processor is not None:
+        model.image_processor.save_pretrained(output_dir)
+    typer.echo(f"wrote {output_dir}: {type(plain).__name__}")
+
+
+@app.command()
+def push(
+    adapter: AdapterArgument,
+    repo_id: Annotated[str, typer.Argument(help="user/name on the Hub.", show_default=False)],
+    public: Annotated[bool, typer.Option("--public", help="Let everybody read the tokens.")] = False,
+    base_model_id: Annotated[str | None, typer.Option(help="Hub id of the base, if it is a folder.")] = None,
+    create_pr: Annotated[bool, typer.Option(help="Open a pull request instead of committing.")] = False,
+) -> None:
+    """Upload an adapter to a private repository."""
+    model = RobustnessTokenModel.from_pretrained(adapter)
+    commit = model.push_to_hub(repo_id, private=not public, base_model_id=base_model_id, create_pr=create_pr)
+    typer.echo(f"pushed: {commit.commit_url}")
 
 
 def main() -> None:

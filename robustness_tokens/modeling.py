@@ -39,6 +39,7 @@ from .hub import (
     write_tokens,
 )
 from .injection import TokenInjector, attach_tokens, remove_tokens
+from .merging import merge
 from .model_card import is_generated, render_card
 from .preprocessing import build_image_processor, load_image_processor, with_normalization
 
@@ -301,6 +302,20 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
         base: PreTrainedModel = remove_tokens(self.get_base_model())
         del self.backbone
         return base
+
+    def merge_and_unload(self, image_size: int | None = None) -> PreTrainedModel:
+        """A new plain model whose native registers are the tokens; this one stays as it was.
+
+        Args:
+            image_size: Side in pixels of the images that the plain model will see; by default the base's own.
+
+        Returns:
+            A model of transformers or timm that needs no add-on; see [`~robustness_tokens.merging.merge`].
+
+        Raises:
+            ValueError: If the base's family has no registers.
+        """
+        return merge(self.get_base_model(), image_size=image_size)
 
     def print_trainable_parameters(self) -> None:
         """Prints how many parameters are trained, in PEFT's words."""

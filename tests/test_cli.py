@@ -9,8 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
-from transformers import Dinov2Config, Dinov2Model
+from transformers import Dinov2Config, Dinov2Model, Dinov2WithRegistersModel
+
+from robustness_tokens import extract_tokens
 
 
 ROOT = Path(__file__).parent.parent
@@ -97,3 +100,19 @@ def test_help_lists_the_arguments(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     for name in ("--base_model", "--num_robustness_tokens", "--attack_through", "--overwrite_output_dir"):
         assert name in done.stdout
+
+
+def test_published_tokens_come_in_and_a_plain_model_goes_out(work: Path, tmp_path: Path) -> None:
+    tokens = torch.randn(1, 3, 32)
+    torch.save({"rtokens": tokens}, tmp_path / "published.pt")
+    robtok = ["-m", "robustness_tokens"]
+    words: list[str | Path] = [tmp_path / "published.pt", tmp_path / "adapter", "--base", work / "base"]
+    done = run(*robtok, "import-tokens", *words, cwd=work)
+    assert done.returncode == 0, done.stderr
+    assert "3 tokens of width 32" in done.stdout
+
+    done = run(*robtok, "merge", tmp_path / "adapter", tmp_path / "plain", cwd=work)
+    assert done.returncode == 0, done.stderr
+    assert "knows the tokens" in done.stderr, "merging warns that the file publishes them"
+    plain = Dinov2WithRegistersModel.from_pretrained(tmp_path / "plain")
+    torch.testing.assert_close(extract_tokens(plain, num_robustness_tokens=3), tokens[0], rtol=0, atol=0)
