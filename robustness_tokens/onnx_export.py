@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .backbones import square_size
+from .backbones import find_layer_stack, square_size
 from .injection import TokenInjector, find_injector
 
 
@@ -37,7 +40,7 @@ def export_onnx(model: PreTrainedModel, file: str | os.PathLike[str], *, image_s
     Raises:
         ImportError: If packages of the extra `onnx` are missing.
         ValueError: If the model has no tokens, or they are turned off; if it isn't in float32 or not in eval mode,
-            names no square image size, or returns no tensors.
+            takes anything but images, names no square image size, returns no tensors, or random ones.
         RuntimeError: If ONNX Runtime computes anything else (by more than 1e-4).
     """
     if missing := [name for name in _PACKAGES if importlib.util.find_spec(name) is None]:
@@ -56,6 +59,7 @@ def export_onnx(model: PreTrainedModel, file: str | os.PathLike[str], *, image_s
             f"the model is in {base.dtype} and {'training' if base.training else 'eval'} mode, expected torch.float32 "
             "and eval mode: load it with dtype='float32', and call model.eval()"
         )
+    _check_takes_images(base)
     size = image_size if image_size is not None else _own_image_size(base)
     if size is None:
         raise ValueError(f"{type(base).__name__} names no square image_size: pass image_size= in pixels")
@@ -64,21 +68,28 @@ def export_onnx(model: PreTrainedModel, file: str | os.PathLike[str], *, image_s
     # Not the batch sizes 0 and 1, which the exporter would take for constants.
     example, check = (torch.randn(batch, *shape, device=base.device) for batch in (2, 3))
     with torch.no_grad():
-        names = [key for key, value in base(pixel_values=check).items() if isinstance(value, Tensor)]
+        first = {key: value for key, value in base(pixel_values=check).items() if isinstance(value, Tensor)}
+    names = list(first)
     if not names:
         raise ValueError(f"{type(base).__name__} returns no tensors that ONNX could name: export the model inside it")
     exported = _NamedOutputs(base, injector, names).eval()
     with torch.no_grad():
         expected = exported(check)
-        program = torch.onnx.export(
-            exported,
-            (example,),
-            dynamo=True,
-            input_names=["pixel_values"],
-            output_names=names,
-            dynamic_shapes=({0: torch.export.Dim("batch")},),
-            verbose=False,
-        )
+        if not all(map(_are_close, expected, first.values())):
+            raise ValueError(
+                f"{type(base).__name__} gives other outputs at each call (ViT-MAE shuffles its patches), which no "
+                "export can: load the weights of a ViT-MAE as ViTModel, inject_tokens into that, and export it"
+            )
+        with _eager_attention(base):
+            program = torch.onnx.export(
+                exported,
+                (example,),
+                dynamo=True,
+                input_names=["pixel_values"],
+                output_names=names,
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                verbose=False,
+            )
     assert program is not None
     path = Path(file)
     size_in_bytes = sum(tensor.nbytes for tensor in exported.state_dict().values())
@@ -107,6 +118,39 @@ class _NamedOutputs(nn.Module):
         return tuple(output[name] for name in self.names)
 
 
+def _check_takes_images(base: Any) -> None:
+    name = type(base).__name__
+    if hasattr(base, "get_image_features"):
+        raise ValueError(
+            f"{name} has two towers, and ONNX export takes images alone: inject_tokens into its vision model, and "
+            "export that"
+        )
+    if "spatial_shapes" in inspect.signature(base.forward).parameters:
+        raise ValueError(
+            f"{name} takes patches, their mask and their grid (SigLIP 2), and ONNX export takes images alone: ship "
+            "the adapter instead"
+        )
+
+
+@contextmanager
+def _eager_attention(base: Any) -> Iterator[None]:
+    """Traced for export with sdpa, transformers adds BEiT's position bias to a boolean mask: 1 everywhere.
+
+    The softmax of the base doesn't see that, but tokens, which have no bias, would lose against the patches.
+    """
+    stack = find_layer_stack(base)
+    config: Any = None if stack.is_timm else stack.owner.config
+    if config is None:
+        yield
+        return
+    before = config._attn_implementation
+    config._attn_implementation = "eager"
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
 def _own_image_size(base: Any) -> int | None:
     if hasattr(base, "timm_model"):
         return square_size(base.timm_model.patch_embed.img_size)
@@ -120,9 +164,13 @@ def _check_file(path: Path, pixel_values: Tensor, expected: dict[str, Tensor]) -
     outputs = session.run(list(expected), {"pixel_values": pixel_values.cpu().numpy()})
     for (name, tensor), output in zip(expected.items(), outputs, strict=True):
         found = torch.from_numpy(output)
-        if not torch.allclose(found, tensor.cpu(), rtol=_TOLERANCE, atol=_TOLERANCE):
+        if not _are_close(found, tensor.cpu()):
             difference = (found - tensor.cpu()).abs().max().item()
             raise RuntimeError(
                 f"{path} computes another {name} than the model (difference {difference:.2g}, at most {_TOLERANCE} "
                 "expected): don't use it, and report this with the model's class and your versions of torch and onnx"
             )
+
+
+def _are_close(one: Tensor, other: Tensor) -> bool:
+    return torch.allclose(one, other, rtol=_TOLERANCE, atol=_TOLERANCE)

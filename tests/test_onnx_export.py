@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 from transformers import (
+    BeitConfig,
+    BeitModel,
     CLIPVisionConfig,
     CLIPVisionModel,
     Dinov2Config,
@@ -31,6 +33,7 @@ BASES: dict[str, Callable[[], PreTrainedModel]] = {
     "dinov2": lambda: Dinov2Model(Dinov2Config(**SIZES)),
     "vit": lambda: ViTModel(ViTConfig(**SIZES, intermediate_size=64)),
     "clip": lambda: CLIPVisionModel(CLIPVisionConfig(**SIZES, intermediate_size=64)),
+    "beit": lambda: BeitModel(BeitConfig(**SIZES, intermediate_size=64, use_relative_position_bias=True)),
     "dinov2 classifier": lambda: Dinov2ForImageClassification(Dinov2Config(**{**SIZES, "num_labels": 3})),
 }
 
@@ -56,10 +59,12 @@ def test_onnx_runtime_computes_what_the_model_does(
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     model = inject_tokens(make_base(name), torch.randn(3, 32))
+    attention = model.config._attn_implementation
     file = tmp_path / "model.onnx"
     with caplog.at_level(logging.WARNING, logger=onnx_export.__name__):
         names = export_onnx(model, file)
     assert "secret" in caplog.text
+    assert model.config._attn_implementation == attention == "sdpa"
     assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
     assert file.stat().st_mode & 0o777 == 0o600
 
