@@ -11,6 +11,7 @@ import torch
 import transformers
 import typer
 
+from . import __version__
 from .data import load_image_dataset
 from .hub import EVALUATION_FILE, fetch_adapter, read_config, read_json, read_tokens
 from .modeling import RobustnessTokenForImageClassification, RobustnessTokenModel
@@ -25,6 +26,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+
+
+@app.callback(invoke_without_command=True)
+def root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    """Adversarially robust vision transformers from a frozen backbone and a handful of learned input tokens."""
+    if version:
+        typer.echo(__version__)
+
 
 AdapterArgument = Annotated[str, typer.Argument(help="Folder or Hub id of an adapter.", show_default=False)]
 
@@ -103,8 +112,8 @@ def merge(
     classifier: Annotated[bool, typer.Option(help="Keep the base's classification head.")] = False,
 ) -> None:
     """Turn base and tokens into a plain model with registers, which needs no add-on. It holds the tokens."""
-    if output_dir.exists() and any(output_dir.iterdir()):
-        raise ValueError(f"{output_dir} is not empty: choose another folder")
+    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+        raise ValueError(f"{output_dir} exists and is no empty folder: choose another")
     model_class = RobustnessTokenForImageClassification if classifier else RobustnessTokenModel
     model = model_class.from_pretrained(adapter)
     plain = model.merge_and_unload(image_size=image_size)
@@ -114,25 +123,11 @@ def merge(
     typer.echo(f"wrote {output_dir}: {type(plain).__name__}")
 
 
-@app.command()
-def push(
-    adapter: AdapterArgument,
-    repo_id: Annotated[str, typer.Argument(help="user/name on the Hub.", show_default=False)],
-    public: Annotated[bool, typer.Option("--public", help="Let everybody read the tokens.")] = False,
-    base_model_id: Annotated[str | None, typer.Option(help="Hub id of the base, if it is a folder.")] = None,
-    create_pr: Annotated[bool, typer.Option(help="Open a pull request instead of committing.")] = False,
-) -> None:
-    """Upload an adapter to a private repository."""
-    model = RobustnessTokenModel.from_pretrained(adapter)
-    commit = model.push_to_hub(repo_id, private=not public, base_model_id=base_model_id, create_pr=create_pr)
-    typer.echo(f"pushed: {commit.commit_url}")
-
-
 def main() -> None:
     """Runs `robtok`; a user's mistake ends with its message, not with a traceback."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
         app()
-    except (ValueError, FloatingPointError) as exc:
+    except (ValueError, OSError, ImportError, FloatingPointError) as exc:
         typer.echo(f"robtok: {exc}", err=True)
         raise SystemExit(1) from exc

@@ -17,7 +17,7 @@ FeatureView = Literal["cls_and_patches", "cls", "patches", "pooled"]
 SimilarityAxis = Literal["token", "feature"]
 
 # What transformers itself writes into (or accepts in) every config.json; everything else must be a field of ours.
-_TRANSFORMERS_KEYS = {"architectures", "auto_map", "dtype", "model_type", "transformers_version"}
+_TRANSFORMERS_KEYS = {"architectures", "dtype", "model_type", "transformers_version"}
 _TRANSIENT_KEYS = {
     "attn_implementation",
     "experts_implementation",

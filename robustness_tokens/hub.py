@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,12 @@ from typing import Any
 import safetensors
 import torch
 from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
-from huggingface_hub.utils import HFValidationError, validate_repo_id
+from huggingface_hub.utils import EntryNotFoundError, HFValidationError, RevisionNotFoundError, validate_repo_id
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .configuration import RobustnessTokenConfig, check_config_dict
+from .model_card import is_generated
 
 
 CONFIG_FILE = "config.json"
@@ -85,7 +87,7 @@ def fetch_adapter(
         )
         path, from_hub, commit = Path(snapshot), True, Path(snapshot).name
     path = path / subfolder
-    if missing := [file for file in (CONFIG_FILE, TOKENS_FILE) if not (path / file).is_file()]:
+    if missing := [file for file in (CONFIG_FILE, TOKENS_FILE, PROCESSOR_FILE) if not (path / file).is_file()]:
         raise ValueError(f"{name_or_path} is not a robustness-token adapter: it has no {' and no '.join(missing)}")
     return AdapterFolder(path, from_hub, commit)
 
@@ -97,12 +99,12 @@ def read_config(folder: AdapterFolder) -> RobustnessTokenConfig:
         ValueError: If it is damaged, or of a newer schema.
     """
     config_dict = read_json(folder.path / CONFIG_FILE)
-    check_config_dict(config_dict)
     if config_dict.get("model_type") != RobustnessTokenConfig.model_type:
         raise ValueError(
-            f"{folder.path / CONFIG_FILE} has model_type {config_dict.get('model_type')!r}, "
-            f"expected {RobustnessTokenConfig.model_type!r}"
+            f"{folder.path / CONFIG_FILE} has model_type {config_dict.get('model_type')!r}, expected "
+            f"{RobustnessTokenConfig.model_type!r}: it is the config of another model, not of an adapter"
         )
+    check_config_dict(config_dict)
     config: RobustnessTokenConfig = RobustnessTokenConfig.from_dict(config_dict)
     return config
 
@@ -125,7 +127,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as exc:
-        raise ValueError(f"{path} is not valid JSON: {exc}") from exc
+        raise ValueError(f"{path} is not valid JSON, so it is damaged (load it again, or delete it): {exc}") from exc
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}")
     return content
@@ -170,15 +172,39 @@ def write_tokens(folder: Path, tokens: Tensor) -> None:
     tokens = tokens.detach().to("cpu", torch.float32).contiguous()
     if not torch.isfinite(tokens).all():
         raise ValueError("refusing to save tokens that are not finite: the training diverged")
-    # Beside the target and renamed, so that no reader ever sees half a file.
-    with tempfile.NamedTemporaryFile(dir=folder, suffix=".part", delete=False) as file:
-        partial = Path(file.name)
-    try:
+    report = folder / EVALUATION_FILE
+    if report.exists() and not _holds_tokens(folder / TOKENS_FILE, tokens):
+        report.unlink()  # it tells of other tokens
+    with _replacing(folder / TOKENS_FILE) as partial:
         save_file({TOKENS_KEY: tokens}, partial, metadata={"format": "pt"})
         partial.chmod(0o600)
-        partial.replace(folder / TOKENS_FILE)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a small text file, whole or not at all."""
+    with _replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+        partial.chmod(0o644)
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A file beside the target, renamed to it at the end, so that no reader ever sees half a file."""
+    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
+        partial = Path(file.name)
+    try:
+        yield partial
+        partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _holds_tokens(path: Path, tokens: Tensor) -> bool:
+    try:
+        stored = load_file(path)
+    except (safetensors.SafetensorError, OSError):
+        return False
+    return set(stored) == {TOKENS_KEY} and torch.equal(stored[TOKENS_KEY], tokens)
 
 
 def holds_adapter(folder: str | os.PathLike[str]) -> bool:
@@ -249,6 +275,8 @@ def push_adapter(
         )
     with tempfile.TemporaryDirectory() as folder:
         save(Path(folder))
+        if _has_card_of_a_person(api, repo_id, revision):
+            (Path(folder) / CARD_FILE).unlink()
         return api.upload_folder(
             repo_id=repo_id,
             folder_path=folder,
@@ -257,3 +285,11 @@ def push_adapter(
             create_pr=create_pr,
             commit_message=commit_message,
         )
+
+
+def _has_card_of_a_person(api: HfApi, repo_id: str, revision: str | None) -> bool:
+    try:
+        card = api.hf_hub_download(repo_id, CARD_FILE, revision=revision)
+    except (EntryNotFoundError, RevisionNotFoundError):
+        return False
+    return not is_generated(Path(card).read_text(encoding="utf-8", errors="replace"))

@@ -9,6 +9,14 @@ from huggingface_hub import ModelCardData
 from .configuration import RobustnessTokenConfig
 
 
+# By the `attack_through` of the recipe.
+_ATTACKERS = {
+    "base": "They were trained against an attacker who knows the backbone but not the tokens (grey box).",
+    "tokens": "They were trained against an attacker who knows the backbone and the tokens (white box).",
+    "both": "They were trained against attackers who know the backbone, with and without the tokens.",
+}
+_UNKNOWN_ATTACKER = "The table below says what is known of their training."
+
 _MARKER = "<!-- written by robustness_tokens -->"
 
 _BODY = """
@@ -29,8 +37,7 @@ repository too. A model with a head keeps it: `inject_tokens(model, {name!r})`.
 
 ## Threat model
 
-The tokens are a secret. They were trained as in [Robustness Tokens](https://arxiv.org/abs/2503.10191) (ECCV 2024)
-against an attacker who knows the backbone but not the tokens (grey box). Whoever can read this repository can attack
+The tokens are a secret. {attacker} Whoever can read this repository can attack
 through them (white box), and then they protect far less. Keep the repository private.
 
 ## Base
@@ -42,7 +49,9 @@ through them (white box), and then they protect far less. Keep the repository pr
 | commit | {revision} |
 | normalisation | mean {mean}, std {std} |
 
-Another base is refused on loading: the adapter holds a fingerprint of this one.
+Another base is refused on loading, by the weights of its first and its last layer.
+
+The method is that of [Robustness Tokens](https://arxiv.org/abs/2503.10191) (ECCV 2024).
 
 ## Training
 
@@ -71,7 +80,8 @@ def render_card(config: RobustnessTokenConfig, *, name: str) -> str:
         marker=_MARKER,
         base=config.base_model_name_or_path or config.base_model_class,
         base_class=config.base_model_class,
-        revision=f"`{config.base_model_revision}`" if config.base_model_revision else "a local folder",
+        revision=f"`{config.base_model_revision}`" if config.base_model_revision else "not pinned",
+        attacker=_ATTACKERS.get((config.training or {}).get("attack_through", ""), _UNKNOWN_ATTACKER),
         count=config.num_robustness_tokens,
         width=config.hidden_size,
         name=name,

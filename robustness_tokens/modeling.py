@@ -9,19 +9,26 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-import transformers
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForImageClassification,
     BaseImageProcessor,
-    PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .backbones import check_fingerprint, find_layer_stack, layer_fingerprint, square_size
+from .backbones import check_fingerprint, find_layer_stack, layer_fingerprint
+from .base_models import (
+    HUB_KWARGS,
+    headless_class_name,
+    load_base,
+    load_classifier,
+    no_head_error,
+    processor_of,
+    vision_class,
+)
 from .configuration import FeatureView, RobustnessTokenConfig, SimilarityAxis
 from .features import default_feature_view, extract_features
 from .hub import (
@@ -36,15 +43,13 @@ from .hub import (
     push_adapter,
     read_config,
     read_tokens,
+    write_text,
     write_tokens,
 )
 from .injection import TokenInjector, attach_tokens, remove_tokens
 from .merging import merge
 from .model_card import is_generated, render_card
-from .preprocessing import build_image_processor, load_image_processor, with_normalization
-
-
-_HUB_KWARGS = ("token", "cache_dir", "local_files_only", "force_download")
+from .preprocessing import load_image_processor, with_normalization
 
 
 class RobustnessTokenPreTrainedModel(PreTrainedModel):
@@ -58,8 +63,10 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
 
-    def __init__(self, config: RobustnessTokenConfig, base_model: PreTrainedModel) -> None:
+    def __init__(self, config: RobustnessTokenConfig, base_model: PreTrainedModel | None = None) -> None:
         super().__init__(config)
+        if base_model is None:
+            raise ValueError(f"{type(self).__name__} needs its base: call from_base or from_pretrained")
         tokens = torch.randn(config.num_robustness_tokens, config.hidden_size) * config.initializer_range  # (K, D)
         self.injector: TokenInjector = attach_tokens(base_model, tokens)
         self.backbone = base_model.requires_grad_(False)
@@ -104,7 +111,7 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
             similarity_axis: `"token"` (what the published code computes) or `"feature"` (the paper's formula).
             image_mean, image_std: Normalisation that the tokens will be trained with; by default the base's own.
             image_processor: Of the base; by default loaded from beside it, or built from its input size.
-            revision: Branch, tag or commit of the base.
+            revision: Branch, tag or commit of the base; of a model in memory, the one that it was loaded from.
             base_kwargs: For the base's `from_pretrained`: `dtype`, `device_map`, `attn_implementation`, `token`, ...
 
         Returns:
@@ -113,34 +120,42 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: If the base is no vision transformer, holds tokens already, or has no safetensors weights.
         """
-        hub_kwargs = {name: base_kwargs[name] for name in _HUB_KWARGS if name in base_kwargs}
         if isinstance(base_model, PreTrainedModel):
-            _check_no_loading_arguments("the base is", {**base_kwargs, "revision": revision})
+            _check_no_loading_arguments("the base is", base_kwargs)
             if isinstance(base_model, RobustnessTokenPreTrainedModel):
                 raise ValueError(
                     f"{type(base_model).__name__} has robustness tokens already: give from_base its base, .unload()"
                 )
-            base, name = base_model, base_model.config.name_or_path or ""
-            if vision_class := _vision_class(base.config):
+            base, name = base_model, _absolute_if_folder(base_model.config.name_or_path or "")
+            if two_towers := vision_class(base.config):
                 raise ValueError(
-                    f"{type(base).__name__} has two towers: give from_base its vision model, {vision_class.__name__} "
+                    f"{type(base).__name__} has two towers: give from_base its vision model, {two_towers.__name__} "
                     "(or the name or folder of this one), or use inject_tokens on the whole model"
                 )
             base_class = type(base).__name__
         else:
-            name = os.fspath(base_model)
-            base_class = cls._headless_class(name, revision, hub_kwargs)
+            name = _absolute_if_folder(os.fspath(base_model))
+            base_class = headless_class_name(name, revision, base_kwargs)
             base = cls._load_base(name, base_class, revision, base_kwargs)
         stack = find_layer_stack(base)
         if image_processor is None:
-            image_processor = _processor_of(base, name, revision=revision, hub_kwargs=hub_kwargs)
+            image_processor = processor_of(base, name, revision=revision, base_kwargs=base_kwargs)
         if image_mean is not None or image_std is not None:
             image_processor = with_normalization(
                 image_processor, image_mean or image_processor.image_mean, image_std or image_processor.image_std
             )
+        channels = getattr(getattr(base.config, "vision_config", base.config), "num_channels", None)
+        if channels not in (None, len(image_processor.image_mean)):
+            raise ValueError(
+                f"{type(base).__name__} takes images of {channels} channels, its image processor normalises "
+                f"{len(image_processor.image_mean)}: robustness tokens are trained on RGB images"
+            )
+        # Whatever revision a model in memory came from, nobody but the user can tell.
+        is_pinned = revision is not None or base is not base_model
+        cache_dir = base_kwargs.get("cache_dir")
         config = RobustnessTokenConfig(
             base_model_name_or_path=name,
-            base_model_revision=cached_commit(name, revision=revision, cache_dir=base_kwargs.get("cache_dir")),
+            base_model_revision=cached_commit(name, revision=revision, cache_dir=cache_dir) if is_pinned else None,
             base_model_class=base_class,
             base_model_fingerprint=layer_fingerprint(stack.layers),
             num_robustness_tokens=num_robustness_tokens,
@@ -187,7 +202,9 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: If the adapter is damaged, or its base is not the one it was trained on.
         """
-        hub_kwargs = {name: base_kwargs[name] for name in _HUB_KWARGS if base_kwargs.get(name) is not None}
+        if base_kwargs.pop("output_loading_info", False):
+            raise ValueError("output_loading_info=True has no use here: an adapter that is not whole is an error")
+        hub_kwargs = {name: base_kwargs[name] for name in HUB_KWARGS if base_kwargs.get(name) is not None}
         folder = fetch_adapter(pretrained_model_name_or_path, revision=revision, subfolder=subfolder, **hub_kwargs)
         adapter_config = read_config(folder)
         if config is not None and config._attn_implementation is not None:
@@ -195,7 +212,7 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
         tokens = read_tokens(folder, adapter_config)
         base_kwargs = {name: value for name, value in base_kwargs.items() if value is not None}
         if isinstance(base_model, PreTrainedModel):
-            served = (*_HUB_KWARGS, "trust_remote_code")  # the adapter takes these, and AutoModel always passes one
+            served = (*HUB_KWARGS, "trust_remote_code")  # the adapter takes these, and AutoModel always passes one
             for_base = {name: value for name, value in base_kwargs.items() if name not in served}
             _check_no_loading_arguments("the base is", for_base)
             base = base_model
@@ -211,19 +228,6 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
         model.image_processor = load_image_processor(str(folder.path))
         model.name_or_path = str(pretrained_model_name_or_path)
         return model
-
-    @classmethod
-    def _headless_class(cls, name: str, revision: str | None, hub_kwargs: Mapping[str, Any]) -> str:
-        """The class of a base's vision features, by its config: AutoModel's, or the vision half of two towers."""
-        config = AutoConfig.from_pretrained(name, revision=revision, **hub_kwargs)
-        vision_class = _vision_class(config)
-        if vision_class is not None:
-            return vision_class.__name__
-        try:
-            auto_class: Any = AutoModel._model_mapping[type(config)]
-        except KeyError as exc:
-            raise ValueError(f"transformers has no AutoModel for {type(config).__name__} of {name}") from exc
-        return str((auto_class[0] if isinstance(auto_class, list | tuple) else auto_class).__name__)
 
     @classmethod
     def _load_named_base(
@@ -242,13 +246,7 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
     def _load_base(
         cls, name: str, base_class: str, revision: str | None, base_kwargs: Mapping[str, Any]
     ) -> PreTrainedModel:
-        # getattr on transformers alone: a name in a config never reaches any other code.
-        loader = getattr(transformers, base_class, None)
-        if not (isinstance(loader, type) and issubclass(loader, PreTrainedModel)):
-            raise ValueError(
-                f"base_model_class {base_class!r} is no model class of transformers {transformers.__version__}"
-            )
-        return _load(loader, name, revision, base_kwargs)
+        return load_base(name, base_class, revision, base_kwargs)
 
     def train(self, mode: bool = True) -> Self:
         """Sets the training mode of the tokens; the base stays in eval, so that it computes what it always did."""
@@ -298,7 +296,7 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
         return self.backbone
 
     def unload(self) -> PreTrainedModel:
-        """Takes the base out, every hook gone; this model is of no more use."""
+        """Takes the base out, every hook gone, frozen and in eval mode; this model is of no more use."""
         base: PreTrainedModel = remove_tokens(self.get_base_model())
         del self.backbone
         return base
@@ -335,6 +333,8 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
     ) -> None:
         """Writes the adapter: config.json, model.safetensors (the tokens alone), preprocessor_config.json, README.md.
 
+        As any model of transformers it overwrites what it wrote before; an evaluation.json of other tokens goes.
+
         Args:
             save_directory: Folder; made if needed. A README.md that a person wrote is left as it is.
             is_main_process: Only the main process of a distributed run writes.
@@ -347,7 +347,7 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
             ValueError: If the tokens are not finite, or the folder holds another model. Nothing is written then.
         """
         if push_kwargs and not push_to_hub:
-            raise ValueError(f"save_pretrained got {sorted(push_kwargs)}, which only push_to_hub=True takes")
+            raise ValueError(f"save_pretrained got {sorted(push_kwargs)}, unknown, or for push_to_hub=True alone")
         if is_main_process:
             self._write(Path(save_directory), base_model_id=base_model_id, name=os.fspath(save_directory))
         if push_to_hub:
@@ -394,6 +394,7 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
         )
 
     def _write(self, folder: Path, *, base_model_id: str | None, name: str) -> None:
+        self.get_base_model()  # which is gone after unload()
         folder.mkdir(parents=True, exist_ok=True)
         check_no_other_model(folder)
         config = RobustnessTokenConfig.from_dict(self.config.to_dict())
@@ -402,13 +403,13 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
             config.base_model_name_or_path, config.base_model_revision = base_model_id, None
         config_json, card_text = config.to_json_string(use_diff=False), render_card(config, name=name)
         write_tokens(folder, self.robustness_tokens)
-        (folder / CONFIG_FILE).write_text(config_json, encoding="utf-8")
+        write_text(folder / CONFIG_FILE, config_json)
         if self.image_processor is not None:
             self.image_processor.save_pretrained(folder)
         card = folder / CARD_FILE
         # A person's card may be in any encoding.
         if not card.exists() or is_generated(card.read_text(encoding="utf-8", errors="replace")):
-            card.write_text(card_text, encoding="utf-8")
+            write_text(card, card_text)
 
 
 class RobustnessTokenModel(RobustnessTokenPreTrainedModel):
@@ -418,22 +419,18 @@ class RobustnessTokenModel(RobustnessTokenPreTrainedModel):
 class RobustnessTokenForImageClassification(RobustnessTokenPreTrainedModel):
     """A frozen image classifier with robustness tokens; its outputs are the base's (logits)."""
 
-    def __init__(self, config: RobustnessTokenConfig, base_model: PreTrainedModel) -> None:
-        classifiers: Any = AutoModelForImageClassification._model_mapping.get(type(base_model.config), ())
-        if not isinstance(base_model, classifiers):
-            raise _no_head_error(f"{type(base_model).__name__} {base_model.config.name_or_path!r}")
+    def __init__(self, config: RobustnessTokenConfig, base_model: PreTrainedModel | None = None) -> None:
+        base_config: Any = type(getattr(base_model, "config", None))
+        classifiers: Any = AutoModelForImageClassification._model_mapping.get(base_config, ())
+        if base_model is not None and not isinstance(base_model, classifiers):
+            raise no_head_error(f"{type(base_model).__name__} {base_model.config.name_or_path!r}")
         super().__init__(config, base_model)
 
     @classmethod
     def _load_base(
         cls, name: str, base_class: str, revision: str | None, base_kwargs: Mapping[str, Any]
     ) -> PreTrainedModel:
-        base, info = _load(
-            AutoModelForImageClassification, name, revision, {**base_kwargs, "output_loading_info": True}
-        )
-        if info["missing_keys"]:
-            raise _no_head_error(f"{name} ({sorted(info['missing_keys'])} are missing and would be random)")
-        return base
+        return load_classifier(name, revision, base_kwargs)
 
 
 def inject_tokens(
@@ -475,6 +472,11 @@ def inject_tokens(
     return model
 
 
+def _absolute_if_folder(name: str) -> str:
+    """A folder by its whole path, since a relative one means something else, or a Hub id, in another place."""
+    return os.path.abspath(name) if name and os.path.isdir(name) else name
+
+
 def _check_no_loading_arguments(what: str, arguments: Mapping[str, Any]) -> None:
     if given := sorted(name for name, value in arguments.items() if value is not None):
         raise ValueError(f"{what} in memory already: {given} can't be applied")
@@ -489,56 +491,14 @@ def _check_tokens(tokens: Tensor) -> Tensor:
     return tokens
 
 
-def _no_head_error(name: str) -> ValueError:
-    return ValueError(
-        f"{name}: there is no classification head on this base. Load a classifier that stands on it, and "
-        "inject_tokens(classifier, adapter)"
-    )
-
-
 def _check_base(base: PreTrainedModel, config: RobustnessTokenConfig) -> None:
     revision = f" at {config.base_model_revision}" if config.base_model_revision else ""
     check_fingerprint(
         find_layer_stack(base).layers,
         config.base_model_fingerprint or {},
-        found_name=f"{type(base).__name__} {base.config.name_or_path!r}",
+        found_name=f"{type(base).__name__} {getattr(getattr(base, 'config', None), 'name_or_path', '')!r}",
         expected_name=f"{config.base_model_class} {config.base_model_name_or_path!r}{revision}",
     )
-
-
-def _processor_of(base: PreTrainedModel, name: str, *, revision: str | None, hub_kwargs: Mapping[str, Any]) -> Any:
-    """The image processor that lies beside a base, or one built from its input size."""
-    config = getattr(base.config, "vision_config", base.config)
-    image_size = square_size(getattr(config, "image_size", None))
-    if name:
-        options = {key: value for key, value in hub_kwargs.items() if key != "force_download"}
-        return load_image_processor(name, revision=revision, image_size=image_size, **options)
-    if image_size is None:
-        raise ValueError(
-            f"{type(base).__name__} was made in memory and names no square image_size: pass image_processor="
-        )
-    return build_image_processor(image_size=image_size)
-
-
-def _vision_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
-    """The vision half of a two-tower model (CLIP, SigLIP, ...), with its projection where there is one; else None."""
-    if not hasattr(config, "vision_config") or not hasattr(config, "text_config"):
-        return None
-    stem = type(config).__name__.removesuffix("Config")
-    names = (f"{stem}VisionModelWithProjection", f"{stem}VisionModel")
-    return next((getattr(transformers, name) for name in names if hasattr(transformers, name)), None)
-
-
-def _load(loader: Any, name: str, revision: str | None, base_kwargs: Mapping[str, Any]) -> Any:
-    try:
-        return loader.from_pretrained(name, revision=revision, use_safetensors=True, **base_kwargs)
-    except OSError as exc:
-        if "safetensors" in str(exc):
-            raise ValueError(
-                f"{name} has no safetensors weights, and nothing else is read: convert it with "
-                "`model.save_pretrained(folder)` where you trust its source"
-            ) from exc
-        raise
 
 
 AutoConfig.register(RobustnessTokenConfig.model_type, RobustnessTokenConfig)

@@ -234,6 +234,7 @@ def load_image_processor(
     token: str | bool | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool | None = None,
+    trust_remote_code: bool = False,
     image_size: int | None = None,
     image_mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
     image_std: Sequence[float] = IMAGENET_DEFAULT_STD,
@@ -249,6 +250,7 @@ def load_image_processor(
         token: for private repositories.
         cache_dir: where downloads are kept.
         local_files_only: never download.
+        trust_remote_code: run the code of an image processor that the repository brings; never asked, never guessed.
         image_size: side in pixels; used, like `image_mean` and `image_std`, only where the base has no image
             processor of its own, for `build_image_processor`.
         image_mean: see `image_size`.
@@ -263,7 +265,9 @@ def load_image_processor(
     options = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     given = {name: value for name, value in options.items() if value is not None}
     try:
-        processor = AutoImageProcessor.from_pretrained(base_model, backend="pil", **given)
+        processor = AutoImageProcessor.from_pretrained(
+            base_model, backend="pil", trust_remote_code=trust_remote_code, **given
+        )
     except OSError as exc:
         # transformers says the same of a file that is missing and of one that it couldn't fetch or parse, and another
         # processor than the base's own must never be made up because the network was down.

@@ -94,7 +94,7 @@ def test_random_start_is_uniform_in_the_ball_and_the_range() -> None:
 
 @settings(deadline=None, max_examples=60)
 @given(
-    eps=st.floats(0, 1.5),
+    eps=st.floats(0, 1),
     step_size=st.none() | st.floats(1e-4, 2),
     num_steps=st.integers(1, 4),
     num_restarts=st.integers(1, 2),
@@ -388,3 +388,9 @@ def test_bad_arguments_are_refused(images: Tensor, arguments: dict[str, Any], me
 def test_bad_objectives_are_refused(images: Tensor, objective: Callable[[Tensor], Tensor], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         pgd_attack(objective, images)
+
+
+def test_eps_in_8_bit_units_is_refused() -> None:
+    images = torch.rand(2, 3, 4, 4)
+    with pytest.raises(ValueError, match="eps must be at most 1, in pixel units"):
+        pgd_attack(lambda x: x.flatten(1).sum(1), images, eps=8)

@@ -85,6 +85,8 @@ def test_train_command_reads_a_yaml_file_and_refuses_a_used_folder(work: Path, t
     ("words", "expected"),
     [
         (["info", "no/such/folder"], "neither a local folder nor"),
+        (["info", "no/repo"], "no/repo"),
+        (["train", "--base_model", "no/repo", "--dataset", "d", "--output_dir", "o"], "no/repo"),
         (["train", "--eps", "8/255", "--base_model", "b", "--dataset", "d", "--output_dir", "o"], "attack"),
     ],
 )

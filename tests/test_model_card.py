@@ -75,3 +75,15 @@ def test_a_persons_card_is_told_from_ours(tmp_path: Path) -> None:
     assert is_generated(render_card(config(), name="user/adapter"))
     assert not is_generated("# My tokens\nTrained with care, by robustness_tokens.")
     assert not is_generated("")
+
+
+@pytest.mark.parametrize(("through", "said"), [("base", "grey box"), ("tokens", "the backbone and the tokens")])
+def test_the_card_says_against_whom_the_tokens_were_trained(through: str, said: str) -> None:
+    card = render_card(RobustnessTokenConfig(training={"attack_through": through}), name="x")
+    assert said in card.partition("## Threat model")[2].partition("Whoever")[0]
+
+
+def test_the_card_of_untrained_tokens_claims_no_training() -> None:
+    card = render_card(RobustnessTokenConfig(base_model_name_or_path="u/b"), name="x")
+    assert "were trained against" not in card
+    assert "| commit | not pinned |" in card

@@ -342,7 +342,7 @@ def test_only_the_main_process_writes(dinov2_model: RobustnessTokenModel, tmp_pa
 
 
 def test_unknown_save_arguments_are_errors(dinov2_model: RobustnessTokenModel, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"\['safe_serialisation'\], which only push_to_hub=True takes"):
+    with pytest.raises(ValueError, match=r"\['safe_serialisation'\], unknown, or for push_to_hub=True"):
         dinov2_model.save_pretrained(tmp_path, safe_serialisation=True)
     assert list(tmp_path.iterdir()) == []
 
@@ -592,9 +592,7 @@ def test_unknown_arguments_are_errors(adapter_folder: Path, base_folders: Folder
         inject_tokens(make_base("dinov2"), adapter_folder, ignore_mismatch=True)
 
 
-@pytest.mark.parametrize(
-    "arguments", [{"dtype": torch.float16}, {"revision": "main"}, {"attn_implementation": "sdpa"}]
-)
+@pytest.mark.parametrize("arguments", [{"dtype": torch.float16}, {"token": "x"}, {"attn_implementation": "sdpa"}])
 def test_a_base_in_memory_takes_no_loading_arguments(make_base: MakeBase, arguments: dict[str, Any]) -> None:
     with pytest.raises(
         ValueError, match=rf"in memory already: {list(arguments)} can't be applied".replace("[", r"\[")
@@ -877,3 +875,90 @@ def test_a_model_of_two_towers_is_pointed_to_its_vision_half() -> None:
     with pytest.raises(ValueError, match=r"CLIPModel has two towers: .*CLIPVisionModelWithProjection"):
         RobustnessTokenModel.from_base(clip)
     inject_tokens(clip, torch.zeros(1, 16))
+
+
+def test_no_code_beside_an_adapter_or_a_base_is_run_or_offered(
+    adapter_folder: Path, base_folders: Folders, tmp_path: Path
+) -> None:
+    base_folder = shutil.copytree(base_folders["dinov2"], tmp_path / "base")
+    for folder in (adapter_folder, base_folder):
+        (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+        processor = {"auto_map": {"AutoImageProcessor": "evil.Evil"}, "image_processor_type": "Evil"}
+        (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        RobustnessTokenModel.from_pretrained(adapter_folder, base_model=base_folders["dinov2"])
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        RobustnessTokenModel.from_base(base_folder)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_an_adapter_whose_config_names_code_is_refused(adapter_folder: Path) -> None:
+    config = json.loads((adapter_folder / "config.json").read_text())
+    config["auto_map"] = {"AutoModel": "evil.Evil"}
+    (adapter_folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"unknown keys \['auto_map'\]"):
+        AutoModel.from_pretrained(adapter_folder)
+
+
+def test_a_report_of_other_tokens_does_not_survive(dinov2_model: RobustnessTokenModel, tmp_path: Path) -> None:
+    dinov2_model.save_pretrained(tmp_path)
+    (tmp_path / "evaluation.json").write_text("{}")
+    dinov2_model.save_pretrained(tmp_path)
+    assert (tmp_path / "evaluation.json").exists(), "the same tokens"
+    randomize(dinov2_model).save_pretrained(tmp_path)
+    assert not (tmp_path / "evaluation.json").exists()
+
+
+def test_a_relative_base_folder_is_found_from_elsewhere(
+    base_folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(base_folders["dinov2"].parent)
+    RobustnessTokenModel.from_base(base_folders["dinov2"].name).save_pretrained(tmp_path / "adapter")
+    monkeypatch.chdir(tmp_path)
+    assert RobustnessTokenModel.from_pretrained("adapter").config.base_model_name_or_path == str(
+        base_folders["dinov2"].resolve()
+    )
+
+
+def test_a_base_in_memory_is_pinned_only_to_the_revision_that_the_user_names(
+    make_base: MakeBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def commit(name: str, *, revision: str | None, cache_dir: Any) -> str:
+        return f"commit of {revision or 'main'}"
+
+    monkeypatch.setattr("robustness_tokens.modeling.cached_commit", commit)
+    assert RobustnessTokenModel.from_base(make_base("dinov2")).config.base_model_revision is None
+    pinned = RobustnessTokenModel.from_base(make_base("dinov2"), revision="v1")
+    assert pinned.config.base_model_revision == "commit of v1"
+
+
+def test_a_model_without_a_base_says_how_to_make_one(adapter_folder: Path) -> None:
+    config = RobustnessTokenConfig()
+    for make in (RobustnessTokenModel, RobustnessTokenForImageClassification, AutoModel.from_config):
+        with pytest.raises(ValueError, match="needs its base: call from_base or from_pretrained"):
+            make(config)
+    with pytest.raises(ValueError, match="output_loading_info"):
+        RobustnessTokenModel.from_pretrained(adapter_folder, output_loading_info=True)
+
+
+def test_tokens_go_into_a_module_around_a_model(adapter_folder: Path, base_folders: Folders) -> None:
+    wrapper: Any = nn.Sequential(AutoModel.from_pretrained(base_folders["dinov2"]))
+    assert find_injector(inject_tokens(wrapper, adapter_folder)) is not None
+
+
+def test_a_grey_base_is_refused(make_base: MakeBase) -> None:
+    with pytest.raises(ValueError, match="takes images of 1 channels"):
+        RobustnessTokenModel.from_base(make_base("dinov2", num_channels=1))
+
+
+def test_an_adapter_without_its_image_processor_is_not_whole(adapter_folder: Path) -> None:
+    (adapter_folder / "preprocessor_config.json").unlink()
+    with pytest.raises(ValueError, match=r"has no preprocessor_config\.json"):
+        RobustnessTokenModel.from_pretrained(adapter_folder)
+
+
+def test_nothing_is_saved_after_unload(dinov2_model: RobustnessTokenModel, tmp_path: Path) -> None:
+    dinov2_model.unload()
+    with pytest.raises(ValueError, match=r"taken out by unload\(\)"):
+        dinov2_model.save_pretrained(tmp_path)
+    assert list(tmp_path.iterdir()) == []

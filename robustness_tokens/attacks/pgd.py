@@ -63,6 +63,8 @@ def pgd_attack(
             "apply it inside the objective"
         )
     check_steps(eps=eps, step_size=step_size, num_steps=num_steps)
+    if eps > 1:
+        raise ValueError(f"eps must be at most 1, in pixel units of [0, 1] images such as 8/255, got {eps}")
     if num_restarts < 1:
         raise ValueError(f"num_restarts must be at least 1, got {num_restarts}")
     if num_restarts > 1 and not random_start:
