@@ -25,11 +25,14 @@ def headless_class_name(name: str, revision: str | None, base_kwargs: Mapping[st
         base_kwargs: For `from_pretrained`; those for the Hub and `trust_remote_code` are used.
 
     Raises:
-        ValueError: If transformers has no model class for it.
+        ValueError: If there is no such base, or transformers has no model class for it.
     """
     hub_kwargs = {key: base_kwargs[key] for key in HUB_KWARGS if key in base_kwargs}
     trust_remote_code = base_kwargs.get("trust_remote_code", False)
-    config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code, **hub_kwargs)
+    try:
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code, **hub_kwargs)
+    except OSError as exc:
+        raise ValueError(f"the base {name!r} can't be loaded; it is no folder here with a model in it: {exc}") from exc
     two_towers = vision_class(config)
     if two_towers is not None:
         return two_towers.__name__

@@ -18,7 +18,13 @@ from typing import Any
 import safetensors
 import torch
 from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
-from huggingface_hub.utils import EntryNotFoundError, HFValidationError, RevisionNotFoundError, validate_repo_id
+from huggingface_hub.utils import (
+    EntryNotFoundError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RevisionNotFoundError,
+    validate_repo_id,
+)
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -76,15 +82,20 @@ def fetch_adapter(
             validate_repo_id(str(name_or_path))
         except HFValidationError as exc:
             raise ValueError(f"{str(name_or_path)!r} is neither a local folder nor the id of a Hub repo") from exc
-        snapshot = snapshot_download(
-            str(name_or_path),
-            revision=revision,
-            token=token,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-            force_download=force_download,
-            allow_patterns=[prefix + file for file in ADAPTER_FILES],
-        )
+        try:
+            snapshot = snapshot_download(
+                str(name_or_path),
+                revision=revision,
+                token=token,
+                cache_dir=cache_dir,
+                local_files_only=local_files_only,
+                force_download=force_download,
+                allow_patterns=[prefix + file for file in ADAPTER_FILES],
+            )
+        except LocalEntryNotFoundError as exc:
+            raise ValueError(
+                f"{name_or_path} is no folder here and not in the cache, and the Hub can't be reached: {exc}"
+            ) from exc
         path, from_hub, commit = Path(snapshot), True, Path(snapshot).name
     path = path / subfolder
     if missing := [file for file in (CONFIG_FILE, TOKENS_FILE, PROCESSOR_FILE) if not (path / file).is_file()]:
