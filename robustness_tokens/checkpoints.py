@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .hub import read_json
+from .hub import check_no_other_model, holds_adapter, read_json
 from .training_args import LAST_CHECKPOINT
 
 
@@ -115,6 +115,38 @@ def load_checkpoint(
     with torch.no_grad():
         tokens.copy_(stored)
     return content["step"], content["state"]
+
+
+def check_output_dir(output_dir: Path, *, overwrite: bool, resume_from_checkpoint: str | None) -> None:
+    """Refuses a folder that a run can't write to, or that holds what it must not replace; nothing is written.
+
+    Args:
+        output_dir: Folder of the run, there or not.
+        overwrite: Whether an adapter and checkpoints of an earlier run may be replaced.
+        resume_from_checkpoint: A run that goes on from a checkpoint in this folder may replace them too.
+
+    Raises:
+        ValueError: If it is no folder or not writable, or holds another model, an adapter or checkpoints.
+    """
+    resolved = output_dir.resolve()
+    existing = next(path for path in (resolved, *resolved.parents) if os.path.exists(path))
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        problem = "not writable" if existing.is_dir() else "no folder"
+        raise ValueError(
+            f"output_dir={str(output_dir)!r} can't be used, because {existing} is {problem}: choose another"
+        )
+    check_no_other_model(output_dir)
+    used = holds_adapter(output_dir) or list_checkpoints(output_dir)
+    if used and not overwrite and not is_own_checkpoint(output_dir, resume_from_checkpoint):
+        raise ValueError(
+            f"{output_dir} holds an adapter or checkpoints already: choose another output_dir, or set "
+            "overwrite_output_dir=True to replace them, or resume_from_checkpoint='last' to go on"
+        )
+
+
+def is_own_checkpoint(output_dir: Path, name: str | None) -> bool:
+    """Whether a checkpoint given as to [`find_checkpoint`] lies in the run's folder; None is no checkpoint."""
+    return name == LAST_CHECKPOINT or (name is not None and Path(name).resolve().parent == output_dir.resolve())
 
 
 def find_checkpoint(output_dir: Path, name: str) -> Path:

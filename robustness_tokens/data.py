@@ -144,6 +144,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
         transform: picture -> (3, H, W) float32 in [0, 1], such as an `ImageTransform`.
         image_column_name: see `find_image_column`.
         label_column_name: see `find_label_column`.
+        with_labels: False leaves labels out, and then it does not matter what they are.
 
     Raises:
         ValueError: no such columns, or a data set with a transform.
@@ -156,13 +157,15 @@ class ImageDataset(Dataset[dict[str, Any]]):
         *,
         image_column_name: str | None = None,
         label_column_name: str | None = None,
+        with_labels: bool = True,
     ) -> None:
         if dataset.format["type"] == "custom":
             raise ValueError(
                 "dataset has a transform (with_transform), which would be bypassed: pass it as `transform`, from a "
                 "picture to a float tensor in [0, 1], and the data set with_format(None)."
             )
-        self._reader = _RowReader.of(dataset, transform, image_column_name, label_column_name)
+        self.transform = transform
+        self._reader = _RowReader.of(dataset, transform, image_column_name, label_column_name, with_labels)
         self._dataset = self._reader.narrow(dataset)
 
     def __len__(self) -> int:
@@ -189,6 +192,7 @@ class IterableImageDataset(IterableDataset[dict[str, Any]]):
         transform: picture -> (3, H, W) float32 in [0, 1], such as an `ImageTransform`.
         image_column_name: see `find_image_column`.
         label_column_name: see `find_label_column`.
+        with_labels: False leaves labels out, and then it does not matter what they are.
         rank: of this process.
         world_size: number of processes.
 
@@ -203,10 +207,12 @@ class IterableImageDataset(IterableDataset[dict[str, Any]]):
         *,
         image_column_name: str | None = None,
         label_column_name: str | None = None,
+        with_labels: bool = True,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        self._reader = _RowReader.of(dataset, transform, image_column_name, label_column_name)
+        self.transform = transform
+        self._reader = _RowReader.of(dataset, transform, image_column_name, label_column_name, with_labels)
         narrowed = self._reader.narrow(dataset)
         self._dataset = split_dataset_by_node(narrowed, rank=rank, world_size=world_size)
         self._rank, self._world_size = rank, world_size
@@ -253,10 +259,12 @@ class TensorImageDataset(Dataset[dict[str, Any]]):
     Args:
         dataset: items {"images": (C, H, W) float in [0, 1], "labels": int, if they have one}; what else they hold is
             left out.
+        with_labels: False leaves labels out, and then it does not matter what they are.
     """
 
-    def __init__(self, dataset: Dataset[Mapping[str, Any]]) -> None:
+    def __init__(self, dataset: Dataset[Mapping[str, Any]], *, with_labels: bool = True) -> None:
         self._dataset = dataset
+        self._with_labels = with_labels
 
     def __len__(self) -> int:
         return len(self._dataset)  # type: ignore[arg-type]  # torch's Dataset leaves __len__ to its children
@@ -267,7 +275,7 @@ class TensorImageDataset(Dataset[dict[str, Any]]):
             came = f"keys {list(item)}" if isinstance(item, Mapping) else type(item).__name__
             raise ValueError(f"dataset[{index}] has {came}, expected a dict with 'images'.")
         validate_images(item["images"], ndim=3)
-        labels = {"labels": int(item["labels"])} if "labels" in item else {}
+        labels = {"labels": int(item["labels"])} if self._with_labels and "labels" in item else {}
         return {"images": item["images"], "index": int(index), **labels}
 
 
@@ -388,9 +396,13 @@ class _RowReader:
         transform: Callable[[Image.Image], Tensor],
         image_column_name: str | None,
         label_column_name: str | None,
+        with_labels: bool,
     ) -> "_RowReader":
+        if label_column_name is not None and not with_labels:
+            raise ValueError(f"label_column_name={label_column_name!r} with with_labels=False: leave one of them out.")
         image_column = find_image_column(dataset, image_column_name)
-        return cls(transform, image_column, find_label_column(dataset, label_column_name))
+        label_column = find_label_column(dataset, label_column_name) if with_labels else None
+        return cls(transform, image_column, label_column)
 
     def narrow(
         self, dataset: datasets.Dataset | datasets.IterableDataset

@@ -19,14 +19,30 @@ from tqdm.auto import tqdm
 from transformers import get_scheduler
 from transformers.trainer_utils import TrainOutput
 
-from .checkpoints import find_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
+from .checkpoints import (
+    check_output_dir,
+    find_checkpoint,
+    is_own_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+)
 from .hub import EVALUATION_FILE, holds_adapter
 from .modeling import RobustnessTokenPreTrainedModel
 from .preprocessing import Normalizer
 from .training_args import MixedPrecision, RobustnessTokenTrainingArguments
-from .training_data import Batch, Position, build_train_loader, iterate_steps, prepare_train_dataset
+from .training_data import (
+    Batch,
+    Position,
+    build_train_loader,
+    check_patches,
+    describe_dataset,
+    find_image_shape,
+    iterate_steps,
+    prepare_train_dataset,
+)
 from .training_log import LOG_FILE, append_to_log, read_log, start_log
-from .training_step import accumulate_gradient, base_features, compute_features
+from .training_step import accumulate_gradient, base_features, check_trainable, compute_features
 
 
 class _Features(nn.Module):
@@ -53,8 +69,9 @@ class RobustnessTokenTrainer:
             `{"images": (3, H, W) float in [0, 1]}`.
 
     Raises:
-        ValueError: If `args.output_dir` holds an adapter or checkpoints already and neither `overwrite_output_dir`
-            nor `resume_from_checkpoint` is set; if the dataset has no image column.
+        ValueError: If `args.output_dir` holds another model, or an adapter or checkpoints already and the run neither
+            resumes from one of these nor sets `overwrite_output_dir`, or can't be written to; if the dataset has no
+            image column; if the base can't cut its images into patches.
     """
 
     def __init__(
@@ -63,14 +80,16 @@ class RobustnessTokenTrainer:
         args: RobustnessTokenTrainingArguments,
         train_dataset: Any,
     ) -> None:
+        if not isinstance(model, RobustnessTokenPreTrainedModel):
+            raise ValueError(
+                f"model is a {type(model).__name__}, which has no tokens to train: give the trainer "
+                "RobustnessTokenModel.from_base(model)"
+            )
         self.model, self.args = model, args
         self.output_dir = Path(args.output_dir)
-        used = holds_adapter(self.output_dir) or list_checkpoints(self.output_dir)
-        if used and not args.overwrite_output_dir and args.resume_from_checkpoint is None:
-            raise ValueError(
-                f"{self.output_dir} holds an adapter or checkpoints already: choose another output_dir, or set "
-                "overwrite_output_dir=True to replace them, or resume_from_checkpoint='last' to go on"
-            )
+        check_output_dir(
+            self.output_dir, overwrite=args.overwrite_output_dir, resume_from_checkpoint=args.resume_from_checkpoint
+        )
         if model.config.image_mean is None or model.config.image_std is None:
             raise ValueError("the model's config has no image_mean and image_std: give them to from_base")
         self.accelerator = Accelerator(
@@ -89,6 +108,10 @@ class RobustnessTokenTrainer:
             process_index=self.accelerator.process_index,
             num_processes=self.accelerator.num_processes,
         )
+        self._dataset_entry, self._image_shape = describe_dataset(train_dataset), find_image_shape(self.train_dataset)
+        if self._image_shape is not None:
+            check_patches(model.get_base_model(), self._image_shape)
+        self._previous_recipe: dict[str, Any] = {}  # of tokens that are trained further
         self.normalizer = Normalizer(model.config.image_mean, model.config.image_std).to(self.accelerator.device)
         self.log_history: list[dict[str, float]] = []
         self._good_tokens: tuple[Tensor, int] | None = None  # a finite loss was seen with them, and their step
@@ -100,10 +123,13 @@ class RobustnessTokenTrainer:
             transformers' `TrainOutput`: steps done, mean loss of the steps done now, and the last logged metrics.
 
         Raises:
-            ValueError: If the checkpoint does not fit, or too many images are unreadable.
+            ValueError: If the checkpoint does not fit, or too many images are unreadable, or the tokens are off, not
+                float32, or not what is trained.
             FloatingPointError: If the loss is not finite; the last good tokens stay in the model, and in output_dir.
         """
         args, accelerator = self.args, self.accelerator
+        check_trainable(self.model)
+        self._previous_recipe = self.model.config.training or {}
         optimizer = torch.optim.Adam([self.model.robustness_tokens], lr=args.learning_rate)
         scheduler = get_scheduler(args.lr_scheduler_type, optimizer, args.warmup_steps, args.max_steps)
         was_training = self.model.training
@@ -223,12 +249,18 @@ class RobustnessTokenTrainer:
             "Try a smaller learning_rate, mixed_precision='no', or other images"
         )
 
+    def _recipe(self) -> dict[str, Any]:
+        """The arguments' recipe with what the processes, the image processor and ready images add to it."""
+        recipe = {**self.args.recipe(), "num_processes": self.accelerator.num_processes}
+        if self._image_shape is not None:
+            height, width = self._image_shape
+            recipe["image_size"] = height if height == width else [height, width]
+        return recipe
+
     def _note_recipe(self, num_steps_done: int) -> None:
-        self.model.config.training = {
-            **self.args.recipe(),
-            "num_processes": self.accelerator.num_processes,
-            "num_steps_done": num_steps_done,
-        }
+        known = {"dataset": self._dataset_entry, "previous": self._previous_recipe}
+        recipe = {**self._recipe(), "num_steps_done": num_steps_done}
+        self.model.config.training = recipe | {name: value for name, value in known.items() if value}
 
     def _log(self, row: dict[str, float]) -> None:
         self.log_history.append(row)
@@ -239,8 +271,7 @@ class RobustnessTokenTrainer:
         """What a resumed run must have in common with the one it resumes."""
         config, args = self.model.config, self.args
         settings = {
-            **args.recipe(),
-            "num_processes": self.accelerator.num_processes,
+            **self._recipe(),
             "base_model_fingerprint": config.base_model_fingerprint,
             "feature_view": config.feature_view,
             "similarity_axis": config.similarity_axis,
@@ -263,6 +294,7 @@ class RobustnessTokenTrainer:
                 settings=self._settings(),
                 state={
                     "position": list(position),
+                    "previous_recipe": self._previous_recipe,
                     "scheduler": {k: v for k, v in scheduler.state_dict().items() if k != "lr_lambdas"},
                 },
                 save_total_limit=self.args.save_total_limit,
@@ -283,13 +315,14 @@ class RobustnessTokenTrainer:
             scheduler.load_state_dict({**state["scheduler"], "lr_lambdas": [None] * len(scheduler.base_lrs)})
             for group, learning_rate in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):
                 group["lr"] = learning_rate  # which a scheduler sets only when it steps
+            self._previous_recipe = state["previous_recipe"]
             position = (state["position"][0], state["position"][1])
             self.log_history = read_log(folder.parent / LOG_FILE, last_step=step)
         self.accelerator.wait_for_everyone()  # all have read the log
         if self.accelerator.is_main_process:
-            if self.args.resume_from_checkpoint is None:
+            if not is_own_checkpoint(self.output_dir, self.args.resume_from_checkpoint):
                 for _, checkpoint in list_checkpoints(self.output_dir):
                     shutil.rmtree(checkpoint)
-                (self.output_dir / EVALUATION_FILE).unlink(missing_ok=True)  # it tells of the tokens to be replaced
+            (self.output_dir / EVALUATION_FILE).unlink(missing_ok=True)  # it tells of the tokens to be replaced
             start_log(self.output_dir / LOG_FILE, self.log_history)
         return step, position

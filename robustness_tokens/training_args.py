@@ -14,13 +14,13 @@ import yaml
 from transformers import AutoConfig, HfArgumentParser
 
 from .configuration import FeatureView, SimilarityAxis
+from .preprocessing import ResizeMode
 from .presets import PAPER, resolve_preset
 
 
 AttackName = Literal["paper", "pgd"]
 AttackThrough = Literal["base", "tokens", "both"]
 MixedPrecision = Literal["no", "bf16"]
-Resize = Literal["squash", "processor"]
 
 LAST_CHECKPOINT = "last"
 
@@ -32,6 +32,9 @@ _LISTS = ("image_mean", "image_std")
 
 _PGD_DEFAULT_EPS = 4 / 255
 _PAPER_STEP_SIZE = 0.01
+
+# Adam divides it by 1 - 0.9 in its first step, and the quotient must be a float32.
+_LARGEST_LEARNING_RATE = 1e37
 
 
 @dataclass(kw_only=True)
@@ -116,8 +119,11 @@ class RobustnessTokenTrainingArguments:
 
     image_column_name: str | None = field(default=None, metadata={"help": "Column with the images; found if None."})
     image_size: int | None = field(default=None, metadata={"help": "Side in pixels; the image processor's if None."})
-    resize: Resize = field(
+    resize: ResizeMode = field(
         default="squash", metadata={"help": "squash: bilinear, no crop (paper); processor: the image processor's own."}
+    )
+    shuffle_buffer_size: int = field(
+        default=1000, metadata={"help": "Streams only: shuffle within so many images (and the order of the shards)."}
     )
     max_broken_images: int = field(default=10, metadata={"help": "Skip so many unreadable images before giving up."})
     dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that decode images."})
@@ -143,6 +149,7 @@ class RobustnessTokenTrainingArguments:
             ("gradient_accumulation_steps", 1),
             ("num_attack_steps", 1),
             ("logging_steps", 1),
+            ("shuffle_buffer_size", 1),
             ("warmup_steps", 0),
             ("seed", 0),
             ("dataloader_num_workers", 0),
@@ -156,7 +163,7 @@ class RobustnessTokenTrainingArguments:
             ("attack", get_args(AttackName)),
             ("attack_through", get_args(AttackThrough)),
             ("mixed_precision", get_args(MixedPrecision)),
-            ("resize", get_args(Resize)),
+            ("resize", get_args(ResizeMode)),
             ("lr_scheduler_type", _ENDLESS_SCHEDULES + _SCHEDULES_TO_MAX_STEPS),
         ):
             if getattr(self, name) not in allowed:
@@ -185,6 +192,11 @@ class RobustnessTokenTrainingArguments:
         for name in ("learning_rate", "step_size", "max_grad_norm"):
             if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be finite and above 0, got {getattr(self, name)}")
+        if self.learning_rate > _LARGEST_LEARNING_RATE:
+            raise ValueError(
+                f"learning_rate must be at most {_LARGEST_LEARNING_RATE:g}, or Adam overflows, got "
+                f"{self.learning_rate}"
+            )
         weights = (self.invariance_weight, self.adversarial_weight)
         if not all(0 <= weight < math.inf for weight in weights) or sum(weights) == 0:
             raise ValueError(
@@ -204,7 +216,11 @@ class RobustnessTokenTrainingArguments:
 
     def recipe(self) -> dict[str, Any]:
         """What determines the tokens, for the adapter's config: everything but folders, logging and workers."""
-        return {key: value for key, value in dataclasses.asdict(self).items() if key not in _NOT_RECIPE}
+        recipe = {key: value for key, value in dataclasses.asdict(self).items() if key not in _NOT_RECIPE}
+        if self.step_size is None:
+            assert self.eps is not None, "only pgd has no step_size, and it has an eps"
+            recipe["step_size"] = 2.5 * self.eps / self.num_attack_steps  # as pgd_attack does
+        return recipe
 
 
 _NOT_RECIPE = {

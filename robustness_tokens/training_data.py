@@ -6,10 +6,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import datasets
+import torch
 from accelerate import Accelerator
-from torch import Tensor
+from PIL import Image
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from .backbones import vision_trunk
 from .data import BrokenImageLog, ImageDataset, IterableImageDataset, TensorImageDataset, build_dataloader
 from .preprocessing import ImageTransform, processor_image_size
 from .training_args import RobustnessTokenTrainingArguments
@@ -59,7 +62,7 @@ def prepare_train_dataset(
     if not streaming and not isinstance(dataset, datasets.Dataset):
         if unused := [name for name in ("image_column_name", "image_size") if getattr(args, name) is not None]:
             raise ValueError(f"{unused} can't be applied to a {type(dataset).__name__}, whose images are ready: unset")
-        return TensorImageDataset(dataset)
+        return TensorImageDataset(dataset, with_labels=False)
     if args.resize == "processor":
         transform = ImageTransform(resize="processor", image_processor=image_processor)
     else:
@@ -67,20 +70,71 @@ def prepare_train_dataset(
             resize="squash", image_size=args.image_size or processor_image_size(image_processor)
         )
     if not streaming:
-        return ImageDataset(dataset, transform, image_column_name=args.image_column_name)
+        return ImageDataset(dataset, transform, image_column_name=args.image_column_name, with_labels=False)
     return IterableImageDataset(
-        dataset,
+        dataset.shuffle(seed=args.seed, buffer_size=args.shuffle_buffer_size),
         transform,
         image_column_name=args.image_column_name,
+        with_labels=False,
         rank=process_index,
         world_size=num_processes,
     )
 
 
+def describe_dataset(dataset: Any) -> dict[str, Any]:
+    """What is known of a dataset that was given to [`prepare_train_dataset`], for the recipe; must be JSON."""
+    known: dict[str, Any] = {"num_images": len(dataset) if hasattr(dataset, "__len__") else None}
+    if isinstance(dataset, datasets.Dataset | datasets.IterableDataset):
+        info = dataset.info
+        known |= {"name": info.dataset_name or info.builder_name, "config": info.config_name}
+        known["split"] = None if dataset.split is None else str(dataset.split)
+    return {key: value for key, value in known.items() if value is not None}
+
+
+def find_image_shape(dataset: Dataset[Any]) -> tuple[int, int] | None:
+    """Height and width in pixels of a prepared dataset's images; None where they follow the pictures' own.
+
+    Ready images are taken to be as large as the first.
+    """
+    if isinstance(dataset, ImageDataset | IterableImageDataset):
+        wide, tall = (dataset.transform(Image.new("RGB", size)) for size in ((400, 300), (300, 400)))
+        return (wide.shape[-2], wide.shape[-1]) if wide.shape == tall.shape else None
+    first: Tensor = dataset[0]["images"]
+    return first.shape[-2], first.shape[-1]
+
+
+def check_patches(base: nn.Module, image_shape: tuple[int, int]) -> None:
+    """Refuses images that the base can't cut into patches.
+
+    Args:
+        base: Of the model; one that names no patch size is not checked.
+        image_shape: Height and width in pixels.
+
+    Raises:
+        ValueError: If a side is smaller than a patch, or no multiple of it.
+    """
+    trunk: Any = vision_trunk(base)
+    config = getattr(trunk.config, "vision_config", trunk.config)
+    owner = trunk.timm_model.patch_embed if hasattr(trunk, "timm_model") else config
+    size: Any = getattr(owner, "patch_size", None)
+    if size is None:
+        return
+    patch_shape = (size, size) if isinstance(size, int) else tuple(size)
+    # Some bases leave out a border of the size that they were made for: SigLIP has 384 pixels and patches of 14.
+    own_size = getattr(config, "image_size", None)
+    if image_shape in (own_size, (own_size, own_size)):
+        return
+    if any(side < patch or side % patch for side, patch in zip(image_shape, patch_shape, strict=True)):
+        raise ValueError(
+            f"the images have {image_shape[0]} x {image_shape[1]} pixels, and the patches of {type(base).__name__} "
+            f"{patch_shape[0]} x {patch_shape[1]}: set image_size to a multiple of the patch size"
+        )
+
+
 def build_train_loader(
     dataset: Dataset[Any], *, args: RobustnessTokenTrainingArguments, accelerator: Accelerator
 ) -> DataLoader[Any]:
-    """Batches for this process, shuffled anew every epoch; a stream keeps its order."""
+    """Batches for this process, shuffled anew every epoch."""
     streaming = isinstance(dataset, IterableImageDataset)
     images_per_step = args.per_device_train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
     loader = build_dataloader(
@@ -110,6 +164,7 @@ def iterate_steps(
 
     Returns:
         An iterator of up to `gradient_accumulation_steps` batches without broken images, and the position after them.
+        A step for which one of the processes has no image is passed over by all of them.
 
     Raises:
         ValueError: If too many images are broken, or there are none.
@@ -133,16 +188,15 @@ def iterate_steps(
             found = True
             yield whole, (epoch, batches_done)
         if not found:
-            raise ValueError("train_dataset has no readable image to train on")
+            on_processes = (
+                f" on each of {accelerator.num_processes} processes" if accelerator.num_processes > 1 else ""
+            )
+            raise ValueError(f"train_dataset has no readable image to train on{on_processes}")
         epoch, batches_done = epoch + 1, 0
 
 
 def _without_empty(batches: list[Batch], accelerator: Accelerator) -> list[Batch]:
+    """The batches that hold images; none if a process has none, for which the others would wait in vain."""
     whole = [batch for batch in batches if len(batch["images"])]
-    if batches and not whole and accelerator.num_processes > 1:
-        # One process would skip a step that the others wait in.
-        raise ValueError(
-            f"all images of a step on process {accelerator.process_index} are broken: remove them from the dataset, "
-            "or make per_device_train_batch_size larger"
-        )
-    return whole
+    num_without = accelerator.reduce(torch.tensor(float(not whole), device=accelerator.device), reduction="sum")
+    return whole if num_without == 0 else []

@@ -23,6 +23,25 @@ class _NotFiniteError(Exception):
     """Features became infinite or NaN in the middle of an attack."""
 
 
+def check_trainable(model: RobustnessTokenPreTrainedModel) -> None:
+    """Raises `ValueError` unless the tokens are on, float32, and what is trained, all of it."""
+    tokens = model.robustness_tokens
+    if not model.injector.enabled:
+        raise ValueError("the tokens are off: call train() outside of disable_adapter()")
+    if tokens.dtype != torch.float32:
+        raise ValueError(
+            f"the tokens are {tokens.dtype}, expected torch.float32, which they are trained in whatever the base is: "
+            "call model.injector.float() before train()"
+        )
+    mend = "call model.requires_grad_(False), then model.robustness_tokens.requires_grad_(True)"
+    if not tokens.requires_grad:
+        raise ValueError(f"the tokens are frozen (requires_grad is False): {mend}")
+    if others := [name for name, value in model.named_parameters() if value.requires_grad and value is not tokens]:
+        raise ValueError(
+            f"{len(others)} parameters of the base are trainable ({others[0]}, ...), expected the tokens alone: {mend}"
+        )
+
+
 def compute_features(
     model: RobustnessTokenPreTrainedModel, pixel_values: Tensor, *, mixed_precision: MixedPrecision = "no"
 ) -> Tensor:

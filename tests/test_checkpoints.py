@@ -12,7 +12,9 @@ from robustness_tokens import checkpoints
 from robustness_tokens.checkpoints import (
     STATE_FILE,
     TENSORS_FILE,
+    check_output_dir,
     find_checkpoint,
+    is_own_checkpoint,
     list_checkpoints,
     load_checkpoint,
     save_checkpoint,
@@ -226,3 +228,53 @@ def test_a_row_cut_in_the_middle_is_left_out(tmp_path: Path, rest: str) -> None:
 
 def test_a_missing_log_is_empty(tmp_path: Path) -> None:
     assert read_log(tmp_path / "log.csv", last_step=9) == []
+
+
+# The folder of a run
+
+
+def test_a_checkpoint_is_the_runs_own_only_in_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert is_own_checkpoint(Path("run"), "last")
+    assert is_own_checkpoint(Path("run"), str(tmp_path / "run" / "checkpoint-2"))
+    assert is_own_checkpoint(Path("run"), "other/../run/checkpoint-2/")
+    assert not is_own_checkpoint(Path("run"), "other/checkpoint-2")
+    assert not is_own_checkpoint(Path("run"), "run/older/checkpoint-2")
+    assert not is_own_checkpoint(Path("run"), None)
+
+
+def test_what_a_run_must_not_replace_is_refused(tmp_path: Path) -> None:
+    own, other = save(tmp_path / "run", 2), save(tmp_path / "other", 2)
+    for name in (None, str(other)):
+        with pytest.raises(ValueError, match="overwrite_output_dir=True"):
+            check_output_dir(tmp_path / "run", overwrite=False, resume_from_checkpoint=name)
+        check_output_dir(tmp_path / "run", overwrite=True, resume_from_checkpoint=name)
+        check_output_dir(tmp_path / "new", overwrite=False, resume_from_checkpoint=name)
+    for name in ("last", str(own)):
+        check_output_dir(tmp_path / "run", overwrite=False, resume_from_checkpoint=name)
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "other"}
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_of_another_model_is_refused(tmp_path: Path, overwrite: bool) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "dinov2"}', encoding="utf-8")
+    with pytest.raises(ValueError, match="holds another model, of model_type 'dinov2'"):
+        check_output_dir(tmp_path, overwrite=overwrite, resume_from_checkpoint=None)
+
+
+@pytest.mark.parametrize("name", ["file", "file/run", "file/deep/run"])
+def test_a_file_is_no_folder_for_a_run(tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"output_dir=.*file is no folder"):
+        check_output_dir(tmp_path / name, overwrite=False, resume_from_checkpoint=None)
+
+
+@pytest.mark.parametrize("name", ["run", "run/below"])
+def test_a_folder_without_write_permission_is_refused(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "run").mkdir()
+    # The superuser may write anywhere, whatever the mode.
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path / "run")
+    with pytest.raises(ValueError, match=r"output_dir=.*run is not writable"):
+        check_output_dir(tmp_path / name, overwrite=False, resume_from_checkpoint=None)

@@ -339,6 +339,32 @@ def test_a_decompression_bomb_is_a_broken_image(monkeypatch: pytest.MonkeyPatch)
     assert items[0]["broken_image"].reason.startswith("DecompressionBombError")
 
 
+# Without labels
+
+
+def without_usable_labels() -> list[datasets.Dataset]:
+    classes = datasets.ClassLabel(names=["a", "b"])
+    features = datasets.Features({"image": datasets.Image(), "fine": classes, "coarse": classes})
+    rows = [encoded(picture(row)) for row in range(2)]
+    two = datasets.Dataset.from_dict({"image": rows, "fine": [0, 1], "coarse": [1, 0]}, features=features)
+    null = table([encoded(picture(row)) for row in range(2)]).remove_columns("label")
+    features = datasets.Features({**null.features, "label": datasets.ClassLabel(names=["a"])})
+    return [two, datasets.Dataset.from_dict({"image": rows, "label": [0, None]}, features=features)]
+
+
+@pytest.mark.parametrize("dataset", without_usable_labels(), ids=["two labels", "null"])
+def test_labels_are_not_looked_at_where_nobody_wants_them(dataset: datasets.Dataset) -> None:
+    with pytest.raises(ValueError, match=r"several columns|has no 'label'"):
+        ImageDataset(dataset, TRANSFORM)[1]
+    items = ImageDataset(dataset, TRANSFORM, with_labels=False)
+    stream = IterableImageDataset(dataset.to_iterable_dataset(), TRANSFORM, with_labels=False)
+    for item in (items[1], list(stream)[1]):
+        assert item.keys() == {"images", "index"}
+        assert (item["images"][0] * 255).round().unique().tolist() == [1]
+    with pytest.raises(ValueError, match="leave one of them out"):
+        ImageDataset(dataset, TRANSFORM, label_column_name="label", with_labels=False)
+
+
 # Batches
 
 
@@ -416,6 +442,7 @@ def test_ready_images_are_numbered() -> None:
     assert batch["index"].tolist() == [0, 1]
     assert batch["labels"].tolist() == [7, 7]
     assert "labels" not in collate_images([TensorImageDataset(Ready({"images": image}))[0]])
+    assert "labels" not in TensorImageDataset(Ready({"images": image, "labels": None}), with_labels=False)[0]
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.trainer_utils import TrainOutput
 
 from robustness_tokens import trainer as trainer_module
-from robustness_tokens import training_step
+from robustness_tokens import training_data, training_step
 from robustness_tokens.checkpoints import TENSORS_FILE, list_checkpoints
 from robustness_tokens.modeling import RobustnessTokenModel
 from robustness_tokens.trainer import RobustnessTokenTrainer
@@ -254,6 +254,33 @@ def test_resuming_by_path_into_another_folder(make_trainer: TrainerFactory) -> N
     assert [row["step"] for row in read_csv(other.output_dir)] == [1, 2, 3, 4]
 
 
+def test_resuming_from_elsewhere_replaces_nothing_unasked(make_trainer: TrainerFactory) -> None:
+    finished, cut = make_trainer("finished", max_steps=3, save_steps=3), make_trainer("cut", save_steps=2)
+    for trainer in (finished, cut):
+        trainer.train()
+    finished.save_model()
+    (finished.output_dir / "evaluation.json").write_text("{}", encoding="utf-8")
+    files = {path: path.read_bytes() for path in finished.output_dir.rglob("*") if path.is_file()}
+    checkpoint = str(cut.output_dir / "checkpoint-2")
+    with pytest.raises(ValueError, match="overwrite_output_dir=True"):
+        make_trainer("finished", resume_from_checkpoint=checkpoint)
+    assert {path: path.read_bytes() for path in finished.output_dir.rglob("*") if path.is_file()} == files
+
+    make_trainer("finished", resume_from_checkpoint=checkpoint, overwrite_output_dir=True).train()
+    assert list_checkpoints(finished.output_dir) == []  # they were another run's
+    assert not (finished.output_dir / "evaluation.json").exists()
+
+
+def test_resuming_drops_an_evaluation_of_the_tokens_before(make_trainer: TrainerFactory) -> None:
+    trainer = make_trainer(save_steps=2)
+    trainer.train()
+    trainer.save_model()
+    (trainer.output_dir / "evaluation.json").write_text("{}", encoding="utf-8")
+    make_trainer(save_steps=2, max_steps=6, resume_from_checkpoint=str(trainer.output_dir / "checkpoint-2")).train()
+    assert not (trainer.output_dir / "evaluation.json").exists()
+    assert [step for step, _ in list_checkpoints(trainer.output_dir)] == [2, 4, 6]
+
+
 def test_a_half_written_checkpoint_is_not_taken(make_trainer: TrainerFactory) -> None:
     whole = make_trainer("run", save_steps=2)
     tokens = trained_tokens(whole)
@@ -367,6 +394,15 @@ def test_a_used_output_dir_is_refused(make_trainer: TrainerFactory, content: str
     assert {path: path.read_bytes() for path in trainer.output_dir.rglob("*") if path.is_file()} == files
 
 
+def test_the_folder_of_the_base_is_refused_before_training(make_trainer: TrainerFactory, tmp_path: Path) -> None:
+    make_trainer().model.unload().save_pretrained(tmp_path / "base")
+    with pytest.raises(ValueError, match="holds another model"):
+        make_trainer("base", overwrite_output_dir=True)
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    with pytest.raises(ValueError, match="is no folder"):
+        make_trainer("file/run")
+
+
 def test_overwrite_output_dir_starts_anew(make_trainer: TrainerFactory) -> None:
     trainer = make_trainer("run", save_steps=2)
     trainer.train()
@@ -441,7 +477,7 @@ def test_tokens_that_break_the_features_are_not_kept(make_trainer: TrainerFactor
 
 
 def test_infinite_tokens_are_not_kept(make_trainer: TrainerFactory) -> None:
-    trainer = make_trainer(max_steps=1, learning_rate=3.4e38)
+    trainer = make_trainer(max_steps=1, learning_rate=1e37)
     with torch.no_grad():
         trainer.model.robustness_tokens.copy_(1e38 * trainer.model.robustness_tokens.sign())
     before = trainer.model.robustness_tokens.detach().clone()
@@ -574,7 +610,7 @@ def test_pictures_and_ready_images_give_the_same_tokens(make_trainer: TrainerFac
     assert torch.equal(ready, squashed)
 
 
-def test_a_stream_is_trained_on_in_its_order(make_trainer: TrainerFactory) -> None:
+def test_a_stream_gives_the_same_tokens_again(make_trainer: TrainerFactory) -> None:
     stream = pictures(8).to_iterable_dataset(num_shards=2)
     trainer = make_trainer("stream", stream, image_size=SIDE, max_steps=5)
     trainer.train()
@@ -583,6 +619,33 @@ def test_a_stream_is_trained_on_in_its_order(make_trainer: TrainerFactory) -> No
         trainer.model.robustness_tokens,
         trained_tokens(make_trainer("again", stream, image_size=SIDE, max_steps=5)),
     )
+
+
+def test_a_stream_is_shuffled_with_the_seed_anew_every_epoch(make_trainer: TrainerFactory) -> None:
+    stream = pictures(8).to_iterable_dataset()
+
+    def order(epoch: int, **kwargs: Any) -> list[float]:
+        items: Any = make_trainer("stream", stream, image_size=SIDE, **kwargs).train_dataset
+        items.set_epoch(epoch)
+        return [item["images"].sum().item() for item in items]
+
+    stored = [item["images"].sum().item() for item in random_images(8)]
+    first = order(0)
+    assert sorted(first) == pytest.approx(sorted(stored))
+    assert first == order(0)
+    assert first != pytest.approx(stored)
+    assert first != order(1)
+    assert first != order(0, seed=1)
+    assert order(0, shuffle_buffer_size=1) == pytest.approx(stored)
+
+
+@pytest.mark.parametrize("labels", [{"fine": [0, 1] * 4, "coarse": [0] * 8}, {"label": [None, 1] * 4}])
+def test_labels_are_of_no_concern(make_trainer: TrainerFactory, labels: dict[str, list[int | None]]) -> None:
+    table = pictures(8)
+    for name, values in labels.items():
+        table = table.add_column(name, values).cast_column(name, datasets.ClassLabel(names=["a", "b"]))
+    expected = trained_tokens(make_trainer("plain", pictures(8), image_size=SIDE))
+    assert torch.equal(trained_tokens(make_trainer("labelled", table, image_size=SIDE)), expected)
 
 
 def test_a_stream_can_not_be_resumed(make_trainer: TrainerFactory) -> None:
@@ -638,6 +701,61 @@ def test_a_batch_of_broken_images_is_passed_over(make_trainer: TrainerFactory) -
     assert [row["step"] for row in trainer.log_history] == [1, 2, 3, 4, 5, 6]
     with pytest.raises(ValueError, match="no readable image"):
         make_trainer("none", pictures(2, broken=(0, 1))).train()
+
+
+class OneOfTwoProcesses(Accelerator):
+    """Another process beside this one, which has no image in the steps of these numbers."""
+
+    def __init__(self, without: set[int]) -> None:
+        super().__init__()
+        self.without, self.asked = without, -1
+
+    @property
+    def num_processes(self) -> int:
+        return 2
+
+    def reduce(self, tensor: Tensor, reduction: str = "sum", scale: float = 1.0) -> Tensor:
+        assert reduction == "sum"
+        self.asked += 1
+        return tensor + float(self.asked in self.without)
+
+
+def test_a_step_without_images_on_one_process_is_passed_over_by_all(make_trainer: TrainerFactory) -> None:
+    # Five steps an epoch: the third is broken here, the first on the other process.
+    table = pictures(5, broken=(2,))
+    trainer = make_trainer("run", table, per_device_train_batch_size=1, image_size=SIDE)
+    loader = training_data.build_dataloader(trainer.train_dataset, batch_size=1, shuffle=False)
+    loader.set_epoch = lambda epoch: None  # as that of accelerate has
+    accelerator = OneOfTwoProcesses(without={0})
+    steps = training_data.iterate_steps(loader, args=trainer.args, accelerator=accelerator)
+    found = [next(steps) for _ in range(7)]
+    assert [batches[0]["index"].item() for batches, _ in found] == [1, 3, 4, 0, 1, 3, 4]
+    assert [position for _, position in found] == [(0, 2), (0, 4), (0, 5), (1, 1), (1, 2), (1, 4), (1, 5)]
+    assert accelerator.asked == 9  # once a step on every process, or they would not meet
+
+    nowhere = OneOfTwoProcesses(without=set(range(5)))
+    with pytest.raises(ValueError, match="no readable image to train on on each of 2 processes"):
+        next(training_data.iterate_steps(loader, args=trainer.args, accelerator=nowhere))
+
+
+@pytest.mark.parametrize(
+    ("dataset", "kwargs"),
+    [(pictures(2), {"image_size": 4}), (pictures(2), {"image_size": 20}), ([{"images": torch.zeros(3, 16, 12)}], {})],
+    ids=["smaller", "no multiple", "ready"],
+)
+def test_images_that_are_no_whole_patches_are_refused(
+    make_trainer: TrainerFactory, dataset: Any, kwargs: dict[str, Any]
+) -> None:
+    side = "16 x 12" if not kwargs else f"{kwargs['image_size']} x {kwargs['image_size']}"
+    with pytest.raises(ValueError, match=rf"images have {side} pixels.* patches of Dinov2Model 8 x 8"):
+        make_trainer("run", dataset, **kwargs)
+
+
+def test_the_size_that_a_base_was_made_for_need_be_no_multiple(make_base: BaseFactory) -> None:
+    training_data.check_patches(make_base("dinov2", image_size=20), (20, 20))
+    training_data.check_patches(make_base("dinov2"), (16, 24))
+    with pytest.raises(ValueError, match="20 x 20"):
+        training_data.check_patches(make_base("dinov2"), (20, 20))
 
 
 def test_fewer_images_than_a_batch(make_trainer: TrainerFactory) -> None:
@@ -708,6 +826,28 @@ def test_the_recipe_is_in_the_config_and_survives_saving(make_trainer: TrainerFa
     assert not {"output_dir", "disable_tqdm", "save_steps"} & set(stored)
 
 
+def test_the_recipe_says_what_was_left_to_defaults(make_trainer: TrainerFactory) -> None:
+    settings: dict[str, Any] = {"max_steps": 1, "num_attack_steps": 5}
+    table = pictures(8)
+    table.info.dataset_name, table.info.config_name = "pets", "small"
+    whole, ready = make_trainer("table", table, **settings), make_trainer("ready", **settings)
+    streamed = table.to_iterable_dataset()
+    streamed.info.dataset_name, streamed.info.config_name = "pets", "small"  # as load_dataset does
+    stream = make_trainer("stream", streamed, resize="processor", **settings)
+    for trainer, dataset in (
+        (whole, {"num_images": 8, "name": "pets", "config": "small"}),
+        (ready, {"num_images": 8}),
+        (stream, {"name": "pets", "config": "small"}),
+    ):
+        trainer.train()
+        recipe = trainer.model.config.training
+        assert recipe is not None
+        assert recipe["image_size"] == SIDE
+        assert recipe["step_size"] == pytest.approx(8 / 255)
+        assert recipe["dataset"] == dataset
+        assert "previous" not in recipe
+
+
 def test_max_grad_norm_clips(make_trainer: TrainerFactory) -> None:
     free, clipped = make_trainer("free"), make_trainer("clipped", max_grad_norm=1e-12)
     # Adam divides by the gradient's size, all but its epsilon of 1e-8: so small a gradient hardly moves.
@@ -725,3 +865,57 @@ def test_an_adapter_can_be_trained_further(make_trainer: TrainerFactory, tmp_pat
     RobustnessTokenTrainer(model, args, random_images(8)).train()
     assert not torch.equal(model.robustness_tokens, tokens)
     torch.testing.assert_close(model.robustness_tokens.detach(), tokens, rtol=0, atol=0.01)
+
+
+def test_the_recipe_of_earlier_training_is_kept(make_trainer: TrainerFactory) -> None:
+    trainer = make_trainer(max_steps=2, save_steps=1)
+    trainer.model.config.training = {"source": "elsewhere"}
+    trainer.train()
+    assert trainer.model.config.training["previous"] == {"source": "elsewhere"}
+    first = trainer.model.config.training
+    trainer.train()
+    assert trainer.model.config.training["previous"] == first
+
+    # A resumed run has no other history than the one that it goes on with.
+    resumed = make_trainer(max_steps=3, save_steps=1, resume_from_checkpoint="last")
+    resumed.train()
+    assert resumed.model.config.training is not None
+    assert resumed.model.config.training["previous"] == first
+
+
+# What can be trained
+
+
+@pytest.mark.parametrize(
+    ("break_it", "named"),
+    [
+        (lambda model: model.injector.set_enabled(False), "outside of disable_adapter"),
+        (lambda model: model.to(torch.bfloat16), r"torch.bfloat16.*model\.injector\.float\(\)"),
+        (lambda model: model.requires_grad_(False), "tokens are frozen"),
+        (lambda model: model.requires_grad_(True), r"parameters of the base are trainable .*requires_grad_\(False\)"),
+    ],
+    ids=["off", "bfloat16", "frozen", "base too"],
+)
+def test_a_model_that_would_be_trained_wrongly_is_refused(
+    make_trainer: TrainerFactory, break_it: Callable[[Any], Any], named: str
+) -> None:
+    trainer = make_trainer()
+    break_it(trainer.model)
+    with pytest.raises(ValueError, match=named):
+        trainer.train()
+    assert not trainer.output_dir.exists()
+
+
+def test_the_advice_for_such_models_helps(make_trainer: TrainerFactory) -> None:
+    trainer = make_trainer(max_steps=1)
+    trainer.model.requires_grad_(True).bfloat16()
+    trainer.model.injector.float()
+    trainer.model.requires_grad_(False)
+    trainer.model.robustness_tokens.requires_grad_(True)
+    assert trainer.train().global_step == 1
+
+
+def test_a_model_without_tokens_is_refused(make_base: BaseFactory, tmp_path: Path) -> None:
+    args = RobustnessTokenTrainingArguments(output_dir=str(tmp_path / "run"))
+    with pytest.raises(ValueError, match=r"Dinov2Model, which has no tokens.*RobustnessTokenModel\.from_base"):
+        RobustnessTokenTrainer(make_base("dinov2"), args, random_images(8))

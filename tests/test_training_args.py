@@ -61,6 +61,8 @@ def test_pgd_takes_eps_in_pixels() -> None:
         ({"learning_rate": 0.0}, "learning_rate must be finite and above 0"),
         ({"learning_rate": math.nan}, "learning_rate"),
         ({"learning_rate": math.inf}, "learning_rate"),
+        ({"learning_rate": 1e38}, r"learning_rate must be at most 1e\+37"),
+        ({"shuffle_buffer_size": 0}, "shuffle_buffer_size"),
         ({"step_size": -0.1}, "step_size"),
         ({"max_grad_norm": 0.0}, "max_grad_norm"),
         ({"invariance_weight": -1.0}, "invariance_weight and adversarial_weight"),
@@ -105,6 +107,18 @@ def test_the_recipe_is_what_determines_the_tokens() -> None:
     assert plain["eps"] == 4 / 255
     assert plain != arguments(attack="pgd", seed=4).recipe()
     assert "output_dir" not in plain
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "expected"),
+    [
+        ({"attack": "paper"}, 0.01),
+        ({"attack": "pgd", "eps": 8 / 255, "num_attack_steps": 10}, 2 / 255),
+        ({"attack": "pgd", "step_size": 0.5}, 0.5),
+    ],
+)
+def test_the_recipe_says_the_step_size_that_the_attack_takes(kwargs: dict[str, Any], expected: float) -> None:
+    assert arguments(**kwargs).recipe()["step_size"] == pytest.approx(expected)
 
 
 # The command line
