@@ -25,8 +25,8 @@ from robustness_tokens import inject_tokens
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--num_tokens", type=int, default=10)
-    parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--output", type=Path, default=Path("outputs/benchmarks/overhead.json"))
     args = parser.parse_args()
 
