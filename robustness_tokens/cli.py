@@ -15,6 +15,7 @@ from . import __version__
 from .data import load_image_dataset
 from .hub import EVALUATION_FILE, fetch_adapter, read_config, read_json, read_tokens
 from .modeling import RobustnessTokenForImageClassification, RobustnessTokenModel
+from .preprocessing import processor_image_size
 from .published_tokens import import_published_tokens
 from .trainer import RobustnessTokenTrainer
 from .training_args import DataArguments, ModelArguments, RobustnessTokenTrainingArguments, parse_arguments
@@ -108,7 +109,9 @@ def import_tokens(
 def merge(
     adapter: AdapterArgument,
     output_dir: Annotated[Path, typer.Argument(help="Folder of the plain model to write.", show_default=False)],
-    image_size: Annotated[int | None, typer.Option(help="Side in pixels; the base's own if not given.")] = None,
+    image_size: Annotated[
+        int | None, typer.Option(help="Side in pixels; what the image processor makes if not given.")
+    ] = None,
     classifier: Annotated[bool, typer.Option(help="Keep the base's classification head.")] = False,
 ) -> None:
     """Turn base and tokens into a plain model with registers, which needs no add-on. It holds the tokens."""
@@ -116,7 +119,8 @@ def merge(
         raise ValueError(f"{output_dir} exists and is no empty folder: choose another")
     model_class = RobustnessTokenForImageClassification if classifier else RobustnessTokenModel
     model = model_class.from_pretrained(adapter)
-    plain = model.merge_and_unload(image_size=image_size)
+    # What its images will have: the config of a DINOv2 says 518 where its image processor makes 224.
+    plain = model.merge_and_unload(image_size=image_size or processor_image_size(model.image_processor))
     plain.save_pretrained(output_dir)
     if model.image_processor is not None:
         model.image_processor.save_pretrained(output_dir)
