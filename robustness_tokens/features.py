@@ -114,14 +114,21 @@ def _vision_config(trunk: Any) -> Any:
     return getattr(trunk.config, "vision_config", trunk.config)
 
 
-def _patch_size(trunk: Any) -> tuple[int, int]:
-    """Height and width of a patch in pixels."""
+def find_patch_size(trunk: Any) -> tuple[int, int] | None:
+    """Height and width of a headless model's patches in pixels; None where it names none."""
     owner = trunk.timm_model.patch_embed if _is_timm(trunk) else _vision_config(trunk)
     size: Any = getattr(owner, "patch_size", None)
     if size is None:
-        raise ValueError(f"{type(trunk).__name__} names no patch size: pass the headless model or a classifier on it")
+        return None
     height, width = (size, size) if isinstance(size, int) else size
     return height, width
+
+
+def _patch_size(trunk: Any) -> tuple[int, int]:
+    size = find_patch_size(trunk)
+    if size is None:
+        raise ValueError(f"{type(trunk).__name__} names no patch size: pass the headless model or a classifier on it")
+    return size
 
 
 def _siglip2_inputs(trunk: nn.Module, images: Tensor, model_inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:

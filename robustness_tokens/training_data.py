@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from .backbones import vision_trunk
 from .data import BrokenImageLog, ImageDataset, IterableImageDataset, TensorImageDataset, build_dataloader
+from .features import find_patch_size
 from .preprocessing import ImageTransform, processor_image_size
 from .training_args import RobustnessTokenTrainingArguments
 
@@ -115,11 +116,9 @@ def check_patches(base: nn.Module, image_shape: tuple[int, int]) -> None:
     """
     trunk: Any = vision_trunk(base)
     config = getattr(trunk.config, "vision_config", trunk.config)
-    owner = trunk.timm_model.patch_embed if hasattr(trunk, "timm_model") else config
-    size: Any = getattr(owner, "patch_size", None)
-    if size is None:
+    patch_shape = find_patch_size(trunk)
+    if patch_shape is None:
         return
-    patch_shape = (size, size) if isinstance(size, int) else tuple(size)
     # Some bases leave out a border of the size that they were made for: SigLIP has 384 pixels and patches of 14.
     own_size = getattr(config, "image_size", None)
     if image_shape in (own_size, (own_size, own_size)):
