@@ -6,6 +6,7 @@ import importlib.util
 import inspect
 import logging
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -93,11 +94,14 @@ def export_onnx(model: PreTrainedModel, file: str | os.PathLike[str], *, image_s
     assert program is not None
     path = Path(file)
     size_in_bytes = sum(tensor.nbytes for tensor in exported.state_dict().values())
-    program.save(path, external_data=size_in_bytes > _MAX_INLINE_BYTES)
-    for written in (path, path.with_name(f"{path.name}.data")):
-        if written.exists():
+    # Beside its target until it is checked, so that no file that computes something else is left behind.
+    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+        unchecked = Path(scratch) / path.name
+        program.save(unchecked, external_data=size_in_bytes > _MAX_INLINE_BYTES)
+        _check_file(unchecked, check, dict(zip(names, expected, strict=True)))
+        for written in Path(scratch).iterdir():
             written.chmod(0o600)
-    _check_file(path, check, dict(zip(names, expected, strict=True)))
+            written.replace(path.parent / written.name)
     logger.warning(
         "%s holds the robustness tokens: whoever gets it knows them, which are the secret of the defence, and can "
         "attack through them.",
@@ -167,8 +171,9 @@ def _check_file(path: Path, pixel_values: Tensor, expected: dict[str, Tensor]) -
         if not _are_close(found, tensor.cpu()):
             difference = (found - tensor.cpu()).abs().max().item()
             raise RuntimeError(
-                f"{path} computes another {name} than the model (difference {difference:.2g}, at most {_TOLERANCE} "
-                "expected): don't use it, and report this with the model's class and your versions of torch and onnx"
+                f"the export computes another {name} than the model (difference {difference:.2g}, at most "
+                f"{_TOLERANCE} expected), so it was deleted: report this with the model's class and your versions "
+                "of torch and onnx"
             )
 
 

@@ -92,20 +92,32 @@ def test_an_adapter_model_is_exported_at_another_size(tmp_path: Path) -> None:
         np.testing.assert_allclose(output, model(pixel_values).last_hidden_state.numpy(), atol=1e-4, rtol=0)
 
 
-def test_a_file_that_computes_something_else_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Session:
-        def __init__(self, path: Path, providers: list[str]) -> None:
-            pass
-
-        def run(self, names: list[str], inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
-            return [inputs["pixel_values"] + 2e-4]
-
+def test_a_file_that_computes_something_else_is_refused_and_not_left_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+
+    class Session(onnxruntime.InferenceSession):  # type: ignore[name-defined]
+        def run(self, *args: Any) -> list[np.ndarray]:
+            return [output + 2e-3 for output in super().run(*args)]
+
     monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
-    zeros = torch.zeros(1, 2)
     with pytest.raises(RuntimeError, match="another last_hidden_state than the model"):
-        onnx_export._check_file(tmp_path / "model.onnx", zeros, {"last_hidden_state": zeros})
-    onnx_export._check_file(tmp_path / "model.onnx", zeros, {"last_hidden_state": zeros + 2e-4})
+        export_onnx(make_adapter_model(), tmp_path / "model.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_large_weights_lie_beside_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    monkeypatch.setattr(onnx_export, "_MAX_INLINE_BYTES", 0)
+    names = export_onnx(make_adapter_model(), tmp_path / "model.onnx")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx", "model.onnx.data"]
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o600}
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    assert session.run(names, {"pixel_values": np.zeros((1, 3, 32, 32), np.float32)})[0].shape == (1, 5, 32)
 
 
 def test_missing_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
