@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, ClassVar, Literal, get_args
 
+import torch
 from transformers import PreTrainedConfig
+
+from .files import json_values
 
 
 SCHEMA_VERSION = 1
@@ -16,8 +19,16 @@ SCHEMA_VERSION = 1
 FeatureView = Literal["cls_and_patches", "cls", "patches", "pooled"]
 SimilarityAxis = Literal["token", "feature"]
 
+# What `register_for_auto_class` lets an adapter say of the code beside it. Any other code is refused, and this package
+# never runs even that: transformers does, where the package is missing and its user passes trust_remote_code=True.
+AUTO_MAP = {
+    "AutoConfig": "modeling.RobustnessTokenConfig",
+    "AutoModel": "modeling.RobustnessTokenModel",
+    "AutoModelForImageClassification": "modeling.RobustnessTokenForImageClassification",
+}
+
 # What transformers itself writes into (or accepts in) every config.json; everything else must be a field of ours.
-_TRANSFORMERS_KEYS = {"architectures", "dtype", "model_type", "transformers_version"}
+_TRANSFORMERS_KEYS = {"architectures", "auto_map", "dtype", "model_type", "transformers_version"}
 _TRANSIENT_KEYS = {
     "attn_implementation",
     "experts_implementation",
@@ -73,6 +84,8 @@ class RobustnessTokenConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         if unknown := sorted(set(kwargs) - _TRANSFORMERS_KEYS - _TRANSIENT_KEYS):
             raise ValueError(f"RobustnessTokenConfig got unknown keys {unknown}; it knows {sorted(own_keys())}")
+        self.auto_map = _checked_auto_map(kwargs.pop("auto_map", {}))
+        _check_transformers_keys(self)
         self.base_model_fingerprint = self.base_model_fingerprint or {}
         self.training = self.training or {}
         super().__post_init__(**kwargs)
@@ -95,13 +108,21 @@ class RobustnessTokenConfig(PreTrainedConfig):
         for name in ("base_model_name_or_path", "base_model_class"):
             if not isinstance(getattr(self, name), str):
                 raise ValueError(f"{name} must be a string, got {getattr(self, name)!r}")
-        if self.base_model_revision is not None and not isinstance(self.base_model_revision, str):
-            raise ValueError(f"base_model_revision must be a string or null, got {self.base_model_revision!r}")
+        revision = self.base_model_revision
+        # It becomes part of a path in the cache.
+        if revision is not None and not (isinstance(revision, str) and re.fullmatch(r"[0-9a-f]{7,40}", revision)):
+            raise ValueError(
+                f"base_model_revision must be a commit (7 to 40 hexadecimal digits) or null, got {revision!r}"
+            )
         if self.base_model_class and not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", self.base_model_class):
             raise ValueError(f"base_model_class must be the name of a class, got {self.base_model_class!r}")
         for name in ("base_model_fingerprint", "training"):
             if not isinstance(getattr(self, name), dict):
                 raise ValueError(f"{name} must be a dictionary, got {getattr(self, name)!r}")
+        for _, value in json_values(self.training):
+            # transformers takes any "dtype", wherever it stands, for that of a model, and fails for others.
+            if isinstance(value, dict) and not isinstance(value.get("dtype", ""), str):
+                raise ValueError(f"a dtype in training must be a string, got {value['dtype']!r}")
         for dtype, digest in (self.base_model_fingerprint or {}).items():
             if not isinstance(digest, str) or not re.fullmatch(r"[0-9a-f]{64}", digest):
                 raise ValueError(f"base_model_fingerprint[{dtype!r}] must be 64 hexadecimal digits, got {digest!r}")
@@ -123,7 +144,7 @@ class RobustnessTokenConfig(PreTrainedConfig):
     def to_dict(self) -> dict[str, Any]:
         """Only the adapter's own keys: labels and such belong to the base and are read from it."""
         kept = own_keys() | _TRANSFORMERS_KEYS - {"dtype"}
-        return {key: value for key, value in super().to_dict().items() if key in kept}
+        return {key: value for key, value in super().to_dict().items() if key in kept and (key != "auto_map" or value)}
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -167,5 +188,29 @@ def check_schema_version(version: object) -> None:
         )
 
 
+def _checked_auto_map(auto_map: object) -> dict[str, str]:
+    if not isinstance(auto_map, dict) or not auto_map.items() <= AUTO_MAP.items():
+        raise ValueError(
+            f"auto_map must name no code but the package's own, {AUTO_MAP}, got {auto_map!r}: "
+            "the code of an adapter is never run"
+        )
+    return auto_map
+
+
+def _check_transformers_keys(config: PreTrainedConfig) -> None:
+    architectures, version, dtype = config.architectures, config.transformers_version, config.dtype
+    if architectures is not None and not (
+        isinstance(architectures, list) and all(isinstance(name, str) for name in architectures)
+    ):
+        raise ValueError(f"architectures must be a list of names or null, got {architectures!r}")
+    if version is not None and not isinstance(version, str):
+        raise ValueError(f"transformers_version must be a string or null, got {version!r}")
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype, dtype)
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise ValueError(f"dtype must be the name of a data type of torch or null, got {config.dtype!r}")
+
+
 def _is_finite(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    # Compared, since math.isfinite fails for whole numbers beyond the range of floats.
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max

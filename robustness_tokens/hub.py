@@ -6,41 +6,36 @@ An adapter is `config.json`, `model.safetensors`, `preprocessor_config.json`, `R
 
 from __future__ import annotations
 
-import json
 import os
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import safetensors
 import torch
-from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
+from huggingface_hub import snapshot_download, try_to_load_from_cache
 from huggingface_hub.utils import (
-    EntryNotFoundError,
     HFValidationError,
     LocalEntryNotFoundError,
-    RevisionNotFoundError,
     validate_repo_id,
 )
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .configuration import RobustnessTokenConfig, check_config_dict
-from .model_card import is_generated
+from .configuration import RobustnessTokenConfig
+from .files import read_json, replacing
+from .report.schema import MARKDOWN_FILE, REPORT_FILE, RobustnessReport
 
 
 CONFIG_FILE = "config.json"
 TOKENS_FILE = "model.safetensors"
 PROCESSOR_FILE = "preprocessor_config.json"
 CARD_FILE = "README.md"
-EVALUATION_FILE = "evaluation.json"
+EVALUATION_FILE = REPORT_FILE
+# For people, beside it; they stay on this machine, since the card on the Hub says the same.
+RENDERED_FILES = (MARKDOWN_FILE, "report.html")
 ADAPTER_FILES = (CONFIG_FILE, TOKENS_FILE, PROCESSOR_FILE, CARD_FILE, EVALUATION_FILE)
 TOKENS_KEY = "robustness_tokens"
 
-_MAX_JSON_BYTES = 1 << 20
 _MAX_SAFETENSORS_HEADER_BYTES = 1 << 16
 
 
@@ -109,19 +104,22 @@ def read_config(folder: AdapterFolder) -> RobustnessTokenConfig:
     Raises:
         ValueError: If it is damaged, or of a newer schema.
     """
-    config_dict = read_json(folder.path / CONFIG_FILE)
+    path = folder.path / CONFIG_FILE
+    config_dict = read_json(path)
     if config_dict.get("model_type") != RobustnessTokenConfig.model_type:
         raise ValueError(
-            f"{folder.path / CONFIG_FILE} has model_type {config_dict.get('model_type')!r}, expected "
+            f"{path} has model_type {config_dict.get('model_type')!r}, expected "
             f"{RobustnessTokenConfig.model_type!r}: it is the config of another model, not of an adapter"
         )
-    check_config_dict(config_dict)
-    config: RobustnessTokenConfig = RobustnessTokenConfig.from_dict(config_dict)
+    try:
+        config: RobustnessTokenConfig = RobustnessTokenConfig.from_dict(config_dict)
+    except ValueError as exc:
+        raise ValueError(f"{path}: {exc}") from exc
     return config
 
 
 def check_base_is_repo_id(name: str) -> None:
-    """Raises `ValueError` unless a config that came from the Hub names its base by a plain repo id."""
+    """Raises `ValueError` unless a config that came from the Hub names its base by a plain repo id, and no folder."""
     try:
         validate_repo_id(name)
     except HFValidationError as exc:
@@ -129,19 +127,11 @@ def check_base_is_repo_id(name: str) -> None:
             f"the adapter came from the Hub, and its config names the base {name!r}, which is no repo id: "
             "pass base_model= to say where the base is"
         ) from exc
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads a small JSON object; `ValueError` names the file if it is damaged or too large."""
-    if (size := path.stat().st_size) > _MAX_JSON_BYTES:
-        raise ValueError(f"{path} has {size:,} bytes, expected at most {_MAX_JSON_BYTES:,}")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as exc:
-        raise ValueError(f"{path} is not valid JSON, so it is damaged (load it again, or delete it): {exc}") from exc
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}")
-    return content
+    if os.path.isdir(name):
+        raise ValueError(
+            f"the adapter came from the Hub, and its config names the base {name!r}, which is a folder here as well: "
+            "pass base_model= with its whole path if that is the base, or work in another folder"
+        )
 
 
 def read_tokens(folder: AdapterFolder, config: RobustnessTokenConfig) -> Tensor:
@@ -174,6 +164,32 @@ def read_tokens(folder: AdapterFolder, config: RobustnessTokenConfig) -> Tensor:
     return tokens
 
 
+def read_report(folder: AdapterFolder) -> RobustnessReport | None:
+    """Reads evaluation.json, strictly; None if the adapter has none.
+
+    Raises:
+        ValueError: If it is damaged.
+    """
+    if not (folder.path / EVALUATION_FILE).is_file():
+        return None
+    path = folder.path / EVALUATION_FILE
+    try:
+        return RobustnessReport.from_dict(read_json(path))
+    except ValueError as exc:
+        raise ValueError(f"{path}: {exc}") from exc
+
+
+def report_of(folder: Path, tokens: Tensor) -> RobustnessReport | None:
+    """The report that lies in a folder, if it is about these tokens; `ValueError` if it is damaged."""
+    return read_report(AdapterFolder(folder, from_hub=False)) if _holds_tokens(folder / TOKENS_FILE, tokens) else None
+
+
+def remove_report(folder: Path) -> None:
+    """Takes away what tells of other tokens than the folder is going to hold."""
+    for file in (EVALUATION_FILE, *RENDERED_FILES):
+        (folder / file).unlink(missing_ok=True)
+
+
 def write_tokens(folder: Path, tokens: Tensor) -> None:
     """Writes the tokens as float32, readable by their owner alone (they are the secret of the defence).
 
@@ -183,31 +199,11 @@ def write_tokens(folder: Path, tokens: Tensor) -> None:
     tokens = tokens.detach().to("cpu", torch.float32).contiguous()
     if not torch.isfinite(tokens).all():
         raise ValueError("refusing to save tokens that are not finite: the training diverged")
-    report = folder / EVALUATION_FILE
-    if report.exists() and not _holds_tokens(folder / TOKENS_FILE, tokens):
-        report.unlink()  # it tells of other tokens
-    with _replacing(folder / TOKENS_FILE) as partial:
+    if not _holds_tokens(folder / TOKENS_FILE, tokens):
+        remove_report(folder)
+    with replacing(folder / TOKENS_FILE) as partial:
         save_file({TOKENS_KEY: tokens}, partial, metadata={"format": "pt"})
         partial.chmod(0o600)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a small text file, whole or not at all."""
-    with _replacing(path) as partial:
-        partial.write_text(text, encoding="utf-8")
-        partial.chmod(0o644)
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A file beside the target, renamed to it at the end, so that no reader ever sees half a file."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
-        partial = Path(file.name)
-    try:
-        yield partial
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _holds_tokens(path: Path, tokens: Tensor) -> bool:
@@ -215,7 +211,7 @@ def _holds_tokens(path: Path, tokens: Tensor) -> bool:
         stored = load_file(path)
     except (safetensors.SafetensorError, OSError):
         return False
-    return set(stored) == {TOKENS_KEY} and torch.equal(stored[TOKENS_KEY], tokens)
+    return set(stored) == {TOKENS_KEY} and torch.equal(stored[TOKENS_KEY], tokens.detach().cpu())
 
 
 def holds_adapter(folder: str | os.PathLike[str]) -> bool:
@@ -250,57 +246,3 @@ def cached_commit(repo_id: str, *, revision: str | None = None, cache_dir: str |
         return None
     cached = try_to_load_from_cache(repo_id, CONFIG_FILE, revision=revision, cache_dir=cache_dir)
     return Path(cached).parent.name if isinstance(cached, str) else None
-
-
-def push_adapter(
-    save: Callable[[Path], Any],
-    repo_id: str,
-    *,
-    private: bool = True,
-    token: str | bool | None = None,
-    revision: str | None = None,
-    create_pr: bool = False,
-    commit_message: str = "Upload robustness tokens",
-) -> Any:
-    """Uploads an adapter in one commit.
-
-    Args:
-        save: Writes the adapter into the folder it is given.
-        repo_id: `user/name`.
-        private: Tokens are secrets: anyone who reads them can attack through them. A repo that is public already
-            refuses the push unless this is False.
-        token, revision, create_pr, commit_message: As in `huggingface_hub.HfApi.upload_folder`.
-
-    Returns:
-        What `HfApi.upload_folder` returns.
-
-    Raises:
-        ValueError: If the repo is public and `private` is True.
-    """
-    api = HfApi(token=token)
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    if private and not api.model_info(repo_id).private:
-        raise ValueError(
-            f"{repo_id} exists and is public: tokens are secrets, so they are not pushed there. Make the repo "
-            "private, or pass private=False if everyone may know the tokens"
-        )
-    with tempfile.TemporaryDirectory() as folder:
-        save(Path(folder))
-        if _has_card_of_a_person(api, repo_id, revision):
-            (Path(folder) / CARD_FILE).unlink()
-        return api.upload_folder(
-            repo_id=repo_id,
-            folder_path=folder,
-            allow_patterns=list(ADAPTER_FILES),
-            revision=revision,
-            create_pr=create_pr,
-            commit_message=commit_message,
-        )
-
-
-def _has_card_of_a_person(api: HfApi, repo_id: str, revision: str | None) -> bool:
-    try:
-        card = api.hf_hub_download(repo_id, CARD_FILE, revision=revision)
-    except (EntryNotFoundError, RevisionNotFoundError):
-        return False
-    return not is_generated(Path(card).read_text(encoding="utf-8", errors="replace"))

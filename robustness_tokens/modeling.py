@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
 import torch
+from huggingface_hub import CommitInfo
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -29,27 +31,32 @@ from .base_models import (
     processor_of,
     vision_class,
 )
-from .configuration import FeatureView, RobustnessTokenConfig, SimilarityAxis
+from .configuration import AUTO_MAP, FeatureView, RobustnessTokenConfig, SimilarityAxis
 from .features import default_feature_view, extract_features
+from .files import write_text
 from .hub import (
     CARD_FILE,
     CONFIG_FILE,
+    PROCESSOR_FILE,
     AdapterFolder,
     cached_commit,
     check_base_is_repo_id,
     check_no_other_model,
     fetch_adapter,
     is_repo_id,
-    push_adapter,
     read_config,
     read_tokens,
-    write_text,
+    report_of,
     write_tokens,
 )
 from .injection import TokenInjector, attach_tokens, remove_tokens
 from .merging import merge
-from .model_card import is_generated, render_card
-from .preprocessing import load_image_processor, with_normalization
+from .model_card import is_generated, render_card, update_card
+from .preprocessing import with_normalization
+from .processor_file import read_image_processor
+from .pushing import push_adapter
+from .report import RobustnessReport
+from .source_files import source_files
 
 
 class RobustnessTokenPreTrainedModel(PreTrainedModel):
@@ -210,6 +217,7 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
         if config is not None and config._attn_implementation is not None:
             base_kwargs.setdefault("attn_implementation", config._attn_implementation)  # AutoModel moved it there
         tokens = read_tokens(folder, adapter_config)
+        image_processor = read_image_processor(folder.path / PROCESSOR_FILE)
         base_kwargs = {name: value for name, value in base_kwargs.items() if value is not None}
         if isinstance(base_model, PreTrainedModel):
             served = (*HUB_KWARGS, "trust_remote_code")  # the adapter takes these, and AutoModel always passes one
@@ -225,7 +233,7 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
         model = cls(adapter_config, base)
         with torch.no_grad():
             model.robustness_tokens.copy_(tokens)
-        model.image_processor = load_image_processor(str(folder.path))
+        model.image_processor = image_processor
         model.name_or_path = str(pretrained_model_name_or_path)
         return model
 
@@ -321,6 +329,26 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
         total = sum(p.numel() for p in self.parameters())
         print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
 
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str | type | None = None) -> None:
+        """From now on an adapter is saved with the source of this package beside it.
+
+        Then the Auto class loads it with `trust_remote_code=True` where the package is not installed. Where it is
+        imported, no code of an adapter is ever run.
+
+        Args:
+            auto_class: `"AutoModel"` or `"AutoModelForImageClassification"`, the one that fits this class; by default
+                that one.
+
+        Raises:
+            ValueError: If it is another class.
+        """
+        name = auto_class.__name__ if isinstance(auto_class, type) else auto_class
+        own = next((name for name, code in AUTO_MAP.items() if code == f"modeling.{cls.__name__}"), None)
+        if own is None or name not in (None, own):
+            raise ValueError(f"auto_class must be {own!r} for {cls.__name__}, got {name!r}")
+        super().register_for_auto_class(own)
+
     def save_pretrained(  # type: ignore[override]
         self,
         save_directory: str | os.PathLike[str],
@@ -351,26 +379,19 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
         if is_main_process:
             self._write(Path(save_directory), base_model_id=base_model_id, name=os.fspath(save_directory))
         if push_to_hub:
-            target = repo_id or Path(save_directory).name
-            self.push_to_hub(target, base_model_id=base_model_id, **push_kwargs)
+            push_adapter(save_directory, repo_id or Path(save_directory).name, **push_kwargs)
 
     def push_to_hub(  # type: ignore[override]
-        self,
-        repo_id: str,
-        *,
-        base_model_id: str | None = None,
-        private: bool = True,
-        token: str | bool | None = None,
-        revision: str | None = None,
-        create_pr: bool = False,
-        commit_message: str = "Upload robustness tokens",
-    ) -> Any:
+        self, repo_id: str, *, report: RobustnessReport | None = None, **push_kwargs: Any
+    ) -> CommitInfo:
         """Uploads the adapter in one commit, to a private repo unless `private=False`: the tokens are a secret.
 
         Args:
             repo_id: `user/name`.
-            base_model_id: Hub id of the base; required where it was loaded from a folder.
-            private, token, revision, create_pr, commit_message: See [`~robustness_tokens.hub.push_adapter`].
+            report: What was measured of these tokens, to go with them and into the card.
+            push_kwargs: `base_model_id` (required where the base was loaded from a folder), `private`, `token`,
+                `revision`, `create_pr`, `commit_message`, `tags`, `subfolder`: see
+                [`~robustness_tokens.pushing.push_adapter`].
 
         Returns:
             The commit's information.
@@ -378,20 +399,11 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: If the base is a folder and `base_model_id` is missing, or the repo is public.
         """
-        name = base_model_id or self.config.base_model_name_or_path
-        if not name or os.path.isdir(name):
-            raise ValueError(
-                f"the base is the folder {name!r}, which nobody else has: pass base_model_id= with its id on the Hub"
-            )
-        return push_adapter(
-            lambda folder: self._write(folder, base_model_id=base_model_id, name=repo_id),
-            repo_id,
-            private=private,
-            token=token,
-            revision=revision,
-            create_pr=create_pr,
-            commit_message=commit_message,
-        )
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            if report is not None:
+                report.save(folder)
+            return push_adapter(folder, repo_id, **push_kwargs)
 
     def _write(self, folder: Path, *, base_model_id: str | None, name: str) -> None:
         self.get_base_model()  # which is gone after unload()
@@ -401,7 +413,13 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
         config.architectures = [type(self).__name__]
         if base_model_id is not None:
             config.base_model_name_or_path, config.base_model_revision = base_model_id, None
-        config_json, card_text = config.to_json_string(use_diff=False), render_card(config, name=name)
+        config.auto_map = {}
+        if self._auto_class is not None:
+            config.auto_map = {auto_class: AUTO_MAP[auto_class] for auto_class in ("AutoConfig", self._auto_class)}
+            for file, source in source_files("modeling").items():
+                write_text(folder / file, source)
+        report = report_of(folder, self.robustness_tokens)
+        config_json, card_text = config.to_json_string(use_diff=False), render_card(config, name=name, report=report)
         write_tokens(folder, self.robustness_tokens)
         write_text(folder / CONFIG_FILE, config_json)
         if self.image_processor is not None:
@@ -409,7 +427,7 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
         card = folder / CARD_FILE
         # A person's card may be in any encoding.
         if not card.exists() or is_generated(card.read_text(encoding="utf-8", errors="replace")):
-            write_text(card, card_text)
+            write_text(card, update_card(card.read_text(encoding="utf-8") if card.exists() else None, card_text))
 
 
 class RobustnessTokenModel(RobustnessTokenPreTrainedModel):
@@ -501,6 +519,7 @@ def _check_base(base: PreTrainedModel, config: RobustnessTokenConfig) -> None:
     )
 
 
-AutoConfig.register(RobustnessTokenConfig.model_type, RobustnessTokenConfig)
-AutoModel.register(RobustnessTokenConfig, RobustnessTokenModel)
-AutoModelForImageClassification.register(RobustnessTokenConfig, RobustnessTokenForImageClassification)
+# They may be taken by the code of an adapter (see register_for_auto_class) that was loaded before this package.
+AutoConfig.register(RobustnessTokenConfig.model_type, RobustnessTokenConfig, exist_ok=True)
+AutoModel.register(RobustnessTokenConfig, RobustnessTokenModel, exist_ok=True)
+AutoModelForImageClassification.register(RobustnessTokenConfig, RobustnessTokenForImageClassification, exist_ok=True)

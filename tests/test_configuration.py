@@ -1,3 +1,4 @@
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -6,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from robustness_tokens.configuration import RobustnessTokenConfig, check_config_dict, own_keys
+from robustness_tokens.configuration import AUTO_MAP, RobustnessTokenConfig, check_config_dict, own_keys
 
 
 FIELDS = {
@@ -130,6 +131,21 @@ NAN, INFINITE = float("nan"), float("inf")
         ("base_model_class", "../Dinov2Model"),
         ("base_model_class", "Dinov2Model\n"),
         ("base_model_revision", 1),
+        ("base_model_revision", "main"),
+        ("base_model_revision", "../../0123abc"),
+        ("base_model_revision", "0123abc\n"),
+        ("initializer_range", 10**400),
+        ("image_mean", [10**400] * 3),
+        ("image_std", [10**400] * 3),
+        ("architectures", "RobustnessTokenModel"),
+        ("architectures", [1]),
+        ("transformers_version", 5),
+        ("dtype", "load"),
+        ("dtype", "no_such_type"),
+        ("dtype", 32),
+        ("auto_map", {"AutoModel": "evil.Evil"}),
+        ("auto_map", {"AutoModelForDepthEstimation": "modeling.RobustnessTokenModel"}),
+        ("auto_map", None),
         ("base_model_fingerprint", "0" * 64),
         ("base_model_fingerprint", {"float16": "0" * 63}),
         ("base_model_fingerprint", {"float16": "Z" * 64}),
@@ -181,6 +197,16 @@ def test_a_missing_schema_version_is_an_error() -> None:
 def test_unknown_keys_in_a_file_are_errors(key: str) -> None:
     with pytest.raises(ValueError, match=rf"missing keys \[\] and unknown keys \['{key}'\]"):
         check_config_dict(config_dict(**{key: 1}))
+
+
+def test_the_packages_own_code_may_be_named() -> None:
+    config = RobustnessTokenConfig.from_dict(config_dict(auto_map=AUTO_MAP))
+    assert config.auto_map == config.to_dict()["auto_map"] == AUTO_MAP
+    assert RobustnessTokenConfig().auto_map == {}
+    assert "auto_map" not in config_dict()
+    for code in AUTO_MAP.values():
+        module, name = code.split(".")
+        assert hasattr(importlib.import_module(f"robustness_tokens.{module}"), name)
 
 
 def test_a_newer_schema_says_so_before_it_complains_of_keys() -> None:

@@ -36,6 +36,7 @@ from robustness_tokens.backbones import find_layer_stack, vision_trunk
 from robustness_tokens.configuration import RobustnessTokenConfig
 from robustness_tokens.injection import find_injector, remove_tokens
 from robustness_tokens.modeling import RobustnessTokenForImageClassification, RobustnessTokenModel, inject_tokens
+from tests.test_report_schema import make_report
 
 
 ADAPTER_FILES = {"config.json", "model.safetensors", "preprocessor_config.json", "README.md"}
@@ -910,17 +911,32 @@ def test_an_adapter_whose_config_names_code_is_refused(adapter_folder: Path) -> 
     config = json.loads((adapter_folder / "config.json").read_text())
     config["auto_map"] = {"AutoModel": "evil.Evil"}
     (adapter_folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"unknown keys \['auto_map'\]"):
+    with pytest.raises(ValueError, match="auto_map must name no code but the package's own"):
         AutoModel.from_pretrained(adapter_folder)
 
 
-def test_a_report_of_other_tokens_does_not_survive(dinov2_model: RobustnessTokenModel, tmp_path: Path) -> None:
+def test_a_report_goes_into_the_card_and_does_not_survive_its_tokens(
+    dinov2_model: RobustnessTokenModel, tmp_path: Path
+) -> None:
     dinov2_model.save_pretrained(tmp_path)
-    (tmp_path / "evaluation.json").write_text("{}")
+    make_report().save(tmp_path)
     dinov2_model.save_pretrained(tmp_path)
     assert (tmp_path / "evaluation.json").exists(), "the same tokens"
+    assert "Robustness evaluation" in (tmp_path / "README.md").read_text()
     randomize(dinov2_model).save_pretrained(tmp_path)
-    assert not (tmp_path / "evaluation.json").exists()
+    assert not {"evaluation.json", "evaluation.md"} & {path.name for path in tmp_path.iterdir()}
+    assert "Robustness evaluation" not in (tmp_path / "README.md").read_text()
+
+
+def test_a_damaged_report_is_an_error_before_anything_is_written(
+    dinov2_model: RobustnessTokenModel, tmp_path: Path
+) -> None:
+    dinov2_model.save_pretrained(tmp_path)
+    (tmp_path / "evaluation.json").write_text("{}")
+    before = (tmp_path / "README.md").stat().st_mtime_ns
+    with pytest.raises(ValueError, match=r"evaluation\.json"):
+        dinov2_model.save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").stat().st_mtime_ns == before
 
 
 def test_a_relative_base_folder_is_found_from_elsewhere(
@@ -938,12 +954,12 @@ def test_a_base_in_memory_is_pinned_only_to_the_revision_that_the_user_names(
     make_base: MakeBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def commit(name: str, *, revision: str | None, cache_dir: Any) -> str:
-        return f"commit of {revision or 'main'}"
+        return {None: "0" * 40, "v1": "1" * 40}[revision]
 
     monkeypatch.setattr("robustness_tokens.modeling.cached_commit", commit)
     assert RobustnessTokenModel.from_base(make_base("dinov2")).config.base_model_revision is None
     pinned = RobustnessTokenModel.from_base(make_base("dinov2"), revision="v1")
-    assert pinned.config.base_model_revision == "commit of v1"
+    assert pinned.config.base_model_revision == "1" * 40
 
 
 def test_a_model_without_a_base_says_how_to_make_one(adapter_folder: Path) -> None:

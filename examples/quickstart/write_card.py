@@ -1,0 +1,56 @@
+"""Writes MODEL_CARD.md, the card of the quickstart's adapter.
+
+python examples/quickstart/write_card.py outputs/quickstart/adapter   # takes config and report of a run over, to card/
+python examples/quickstart/write_card.py                              # from card/ alone
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from pathlib import Path
+
+from robustness_tokens.hub import CONFIG_FILE, EVALUATION_FILE, AdapterFolder, read_config, read_report
+from robustness_tokens.model_card import render_card
+
+
+HERE = Path(__file__).parent
+STORED = HERE / "card"
+MODEL_CARD = HERE.parent.parent / "MODEL_CARD.md"
+
+
+def render_quickstart_card() -> str:
+    """The card that the stored config and report make."""
+    folder = AdapterFolder(STORED, from_hub=False)
+    return render_card(
+        read_config(folder),
+        name="outputs/quickstart/adapter",
+        license="mit",  # as the card of the backbone says
+        datasets=["zalando-datasets/fashion_mnist"],
+        report=read_report(folder),
+    )
+
+
+def take_over(adapter: Path) -> None:
+    """Stores the config and the report of an adapter, its base named as it is from the root of the repository."""
+    config = read_config(AdapterFolder(adapter, from_hub=False))
+    config.base_model_name_or_path = "examples/quickstart/backbone"
+    STORED.mkdir(exist_ok=True)
+    (STORED / CONFIG_FILE).write_text(config.to_json_string(use_diff=False), encoding="utf-8")
+    (STORED / EVALUATION_FILE).unlink(missing_ok=True)
+    if (adapter / EVALUATION_FILE).exists():
+        shutil.copyfile(adapter / EVALUATION_FILE, STORED / EVALUATION_FILE)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("adapter", type=Path, nargs="?", help="folder of a run's adapter, to be taken over first")
+    args = parser.parse_args()
+    if args.adapter is not None:
+        take_over(args.adapter)
+    MODEL_CARD.write_text(render_quickstart_card(), encoding="utf-8")
+    print(f"wrote {MODEL_CARD}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""Small files on disk: written whole or not at all, read with suspicion."""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+MAX_JSON_BYTES = 1 << 20
+_MAX_JSON_DEPTH = 32
+# Control characters but tab and line feed, which would steer a terminal, and halves of surrogate pairs.
+_NOT_TEXT = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a small JSON object; `ValueError` names the file if it is damaged or too large."""
+    if (size := path.stat().st_size) > MAX_JSON_BYTES:
+        raise ValueError(f"{path} has {size:,} bytes, expected at most {MAX_JSON_BYTES:,}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as exc:
+        raise ValueError(f"{path} is not valid JSON, so it is damaged (load it again, or delete it): {exc}") from exc
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}")
+    for depth, value in json_values(content):
+        if depth > _MAX_JSON_DEPTH:
+            raise ValueError(f"{path} is nested more than {_MAX_JSON_DEPTH} deep, so it is damaged")
+        if isinstance(value, str) and _NOT_TEXT.search(value):
+            raise ValueError(f"{path} holds {value[:80]!r}, with characters that are no text, so it is damaged")
+    return content
+
+
+def json_values(content: Any) -> Iterator[tuple[int, Any]]:
+    """Every key and value in parsed JSON, each with how deep it lies."""
+    waiting = [(0, content)]
+    while waiting:
+        depth, value = waiting.pop()
+        yield depth, value
+        if isinstance(value, dict):
+            waiting += [(depth + 1, item) for pair in value.items() for item in pair]
+        elif isinstance(value, list):
+            waiting += [(depth + 1, item) for item in value]
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a small text file, whole or not at all."""
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+        partial.chmod(0o644)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file beside the target, renamed to it at the end, so that no reader ever sees half a file."""
+    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
+        partial = Path(file.name)
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,280 @@
+"""What an evaluation found, as data: read strictly, since a report may come from the Hub."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, Self, get_args
+
+from .. import files
+from .markdown import render_report_markdown
+from .strict import MAX_INT, MAX_NAME, check_choice, check_int, check_keys, check_number, check_parameters, check_text
+
+
+SCHEMA_VERSION = 1
+REPORT_FILE = "evaluation.json"
+MARKDOWN_FILE = "evaluation.md"
+
+Task = Literal["features", "classification", "segmentation"]
+Metric = Literal["cosine", "accuracy", "miou", "mean_image_miou"]
+TokensInPlace = Literal["none", "trained", "untrained", "zero", "mean"]
+Knowledge = Literal["none", "base", "own_tokens", "full", "full_worst_case"]
+
+NUM_CHECKS = 17
+_ROUNDING = 1e-3  # by which a cosine of half-precision features, or an interval, may leave its range
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """One number, with all that it takes to know what it means.
+
+    Args:
+        task: What was attacked and measured.
+        metric: `"accuracy"` and the IoUs in [0, 1]; `"cosine"`, of the features with those of clean images seen
+            without tokens, in [-1, 1].
+        value: Of the metric.
+        confidence_interval: 95%, low and high; None where there is none.
+        tokens: Which were in the model that was measured.
+        knowledge: What the attacker had; None for clean images.
+        attack: Its name; None for clean images.
+        attack_parameters: Its hyper-parameters, by name: plain values, or lists of them.
+        norm: In which `eps` is measured.
+        eps: Budget in pixel units of [0, 1] images.
+        num_images: How many were measured.
+        seed: Of the attack and of the choice of images.
+
+    Raises:
+        ValueError: If a value is of the wrong type, not finite, or out of range.
+    """
+
+    task: Task
+    metric: Metric
+    value: float
+    confidence_interval: tuple[float, float] | None = None
+    tokens: TokensInPlace
+    knowledge: Knowledge | None = None
+    attack: str | None = None
+    attack_parameters: dict[str, Any] = field(default_factory=dict)
+    norm: Literal["Linf"] = "Linf"
+    eps: float = 0.0
+    num_images: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        check_choice("task", self.task, get_args(Task))
+        check_choice("metric", self.metric, get_args(Metric))
+        lowest, highest = (-1.0 if self.metric == "cosine" else 0.0) - _ROUNDING, 1.0 + _ROUNDING
+        check_number("value", self.value, lowest, highest)
+        if self.confidence_interval is not None:
+            interval = self.confidence_interval
+            if not isinstance(interval, tuple) or len(interval) != 2:
+                raise ValueError(f"confidence_interval must be a pair (low, high) or None, got {interval!r:.200}")
+            check_number("confidence_interval[0]", interval[0], lowest, highest)
+            check_number("confidence_interval[1]", interval[1], interval[0], highest)
+        check_choice("tokens", self.tokens, get_args(TokensInPlace))
+        check_choice("norm", self.norm, ("Linf",))
+        check_number("eps", self.eps, 0.0, 1.0)
+        check_int("num_images", self.num_images, 1, MAX_INT)
+        check_int("seed", self.seed, 0, MAX_INT)
+        check_parameters(self.attack_parameters)
+        if self.knowledge is not None:
+            check_choice("knowledge", self.knowledge, get_args(Knowledge))
+        if self.attack is not None:
+            check_text("attack", self.attack, MAX_NAME)
+        if (self.knowledge is None) != (self.attack is None):
+            raise ValueError(
+                "knowledge and attack go together, both None for clean images, got "
+                f"{self.knowledge!r} and {self.attack!r}"
+            )
+        if self.attack is None and (self.eps or self.attack_parameters):
+            raise ValueError(
+                f"clean images (attack=None) have no eps and no attack_parameters, got {self.eps} and "
+                f"{self.attack_parameters!r:.200}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One of the 17 questions that an evaluation must answer before its numbers count.
+
+    Args:
+        number: 1 to 17.
+        name: In a few words.
+        passed: None if it is only reported, or was not run; `explanation` says which.
+        value: What was found.
+        explanation: What was compared, and what it means.
+
+    Raises:
+        ValueError: If a value is of the wrong type or out of range.
+    """
+
+    number: int
+    name: str
+    passed: bool | None
+    value: str
+    explanation: str
+
+    def __post_init__(self) -> None:
+        check_int("number", self.number, 1, NUM_CHECKS)
+        check_text("name", self.name, MAX_NAME)
+        if self.passed is not None and type(self.passed) is not bool:
+            raise ValueError(f"passed must be true, false or null, got {self.passed!r:.200}")
+        check_text("value", self.value)
+        check_text("explanation", self.explanation)
+
+
+@dataclass(kw_only=True)
+class RobustnessReport:
+    """What an evaluation found.
+
+    Args:
+        schema_version: Of this layout.
+        package_version: Of robustness_tokens.
+        adapter: Folder or repo id of what was evaluated.
+        base_model: Hub id or folder of its base.
+        base_model_revision: Commit of the base, if it has one.
+        dataset: `name`, `split` (or None) and `num_images`.
+        budget: How much was spent: `"quick"`, `"standard"`, `"full"`, or another word.
+        seed: Of everything random.
+        results: The numbers.
+        checks: Each at most once.
+        series: The numbers behind the figures, by name.
+        seconds: How long it took.
+        figures: PNG files by name; not in the JSON, not compared.
+
+    Raises:
+        ValueError: If a value is of the wrong type, not finite, or out of range.
+    """
+
+    schema_version: int = SCHEMA_VERSION
+    package_version: str
+    adapter: str
+    base_model: str
+    base_model_revision: str | None = None
+    dataset: dict[str, Any]
+    budget: str
+    seed: int
+    results: list[Result]
+    checks: list[Check]
+    series: dict[str, list[float]] = field(default_factory=dict)
+    seconds: float
+    figures: dict[str, bytes] = field(default_factory=dict, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        _check_schema_version(self.schema_version)
+        for name in ("package_version", "adapter", "base_model", "budget"):
+            check_text(name, getattr(self, name))
+        if self.base_model_revision is not None:
+            check_text("base_model_revision", self.base_model_revision, MAX_NAME)
+        check_keys("dataset", self.dataset, {"name", "split", "num_images"})
+        check_text("dataset.name", self.dataset["name"])
+        if self.dataset["split"] is not None:
+            check_text("dataset.split", self.dataset["split"], MAX_NAME)
+        check_int("dataset.num_images", self.dataset["num_images"], 1, MAX_INT)
+        check_int("seed", self.seed, 0, MAX_INT)
+        check_number("seconds", self.seconds, 0.0, math.inf)
+        for name, kind in (("results", Result), ("checks", Check)):
+            value = getattr(self, name)
+            if not isinstance(value, list) or not all(isinstance(element, kind) for element in value):
+                raise ValueError(f"{name} must be a list of {kind.__name__}, got {value!r:.200}")
+        numbers = [check.number for check in self.checks]
+        if twice := sorted({number for number in numbers if numbers.count(number) > 1}):
+            raise ValueError(f"checks must hold each check once, got more of number {twice}")
+        if not isinstance(self.series, dict):
+            raise ValueError(f"series must be a dictionary, got {type(self.series).__name__}")
+        for name, values in self.series.items():
+            check_text("the name of a series", name, MAX_NAME)
+            if not isinstance(values, list):
+                raise ValueError(f"series[{name!r}] must be a list of numbers, got {type(values).__name__}")
+            for index, value in enumerate(values):
+                check_number(f"series[{name!r}][{index}]", value, -math.inf, math.inf)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All but the figures, as JSON holds it."""
+        return {key: value for key, value in asdict(self).items() if key != "figures"}
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Self:
+        """The report of what [`to_dict`] made, or of the JSON of it.
+
+        Raises:
+            ValueError: On a newer schema, a missing or an unknown key, or a bad value: it says which.
+        """
+        if isinstance(content, Mapping):
+            _check_schema_version(content.get("schema_version"))
+        check_keys("the report", content, {f.name for f in fields(cls)} - {"figures"})
+        return cls(
+            **{
+                **content,
+                "results": [
+                    _read(f"results[{i}]", Result, entry) for i, entry in _numbered(content["results"], "results")
+                ],
+                "checks": [_read(f"checks[{i}]", Check, entry) for i, entry in _numbered(content["checks"], "checks")],
+            }
+        )
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Writes evaluation.json and, for people, evaluation.md; each whole or not at all.
+
+        Args:
+            folder: Made if it doesn't exist; best the adapter's own, so that the report travels with it.
+
+        Raises:
+            ValueError: If the JSON is larger than [`load`] would read.
+        """
+        text = json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n"
+        if (size := len(text.encode())) > files.MAX_JSON_BYTES:
+            raise ValueError(
+                f"the report has {size:,} bytes as JSON, expected at most {files.MAX_JSON_BYTES:,}: keep fewer "
+                "results or shorter series"
+            )
+        path = Path(folder)
+        path.mkdir(parents=True, exist_ok=True)
+        files.write_text(path / MARKDOWN_FILE, render_report_markdown(self))
+        files.write_text(path / REPORT_FILE, text)
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> Self:
+        """Reads the evaluation.json of a folder, without the figures.
+
+        Raises:
+            ValueError: If it is missing or damaged, or of a newer schema.
+        """
+        path = Path(folder) / REPORT_FILE
+        if not path.is_file():
+            raise ValueError(f"{folder} holds no {REPORT_FILE}: write one with `robtok evaluate`")
+        try:
+            return cls.from_dict(files.read_json(path))
+        except ValueError as exc:
+            raise ValueError(f"{path}: {exc}") from exc
+
+
+def _numbered(entries: object, name: str) -> list[tuple[int, Any]]:
+    if not isinstance(entries, list):
+        raise ValueError(f"{name} must be a list, got {type(entries).__name__}")
+    return list(enumerate(entries))
+
+
+def _read(name: str, kind: type[Any], entry: Any) -> Any:
+    check_keys(name, entry, {f.name for f in fields(kind)})
+    interval = entry.get("confidence_interval")
+    if isinstance(interval, list):  # JSON has no tuples
+        entry = {**entry, "confidence_interval": tuple(interval)}
+    try:
+        return kind(**entry)
+    except ValueError as exc:
+        raise ValueError(f"{name}: {exc}") from exc
+
+
+def _check_schema_version(version: object) -> None:
+    if type(version) is not int or version < 1:
+        raise ValueError(f"schema_version must be a whole number of at least 1, got {version!r:.200}")
+    if version > SCHEMA_VERSION:
+        raise ValueError(
+            f"the report has schema_version {version}, this package reads up to {SCHEMA_VERSION}: "
+            "pip install --upgrade robustness-tokens"
+        )
