@@ -1,0 +1,257 @@
+"""The linear heads of a probe, and their two files: safetensors and JSON, read strictly.
+
+Shapes: B images, P patches in a grid of h rows and w columns, D width, F what a head reads, C classes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import safetensors
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .backbones import vision_trunk
+from .features import count_patches, extract_features, find_patch_size
+from .files import read_json, replacing, write_text
+from .segmentation_data import IGNORE_INDEX
+
+
+HEAD_CONFIG_FILE = "head.json"
+HEAD_WEIGHTS_FILE = "head.safetensors"
+
+_SCHEMA_VERSION = 1
+_MAX_HEADER_BYTES = 1 << 16
+
+
+class ProbeHead(nn.Module, ABC):
+    """A linear head; see [`ClassificationHead`] and [`SegmentationHead`].
+
+    Args:
+        in_features: F, width of what it reads.
+        num_labels: C, number of classes.
+        base_model_fingerprint: Of the base that it is trained on, see `backbones.layer_fingerprint`; empty where
+            nobody knows.
+        trained_with_tokens: Whether robustness tokens were in the base while it was trained.
+
+    Raises:
+        ValueError: If a size is not positive.
+    """
+
+    task: ClassVar[str]
+    ignore_index: ClassVar[int]
+
+    def __init__(
+        self,
+        in_features: int,
+        num_labels: int,
+        *,
+        base_model_fingerprint: Mapping[str, str] | None = None,
+        trained_with_tokens: bool = False,
+    ) -> None:
+        super().__init__()
+        for name, value in (("in_features", in_features), ("num_labels", num_labels)):
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+        self.in_features, self.num_labels = in_features, num_labels
+        self.base_model_fingerprint = dict(base_model_fingerprint or {})
+        self.trained_with_tokens = trained_with_tokens
+
+    @staticmethod
+    @abstractmethod
+    def extract(base: PreTrainedModel, pixel_values: Tensor) -> Tensor:
+        """What the head reads of normalised images (B, 3, H, W), in float32: (B, F), or (B, F, h, w) maps."""
+
+    @abstractmethod
+    def forward(self, features: Tensor) -> Tensor:
+        """Logits of what [`extract`] gave: (B, C), or (B, C, h, w) maps."""
+
+
+class ClassificationHead(ProbeHead):
+    """A linear layer on the CLS token and the mean of the patches, as DINOv2's own; without CLS on the mean alone.
+
+    F is 2 D, or D in families that have no CLS token.
+
+    Source: Oquab et al., "DINOv2", arXiv 2304.07193, and its released linear heads.
+    """
+
+    task = "classification"
+    ignore_index = -100  # no class at all: every label counts
+
+    def __init__(self, in_features: int, num_labels: int, **provenance: Any) -> None:
+        super().__init__(in_features, num_labels, **provenance)
+        self.linear = nn.Linear(in_features, num_labels)
+        _initialize(self.linear)
+
+    @staticmethod
+    def extract(base: PreTrainedModel, pixel_values: Tensor) -> Tensor:
+        cls, patches = _cls_and_patches(base, pixel_values)
+        return torch.cat([cls.flatten(1), patches.mean(dim=1)], dim=1)  # (B, 2 D) or (B, D)
+
+    def forward(self, features: Tensor) -> Tensor:
+        logits: Tensor = self.linear(features)
+        return logits
+
+
+class SegmentationHead(ProbeHead):
+    """Batch norm and a 1x1 convolution on the grid of patches, as DINOv2's and the paper's; F is D.
+
+    Its logits are upsampled bilinearly to the labels' size by whoever uses it.
+
+    Raises:
+        ValueError: If a class would be `IGNORE_INDEX`.
+    """
+
+    task = "segmentation"
+    ignore_index = IGNORE_INDEX
+
+    def __init__(self, in_features: int, num_labels: int, **provenance: Any) -> None:
+        super().__init__(in_features, num_labels, **provenance)
+        if num_labels > IGNORE_INDEX:
+            raise ValueError(
+                f"num_labels must be at most {IGNORE_INDEX}, the label of ignored pixels, got {num_labels}"
+            )
+        self.norm = nn.BatchNorm2d(in_features)
+        self.convolution = nn.Conv2d(in_features, num_labels, kernel_size=1)
+        _initialize(self.convolution)
+
+    @staticmethod
+    def extract(base: PreTrainedModel, pixel_values: Tensor) -> Tensor:
+        _, patches = _cls_and_patches(base, pixel_values)
+        patch_size = find_patch_size(vision_trunk(base))
+        assert patch_size is not None  # the patches were counted by it
+        rows, columns = pixel_values.shape[-2] // patch_size[0], pixel_values.shape[-1] // patch_size[1]
+        return patches.transpose(1, 2).unflatten(2, (rows, columns))  # (B, P, D) -> (B, D, h, w)
+
+    def forward(self, features: Tensor) -> Tensor:
+        logits: Tensor = self.convolution(self.norm(features))
+        return logits
+
+
+_HEAD_CLASSES: dict[str, type[ProbeHead]] = {head.task: head for head in (ClassificationHead, SegmentationHead)}
+
+
+def save_head(head: ProbeHead, folder: str | os.PathLike[str]) -> None:
+    """Writes head.json and head.safetensors.
+
+    Args:
+        head: Of a probe.
+        folder: Made if needed; the two files are overwritten.
+
+    Raises:
+        ValueError: If a weight is not finite. Nothing is written then.
+    """
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in head.state_dict().items()}
+    _check_finite(tensors, "refusing to save a head")
+    path = Path(folder)
+    path.mkdir(parents=True, exist_ok=True)
+    config = {
+        "schema_version": _SCHEMA_VERSION,
+        "task": head.task,
+        "in_features": head.in_features,
+        "num_labels": head.num_labels,
+        "trained_with_tokens": head.trained_with_tokens,
+        "base_model_fingerprint": head.base_model_fingerprint,
+    }
+    with replacing(path / HEAD_WEIGHTS_FILE) as partial:
+        save_file(tensors, partial, metadata={"format": "pt"})
+        partial.chmod(0o644)
+    write_text(path / HEAD_CONFIG_FILE, json.dumps(config, indent=2) + "\n")
+
+
+def load_head(folder: str | os.PathLike[str]) -> ProbeHead:
+    """Reads a head that [`save_head`] wrote.
+
+    Args:
+        folder: Where head.json and head.safetensors lie.
+
+    Returns:
+        The head, frozen and in eval mode.
+
+    Raises:
+        ValueError: If a file is missing, damaged, of a newer schema, or the two don't fit each other.
+    """
+    path = Path(folder)
+    if missing := [name for name in (HEAD_CONFIG_FILE, HEAD_WEIGHTS_FILE) if not (path / name).is_file()]:
+        raise ValueError(f"{path} holds no head of a probe: it has no {' and no '.join(missing)}")
+    config = _check_config(read_json(path / HEAD_CONFIG_FILE), path / HEAD_CONFIG_FILE)
+    head_class = _HEAD_CLASSES[config.pop("task")]
+    with torch.device("meta"):  # no memory before the file is known to be as large as the config says
+        head = head_class(**config)
+    head.load_state_dict(_read_weights(path / HEAD_WEIGHTS_FILE, head.state_dict()), assign=True)
+    return head.eval().requires_grad_(False)
+
+
+def _cls_and_patches(base: PreTrainedModel, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+    """The CLS token, (B, 1, D) or (B, 0, D) without one, and the patches (B, P, D), in float32."""
+    if pixel_values.dim() != 4:
+        raise ValueError(f"pixel_values must have shape (B, 3, H, W), got {tuple(pixel_values.shape)}")
+    pixel_values = pixel_values.to(base.dtype)
+    features = extract_features(base, pixel_values, feature_view="cls_and_patches").float()
+    num_prefix = features.shape[1] - count_patches(vision_trunk(base), pixel_values)
+    return features[:, :num_prefix], features[:, num_prefix:]
+
+
+def _initialize(layer: nn.Linear | nn.Conv2d) -> None:
+    nn.init.normal_(layer.weight, std=0.01)  # as DINOv2's linear heads
+    assert layer.bias is not None
+    nn.init.zeros_(layer.bias)
+
+
+def _check_config(config: dict[str, Any], path: Path) -> dict[str, Any]:
+    version = config.pop("schema_version", None)
+    if type(version) is not int or version < 1:
+        raise ValueError(f"{path}: schema_version must be a whole number of at least 1, got {version!r}")
+    if version > _SCHEMA_VERSION:
+        raise ValueError(
+            f"{path} has schema_version {version}, this package reads up to {_SCHEMA_VERSION}: "
+            "pip install --upgrade robustness-tokens"
+        )
+    known = {"task", "in_features", "num_labels", "trained_with_tokens", "base_model_fingerprint"}
+    if set(config) != known:
+        raise ValueError(
+            f"{path} has missing keys {sorted(known - set(config))} and unknown keys {sorted(set(config) - known)}"
+        )
+    if config["task"] not in list(_HEAD_CLASSES):  # what is no string can't be looked up in the dictionary itself
+        raise ValueError(f"{path}: task must be one of {sorted(_HEAD_CLASSES)}, got {config['task']!r}")
+    if type(config["trained_with_tokens"]) is not bool:
+        raise ValueError(f"{path}: trained_with_tokens must be true or false, got {config['trained_with_tokens']!r}")
+    fingerprint = config["base_model_fingerprint"]
+    if not isinstance(fingerprint, dict) or not all(
+        isinstance(digest, str) and re.fullmatch(r"[0-9a-f]{64}", digest) for digest in fingerprint.values()
+    ):
+        raise ValueError(f"{path}: base_model_fingerprint must hold 64 hexadecimal digits each, got {fingerprint!r}")
+    return config
+
+
+def _read_weights(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a file, which must have exactly these names, shapes and dtypes, and be finite."""
+    largest = sum(tensor.nbytes for tensor in expected.values()) + _MAX_HEADER_BYTES
+    if (size := path.stat().st_size) > largest:
+        raise ValueError(
+            f"{path} has {size:,} bytes; the head that {HEAD_CONFIG_FILE} names needs at most {largest:,}"
+        )
+    try:
+        tensors = load_file(path)
+    except (safetensors.SafetensorError, ValueError, KeyError, OverflowError) as exc:
+        raise ValueError(f"{path} is not a valid safetensors file: {exc}") from exc
+    kinds, expected_kinds = (
+        {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in named.items()} for named in (tensors, expected)
+    )
+    if kinds != expected_kinds:
+        raise ValueError(f"{path} must hold {expected_kinds} as {HEAD_CONFIG_FILE} says, got {kinds}")
+    _check_finite(tensors, f"{path} holds a head")
+    return tensors
+
+
+def _check_finite(tensors: Mapping[str, Tensor], what: str) -> None:
+    if broken := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+        raise ValueError(f"{what} whose {' and '.join(broken)} is not finite: its training diverged, or it is damaged")
