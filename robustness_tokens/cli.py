@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import Annotated
@@ -10,15 +9,30 @@ from typing import Annotated
 import torch
 import transformers
 import typer
+from accelerate import PartialState
+from huggingface_hub.errors import HTTPError
 
 from . import __version__
-from .data import load_image_dataset
-from .hub import EVALUATION_FILE, fetch_adapter, read_config, read_json, read_tokens
+from .attack_once import PairsArguments, make_adversarial_pairs
+from .evaluation.command import EvaluationArguments, run_evaluation
+from .held_out import load_eval_dataset
+from .hub import EVALUATION_FILE, fetch_adapter, read_config, read_report, read_tokens
 from .modeling import RobustnessTokenForImageClassification, RobustnessTokenModel
 from .preprocessing import processor_image_size
 from .published_tokens import import_published_tokens
+from .push_pairs import push_adversarial_pairs
+from .pushing import push_adapter
+from .report.markdown import headline
+from .sweep import SweepArguments, run_sweep, to_csv
 from .trainer import RobustnessTokenTrainer
-from .training_args import DataArguments, ModelArguments, RobustnessTokenTrainingArguments, parse_arguments
+from .training_args import (
+    DataArguments,
+    ModelArguments,
+    RobustnessTokenTrainingArguments,
+    parse_arguments,
+    parse_groups,
+)
+from .training_data import load_train_dataset
 
 
 app = typer.Typer(
@@ -35,6 +49,8 @@ def root(version: Annotated[bool, typer.Option("--version", help="Print the vers
     if version:
         typer.echo(__version__)
 
+
+_STATES = {True: "passed", False: "FAILED", None: "reported"}
 
 AdapterArgument = Annotated[str, typer.Argument(help="Folder or Hub id of an adapter.", show_default=False)]
 
@@ -54,12 +70,81 @@ def run_training(
     """Trains new tokens on a base and saves the adapter in `training_args.output_dir`."""
     transformers.set_seed(training_args.seed)
     model = RobustnessTokenModel.from_base(model_args.base_model, **model_args.from_base_kwargs())
-    dataset = load_image_dataset(
-        data_args.dataset, name=data_args.dataset_config, split=data_args.split, streaming=data_args.streaming
-    )
-    trainer = RobustnessTokenTrainer(model, training_args, dataset)
+    trainer = RobustnessTokenTrainer(model, training_args, load_train_dataset(data_args), load_eval_dataset(data_args))
     trainer.train()
     trainer.save_model()
+    trainer.accelerator.end_training()  # save_model has waited for the others
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    add_help_option=False,
+)
+def attack(context: typer.Context) -> None:
+    """Attack images once, for many trainings: robtok attack [FILE.yaml] --base_model ... (--help lists all).
+
+    Takes the arguments of robtok train, so that one file serves both; those of the optimiser have no effect.
+    """
+    groups = (ModelArguments, DataArguments, RobustnessTokenTrainingArguments, PairsArguments)
+    model_args, data_args, training_args, pairs_args = parse_groups(context.args, groups, prog="robtok attack")
+    model = RobustnessTokenModel.from_base(model_args.base_model, **model_args.from_base_kwargs())
+    pairs = make_adversarial_pairs(
+        model,
+        training_args,
+        load_train_dataset(data_args),
+        num_images=pairs_args.num_images,
+        images_per_shard=pairs_args.images_per_shard,
+    )
+    if not PartialState().is_main_process:
+        return
+    typer.echo(
+        f"{len(pairs):,} pairs in {training_args.output_dir}, no pixel changed by more than "
+        f"{pairs.info.max_pixel_difference}/255; they reveal no tokens, since the attack saw none"
+    )
+    if pairs_args.push_to_hub is not None:
+        commit = push_adversarial_pairs(
+            training_args.output_dir,
+            pairs_args.push_to_hub,
+            base_model_id=pairs_args.base_model_id,
+            private=not pairs_args.public,
+        )
+        typer.echo(commit.commit_url)
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    add_help_option=False,
+)
+def sweep(context: typer.Context) -> None:
+    """Train many tokens on the same attacks: robtok sweep [FILE.yaml] --base_model ... (--help lists all)."""
+    groups = (ModelArguments, DataArguments, RobustnessTokenTrainingArguments, SweepArguments)
+    model_args, data_args, training_args, sweep_args = parse_groups(context.args, groups, prog="robtok sweep")
+    model = RobustnessTokenModel.from_base(model_args.base_model, **model_args.from_base_kwargs())
+    rows = run_sweep(
+        model,
+        training_args,
+        load_train_dataset(data_args),
+        num_tokens=sweep_args.sweep_num_tokens,
+        learning_rates=sweep_args.sweep_learning_rates,
+        seeds=sweep_args.sweep_seeds,
+        num_eval_pairs=sweep_args.num_eval_pairs,
+    )
+    if PartialState().is_main_process:
+        typer.echo(to_csv(rows))
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    add_help_option=False,
+)
+def evaluate(context: typer.Context, adapter: AdapterArgument) -> None:
+    """Attack an adapter by all that an attacker may know: robtok evaluate ADAPTER --dataset ... --output_dir ..."""
+    words = [adapter, *context.args] if adapter.startswith("-") else context.args  # as in robtok evaluate --help
+    (args,) = parse_groups(words, (EvaluationArguments,), prog="robtok evaluate ADAPTER")
+    report = run_evaluation(adapter, args)
+    if PartialState().is_main_process:
+        typer.echo(headline(report) or f"{len(report.results)} results")
+        typer.echo(f"wrote {args.output_dir}/{EVALUATION_FILE} ({report.seconds:.0f} s)")
 
 
 @app.command()
@@ -87,9 +172,10 @@ def info(
     typer.echo(f"{'training':<15}" + ("" if config.training else "none: the tokens are untrained"))
     for name, value in (config.training or {}).items():
         typer.echo(f"  {name:<29}{value}")
-    if (folder.path / EVALUATION_FILE).is_file():
-        report = read_json(folder.path / EVALUATION_FILE)
-        typer.echo(f"{'evaluation':<15}" + json.dumps(report, indent=2))
+    if (report := read_report(folder)) is not None:
+        typer.echo(f"{'evaluation':<15}" + (headline(report) or f"{len(report.results)} results"))
+        for check in report.checks:
+            typer.echo(f"  check {check.number:<23}{check.name}: {_STATES[check.passed]}, {check.value}")
 
 
 @app.command()
@@ -103,6 +189,35 @@ def import_tokens(
     model = import_published_tokens(file, base, output_dir, overwrite=overwrite_output_dir)
     count, width = model.robustness_tokens.shape
     typer.echo(f"wrote {output_dir}: {count} tokens of width {width} for {base}")
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="Folder of the adapter.", show_default=False)],
+    repo_id: Annotated[str, typer.Argument(help="user/name on the Hub.", show_default=False)],
+    public: Annotated[
+        bool, typer.Option("--public", help="Let everyone read the tokens, and attack through them.")
+    ] = False,
+    base_model_id: Annotated[str | None, typer.Option(help="Hub id of the base, if it is a folder here.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch on the Hub.")] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
+    commit_message: Annotated[str, typer.Option(help="First line of the commit.")] = "Upload robustness tokens",
+    tag: Annotated[list[str] | None, typer.Option(help="Another tag for the card; may be repeated.")] = None,
+    subfolder: Annotated[str, typer.Option(help="Folder inside the repo.")] = "",
+) -> None:
+    """Upload an adapter to the Hub in one commit, to a private repo unless --public is said."""
+    commit = push_adapter(
+        folder,
+        repo_id,
+        base_model_id=base_model_id,
+        private=not public,
+        revision=revision,
+        create_pr=create_pr,
+        commit_message=commit_message,
+        tags=tag or (),
+        subfolder=subfolder,
+    )
+    typer.echo(commit.pr_url or commit.commit_url)
 
 
 @app.command()
@@ -132,6 +247,6 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
         app()
-    except (ValueError, OSError, ImportError, FloatingPointError) as exc:
+    except (ValueError, OSError, ImportError, FloatingPointError, HTTPError) as exc:
         typer.echo(f"robtok: {exc}", err=True)
         raise SystemExit(1) from exc

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -49,8 +50,13 @@ def json_values(content: Any) -> Iterator[tuple[int, Any]]:
 
 def write_text(path: Path, text: str) -> None:
     """Writes a small text file, whole or not at all."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes a small file, whole or not at all."""
     with replacing(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_bytes(content)
         partial.chmod(0o644)
 
 
@@ -64,3 +70,18 @@ def replacing(path: Path) -> Iterator[Path]:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def has_cache_hash(file: Path) -> bool:
+    """Whether a file in huggingface_hub's cache has the hash that it is named by; True where it is named by none."""
+    if not file.is_symlink():
+        return True  # a cache without symbolic links
+    expected = file.readlink().name  # not resolve(): a file that came by Xet is linked on, to a name of another kind
+    hashes: dict[int, Callable[[], Any]] = {
+        40: lambda: hashlib.sha1(b"blob %d\0" % file.stat().st_size),  # git's
+        64: hashlib.sha256,  # of LFS and Xet
+    }
+    if len(expected) not in hashes:
+        return True
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, hashes[len(expected)]).hexdigest() == expected

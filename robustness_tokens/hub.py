@@ -7,6 +7,7 @@ An adapter is `config.json`, `model.safetensors`, `preprocessor_config.json`, `R
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .configuration import RobustnessTokenConfig
-from .files import read_json, replacing
+from .files import has_cache_hash, read_json, replacing
 from .report.schema import MARKDOWN_FILE, REPORT_FILE, RobustnessReport
 
 
@@ -77,25 +78,42 @@ def fetch_adapter(
             validate_repo_id(str(name_or_path))
         except HFValidationError as exc:
             raise ValueError(f"{str(name_or_path)!r} is neither a local folder nor the id of a Hub repo") from exc
-        try:
-            snapshot = snapshot_download(
+
+        def download(files: Iterable[str], force: bool) -> Path:
+            folder = snapshot_download(
                 str(name_or_path),
                 revision=revision,
                 token=token,
                 cache_dir=cache_dir,
                 local_files_only=local_files_only,
-                force_download=force_download,
-                allow_patterns=[prefix + file for file in ADAPTER_FILES],
+                force_download=force,
+                allow_patterns=[prefix + file for file in files],
             )
+            return Path(folder)
+
+        try:
+            snapshot = download(ADAPTER_FILES, force_download)
+            if (damaged := _damaged_files(snapshot / subfolder)) and not local_files_only:
+                snapshot = download(damaged, True)
         except LocalEntryNotFoundError as exc:
             raise ValueError(
                 f"{name_or_path} is no folder here and not in the cache, and the Hub can't be reached: {exc}"
             ) from exc
-        path, from_hub, commit = Path(snapshot), True, Path(snapshot).name
+        if damaged := _damaged_files(snapshot / subfolder):
+            raise ValueError(
+                f"{name_or_path}: {' and '.join(damaged)} came damaged over the network, or was damaged in the cache "
+                f"({snapshot / subfolder}): load it again, with force_download=True"
+            )
+        path, from_hub, commit = snapshot, True, snapshot.name
     path = path / subfolder
     if missing := [file for file in (CONFIG_FILE, TOKENS_FILE, PROCESSOR_FILE) if not (path / file).is_file()]:
         raise ValueError(f"{name_or_path} is not a robustness-token adapter: it has no {' and no '.join(missing)}")
     return AdapterFolder(path, from_hub, commit)
+
+
+def _damaged_files(folder: Path) -> list[str]:
+    """The files that don't have the hash by which the cache names them: huggingface_hub looks at sizes alone."""
+    return [file for file in ADAPTER_FILES if (folder / file).is_file() and not has_cache_hash(folder / file)]
 
 
 def read_config(folder: AdapterFolder) -> RobustnessTokenConfig:

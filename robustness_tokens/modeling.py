@@ -425,9 +425,10 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
         if self.image_processor is not None:
             self.image_processor.save_pretrained(folder)
         card = folder / CARD_FILE
-        # A person's card may be in any encoding.
-        if not card.exists() or is_generated(card.read_text(encoding="utf-8", errors="replace")):
-            write_text(card, update_card(card.read_text(encoding="utf-8") if card.exists() else None, card_text))
+        # A person's card may be in any encoding, with any line breaks.
+        existing = card.read_bytes().decode("utf-8", "surrogateescape") if card.exists() else None
+        if existing is None or is_generated(existing):
+            write_text(card, update_card(existing, card_text))
 
 
 class RobustnessTokenModel(RobustnessTokenPreTrainedModel):

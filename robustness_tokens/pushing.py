@@ -105,14 +105,17 @@ def push_adapter(
     if config.auto_map:
         # transformers looks for code at the root of a repo, whatever folder the adapter is in.
         operations += [CommitOperationAdd(name, code.encode()) for name, code in source_files("modeling").items()]
-    return api.create_commit(
-        repo_id,
-        operations,
-        commit_message=commit_message,
-        revision=revision,
-        create_pr=create_pr,
-        parent_commit=parent,
-    )
+    try:
+        return api.create_commit(
+            repo_id,
+            operations,
+            commit_message=commit_message,
+            revision=revision,
+            create_pr=create_pr,
+            parent_commit=parent,
+        )
+    except RuntimeError as exc:  # which keeps its reason to itself
+        raise OSError(f"nothing was pushed to {repo_id}, push again: {exc} {exc.__cause__ or ''}".rstrip()) from exc
 
 
 def _name_base_by_id(config: RobustnessTokenConfig, base_model_id: str | None, api: HfApi) -> None:
@@ -162,6 +165,6 @@ def _read_remote(api: HfApi, repo_id: str, file: str, commit: str | None) -> str
 
 def _read_card(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_bytes().decode("utf-8")  # with its own line breaks
     except UnicodeDecodeError as exc:
         raise ValueError(f"{path} is not in UTF-8, as a card on the Hub must be: save it anew ({exc})") from exc

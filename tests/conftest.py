@@ -7,11 +7,14 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import shutil
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from torch import Tensor
 from transformers import (
     Dinov2Config,
@@ -27,6 +30,9 @@ from transformers import (
 )
 
 from robustness_tokens.modeling import RobustnessTokenModel
+from tests.hub_client import HubClient
+from tests.hub_server import run_hub
+from tests.hub_state import Hub
 
 
 IMAGE_SIZE, HIDDEN_SIZE, NUM_TOKENS, NUM_LABELS = 16, 32, 3, 5
@@ -128,3 +134,44 @@ def saved_adapter(base_folders: dict[str, Path], tmp_path_factory: pytest.TempPa
 def adapter_folder(saved_adapter: Path, tmp_path: Path) -> Path:
     """A saved adapter of the tiny DINOv2, with three tokens that matter; the test's own copy, to damage at will."""
     return Path(shutil.copytree(saved_adapter, tmp_path / "adapter"))
+
+
+# A folder in the place of Xet's server is a feature of its tests, so of these versions.
+needs_xet = pytest.mark.skipif(
+    not (find_spec("hf_xet") and Version("1.8") <= Version(version("hf_xet")) < Version("2")),
+    reason="the Hub of the tests knows hf_xet 1.8",
+)
+
+
+@pytest.fixture(scope="session")
+def running_hub() -> Iterator[Hub]:
+    with run_hub() as hub:
+        yield hub
+
+
+@pytest.fixture
+def hub(running_hub: Hub) -> Hub:
+    """A Hub on this machine, empty."""
+    running_hub.reset()
+    return running_hub
+
+
+@pytest.fixture(scope="session")
+def running_client(running_hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubClient]:
+    client = HubClient(running_hub.endpoint, tmp_path_factory.mktemp("client") / "home")
+    yield client
+    client.close()
+
+
+@pytest.fixture
+def client(running_client: HubClient) -> HubClient:
+    """Calls what `tests/hub_tasks.py` offers in new processes, whose Hub is the test's; its cache is empty."""
+    running_client.wipe_cache()
+    return running_client
+
+
+@pytest.fixture(params=["regular", "lfs", pytest.param("xet", marks=needs_xet)])
+def upload_mode(request: pytest.FixtureRequest, hub: Hub) -> str:
+    """Each way in which the Hub takes the weights; the client is told by `xet=`."""
+    hub.upload_mode = request.param
+    return str(request.param)
