@@ -13,8 +13,9 @@ from __future__ import annotations
 from transformers import set_seed
 
 from robustness_tokens import RobustnessTokenModel, RobustnessTokenTrainer
-from robustness_tokens.data import load_image_dataset
+from robustness_tokens.held_out import load_eval_dataset
 from robustness_tokens.training_args import parse_arguments
+from robustness_tokens.training_data import load_train_dataset
 
 
 def main() -> None:
@@ -24,14 +25,11 @@ def main() -> None:
     model = RobustnessTokenModel.from_base(model_args.base_model, **model_args.from_base_kwargs())
     model.print_trainable_parameters()
 
-    dataset = load_image_dataset(
-        data_args.dataset, name=data_args.dataset_config, split=data_args.split, streaming=data_args.streaming
-    )
-
-    trainer = RobustnessTokenTrainer(model, training_args, dataset)
+    trainer = RobustnessTokenTrainer(model, training_args, load_train_dataset(data_args), load_eval_dataset(data_args))
     result = trainer.train()
     trainer.save_model()
     trainer.accelerator.print(f"trained for {result.global_step} steps, adapter in {training_args.output_dir}")
+    trainer.accelerator.end_training()  # save_model has waited for the others
 
 
 if __name__ == "__main__":

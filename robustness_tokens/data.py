@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
@@ -283,11 +284,13 @@ def collate_images(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Stacks items to a batch, without the broken ones.
 
     Args:
-        items: of `ImageDataset`, `IterableImageDataset` or `TensorImageDataset`.
+        items: of `ImageDataset`, `IterableImageDataset`, `TensorImageDataset` or `AdversarialPairs`.
 
     Returns:
-        {"images": (B, C, H, W), "index": (B,) int64, "labels": (B,) int64 where the items have them, "broken_images":
-        a tuple of `BrokenImage`}; B counts whole images, and if there are none, "images" is (0, 3, 0, 0).
+        {"images": (B, C, H, W), "index": (B,) int64, "labels": (B,) int64, or (B, H, W) where pixels have them, if the
+        items have any, "broken_images": a tuple of `BrokenImage`}; B counts whole images, and if there are none,
+        "images" is (0, 3, 0, 0). Adversarial pairs have "adversarial_images" (B, C, H, W) and "baseline_cosine" (B,)
+        too.
 
     Raises:
         ValueError: images of different shapes.
@@ -305,7 +308,11 @@ def collate_images(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "index": torch.tensor([item["index"] for item in whole], dtype=torch.int64),
     }
     if all("labels" in item for item in items):
-        batch["labels"] = torch.tensor([item["labels"] for item in whole], dtype=torch.int64)
+        labels = [torch.as_tensor(item["labels"], dtype=torch.int64) for item in whole]
+        batch["labels"] = torch.stack(labels) if labels else torch.empty(0, dtype=torch.int64)
+    if whole and all("adversarial_images" in item for item in whole):
+        batch["adversarial_images"] = torch.stack([item["adversarial_images"] for item in whole])
+        batch["baseline_cosine"] = torch.tensor([item["baseline_cosine"] for item in whole])
     batch["broken_images"] = broken
     return batch
 
@@ -378,9 +385,18 @@ def build_dataloader(
         generator=torch.Generator().manual_seed(seed),
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
+        worker_init_fn=_outlive_one_sigterm if num_workers > 0 else None,
         drop_last=drop_last,
         collate_fn=collate_images,
     )
+
+
+def _outlive_one_sigterm(worker_id: int) -> None:
+    """A scheduler sends SIGTERM to workers too, and a loader without one can't finish the step that is to be saved.
+
+    The second ends it: that of the loader, or of the interpreter at its end.
+    """
+    signal.signal(signal.SIGTERM, lambda signum, frame: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 @dataclass(frozen=True)

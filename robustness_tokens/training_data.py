@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -12,16 +13,81 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from .adversarial_pairs import (
+    PAIR_FEATURES,
+    PAIRS_SPLIT,
+    AdversarialPairs,
+    check_base,
+    find_pairs,
+    load_adversarial_pairs,
+    settle_arguments,
+)
 from .backbones import vision_trunk
-from .data import BrokenImageLog, ImageDataset, IterableImageDataset, TensorImageDataset, build_dataloader
+from .configuration import RobustnessTokenConfig
+from .data import (
+    BrokenImageLog,
+    ImageDataset,
+    IterableImageDataset,
+    TensorImageDataset,
+    build_dataloader,
+    load_image_dataset,
+)
 from .features import find_patch_size
 from .preprocessing import ImageTransform, processor_image_size
-from .training_args import RobustnessTokenTrainingArguments
+from .training_args import DataArguments, RobustnessTokenTrainingArguments
 
 
 Batch = Mapping[str, Tensor]
 Position = tuple[int, int]
 """Where in the data a run is: epoch, and batches of this process that it has taken from that epoch."""
+
+
+def load_train_dataset(data_args: DataArguments) -> Any:
+    """What the command line names: adversarial pairs, where `robtok attack` made it, or else a dataset of images.
+
+    Raises:
+        ValueError: If it can't be loaded, or an argument has no meaning for pairs.
+    """
+    if find_pairs(data_args.dataset) is None:
+        return load_image_dataset(
+            data_args.dataset, name=data_args.dataset_config, split=data_args.split, streaming=data_args.streaming
+        )
+    if data_args.streaming or data_args.dataset_config is not None or data_args.split != PAIRS_SPLIT:
+        raise ValueError(
+            f"dataset {data_args.dataset!r} holds adversarial pairs, which are one split, {PAIRS_SPLIT!r}, read from "
+            "the disk as they are needed: leave streaming, dataset_config and split out"
+        )
+    return load_adversarial_pairs(data_args.dataset)
+
+
+def take_pairs(
+    dataset: Any, *, args: RobustnessTokenTrainingArguments, config: RobustnessTokenConfig
+) -> tuple[Any, RobustnessTokenTrainingArguments]:
+    """Loads adversarial pairs where they are given, and makes their attack that of the arguments.
+
+    Args:
+        dataset: What the user gave the trainer: `AdversarialPairs`, their folder or their name on the Hub; anything
+            else comes back as it is.
+        args: Of the training.
+        config: Of the model.
+
+    Returns:
+        The dataset, and the arguments to train with.
+
+    Raises:
+        ValueError: If the pairs were made for another base or by another attack than `args` state.
+    """
+    if isinstance(dataset, str | os.PathLike):
+        dataset = load_adversarial_pairs(dataset)
+    if args.image_column_name is None and set(PAIR_FEATURES) <= set(getattr(dataset, "column_names", None) or ()):
+        raise ValueError(
+            "train_dataset holds adversarial pairs, but not how they were made: give their folder, or their name on "
+            "the Hub, instead (or image_column_name='image' to attack these images anew)"
+        )
+    if not isinstance(dataset, AdversarialPairs):
+        return dataset, args
+    check_base(dataset.info, config)
+    return dataset, settle_arguments(dataset.info, args)
 
 
 def prepare_train_dataset(
@@ -36,7 +102,7 @@ def prepare_train_dataset(
 
     Args:
         dataset: A `datasets` dataset with an image column, map-style or streaming, or a map-style torch dataset of
-            `{"images": (3, H, W) float in [0, 1]}`, whose size is taken as it is.
+            `{"images": (3, H, W) float in [0, 1]}`, whose size is taken as it is, or `AdversarialPairs`.
         args: Of the training.
         image_processor: Of the base.
         process_index, num_processes: A stream deals its own shards out.
@@ -60,6 +126,8 @@ def prepare_train_dataset(
         )
     if not streaming and len(dataset) == 0:
         raise ValueError("train_dataset has no rows, expected at least one image")
+    if isinstance(dataset, AdversarialPairs):
+        return dataset
     if not streaming and not isinstance(dataset, datasets.Dataset):
         if unused := [name for name in ("image_column_name", "image_size") if getattr(args, name) is not None]:
             raise ValueError(f"{unused} can't be applied to a {type(dataset).__name__}, whose images are ready: unset")
@@ -85,6 +153,9 @@ def prepare_train_dataset(
 def describe_dataset(dataset: Any) -> dict[str, Any]:
     """What is known of a dataset that was given to [`prepare_train_dataset`], for the recipe; must be JSON."""
     known: dict[str, Any] = {"num_images": len(dataset) if hasattr(dataset, "__len__") else None}
+    if isinstance(dataset, AdversarialPairs):
+        noise = {name: getattr(dataset.info, name) for name in ("seed", "step", "batch_size", "mixed_precision")}
+        return {**dataset.info.dataset, **known, "adversarial_pairs": noise}
     if isinstance(dataset, datasets.Dataset | datasets.IterableDataset):
         info = dataset.info
         known |= {"name": info.dataset_name or info.builder_name, "config": info.config_name}

@@ -1,0 +1,301 @@
+"""Clean images and their attacked versions as a dataset: attacked once, read by every training after.
+
+While training, the paper's attacker sees the base alone, so a pair depends on the image, the base, the attack and the
+noise's seed, and on no token. A folder of pairs is what `datasets.load_from_disk` reads, with `adversarial_pairs.json`
+beside it, which says how they were made; on the Hub the images are PNG.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from datasets.arrow_writer import ArrowWriter
+from datasets.fingerprint import Hasher
+from huggingface_hub import hf_hub_download
+from huggingface_hub.utils import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from .configuration import RobustnessTokenConfig
+from .files import read_json, write_text
+from .pairs_info import INFO_FILE, PairsInfo
+from .training_args import RobustnessTokenTrainingArguments
+
+
+PAIRS_SPLIT = "train"
+
+PAIR_FEATURES = datasets.Features(
+    {
+        "index": datasets.Value("int64"),  # the image's row in the dataset that was attacked
+        "image": datasets.Value("binary"),  # (H, W, 3) uint8, raw: read in a tenth of the time that a PNG takes
+        "adversarial_image": datasets.Value("binary"),
+        "baseline_cosine": datasets.Value("float32"),  # between the base's features of the two
+    }
+)
+
+
+class AdversarialPairs(Dataset[dict[str, Any]]):
+    """Pairs, read one at a time, in the data loader's workers if it has any; nothing is held in memory.
+
+    An item is {"images", "adversarial_images": (3, H, W) float32 in [0, 1] on the 8-bit grid, "baseline_cosine":
+    float, "index": the image's row in the dataset that was attacked}.
+
+    Args:
+        dataset: With the columns of `PAIR_FEATURES`, the images raw or PNG.
+        info: How the pairs were made.
+
+    Attributes:
+        stored: The rows as they are stored.
+
+    Raises:
+        ValueError: If there are other columns.
+    """
+
+    def __init__(self, dataset: datasets.Dataset, info: PairsInfo) -> None:
+        if set(dataset.column_names) != set(PAIR_FEATURES):
+            raise ValueError(f"dataset has the columns {dataset.column_names}, expected {sorted(PAIR_FEATURES)}")
+        self.info = info
+        self._is_raw = dataset.features["image"] == PAIR_FEATURES["image"]
+        for column in () if self._is_raw else ("image", "adversarial_image"):
+            dataset = dataset.cast_column(column, datasets.Image(decode=False))
+        self.stored = dataset.with_format(None)
+
+    def __len__(self) -> int:
+        return len(self.stored)
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        stored = self.stored[int(row)]
+        clean, adversarial = (self._pixels(row, stored[column]) for column in ("image", "adversarial_image"))
+        difference = int(np.abs(clean.astype(np.int16) - adversarial).max())
+        if difference > self.info.max_pixel_difference:
+            raise ValueError(
+                f"pair {row} differs by {difference}/255, more than the {self.info.max_pixel_difference}/255 of its "
+                "attack: the dataset is damaged, make it anew"
+            )
+        return {
+            "images": to_images(clean),
+            "adversarial_images": to_images(adversarial),
+            "baseline_cosine": float(stored["baseline_cosine"]),
+            "index": int(stored["index"]),
+        }
+
+    def select(self, rows: Sequence[int]) -> AdversarialPairs:
+        """The pairs of these rows."""
+        return AdversarialPairs(self.stored.select(rows), self.info)
+
+    def _pixels(self, row: int, stored: Any) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        height, width = self.info.image_size
+        if self._is_raw:
+            if len(stored) == height * width * 3:
+                return np.frombuffer(stored, dtype=np.uint8).reshape(height, width, 3)
+            found = f"{len(stored)} bytes"
+        else:
+            with Image.open(BytesIO(stored["bytes"]), formats=["png"]) as picture:
+                if picture.size == (width, height) and picture.mode == "RGB":
+                    return np.asarray(picture)
+                found = f"{picture.mode} of size {picture.size}"
+        raise ValueError(
+            f"pair {row} holds an image of {found}, expected RGB of {width} x {height} pixels: make it anew"
+        )
+
+
+def to_images(pixels: np.ndarray[Any, np.dtype[np.uint8]]) -> Tensor:
+    """(..., H, W, 3) uint8 -> (..., 3, H, W) float32 in [0, 1]."""
+    return torch.from_numpy(pixels.copy()).movedim(-1, -3).contiguous().float() / 255
+
+
+def to_pixels(images: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """(B, 3, H, W) float in [0, 1] -> (B, H, W, 3) uint8, rounded."""
+    return (images * 255).round().to(torch.uint8).movedim(1, -1).contiguous().cpu().numpy()
+
+
+def round_to_budget(
+    adversarial: Tensor, clean: np.ndarray[Any, np.dtype[np.uint8]], levels: int
+) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Adversarial images in 8 bits, projected after rounding, which may have pushed them over their budget.
+
+    Args:
+        adversarial: (B, 3, H, W) float, [0, 1] but for rounding errors.
+        clean: (B, H, W, 3) uint8.
+        levels: The budget, in 8-bit levels.
+
+    Returns:
+        (B, H, W, 3) uint8, no pixel further than `levels` from the clean one.
+    """
+    rounded = to_pixels(adversarial.clamp(0, 1)).astype(np.int16)
+    projected = np.clip(rounded, clean.astype(np.int16) - levels, clean.astype(np.int16) + levels)
+    return projected.astype(np.uint8)  # between a clean and a rounded pixel, so from 0 to 255
+
+
+def find_pairs(
+    name_or_path: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+) -> Path | None:
+    """The `adversarial_pairs.json` of a folder or of a dataset on the Hub; None if it has none, so holds no pairs."""
+    folder = Path(name_or_path).expanduser()
+    if folder.exists():
+        path = folder / INFO_FILE
+        return path if path.is_file() else None
+    options: dict[str, Any] = {"revision": revision, "token": token, "cache_dir": cache_dir}
+    try:
+        return Path(hf_hub_download(os.fspath(name_or_path), INFO_FILE, repo_type="dataset", **options))
+    except (EntryNotFoundError, RepositoryNotFoundError, HFValidationError):
+        return None
+
+
+def load_adversarial_pairs(
+    name_or_path: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+) -> AdversarialPairs:
+    """Pairs that `robtok attack` made, memory-mapped.
+
+    Args:
+        name_or_path: Folder, or dataset on the Hub.
+        revision, token, cache_dir: Of a dataset on the Hub.
+
+    Raises:
+        ValueError: If there are no pairs, or they are not all there, or their description is damaged.
+    """
+    path = find_pairs(name_or_path, revision=revision, token=token, cache_dir=cache_dir)
+    if path is None:
+        raise ValueError(f"{os.fspath(name_or_path)!r} holds no adversarial pairs: it has no {INFO_FILE}")
+    info = PairsInfo.from_dict(read_json(path))
+    if path.parent == Path(name_or_path).expanduser():
+        missing = missing_shards(path.parent, info)
+        if missing or not (path.parent / "state.json").is_file():
+            raise ValueError(
+                f"{path.parent} holds {info.num_shards - len(missing)} of {info.num_shards} shards: run the attack "
+                "again with the same arguments, and it makes the others"
+            )
+        dataset = datasets.load_from_disk(str(path.parent))
+    else:
+        # The commit of the description, so that it is that of the images.
+        options = {"revision": path.parent.name, "token": token, "cache_dir": cache_dir}
+        dataset = datasets.load_dataset(os.fspath(name_or_path), split=PAIRS_SPLIT, **options)
+    return AdversarialPairs(dataset, info)
+
+
+def missing_shards(folder: Path, info: PairsInfo) -> list[int]:
+    """Numbers of the shards that a folder of pairs lacks."""
+    return [shard for shard in range(info.num_shards) if not (folder / info.shard_name(shard)).is_file()]
+
+
+def write_shard(path: Path, batches: Iterable[Mapping[str, list[Any]]]) -> None:
+    """Writes a shard aside and renames it, so that it is whole if it is there."""
+    partial = path.with_name(f".{path.name}.part")
+    with ArrowWriter(path=str(partial), features=PAIR_FEATURES) as writer:
+        for batch in batches:
+            writer.write_batch(dict(batch))
+        writer.finalize()
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def finish_folder(folder: Path, info: PairsInfo) -> None:
+    """Adds the two files that make the shards a dataset for `datasets.load_from_disk`."""
+    datasets.DatasetInfo(description=f"Adversarial pairs, see {INFO_FILE}", features=PAIR_FEATURES).write_to_directory(
+        str(folder)
+    )
+    state = {
+        "_data_files": [{"filename": info.shard_name(shard)} for shard in range(info.num_shards)],
+        "_fingerprint": Hasher.hash(info.to_json()),
+        "_format_columns": None,
+        "_format_kwargs": {},
+        "_format_type": None,
+        "_output_all_columns": False,
+        "_split": PAIRS_SPLIT,
+    }
+    write_text(folder / "state.json", json.dumps(state, indent=2))
+
+
+def check_base(info: PairsInfo, config: RobustnessTokenConfig) -> None:
+    """Refuses pairs that were made for another base, or for other features of it.
+
+    Raises:
+        ValueError: With what differs.
+    """
+    found = config.base_model_fingerprint or {}
+    shared = sorted(set(found) & set(info.base_model_fingerprint))
+    if not shared:
+        raise ValueError(
+            f"cannot tell whether the pairs were made for {config.base_model_name_or_path!r}: they hold fingerprints "
+            f"for {sorted(info.base_model_fingerprint)}, the model's config for {sorted(found)}: load the base in "
+            "float32"
+        )
+    if differing := [name for name in shared if found[name] != info.base_model_fingerprint[name]]:
+        name = differing[0]
+        raise ValueError(
+            f"the pairs were made for {info.base_model_class} {info.base_model!r}, but the model's base is "
+            f"{config.base_model_class} {config.base_model_name_or_path!r}, with other weights ({name} fingerprint "
+            f"{found[name][:12]}, not {info.base_model_fingerprint[name][:12]}): make pairs for it by robtok attack"
+        )
+    names = ["feature_view", "image_mean", "image_std"]
+    if info.attack["attack"] != "paper":  # whose cosine is along dim 1, whatever the axis of the loss
+        names.append("similarity_axis")
+    for name in names:
+        stored, value = getattr(info, name), getattr(config, name)
+        if stored != (list(value) if isinstance(value, tuple) else value):
+            raise ValueError(
+                f"the pairs were made with {name}={stored!r}, the model has {value!r}: give from_base the same, or "
+                "make pairs for it by robtok attack"
+            )
+
+
+def settle_arguments(info: PairsInfo, args: RobustnessTokenTrainingArguments) -> RobustnessTokenTrainingArguments:
+    """The arguments of a training on pairs: the attack is theirs, and what was stated of it must agree.
+
+    Args:
+        info: Of the pairs.
+        args: As the user gave them.
+
+    Returns:
+        New arguments, whose attack, `resize` and `image_size` are those of the pairs.
+
+    Raises:
+        ValueError: If the user stated another attack, image size or way to resize, or named an image column.
+    """
+    if args.attack_through != "base":
+        raise ValueError(
+            f"attack_through={args.attack_through!r} with adversarial pairs, which were made through the base: what "
+            "goes through the tokens changes with them, so let the training attack, or leave attack_through out"
+        )
+    for name, value in args.stated_attack.items():
+        if not _agree(value, info.attack[name]):
+            raise ValueError(
+                f"{name}={value!r}, but the pairs were made with {info.attack[name]!r} (attack {info.attack!r}): "
+                "leave it out to train on them as they are, or make other pairs by robtok attack"
+            )
+    if args.image_column_name is not None:
+        raise ValueError(
+            f"image_column_name={args.image_column_name!r} has no meaning for adversarial pairs: unset it"
+        )
+    if args.image_size is not None and [args.image_size] * 2 != info.image_size:
+        raise ValueError(f"image_size={args.image_size}, but the pairs have {info.image_size} pixels: leave it out")
+    if args.resize == "processor" != info.resize:
+        raise ValueError(f"resize={args.resize!r}, but the pairs were made with {info.resize!r}: leave it out")
+    settled: dict[str, Any] = {**info.attack, "resize": info.resize, "image_size": None}  # which is the images' own
+    return dataclasses.replace(args, **settled)
+
+
+def _agree(stated: Any, stored: Any) -> bool:
+    if isinstance(stated, float) and isinstance(stored, int | float):
+        return math.isclose(stated, stored, rel_tol=1e-6)
+    return bool(stated == stored)
