@@ -6,26 +6,64 @@ No random state is stored: the order of the images and the attack's noise follow
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .hub import check_no_other_model, holds_adapter, read_json
-from .training_args import LAST_CHECKPOINT
+from .files import read_json
+from .hub import check_no_other_model, holds_adapter
 
+
+logger = logging.getLogger(__name__)
 
 STATE_FILE = "trainer_state.json"
 TENSORS_FILE = "training_tensors.safetensors"
 
 _TOKENS = "robustness_tokens"
+
+
+class DamagedCheckpointError(ValueError):
+    """The files of a checkpoint are there, but can't be read."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What [`read_checkpoint`] found.
+
+    Attributes:
+        folder: Where.
+        step: Optimiser steps done.
+        tokens: (K, D) float32.
+        optimizer_state: Of each parameter, by name.
+        state: What was given to [`save_checkpoint`].
+    """
+
+    folder: Path
+    step: int
+    tokens: Tensor
+    optimizer_state: dict[int, dict[str, Tensor]]
+    state: dict[str, Any]
+
+    @torch.no_grad()
+    def restore(self, tokens: nn.Parameter, optimizer: torch.optim.Optimizer) -> None:
+        """Puts the tensors back.
+
+        Args:
+            tokens: (K, D), written in place.
+            optimizer: Holds the tokens as its only parameter.
+        """
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": self.optimizer_state})
+        tokens.copy_(self.tokens)
 
 
 def save_checkpoint(
@@ -51,79 +89,113 @@ def save_checkpoint(
 
     Returns:
         The checkpoint's folder.
+
+    Raises:
+        OSError: If it can't be written; the checkpoints before it are as they were.
     """
-    for leftover in output_dir.glob(".checkpoint-*.part"):  # of a run that was killed
-        shutil.rmtree(leftover)
-    final, partial = output_dir / f"checkpoint-{step}", _partial(output_dir, step)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    partial.mkdir(mode=0o700)  # tokens are secrets
     tensors = {_TOKENS: tokens.detach().cpu().clone()}
     for index, values in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value).cpu() for name, value in values.items()}
-    save_file(tensors, partial / TENSORS_FILE)
-    (partial / TENSORS_FILE).chmod(0o600)
-    content = {"step": step, "settings": dict(settings), "state": dict(state)}
-    (partial / STATE_FILE).write_text(json.dumps(content, indent=1), encoding="utf-8")
-    for path in (partial / TENSORS_FILE, partial / STATE_FILE, partial):
-        _flush_to_disk(path)
-    if final.exists():
-        shutil.rmtree(final)
-    partial.rename(final)
-    _flush_to_disk(output_dir)
+    content = json.dumps({"step": step, "settings": dict(settings), "state": dict(state)}, indent=1)
+    final, partial = output_dir / f"checkpoint-{step}", output_dir / f".checkpoint-{step}.part"
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(output_dir)
+        partial.mkdir(mode=0o700)  # tokens are secrets
+        # As bytes, and not by the library's own writer, which maps the file: on a full disk that kills the process.
+        _write(partial / TENSORS_FILE, safetensors.torch.save(tensors))
+        _write(partial / STATE_FILE, content.encode())
+        _flush_to_disk(partial)
+        if final.exists():
+            final.rename(output_dir / f".checkpoint-{step}.old.part")
+        partial.rename(final)
+        _flush_to_disk(output_dir)
+        _remove_leftovers(output_dir)
+    except OSError as exc:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise OSError(
+            exc.errno,
+            f"{final} could not be written ({exc.strerror}), and the checkpoints before it are as they were: make "
+            "room, or mend the permissions, and go on with resume_from_checkpoint=True",
+        ) from exc
     if save_total_limit is not None:
-        for old_step, old in list_checkpoints(output_dir)[:-save_total_limit]:
+        for _, old in list_checkpoints(output_dir)[:-save_total_limit]:
             # Hidden first, so that a run killed in between leaves no half of it under its own name.
-            shutil.rmtree(old.rename(_partial(output_dir, old_step)))
+            shutil.rmtree(old.rename(output_dir / f".{old.name}.part"))
     return final
 
 
-def load_checkpoint(
-    folder: Path, *, tokens: nn.Parameter, optimizer: torch.optim.Optimizer, settings: Mapping[str, Any]
-) -> tuple[int, dict[str, Any]]:
-    """Puts a checkpoint's tensors back into the tokens and the optimiser; nothing is changed if it doesn't fit.
+def read_checkpoint(folder: Path, *, settings: Mapping[str, Any], shape: tuple[int, ...]) -> Checkpoint:
+    """Reads a checkpoint, strictly.
 
     Args:
         folder: The checkpoint's.
-        tokens: (K, D), written in place.
-        optimizer: Holds the tokens as its only parameter.
         settings: Of this run; they must be those that were given to [`save_checkpoint`].
-
-    Returns:
-        Optimiser steps done, and the state that was given to [`save_checkpoint`].
+        shape: Of the tokens, (K, D).
 
     Raises:
-        ValueError: If the checkpoint is not whole, or was made with other settings or other tokens.
+        DamagedCheckpointError: If a file can't be read.
+        ValueError: If a file is missing, or it was made with other settings or other tokens.
     """
     if not _is_whole(folder):
         raise ValueError(f"{folder} is not a checkpoint: expected {STATE_FILE} and {TENSORS_FILE} in it")
-    content = read_json(folder / STATE_FILE)
-    if missing := sorted({"step", "settings", "state"} - set(content)):
-        raise ValueError(f"{folder / STATE_FILE} has no {missing}: it is no checkpoint of this package, or damaged")
-    _check_settings(folder, stored=content["settings"], found=settings)
     try:
-        tensors = load_file(folder / TENSORS_FILE)
-        stored = tensors.pop(_TOKENS)
-    except (SafetensorError, KeyError) as exc:
-        raise ValueError(f"{folder / TENSORS_FILE} is damaged ({exc}): resume from an earlier checkpoint") from exc
-    if stored.shape != tokens.shape:
-        raise ValueError(f"{folder} holds tokens of shape {tuple(stored.shape)}, the model has {tuple(tokens.shape)}")
-    optimizer_state: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        _, index, name = key.split(".", 2)
-        optimizer_state.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": optimizer_state})
-    with torch.no_grad():
-        tokens.copy_(stored)
-    return content["step"], content["state"]
+        content = read_json(folder / STATE_FILE)
+        if missing := sorted({"step", "settings", "state"} - set(content)):
+            raise ValueError(f"{STATE_FILE} has no {missing}")
+        tensors = safetensors.torch.load_file(folder / TENSORS_FILE)
+        tokens = tensors.pop(_TOKENS)
+        optimizer_state: dict[int, dict[str, Tensor]] = {}
+        for key, value in tensors.items():
+            _, index, name = key.split(".", 2)
+            optimizer_state.setdefault(int(index), {})[name] = value
+    except (SafetensorError, KeyError, ValueError) as exc:
+        raise DamagedCheckpointError(f"{folder} is damaged ({exc}): resume from an earlier checkpoint") from exc
+    _check_settings(folder, stored=content["settings"], found=settings)
+    if tokens.shape != shape:
+        raise ValueError(f"{folder} holds tokens of shape {tuple(tokens.shape)}, the model has {tuple(shape)}")
+    return Checkpoint(folder, content["step"], tokens, optimizer_state, content["state"])
 
 
-def check_output_dir(output_dir: Path, *, overwrite: bool, resume_from_checkpoint: str | None) -> None:
+def find_checkpoint(
+    output_dir: Path, resume_from: str | bool | None, *, settings: Mapping[str, Any], shape: tuple[int, ...]
+) -> Checkpoint | None:
+    """Reads the checkpoint to go on from.
+
+    Args:
+        output_dir: Folder of the run.
+        resume_from: Folder of a checkpoint, or True: the last in the run's folder that is whole and undamaged.
+        settings, shape: See [`read_checkpoint`].
+
+    Returns:
+        None if `resume_from` is None, or True where there is no checkpoint yet, which is said.
+
+    Raises:
+        ValueError: If it doesn't fit, or all in the run's folder are damaged.
+    """
+    if resume_from is None:
+        return None
+    if resume_from is not True:
+        return read_checkpoint(Path(str(resume_from)), settings=settings, shape=shape)
+    folders = [folder for _, folder in list_checkpoints(output_dir)]
+    if not folders:
+        logger.warning("%s holds no checkpoint yet: training starts anew", output_dir)
+        return None
+    for folder in reversed(folders[1:]):
+        try:
+            return read_checkpoint(folder, settings=settings, shape=shape)
+        except DamagedCheckpointError as exc:
+            logger.warning("%s", exc)
+    return read_checkpoint(folders[0], settings=settings, shape=shape)
+
+
+def check_output_dir(output_dir: Path, *, overwrite: bool, resume_from: str | bool | None) -> None:
     """Refuses a folder that a run can't write to, or that holds what it must not replace; nothing is written.
 
     Args:
         output_dir: Folder of the run, there or not.
         overwrite: Whether an adapter and checkpoints of an earlier run may be replaced.
-        resume_from_checkpoint: A run that goes on from a checkpoint in this folder may replace them too.
+        resume_from: A run that goes on from a checkpoint in this folder may replace them too.
 
     Raises:
         ValueError: If it is no folder or not writable, or holds another model, an adapter or checkpoints.
@@ -137,32 +209,19 @@ def check_output_dir(output_dir: Path, *, overwrite: bool, resume_from_checkpoin
         )
     check_no_other_model(output_dir)
     used = holds_adapter(output_dir) or list_checkpoints(output_dir)
-    if used and not overwrite and not is_own_checkpoint(output_dir, resume_from_checkpoint):
+    if used and not overwrite and not is_own_checkpoint(output_dir, resume_from):
         raise ValueError(
             f"{output_dir} holds an adapter or checkpoints already: choose another output_dir, or set "
-            "overwrite_output_dir=True to replace them, or resume_from_checkpoint='last' to go on"
+            "overwrite_output_dir=True to replace them, or, where there are checkpoints, "
+            "resume_from_checkpoint=True to go on"
         )
 
 
-def is_own_checkpoint(output_dir: Path, name: str | None) -> bool:
-    """Whether a checkpoint given as to [`find_checkpoint`] lies in the run's folder; None is no checkpoint."""
-    return name == LAST_CHECKPOINT or (name is not None and Path(name).resolve().parent == output_dir.resolve())
-
-
-def find_checkpoint(output_dir: Path, name: str) -> Path:
-    """The folder of a checkpoint given by path, or `"last"`: the last whole one in the run's folder.
-
-    Raises:
-        ValueError: If there is none.
-    """
-    if name != LAST_CHECKPOINT:
-        return Path(name)
-    checkpoints = list_checkpoints(output_dir)
-    if not checkpoints:
-        raise ValueError(
-            f"resume_from_checkpoint={LAST_CHECKPOINT!r}, but {output_dir} holds no checkpoint: leave it out"
-        )
-    return checkpoints[-1][1]
+def is_own_checkpoint(output_dir: Path, resume_from: str | bool | None) -> bool:
+    """Whether what is given to [`find_checkpoint`] is a checkpoint in the run's folder."""
+    if resume_from is True:
+        return bool(list_checkpoints(output_dir))
+    return resume_from is not None and Path(str(resume_from)).resolve().parent == output_dir.resolve()
 
 
 def list_checkpoints(output_dir: Path) -> list[tuple[int, Path]]:
@@ -186,8 +245,16 @@ def _is_whole(folder: Path) -> bool:
     return (folder / STATE_FILE).is_file() and (folder / TENSORS_FILE).is_file()
 
 
-def _partial(output_dir: Path, step: int) -> Path:
-    return output_dir / f".checkpoint-{step}.part"
+def _remove_leftovers(output_dir: Path) -> None:
+    for leftover in output_dir.glob(".checkpoint-*.part"):  # of a run that was killed
+        shutil.rmtree(leftover)
+
+
+def _write(path: Path, content: bytes) -> None:
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _flush_to_disk(path: Path) -> None:

@@ -151,9 +151,10 @@ def evaluate(context: typer.Context, adapter: AdapterArgument) -> None:
 def info(
     adapter: AdapterArgument,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
+    subfolder: Annotated[str, typer.Option(help="Folder inside the repo.")] = "",
 ) -> None:
     """Print what an adapter holds, without loading its base."""
-    folder = fetch_adapter(adapter, revision=revision)
+    folder = fetch_adapter(adapter, revision=revision, subfolder=subfolder)
     config = read_config(folder)
     tokens = read_tokens(folder, config)
     rows = {

@@ -5,31 +5,37 @@ Shapes: B images of a batch, N sequence, D width.
 
 from __future__ import annotations
 
-import shutil
+import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import get_scheduler
+from transformers import TrainerCallback, TrainerControl, TrainerState, get_scheduler
 from transformers.trainer_utils import TrainOutput
 
-from .checkpoints import (
-    check_output_dir,
-    find_checkpoint,
-    is_own_checkpoint,
-    list_checkpoints,
-    load_checkpoint,
-    save_checkpoint,
+from .acceleration import build_accelerator, finish_trackers, share_from_main, start_trackers
+from .callbacks import (
+    SIGTERM_EXIT_CODE,
+    Termination,
+    agree,
+    build_handler,
+    build_state,
+    catch_sigterm,
+    export_callbacks,
+    restore_callbacks,
 )
-from .hub import EVALUATION_FILE, holds_adapter
+from .checkpoints import check_output_dir, save_checkpoint
+from .divergence import LastGoodTokens
+from .held_out import measure_held_out, prepare_eval_dataset
+from .hub import holds_adapter
 from .modeling import RobustnessTokenPreTrainedModel
 from .preprocessing import Normalizer
+from .pushing import push_adapter
+from .run_folder import open_run, read_run, resume_settings
 from .training_args import MixedPrecision, RobustnessTokenTrainingArguments
 from .training_data import (
     Batch,
@@ -40,9 +46,13 @@ from .training_data import (
     find_image_shape,
     iterate_steps,
     prepare_train_dataset,
+    take_pairs,
 )
-from .training_log import LOG_FILE, append_to_log, read_log, start_log
-from .training_step import accumulate_gradient, base_features, check_trainable, compute_features
+from .training_log import EVAL_LOG_FILE, LOG_FILE, append_to_log
+from .training_step import accumulate_gradient, check_trainable, compute_features
+
+
+logger = logging.getLogger(__name__)
 
 
 class _Features(nn.Module):
@@ -60,13 +70,19 @@ class RobustnessTokenTrainer:
     """Trains the tokens of a model.
 
     `args.output_dir` holds the adapter that [`save_model`] writes, and in folders of their own what belongs to the
-    run alone and is never pushed: `checkpoint-<step>/`, and `logs/training_log.csv` with the rows of `log_history`.
+    run alone and is never pushed: `checkpoint-<step>/`, `logs/training_log.csv` with the rows of `log_history`, and
+    `logs/eval_log.csv` with those of `eval_history`.
 
     Args:
         model: From `RobustnessTokenModel.from_base` (new tokens) or `from_pretrained` (trained further).
         args: Hyper-parameters.
         train_dataset: A `datasets` dataset with an image column, or a torch dataset of
-            `{"images": (3, H, W) float in [0, 1]}`.
+            `{"images": (3, H, W) float in [0, 1]}`, or adversarial pairs: `AdversarialPairs`, their folder, or their
+            name on the Hub; then nothing is attacked, and `args` may leave the attack out.
+        eval_dataset: Held-out images, as `train_dataset` but neither a stream nor pairs, to measure the tokens on
+            every `args.eval_steps`.
+        callbacks: transformers' `TrainerCallback`s, called on every process; what one of them decides by the
+            `TrainerControl` holds on all.
 
     Raises:
         ValueError: If `args.output_dir` holds another model, or an adapter or checkpoints already and the run neither
@@ -79,28 +95,24 @@ class RobustnessTokenTrainer:
         model: RobustnessTokenPreTrainedModel,
         args: RobustnessTokenTrainingArguments,
         train_dataset: Any,
+        eval_dataset: Any = None,
+        callbacks: Sequence[TrainerCallback | type[TrainerCallback]] = (),
     ) -> None:
         if not isinstance(model, RobustnessTokenPreTrainedModel):
             raise ValueError(
                 f"model is a {type(model).__name__}, which has no tokens to train: give the trainer "
                 "RobustnessTokenModel.from_base(model)"
             )
+        train_dataset, args = take_pairs(train_dataset, args=args, config=model.config)
         self.model, self.args = model, args
         self.output_dir = Path(args.output_dir)
-        check_output_dir(
-            self.output_dir, overwrite=args.overwrite_output_dir, resume_from_checkpoint=args.resume_from_checkpoint
-        )
+        check_output_dir(self.output_dir, overwrite=args.overwrite_output_dir, resume_from=args.resume_from_checkpoint)
         if model.config.image_mean is None or model.config.image_std is None:
             raise ValueError("the model's config has no image_mean and image_std: give them to from_base")
-        self.accelerator = Accelerator(
-            dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
-            step_scheduler_with_optimizer=False,
-        )
-        if self.accelerator.mixed_precision not in ("no", args.mixed_precision):
-            raise ValueError(
-                f"accelerate was set up with mixed_precision={self.accelerator.mixed_precision!r}, the arguments say "
-                f"{args.mixed_precision!r}: set mixed_precision in the arguments"
-            )
+        if args.eval_steps is not None and eval_dataset is None:
+            raise ValueError(f"eval_steps={args.eval_steps} needs an eval_dataset: give one, or leave eval_steps out")
+        self.callback_handler = build_handler(model, callbacks)
+        self.accelerator = build_accelerator(args)
         self.train_dataset = prepare_train_dataset(
             train_dataset,
             args=args,
@@ -111,13 +123,23 @@ class RobustnessTokenTrainer:
         self._dataset_entry, self._image_shape = describe_dataset(train_dataset), find_image_shape(self.train_dataset)
         if self._image_shape is not None:
             check_patches(model.get_base_model(), self._image_shape)
+        self.eval_dataset = (
+            None
+            if eval_dataset is None
+            else prepare_eval_dataset(eval_dataset, args=args, image_processor=model.image_processor)
+        )
         self._previous_recipe: dict[str, Any] = {}  # of tokens that are trained further
         self.normalizer = Normalizer(model.config.image_mean, model.config.image_std).to(self.accelerator.device)
         self.log_history: list[dict[str, float]] = []
-        self._good_tokens: tuple[Tensor, int] | None = None  # a finite loss was seen with them, and their step
+        self.eval_history: list[dict[str, float]] = []
+        self.state, self.control = TrainerState(), TrainerControl()
+        self._good_tokens = LastGoodTokens(model)
 
     def train(self) -> TrainOutput:
         """Runs the training, from the beginning or from `args.resume_from_checkpoint`.
+
+        On SIGTERM, the step is finished, a checkpoint saved and the process ended with exit code 143, as a shell
+        reports of one that SIGTERM has ended: a run that was cut short is no success.
 
         Returns:
             transformers' `TrainOutput`: steps done, mean loss of the steps done now, and the last logged metrics.
@@ -126,6 +148,8 @@ class RobustnessTokenTrainer:
             ValueError: If the checkpoint does not fit, or too many images are unreadable, or the tokens are off, not
                 float32, or not what is trained.
             FloatingPointError: If the loss is not finite; the last good tokens stay in the model, and in output_dir.
+            OSError: If a checkpoint or the log can't be written; the checkpoints before are as they were.
+            SystemExit: After SIGTERM.
         """
         args, accelerator = self.args, self.accelerator
         check_trainable(self.model)
@@ -133,20 +157,39 @@ class RobustnessTokenTrainer:
         optimizer = torch.optim.Adam([self.model.robustness_tokens], lr=args.learning_rate)
         scheduler = get_scheduler(args.lr_scheduler_type, optimizer, args.warmup_steps, args.max_steps)
         was_training = self.model.training
-        self._good_tokens = None
-        try:
-            features, optimizer = accelerator.prepare(_Features(self.model, args.mixed_precision), optimizer)
-            step, position = self._start(optimizer, scheduler)
-            self.model.train()
-            mean_loss = self._run(step, position, features, optimizer, scheduler)
-        finally:
-            optimizer.zero_grad()
-            self.model.train(was_training)
-            if args.dataloader_num_workers > 0:
-                accelerator.free_memory()  # which holds the loader, whose workers would live on
-        self._note_recipe(args.max_steps)
+        self._good_tokens = LastGoodTokens(self.model)
+        with catch_sigterm() as termination:
+            try:
+                features, optimizer = accelerator.prepare(_Features(self.model, args.mixed_precision), optimizer)
+                position = self._start(optimizer, scheduler)
+                start_trackers(accelerator, output_dir=self.output_dir, recipe=self._recipe())
+                self.model.train()
+                mean_loss = self._run(position, features, optimizer, scheduler, termination)
+            finally:
+                finish_trackers(accelerator)
+                optimizer.zero_grad()
+                self.model.train(was_training)
+                if args.dataloader_num_workers > 0:
+                    accelerator.free_memory()  # which holds the loader, whose workers would live on
+        self._note_recipe(self.state.global_step)
         accelerator.wait_for_everyone()
-        return TrainOutput(args.max_steps, mean_loss, self.log_history[-1] if self.log_history else {})
+        return TrainOutput(self.state.global_step, mean_loss, self.log_history[-1] if self.log_history else {})
+
+    def evaluate(self) -> dict[str, float]:
+        """Measures the tokens on `eval_dataset`; see [`measure_held_out`].
+
+        Raises:
+            ValueError: If there is no `eval_dataset`, or its images are unreadable.
+        """
+        if self.eval_dataset is None:
+            raise ValueError("evaluate() needs an eval_dataset: give one to RobustnessTokenTrainer")
+        return measure_held_out(
+            self.model,
+            self.eval_dataset,
+            args=self.args,
+            accelerator=self.accelerator,
+            normalizer=self.normalizer,
+        )
 
     def save_model(self, output_dir: str | None = None) -> None:
         """Writes the adapter, and nothing but the adapter, from the main process.
@@ -164,31 +207,40 @@ class RobustnessTokenTrainer:
         self.accelerator.wait_for_everyone()
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
-        """Uploads the adapter from the main process; see `RobustnessTokenModel.push_to_hub`."""
-        return self.model.push_to_hub(repo_id, **kwargs) if self.accelerator.is_main_process else None
+        """Saves the adapter and uploads it from the main process; see [`~robustness_tokens.pushing.push_adapter`]."""
+        self.save_model()
+        return push_adapter(self.output_dir, repo_id, **kwargs) if self.accelerator.is_main_process else None
 
-    def _run(self, step: int, position: Position, features: Any, optimizer: Any, scheduler: Any) -> float:
+    def _run(
+        self, position: Position, features: Any, optimizer: Any, scheduler: Any, termination: Termination
+    ) -> float:
         """The loop; returns the mean loss."""
-        args, accelerator = self.args, self.accelerator
+        args, accelerator, state, handler = self.args, self.accelerator, self.state, self.callback_handler
         loader = build_train_loader(self.train_dataset, args=args, accelerator=accelerator)
         steps = iterate_steps(loader, args=args, accelerator=accelerator, start=position)
+        handler.optimizer, handler.lr_scheduler, handler.train_dataloader = optimizer, scheduler, loader
+        num_batches = len(loader) if hasattr(self.train_dataset, "__len__") else None
         seconds_before = self.log_history[-1]["seconds"] if self.log_history else 0.0
-        total_loss, first_step, start = 0.0, step, time.perf_counter()
+        total_loss, first_step, saved_step, start = 0.0, state.global_step, -1, time.perf_counter()
         with tqdm(
             total=args.max_steps,
-            initial=step,
+            initial=state.global_step,
             desc="Training tokens",
             disable=args.disable_tqdm or not accelerator.is_local_main_process,
         ) as progress_bar:
-            while step < args.max_steps:
+            self._notify("on_train_begin")
+            terminated = agree(self.control, termination.requested, accelerator)
+            while state.global_step < args.max_steps and not (self.control.should_training_stop or terminated):
                 batches, position = next(steps)
+                self._notify("on_step_begin")
                 learning_rate = scheduler.get_last_lr()[0]
                 try:
-                    metrics = self._step(step, batches, features, optimizer)
+                    metrics = self._step(batches, features, optimizer)
                 except FloatingPointError as exc:
-                    raise self._stop(step, batches, exc) from exc
+                    raise self._stop(batches, exc) from exc
                 scheduler.step()
-                step += 1
+                state.global_step += 1
+                state.epoch = position[0] + (position[1] / num_batches if num_batches else 0)
                 total_loss += metrics["loss"]
                 progress_bar.set_postfix_str(
                     f"cosine clean {metrics['invariance_cosine']:.3f}, attacked {metrics['adversarial_cosine']:.3f} "
@@ -196,15 +248,36 @@ class RobustnessTokenTrainer:
                     refresh=False,
                 )
                 progress_bar.update()
-                if step % args.logging_steps == 0 or step == args.max_steps:
+                self._notify("on_step_end")
+                agree(self.control, termination.requested, accelerator)
+                if self.control.should_log:
                     seconds = seconds_before + time.perf_counter() - start
-                    self._log({"step": step, **metrics, "learning_rate": learning_rate, "seconds": seconds})
-                if args.save_steps is not None and step % args.save_steps == 0:
-                    self._save_checkpoint(step, position, optimizer, scheduler)
-        return total_loss / max(1, step - first_step)
+                    row = {"step": state.global_step, **metrics, "learning_rate": learning_rate, "seconds": seconds}
+                    self._log(row, self.log_history, LOG_FILE)
+                if self.control.should_evaluate:
+                    row = {"step": state.global_step, **self.evaluate()}
+                    self._log(row, self.eval_history, EVAL_LOG_FILE)
+                    self._notify("on_evaluate", metrics=dict(row))
+                if self.control.should_save:
+                    self._save_checkpoint(position, optimizer, scheduler)
+                    saved_step = state.global_step
+                terminated = agree(self.control, termination.requested, accelerator)
+            if terminated:
+                if saved_step != state.global_step:
+                    self._save_checkpoint(position, optimizer, scheduler)
+                termination.answered = True
+                if accelerator.is_main_process:
+                    logger.warning(
+                        "SIGTERM: saved checkpoint-%d in %s; resume_from_checkpoint=True goes on from there",
+                        state.global_step,
+                        self.output_dir,
+                    )
+                raise SystemExit(SIGTERM_EXIT_CODE)
+            self._notify("on_train_end")
+        return total_loss / max(1, state.global_step - first_step)
 
-    def _step(self, step: int, batches: Sequence[Batch], features: Any, optimizer: Any) -> dict[str, float]:
-        args, tokens = self.args, self.model.robustness_tokens
+    def _step(self, batches: Sequence[Batch], features: Any, optimizer: Any) -> dict[str, float]:
+        args, tokens, step = self.args, self.model.robustness_tokens, self.state.global_step
         metrics = accumulate_gradient(
             self.model,
             features,
@@ -214,7 +287,7 @@ class RobustnessTokenTrainer:
             normalizer=self.normalizer,
             step=step,
         )
-        self._good_tokens = (tokens.detach().clone(), step)
+        self._good_tokens.keep(step)
         if args.max_grad_norm is not None:
             self.accelerator.clip_grad_norm_([tokens], args.max_grad_norm)
         optimizer.step()
@@ -223,22 +296,15 @@ class RobustnessTokenTrainer:
             raise FloatingPointError("the tokens are not finite")
         return metrics
 
-    @torch.no_grad()
-    def _stop(self, step: int, batches: Sequence[Batch], reason: FloatingPointError) -> FloatingPointError:
+    def _stop(self, batches: Sequence[Batch], reason: FloatingPointError) -> FloatingPointError:
         """Ends a diverged run: puts the last good tokens back and saves them; returns the error to raise."""
-        tokens = self.model.robustness_tokens
-        pixel_values = self.normalizer(batches[-1]["images"].to(self.accelerator.device))
-        precision = self.args.mixed_precision
-        output = compute_features(self.model, pixel_values, mixed_precision=precision)
-        target = base_features(self.model, pixel_values, mixed_precision=precision)
-        # Where the base alone is at fault, the tokens are as good as they were.
-        broken = target.isfinite().all() and not output.isfinite().all()
-        broken_anywhere = self.accelerator.reduce(torch.tensor(float(broken), device=output.device))
-        if self._good_tokens is not None and (broken_anywhere > 0 or not tokens.isfinite().all()):
-            good, step_of_good = self._good_tokens
-            tokens.copy_(good)
-        else:
-            step_of_good = step
+        step = self.state.global_step
+        step_of_good = self._good_tokens.go_back(
+            self.normalizer(batches[-1]["images"].to(self.accelerator.device)),
+            step=step,
+            mixed_precision=self.args.mixed_precision,
+            accelerator=self.accelerator,
+        )
         kept = "the tokens are as they were before training"
         if step_of_good > 0:
             self._note_recipe(step_of_good)
@@ -248,6 +314,10 @@ class RobustnessTokenTrainer:
             f"training stopped at step {step + 1}, because {reason}: {kept}. "
             "Try a smaller learning_rate, mixed_precision='no', or other images"
         )
+
+    def _notify(self, event: str, **kwargs: Any) -> None:
+        """Calls the callbacks."""
+        self.control = getattr(self.callback_handler, event)(self.args, self.state, self.control, **kwargs)
 
     def _recipe(self) -> dict[str, Any]:
         """The arguments' recipe with what the processes, the image processor and ready images add to it."""
@@ -262,33 +332,29 @@ class RobustnessTokenTrainer:
         recipe = {**self._recipe(), "num_steps_done": num_steps_done}
         self.model.config.training = recipe | {name: value for name, value in known.items() if value}
 
-    def _log(self, row: dict[str, float]) -> None:
-        self.log_history.append(row)
+    def _log(self, row: dict[str, float], history: list[dict[str, float]], file: str) -> None:
+        history.append(row)
+        self.state.log_history.append(dict(row))
         if self.accelerator.is_main_process:
-            append_to_log(self.output_dir / LOG_FILE, row)
+            append_to_log(self.output_dir / file, row)
+        values = {name: value for name, value in row.items() if name != "step"}
+        self.accelerator.log(values, step=self.state.global_step)
+        self._notify("on_log", logs=dict(row))
 
     def _settings(self) -> dict[str, Any]:
-        """What a resumed run must have in common with the one it resumes."""
-        config, args = self.model.config, self.args
-        settings = {
-            **self._recipe(),
-            "base_model_fingerprint": config.base_model_fingerprint,
-            "feature_view": config.feature_view,
-            "similarity_axis": config.similarity_axis,
-            "image_mean": list(config.image_mean or ()),
-            "image_std": list(config.image_std or ()),
-        }
-        if hasattr(self.train_dataset, "__len__"):
-            settings["num_images"] = len(self.train_dataset)
-        if not args.schedule_depends_on_max_steps:
-            del settings["max_steps"]
-        return settings
+        return resume_settings(
+            self.model.config,
+            self.args,
+            recipe=self._recipe(),
+            num_images=len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else None,
+            adversarial_pairs=self._dataset_entry.get("adversarial_pairs"),
+        )
 
-    def _save_checkpoint(self, step: int, position: Position, optimizer: Any, scheduler: Any) -> None:
-        if self.accelerator.is_main_process:
-            save_checkpoint(
+    def _save_checkpoint(self, position: Position, optimizer: Any, scheduler: Any) -> None:
+        share_from_main(
+            lambda: save_checkpoint(
                 self.output_dir,
-                step=step,
+                step=self.state.global_step,
                 tokens=self.model.robustness_tokens,
                 optimizer=optimizer,
                 settings=self._settings(),
@@ -296,33 +362,32 @@ class RobustnessTokenTrainer:
                     "position": list(position),
                     "previous_recipe": self._previous_recipe,
                     "scheduler": {k: v for k, v in scheduler.state_dict().items() if k != "lr_lambdas"},
+                    "callbacks": export_callbacks(self.callback_handler),
                 },
                 save_total_limit=self.args.save_total_limit,
-            )
-        self.accelerator.wait_for_everyone()
+            ),
+            self.accelerator,
+        )
+        self._notify("on_save")
 
-    def _start(self, optimizer: Any, scheduler: Any) -> tuple[int, Position]:
-        """Makes the output folder ready and puts a checkpoint's state back; returns its step and position."""
+    def _start(self, optimizer: Any, scheduler: Any) -> Position:
+        """Makes the output folder ready and puts a checkpoint's state back; returns its position."""
+        args, accelerator, tokens = self.args, self.accelerator, self.model.robustness_tokens
+        settings = self._settings()
+        run = share_from_main(lambda: read_run(args, settings=settings, shape=tuple(tokens.shape)), accelerator)
         step, position = 0, (0, 0)
-        self.log_history = []
-        if self.args.resume_from_checkpoint is not None:
-            folder = find_checkpoint(self.output_dir, self.args.resume_from_checkpoint)
-            step, state = load_checkpoint(
-                folder, tokens=self.model.robustness_tokens, optimizer=optimizer, settings=self._settings()
-            )
-            if step > self.args.max_steps:
-                raise ValueError(f"{folder} is beyond max_steps={self.args.max_steps}: raise it, or start anew")
+        if run.checkpoint is not None:
+            step, state = run.checkpoint.step, run.checkpoint.state
+            run.checkpoint.restore(tokens, optimizer)
             scheduler.load_state_dict({**state["scheduler"], "lr_lambdas": [None] * len(scheduler.base_lrs)})
             for group, learning_rate in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):
                 group["lr"] = learning_rate  # which a scheduler sets only when it steps
             self._previous_recipe = state["previous_recipe"]
             position = (state["position"][0], state["position"][1])
-            self.log_history = read_log(folder.parent / LOG_FILE, last_step=step)
-        self.accelerator.wait_for_everyone()  # all have read the log
-        if self.accelerator.is_main_process:
-            if not is_own_checkpoint(self.output_dir, self.args.resume_from_checkpoint):
-                for _, checkpoint in list_checkpoints(self.output_dir):
-                    shutil.rmtree(checkpoint)
-            (self.output_dir / EVALUATION_FILE).unlink(missing_ok=True)  # it tells of the tokens to be replaced
-            start_log(self.output_dir / LOG_FILE, self.log_history)
-        return step, position
+            restore_callbacks(self.callback_handler, state["callbacks"])
+        share_from_main(lambda: open_run(args, run), accelerator)
+        self.log_history, self.eval_history = run.log_history, run.eval_history
+        self.state, self.control = build_state(
+            args, accelerator, step=step, rows=[*run.log_history, *run.eval_history]
+        )
+        return position

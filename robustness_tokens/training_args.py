@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -16,20 +16,22 @@ from transformers import AutoConfig, HfArgumentParser
 from .configuration import FeatureView, SimilarityAxis
 from .preprocessing import ResizeMode
 from .presets import PAPER, resolve_preset
+from .speedups import AUTO, BASE
 
 
 AttackName = Literal["paper", "pgd"]
 AttackThrough = Literal["base", "tokens", "both"]
 MixedPrecision = Literal["no", "bf16"]
 
-LAST_CHECKPOINT = "last"
+Tracker = Literal["trackio", "tensorboard", "wandb"]
 
 # Schedules that need nothing but the number of steps; the second group runs the same whatever max_steps is.
 _SCHEDULES_TO_MAX_STEPS = ("linear", "cosine", "cosine_with_restarts", "polynomial")
 _ENDLESS_SCHEDULES = ("constant", "constant_with_warmup", "inverse_sqrt")
 
-_LISTS = ("image_mean", "image_std")
+ATTACK_ARGUMENTS = ("attack", "eps", "step_size", "num_attack_steps")
 
+_NUM_ATTACK_STEPS = 30
 _PGD_DEFAULT_EPS = 4 / 255
 _PAPER_STEP_SIZE = 0.01
 
@@ -75,6 +77,10 @@ class DataArguments:
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the dataset on the Hub."})
     split: str = field(default="train", metadata={"help": "Split of the dataset."})
     streaming: bool = field(default=False, metadata={"help": "Stream the dataset instead of downloading it."})
+    eval_dataset: str | None = field(
+        default=None, metadata={"help": "Held-out images for eval_steps: Hub id, folder or parquet file."}
+    )
+    eval_split: str = field(default="test", metadata={"help": "Its split, or a slice such as validation[:64]."})
 
 
 @dataclass(kw_only=True)
@@ -101,9 +107,10 @@ class RobustnessTokenTrainingArguments:
     invariance_weight: float = field(default=1.0, metadata={"help": "Weight of the loss on clean images."})
     adversarial_weight: float = field(default=1.0, metadata={"help": "Weight of the loss on attacked images."})
 
+    # None tells what was not stated, which adversarial pairs decide; there are values after __post_init__.
     attack: AttackName = field(
-        default="paper",
-        metadata={"help": "paper: the published attack (1.8/255 in pixels); pgd: L-inf PGD of size eps in pixels."},
+        default=None,  # type: ignore[arg-type]
+        metadata={"help": "paper: as published (1.8/255 in pixels), the default; pgd: L-inf PGD of eps in pixels."},
     )
     attack_through: AttackThrough = field(
         default="base", metadata={"help": "Whom the attacker sees: the base (paper), the tokens too, or each once."}
@@ -115,7 +122,10 @@ class RobustnessTokenTrainingArguments:
         default=None,
         metadata={"help": "Of the attack: paper 0.01 (normalised units), pgd 2.5 * eps / steps (pixels)."},
     )
-    num_attack_steps: int = field(default=30, metadata={"help": "Gradient steps of the attack."})
+    num_attack_steps: int = field(
+        default=None,  # type: ignore[assignment]
+        metadata={"help": "Gradient steps of the attack, 30 by default."},
+    )
 
     image_column_name: str | None = field(default=None, metadata={"help": "Column with the images; found if None."})
     image_size: int | None = field(default=None, metadata={"help": "Side in pixels; the image processor's if None."})
@@ -125,27 +135,57 @@ class RobustnessTokenTrainingArguments:
     shuffle_buffer_size: int = field(
         default=1000, metadata={"help": "Streams only: shuffle within so many images (and the order of the shards)."}
     )
-    max_broken_images: int = field(default=10, metadata={"help": "Skip so many unreadable images before giving up."})
+    max_broken_images: int = field(
+        default=10, metadata={"help": "Skip so many unreadable images, counted on each process, before giving up."}
+    )
     dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that decode images."})
 
     seed: int = field(default=0, metadata={"help": "Of the tokens, the order of the images and the attack's noise."})
     mixed_precision: MixedPrecision = field(default="no", metadata={"help": "Precision of the forward passes."})
+    torch_compile: bool = field(
+        default=False, metadata={"help": "Compile the base's layers for the attack; goes on without where that fails."}
+    )
+    train_attn_implementation: str = field(
+        default=AUTO,
+        metadata={
+            "help": "Attention while training: eager, sdpa, ..., base (its own), auto (eager for bf16 on CPUs)."
+        },
+    )
+    onednn: bool = field(
+        default=True, metadata={"help": "On a CPU, let oneDNN compute the attack's float32 linear layers."}
+    )
     logging_steps: int = field(default=1, metadata={"help": "Write the log every so many steps."})
     save_steps: int | None = field(default=None, metadata={"help": "Save a checkpoint every so many steps."})
     save_total_limit: int | None = field(default=None, metadata={"help": "Keep only so many checkpoints."})
-    resume_from_checkpoint: str | None = field(
-        default=None, metadata={"help": "Folder of a checkpoint, or 'last' (or True) for the last one in output_dir."}
+    eval_steps: int | None = field(
+        default=None, metadata={"help": "Measure the tokens on eval_dataset every so many steps, and at the end."}
+    )
+    per_device_eval_batch_size: int = field(
+        default=8, metadata={"help": "Images per process and forward of these measurements."}
+    )
+    report_to: str | list[str] = field(
+        default_factory=list, metadata={"help": "Trackers: trackio, tensorboard, wandb; none by default."}
+    )
+    resume_from_checkpoint: str | bool | None = field(
+        default=None,
+        metadata={"help": "True: go on from the last checkpoint in output_dir, if there is one yet; or its folder."},
     )
     disable_tqdm: bool = field(default=False, metadata={"help": "No progress bar."})
 
     def __post_init__(self) -> None:
-        if str(self.resume_from_checkpoint).lower() == "true":  # as transformers says it; a word on a command line
-            self.resume_from_checkpoint = LAST_CHECKPOINT
-        elif str(self.resume_from_checkpoint).lower() == "false":
-            self.resume_from_checkpoint = None
+        if (word := str(self.resume_from_checkpoint).lower()) in ("true", "false"):  # as a command line has it
+            self.resume_from_checkpoint = True if word == "true" else None
+        names = [self.report_to] if isinstance(self.report_to, str) else self.report_to
+        self.report_to = [name for name in names if name != "none"]
+        if unknown := sorted(set(self.report_to) - set(get_args(Tracker))):
+            raise ValueError(f"report_to must be of {get_args(Tracker)}, or 'none', got {unknown}")
+        self.stated_attack = {name: value for name in ATTACK_ARGUMENTS if (value := getattr(self, name)) is not None}
+        self.attack = self.stated_attack.get("attack", "paper")
+        self.num_attack_steps = self.stated_attack.get("num_attack_steps", _NUM_ATTACK_STEPS)
         for name, smallest in (
             ("max_steps", 1),
             ("per_device_train_batch_size", 1),
+            ("per_device_eval_batch_size", 1),
             ("gradient_accumulation_steps", 1),
             ("num_attack_steps", 1),
             ("logging_steps", 1),
@@ -156,7 +196,7 @@ class RobustnessTokenTrainingArguments:
             ("max_broken_images", 0),
         ):
             self._check_at_least(name, smallest)
-        for name in ("save_steps", "save_total_limit", "image_size"):
+        for name in ("save_steps", "save_total_limit", "eval_steps", "image_size"):
             if getattr(self, name) is not None:
                 self._check_at_least(name, 1)
         for name, allowed in (
@@ -210,6 +250,16 @@ class RobustnessTokenTrainingArguments:
             raise ValueError(f"{name} must be a whole number of at least {smallest}, got {value!r}")
 
     @property
+    def trackers(self) -> list[str]:
+        """`report_to` as a list."""
+        return [self.report_to] if isinstance(self.report_to, str) else list(self.report_to)
+
+    @property
+    def attack_routes(self) -> tuple[bool, ...]:
+        """Each attack on an image, by whether it goes through the tokens."""
+        return {"base": (False,), "tokens": (True,), "both": (False, True)}[self.attack_through]
+
+    @property
     def schedule_depends_on_max_steps(self) -> bool:
         """Whether the learning rate of a step depends on how many steps there will be."""
         return self.lr_scheduler_type in _SCHEDULES_TO_MAX_STEPS
@@ -232,8 +282,14 @@ _NOT_RECIPE = {
     "logging_steps",
     "save_steps",
     "save_total_limit",
+    "eval_steps",
+    "per_device_eval_batch_size",
+    "report_to",
     "resume_from_checkpoint",
     "disable_tqdm",
+    "torch_compile",
+    "train_attn_implementation",
+    "onednn",
 }
 
 
@@ -253,27 +309,53 @@ def parse_arguments(
         ValueError: If a value is out of range, or the file can't be read or is no mapping of names to plain values.
         SystemExit: On a word that is not understood, and after `--help`.
     """
+    groups = (ModelArguments, DataArguments, RobustnessTokenTrainingArguments)
+    model_args, data_args, training_args = parse_groups(argv, groups, prog=prog)
+    return model_args, data_args, training_args
+
+
+def parse_groups(argv: Sequence[str] | None, groups: Sequence[type], *, prog: str | None = None) -> tuple[Any, ...]:
+    """Reads a command line as [`parse_arguments`] does, for a command with arguments of its own.
+
+    Args:
+        argv: As there.
+        groups: Dataclasses, whose fields are the arguments; only `ModelArguments` has presets.
+        prog: As there.
+
+    Returns:
+        An instance per group.
+
+    Raises:
+        ValueError, SystemExit: As there.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
     if words and words[0].endswith((".yaml", ".yml")):
-        words = [*_words_of_file(Path(words[0])), *words[1:]]
-    groups = (ModelArguments, DataArguments, RobustnessTokenTrainingArguments)
-    parser = HfArgumentParser(groups, prog=prog, allow_abbrev=False)  # type: ignore[arg-type]
+        lists = {field.name for group in groups for field in dataclasses.fields(group) if "list[" in str(field.type)}
+        words = [*_words_of_file(Path(words[0]), lists), *words[1:]]
+    parser = _ArgumentParser(groups, prog=prog, allow_abbrev=False)  # type: ignore[arg-type]
     parser.register("type", float, _as_number)
     values = vars(parser.parse_args(words))
-    if values["preset"] is not None:
+    if values.get("preset") is not None:
         model_type = None
         if values["preset"] == PAPER:
             revision = values["base_model_revision"]
             model_type = AutoConfig.from_pretrained(values["base_model"], revision=revision).model_type
         parser.set_defaults(**resolve_preset(values["preset"], model_type))
         values = vars(parser.parse_args(words))  # once more: what the user says wins over the preset
-    model_args, data_args, training_args = (
-        group(**{f.name: values[f.name] for f in dataclasses.fields(group)}) for group in groups
-    )
-    return model_args, data_args, training_args  # type: ignore[return-value]
+    if values["attn_implementation"] is not None and values.get("train_attn_implementation") == AUTO:
+        values["train_attn_implementation"] = BASE  # which is then what the user asked for
+    return tuple(group(**{f.name: values[f.name] for f in dataclasses.fields(group)}) for group in groups)
 
 
-def _words_of_file(path: Path) -> list[str]:
+class _ArgumentParser(HfArgumentParser):
+    def add_argument(self, *names: Any, **kwargs: Any) -> Any:
+        """Reads as a word what may be a word or a flag, a type that argparse can't call."""
+        if kwargs.get("type") == str | bool | None:
+            kwargs["type"] = str
+        return super().add_argument(*names, **kwargs)
+
+
+def _words_of_file(path: Path, lists: Collection[str]) -> list[str]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as exc:
@@ -281,7 +363,7 @@ def _words_of_file(path: Path) -> list[str]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a mapping of argument names to values, got {type(content).__name__}")
     for name, value in content.items():
-        if isinstance(value, dict) or (isinstance(value, list) and name not in _LISTS):
+        if isinstance(value, dict) or (isinstance(value, list) and name not in lists):
             raise ValueError(f"{path}: {name} must be a plain value, got a {type(value).__name__}")
     words: list[str] = []
     for name, value in content.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -35,6 +36,10 @@ from .data import (
 from .features import find_patch_size
 from .preprocessing import ImageTransform, processor_image_size
 from .training_args import DataArguments, RobustnessTokenTrainingArguments
+
+
+# datasets itself drops the namespace of a Hub id.
+_HUB_FILE = re.compile(r"hf://datasets/(?P<name>[^@]+)@(?P<commit>[0-9a-f]{40})/")
 
 
 Batch = Mapping[str, Tensor]
@@ -159,6 +164,9 @@ def describe_dataset(dataset: Any) -> dict[str, Any]:
     if isinstance(dataset, datasets.Dataset | datasets.IterableDataset):
         info = dataset.info
         known |= {"name": info.dataset_name or info.builder_name, "config": info.config_name}
+        for url in info.download_checksums or ():
+            if came_from := _HUB_FILE.match(url):
+                known |= {"name": came_from["name"], "revision": came_from["commit"]}
         known["split"] = None if dataset.split is None else str(dataset.split)
     return {key: value for key, value in known.items() if value is not None}
 

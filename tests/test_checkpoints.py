@@ -1,6 +1,7 @@
 import json
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from robustness_tokens.checkpoints import (
     find_checkpoint,
     is_own_checkpoint,
     list_checkpoints,
-    load_checkpoint,
+    read_checkpoint,
     save_checkpoint,
 )
 from robustness_tokens.training_log import LOG_COLUMNS, append_to_log, read_log, start_log
@@ -46,6 +47,19 @@ def save(folder: Path, steps: int, **kwargs: Any) -> Path:
     return save_checkpoint(folder, step=steps, tokens=tokens, optimizer=optimizer, **{**defaults, **kwargs})
 
 
+def load(
+    folder: Path, *, tokens: nn.Parameter, optimizer: torch.optim.Optimizer, settings: Any = SETTINGS
+) -> tuple[int, dict[str, Any]]:
+    checkpoint = read_checkpoint(folder, settings=settings, shape=tuple(tokens.shape))
+    checkpoint.restore(tokens, optimizer)
+    return checkpoint.step, checkpoint.state
+
+
+def found(folder: Path, resume_from: str | bool | None = True) -> Path | None:
+    checkpoint = find_checkpoint(folder, resume_from, settings=SETTINGS, shape=(2, 3))
+    return None if checkpoint is None else checkpoint.folder
+
+
 def test_a_round_trip_is_bit_equal_and_goes_on_alike(tmp_path: Path) -> None:
     tokens, optimizer = trained(3)
     folder = save_checkpoint(
@@ -53,7 +67,7 @@ def test_a_round_trip_is_bit_equal_and_goes_on_alike(tmp_path: Path) -> None:
     )
     assert folder == tmp_path / "checkpoint-3"
     fresh, fresh_optimizer = trained(0)
-    done, state = load_checkpoint(folder, tokens=fresh, optimizer=fresh_optimizer, settings=SETTINGS)
+    done, state = load(folder, tokens=fresh, optimizer=fresh_optimizer, settings=SETTINGS)
     assert (done, state) == (3, {"x": [0.1, None]})
     assert torch.equal(fresh, tokens)
     for _ in range(3):
@@ -77,7 +91,7 @@ def test_small(tmp_path: Path) -> None:
 def test_a_checkpoint_before_the_first_step(tmp_path: Path) -> None:
     folder = save(tmp_path, 0)
     tokens, optimizer = trained(2)
-    load_checkpoint(folder, tokens=tokens, optimizer=optimizer, settings=SETTINGS)
+    load(folder, tokens=tokens, optimizer=optimizer, settings=SETTINGS)
     assert torch.equal(tokens, trained(0)[0])
     assert optimizer.state_dict()["state"] == {}
 
@@ -96,10 +110,10 @@ def test_saving_again_replaces(tmp_path: Path) -> None:
     save(tmp_path, 2, state={"x": 1})
     folder = save(tmp_path, 2, state={"x": 2})
     tokens, optimizer = trained(0)
-    assert load_checkpoint(folder, tokens=tokens, optimizer=optimizer, settings=SETTINGS) == (2, {"x": 2})
+    assert load(folder, tokens=tokens, optimizer=optimizer, settings=SETTINGS) == (2, {"x": 2})
 
 
-@pytest.mark.parametrize("moment", ["save_file", "_flush_to_disk"])
+@pytest.mark.parametrize("moment", ["_write", "_flush_to_disk"])
 def test_a_save_that_is_cut_off_leaves_the_checkpoint_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
@@ -113,7 +127,7 @@ def test_a_save_that_is_cut_off_leaves_the_checkpoint_before(
         with pytest.raises(KeyboardInterrupt):
             save(tmp_path, 4)
     assert [steps for steps, _ in list_checkpoints(tmp_path)] == [2]
-    assert find_checkpoint(tmp_path, "last") == tmp_path / "checkpoint-2"
+    assert found(tmp_path) == tmp_path / "checkpoint-2"
     save(tmp_path, 6)
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-2", "checkpoint-6"}
 
@@ -136,15 +150,35 @@ def test_a_checkpoint_with_a_file_missing_is_not_whole(tmp_path: Path, missing: 
     assert [steps for steps, _ in list_checkpoints(tmp_path)] == [2]
     tokens, optimizer = trained(0)
     with pytest.raises(ValueError, match="is not a checkpoint"):
-        load_checkpoint(tmp_path / "checkpoint-4", tokens=tokens, optimizer=optimizer, settings=SETTINGS)
+        load(tmp_path / "checkpoint-4", tokens=tokens, optimizer=optimizer, settings=SETTINGS)
 
 
-def test_find_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="holds no checkpoint"):
-        find_checkpoint(tmp_path, "last")
-    save(tmp_path, 2)
-    assert find_checkpoint(tmp_path, "last") == tmp_path / "checkpoint-2"
-    assert find_checkpoint(tmp_path, "some/folder") == Path("some/folder")
+def test_find_checkpoint(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert found(tmp_path, None) is None
+    assert caplog.messages == []
+    assert found(tmp_path) is None
+    assert caplog.messages == [f"{tmp_path} holds no checkpoint yet: training starts anew"]
+    first, second = save(tmp_path, 2), save(tmp_path, 4)
+    assert found(tmp_path) == second
+    assert found(tmp_path, str(first)) == first
+    with pytest.raises(ValueError, match="some/folder is not a checkpoint"):
+        found(tmp_path, "some/folder")
+
+
+def test_the_last_undamaged_checkpoint_is_taken(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folders = [save(tmp_path, steps) for steps in (2, 4, 6)]
+    damage_tensors(folders[2])
+    assert found(tmp_path) == folders[1]
+    damage_state(folders[1])
+    assert found(tmp_path) == folders[0]
+    assert [message.split(" is damaged")[0] for message in caplog.messages] == [
+        str(folders[step]) for step in (2, 2, 1)
+    ]
+    damage_state(folders[0])
+    with pytest.raises(ValueError, match="checkpoint-2 is damaged"):
+        found(tmp_path)
+    with pytest.raises(ValueError, match="checkpoint-6 is damaged"):
+        found(tmp_path, str(folders[2]))
 
 
 def damage_tensors(folder: Path) -> None:
@@ -169,7 +203,7 @@ def test_damage_is_an_error_that_changes_nothing(tmp_path: Path, damage: Any, me
     damage(folder)
     tokens, optimizer = trained(0)
     with pytest.raises(ValueError, match=message):
-        load_checkpoint(folder, tokens=tokens, optimizer=optimizer, settings=SETTINGS)
+        load(folder, tokens=tokens, optimizer=optimizer, settings=SETTINGS)
     assert torch.equal(tokens, trained(0)[0])
     assert optimizer.state_dict()["state"] == {}
 
@@ -186,7 +220,7 @@ def test_other_settings_are_refused(tmp_path: Path, settings: dict[str, Any], me
     folder = save(tmp_path, 2)
     tokens, optimizer = trained(0)
     with pytest.raises(ValueError, match=message):
-        load_checkpoint(folder, tokens=tokens, optimizer=optimizer, settings=settings)
+        load(folder, tokens=tokens, optimizer=optimizer, settings=settings)
     assert torch.equal(tokens, trained(0)[0])
 
 
@@ -194,7 +228,7 @@ def test_tokens_of_another_shape_are_refused(tmp_path: Path) -> None:
     folder = save(tmp_path, 2)
     tokens, optimizer = trained(0, shape=(4, 3))
     with pytest.raises(ValueError, match=r"shape \(2, 3\), the model has \(4, 3\)"):
-        load_checkpoint(folder, tokens=tokens, optimizer=optimizer, settings=SETTINGS)
+        load(folder, tokens=tokens, optimizer=optimizer, settings=SETTINGS)
 
 
 # The log
@@ -230,12 +264,21 @@ def test_a_missing_log_is_empty(tmp_path: Path) -> None:
     assert read_log(tmp_path / "log.csv", last_step=9) == []
 
 
+@pytest.mark.parametrize("write", [lambda path: append_to_log(path, row(1)), lambda path: start_log(path, [row(1)])])
+def test_a_log_that_can_not_be_written_is_a_clear_error(tmp_path: Path, write: Callable[[Path], None]) -> None:
+    (tmp_path / "log.csv").mkdir()
+    with pytest.raises(OSError, match=r"log\.csv could not be written \(Is a directory\)"):
+        write(tmp_path / "log.csv")
+
+
 # The folder of a run
 
 
 def test_a_checkpoint_is_the_runs_own_only_in_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert is_own_checkpoint(Path("run"), "last")
+    assert not is_own_checkpoint(Path("run"), True)
+    save(Path("run"), 2)
+    assert is_own_checkpoint(Path("run"), True)
     assert is_own_checkpoint(Path("run"), str(tmp_path / "run" / "checkpoint-2"))
     assert is_own_checkpoint(Path("run"), "other/../run/checkpoint-2/")
     assert not is_own_checkpoint(Path("run"), "other/checkpoint-2")
@@ -247,11 +290,11 @@ def test_what_a_run_must_not_replace_is_refused(tmp_path: Path) -> None:
     own, other = save(tmp_path / "run", 2), save(tmp_path / "other", 2)
     for name in (None, str(other)):
         with pytest.raises(ValueError, match="overwrite_output_dir=True"):
-            check_output_dir(tmp_path / "run", overwrite=False, resume_from_checkpoint=name)
-        check_output_dir(tmp_path / "run", overwrite=True, resume_from_checkpoint=name)
-        check_output_dir(tmp_path / "new", overwrite=False, resume_from_checkpoint=name)
-    for name in ("last", str(own)):
-        check_output_dir(tmp_path / "run", overwrite=False, resume_from_checkpoint=name)
+            check_output_dir(tmp_path / "run", overwrite=False, resume_from=name)
+        check_output_dir(tmp_path / "run", overwrite=True, resume_from=name)
+        check_output_dir(tmp_path / "new", overwrite=False, resume_from=name)
+    check_output_dir(tmp_path / "run", overwrite=False, resume_from=True)
+    check_output_dir(tmp_path / "run", overwrite=False, resume_from=str(own))
     assert {path.name for path in tmp_path.iterdir()} == {"run", "other"}
 
 
@@ -259,14 +302,14 @@ def test_what_a_run_must_not_replace_is_refused(tmp_path: Path) -> None:
 def test_a_folder_of_another_model_is_refused(tmp_path: Path, overwrite: bool) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "dinov2"}', encoding="utf-8")
     with pytest.raises(ValueError, match="holds another model, of model_type 'dinov2'"):
-        check_output_dir(tmp_path, overwrite=overwrite, resume_from_checkpoint=None)
+        check_output_dir(tmp_path, overwrite=overwrite, resume_from=None)
 
 
 @pytest.mark.parametrize("name", ["file", "file/run", "file/deep/run"])
 def test_a_file_is_no_folder_for_a_run(tmp_path: Path, name: str) -> None:
     (tmp_path / "file").write_text("", encoding="utf-8")
     with pytest.raises(ValueError, match=r"output_dir=.*file is no folder"):
-        check_output_dir(tmp_path / name, overwrite=False, resume_from_checkpoint=None)
+        check_output_dir(tmp_path / name, overwrite=False, resume_from=None)
 
 
 @pytest.mark.parametrize("name", ["run", "run/below"])
@@ -277,4 +320,4 @@ def test_a_folder_without_write_permission_is_refused(
     # The superuser may write anywhere, whatever the mode.
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path / "run")
     with pytest.raises(ValueError, match=r"output_dir=.*run is not writable"):
-        check_output_dir(tmp_path / name, overwrite=False, resume_from_checkpoint=None)
+        check_output_dir(tmp_path / name, overwrite=False, resume_from=None)

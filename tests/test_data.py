@@ -29,6 +29,7 @@ from robustness_tokens.data import (
     validate_images,
 )
 from robustness_tokens.preprocessing import ImageTransform
+from robustness_tokens.training_data import describe_dataset
 
 
 NUM_IMAGES = 6
@@ -522,3 +523,13 @@ def test_a_million_rows_stay_under_1_5_gigabytes(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 1.5e6
+
+
+def test_a_dataset_of_the_hub_is_described_by_its_id() -> None:
+    dataset = datasets.Dataset.from_dict({"image": [0, 1]})
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    dataset.info.dataset_name = "images"
+    assert describe_dataset(dataset)["name"] == "images"
+    dataset.info.download_checksums = {f"hf://datasets/user/images@{commit}/data/train-0.parquet": {"num_bytes": 1}}
+    described = describe_dataset(dataset)
+    assert (described["name"], described["revision"], described["num_images"]) == ("user/images", commit, 2)

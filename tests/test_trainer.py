@@ -216,7 +216,7 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(
     interrupt(killed_after)
     with pytest.raises(KeyboardInterrupt):
         make_trainer("cut", random_images(7), **settings).train()
-    resumed = make_trainer("cut", random_images(7), resume_from_checkpoint="last", **settings)
+    resumed = make_trainer("cut", random_images(7), resume_from_checkpoint=True, **settings)
     assert not torch.equal(resumed.model.robustness_tokens, tokens)
     result = resumed.train()
 
@@ -240,7 +240,7 @@ def test_resuming_goes_back_to_the_last_checkpoint_and_drops_what_was_logged_aft
     assert [row["step"] for row in read_csv(cut.output_dir)] == [1, 2, 3, 4, 5]
     with (cut.output_dir / LOG_FILE).open("a", encoding="utf-8") as file:
         file.write("6,-1.2")  # a row cut in the middle
-    resumed = make_trainer("cut", resume_from_checkpoint="last", **settings)
+    resumed = make_trainer("cut", resume_from_checkpoint=True, **settings)
     assert torch.equal(trained_tokens(resumed), tokens)
     assert [row["step"] for row in read_csv(cut.output_dir)] == [1, 2, 3, 4, 5, 6]
 
@@ -285,7 +285,7 @@ def test_a_half_written_checkpoint_is_not_taken(make_trainer: TrainerFactory) ->
     whole = make_trainer("run", save_steps=2)
     tokens = trained_tokens(whole)
     (whole.output_dir / "checkpoint-4" / TENSORS_FILE).unlink()
-    resumed = make_trainer("run", resume_from_checkpoint="last", save_steps=2)
+    resumed = make_trainer("run", resume_from_checkpoint=True, save_steps=2)
     result = resumed.train()
     assert result.global_step == 4
     assert torch.equal(resumed.model.robustness_tokens, tokens)
@@ -319,7 +319,7 @@ def test_resuming_with_other_settings_is_refused(
     make_trainer: TrainerFactory, changed: dict[str, Any], named: str
 ) -> None:
     make_trainer(save_steps=2).train()
-    resumed = make_trainer(save_steps=2, resume_from_checkpoint="last", **changed)
+    resumed = make_trainer(save_steps=2, resume_from_checkpoint=True, **changed)
     before = resumed.model.robustness_tokens.detach().clone()
     with pytest.raises(ValueError, match=named):
         resumed.train()
@@ -330,28 +330,56 @@ def test_max_steps_may_grow_only_where_the_schedule_does_not_depend_on_it(make_t
     tokens = trained_tokens(make_trainer("whole", max_steps=6))
     make_trainer("short", save_steps=2).train()
     assert torch.equal(
-        trained_tokens(make_trainer("short", max_steps=6, resume_from_checkpoint="last", save_steps=2)), tokens
+        trained_tokens(make_trainer("short", max_steps=6, resume_from_checkpoint=True, save_steps=2)), tokens
     )
     with pytest.raises(ValueError, match="beyond max_steps=3"):
-        make_trainer("short", max_steps=3, resume_from_checkpoint="last").train()
+        make_trainer("short", max_steps=3, resume_from_checkpoint=True).train()
 
     make_trainer("cosine", save_steps=2, lr_scheduler_type="cosine").train()
     with pytest.raises(ValueError, match="max_steps: 4 -> 6"):
-        make_trainer("cosine", max_steps=6, resume_from_checkpoint="last", lr_scheduler_type="cosine").train()
+        make_trainer("cosine", max_steps=6, resume_from_checkpoint=True, lr_scheduler_type="cosine").train()
 
 
 def test_resuming_on_another_base_is_refused(make_trainer: TrainerFactory, make_base: BaseFactory) -> None:
     trainer = make_trainer(save_steps=2)
     trainer.train()
     other = RobustnessTokenModel.from_base(make_base("vit"), num_robustness_tokens=NUM_TOKENS)
-    args = make_trainer(save_steps=2, resume_from_checkpoint="last").args
+    args = make_trainer(save_steps=2, resume_from_checkpoint=True).args
     with pytest.raises(ValueError, match="base_model_fingerprint"):
         RobustnessTokenTrainer(other, args, random_images(8)).train()
 
 
-def test_resuming_without_a_checkpoint_is_an_error(make_trainer: TrainerFactory) -> None:
-    with pytest.raises(ValueError, match="holds no checkpoint"):
-        make_trainer(resume_from_checkpoint="last").train()
+def test_resuming_before_there_is_a_checkpoint_starts_anew_and_says_so(
+    make_trainer: TrainerFactory, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokens = trained_tokens(make_trainer("plain"))
+    first = make_trainer("run", resume_from_checkpoint=True)
+    assert torch.equal(trained_tokens(first), tokens)
+    assert [record.message for record in caplog.records] == [
+        f"{first.output_dir} holds no checkpoint yet: training starts anew"
+    ]
+
+
+def test_starting_anew_replaces_no_adapter_unasked(make_trainer: TrainerFactory) -> None:
+    trainer = make_trainer("run")
+    trainer.train()
+    trainer.save_model()
+    with pytest.raises(ValueError, match="overwrite_output_dir=True"):
+        make_trainer("run", resume_from_checkpoint=True)
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_said(
+    make_trainer: TrainerFactory, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = make_trainer("run", save_steps=1)
+    tokens = trained_tokens(whole)
+    for step in (3, 4):
+        file = whole.output_dir / f"checkpoint-{step}" / TENSORS_FILE
+        file.write_bytes(file.read_bytes()[:-8])
+    resumed = make_trainer("run", resume_from_checkpoint=True, save_steps=1)
+    assert torch.equal(trained_tokens(resumed), tokens)
+    assert sum("is damaged" in record.message for record in caplog.records) == 2
+    assert [step for step, _ in list_checkpoints(whole.output_dir)] == [1, 2, 3, 4]
 
 
 # The output folder
@@ -650,7 +678,7 @@ def test_labels_are_of_no_concern(make_trainer: TrainerFactory, labels: dict[str
 
 def test_a_stream_can_not_be_resumed(make_trainer: TrainerFactory) -> None:
     with pytest.raises(ValueError, match="streaming dataset can't be resumed"):
-        make_trainer("run", pictures(8).to_iterable_dataset(), resume_from_checkpoint="last")
+        make_trainer("run", pictures(8).to_iterable_dataset(), resume_from_checkpoint=True)
 
 
 def test_a_dataset_without_an_image_column_lists_its_columns(make_trainer: TrainerFactory) -> None:
@@ -877,7 +905,7 @@ def test_the_recipe_of_earlier_training_is_kept(make_trainer: TrainerFactory) ->
     assert trainer.model.config.training["previous"] == first
 
     # A resumed run has no other history than the one that it goes on with.
-    resumed = make_trainer(max_steps=3, save_steps=1, resume_from_checkpoint="last")
+    resumed = make_trainer(max_steps=3, save_steps=1, resume_from_checkpoint=True)
     resumed.train()
     assert resumed.model.config.training is not None
     assert resumed.model.config.training["previous"] == first

@@ -55,6 +55,9 @@ def test_pgd_takes_eps_in_pixels() -> None:
         ({"num_attack_steps": 0}, "num_attack_steps"),
         ({"save_steps": 0}, "save_steps"),
         ({"save_total_limit": 0}, "save_total_limit"),
+        ({"eval_steps": 0}, "eval_steps must be a whole number of at least 1"),
+        ({"per_device_eval_batch_size": 0}, "per_device_eval_batch_size"),
+        ({"report_to": ["wandb", "mlflow"]}, r"report_to must be of .*'none', got \['mlflow'\]"),
         ({"image_size": 0}, "image_size"),
         ({"seed": -1}, "seed must be a whole number of at least 0"),
         ({"max_broken_images": -1}, "max_broken_images"),
@@ -92,10 +95,24 @@ def test_every_schedule_but_the_constant_one_takes_a_warmup(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("given", "stored"),
-    [(True, "last"), ("True", "last"), ("true", "last"), ("last", "last"), (False, None), (None, None), ("x", "x")],
+    [(True, True), ("True", True), ("true", True), (False, None), ("false", None), (None, None), ("x", "x")],
 )
-def test_resume_from_checkpoint_true_is_the_last(given: Any, stored: str | None) -> None:
+def test_resume_from_checkpoint(given: Any, stored: str | bool | None) -> None:
     assert arguments(resume_from_checkpoint=given).resume_from_checkpoint == stored
+    if isinstance(given, str):
+        _, _, args = parse_arguments([*REQUIRED, "--resume_from_checkpoint", given])
+        assert args.resume_from_checkpoint == stored
+
+
+@pytest.mark.parametrize(
+    ("given", "stored"),
+    [([], []), ("none", []), ("wandb", ["wandb"]), (["tensorboard", "trackio"], ["tensorboard", "trackio"])],
+)
+def test_report_to(given: str | list[str], stored: list[str]) -> None:
+    assert arguments(report_to=given).trackers == stored
+    words = [given] if isinstance(given, str) else given
+    assert parse_arguments([*REQUIRED, *(["--report_to", *words] if words else [])])[2].trackers == stored
+    assert arguments().trackers == []
 
 
 def test_the_recipe_is_what_determines_the_tokens() -> None:

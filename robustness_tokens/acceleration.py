@@ -1,0 +1,120 @@
+"""Accelerate as a training run needs it: which ways of distribution, which precision, which trackers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import DataLoaderConfiguration, DistributedType, broadcast_object_list
+from accelerate.utils.environment import parse_flag_from_env
+
+from .training_args import RobustnessTokenTrainingArguments
+
+
+LOG_FOLDER = "logs"
+
+_PROJECT = "robustness_tokens"
+_SHARDED = {
+    "ACCELERATE_USE_DEEPSPEED": ("DeepSpeed", DistributedType.DEEPSPEED),
+    "ACCELERATE_USE_FSDP": ("FSDP", DistributedType.FSDP),
+    "ACCELERATE_USE_MEGATRON_LM": ("Megatron-LM", DistributedType.MEGATRON_LM),
+}
+
+
+def build_accelerator(args: RobustnessTokenTrainingArguments) -> Accelerator:
+    """Sets Accelerate up from the arguments, and from what launched the process.
+
+    Args:
+        args: Of the training.
+
+    Raises:
+        ValueError: If the processes were launched for FSDP, DeepSpeed or Megatron-LM, or with another precision than
+            the arguments'.
+        ImportError: If the package of a tracker is missing.
+    """
+    for variable, (name, _) in _SHARDED.items():
+        # Before Accelerate asks for packages that would be of no use.
+        if parse_flag_from_env(variable):
+            raise _sharded_error(name)
+    available = {str(tracker) for tracker in get_available_trackers()}
+    if missing := [name for name in args.trackers if name not in available]:
+        raise ImportError(
+            f"report_to={args.trackers} needs the missing {' and '.join(missing)}: "
+            'pip install "robustness-tokens[trackers]", or leave it out of report_to'
+        )
+    accelerator = Accelerator(
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
+        step_scheduler_with_optimizer=False,
+        log_with=args.trackers or None,
+        project_dir=str(Path(args.output_dir) / LOG_FOLDER),
+    )
+    for name, distributed_type in _SHARDED.values():
+        if accelerator.distributed_type == distributed_type:
+            raise _sharded_error(name)
+    if accelerator.mixed_precision not in ("no", args.mixed_precision):
+        raise ValueError(
+            f"accelerate was set up with mixed_precision={accelerator.mixed_precision!r}, the arguments say "
+            f"{args.mixed_precision!r}: set mixed_precision in the arguments"
+        )
+    return accelerator
+
+
+def share_from_main(function: Callable[[], Any], accelerator: Accelerator) -> Any:
+    """What a function returns on the main process, on every process: the others may have no access to its disk.
+
+    Args:
+        function: Called on the main process alone.
+        accelerator: From [`build_accelerator`].
+
+    Raises:
+        ValueError, OSError: On every process, if the function raised it, so that none waits for another in vain.
+    """
+    if accelerator.num_processes == 1:
+        return function()
+    found: list[Any] = [None]
+    if accelerator.is_main_process:
+        try:
+            found = [function()]
+        except (ValueError, OSError) as exc:
+            found = [exc]
+    broadcast_object_list(found)
+    if isinstance(found[0], ValueError | OSError):
+        raise found[0]
+    return found[0]
+
+
+def start_trackers(accelerator: Accelerator, *, output_dir: Path, recipe: Mapping[str, Any]) -> None:
+    """Begins a run in every tracker of `report_to`; they are told the recipe and later the log, never the tokens.
+
+    Args:
+        accelerator: From [`build_accelerator`].
+        output_dir: Folder of the run, which gives it its name; TensorBoard's files go to `logs` in it.
+        recipe: What the run is made with.
+    """
+    config = {key: value if isinstance(value, bool | int | float) else str(value) for key, value in recipe.items()}
+    name = {"name": output_dir.resolve().name}
+    folder = os.path.join(output_dir, LOG_FOLDER)
+    try:
+        accelerator.init_trackers(_PROJECT, config, {"wandb": {**name, "dir": folder}, "trackio": name})
+    except BaseException:
+        accelerator.trackers.clear()  # one that did not start can't be finished
+        raise
+
+
+def finish_trackers(accelerator: Accelerator) -> None:
+    """Ends the run in every tracker, whose last rows are written then."""
+    for tracker in accelerator.trackers:
+        tracker.finish()
+    accelerator.trackers.clear()
+
+
+def _sharded_error(name: str) -> ValueError:
+    return ValueError(
+        f"the processes were launched for {name}, which shards a model among them; here every process needs the whole "
+        "frozen base, and only the few tokens are trained: run `accelerate config` again without it, or launch with "
+        "torchrun, for plain data parallelism"
+    )

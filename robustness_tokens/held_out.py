@@ -1,0 +1,155 @@
+"""How robust the tokens are on held-out images, measured every so many steps of a training run.
+
+Shapes: B images of a batch, N sequence, D width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import datasets
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.utils.data import Dataset, Subset
+
+from .attacks import cosine_similarity
+from .data import BrokenImageLog, build_dataloader, load_image_dataset
+from .losses import robustness_loss
+from .modeling import RobustnessTokenPreTrainedModel
+from .preprocessing import Normalizer
+from .training_args import DataArguments, RobustnessTokenTrainingArguments
+from .training_data import prepare_train_dataset
+from .training_log import EVAL_LOG_COLUMNS
+from .training_step import attack_for_training, base_features, compute_features
+
+
+_METRICS = EVAL_LOG_COLUMNS[1:-1]
+
+# Noise from (seed, example) alone: the images are attacked alike at every step of the run.
+_NOISE_STEP = 0
+
+
+def load_eval_dataset(data_args: DataArguments) -> Any:
+    """The held-out images that the command line names, if it does.
+
+    Raises:
+        ValueError: If they can't be loaded.
+    """
+    if data_args.eval_dataset is None:
+        return None
+    return load_image_dataset(data_args.eval_dataset, split=data_args.eval_split)
+
+
+def prepare_eval_dataset(
+    dataset: Any, *, args: RobustnessTokenTrainingArguments, image_processor: Any
+) -> Dataset[Any]:
+    """Makes held-out images ready as [`prepare_train_dataset`] does those to train on.
+
+    Args:
+        dataset: As there, but for streams.
+        args: Of the training.
+        image_processor: Of the base.
+
+    Raises:
+        ValueError: As there, and for a stream.
+    """
+    if isinstance(dataset, datasets.IterableDataset):
+        raise ValueError(
+            "eval_dataset is a stream, expected a fixed set that every process can take its share of: give "
+            "datasets.Dataset.from_list(list(stream.take(256)))"
+        )
+    try:
+        return prepare_train_dataset(dataset, args=args, image_processor=image_processor)
+    except ValueError as exc:
+        raise ValueError(f"eval_dataset can't be used: {exc}") from exc
+
+
+def measure_held_out(
+    model: RobustnessTokenPreTrainedModel,
+    dataset: Dataset[Any],
+    *,
+    args: RobustnessTokenTrainingArguments,
+    accelerator: Accelerator,
+    normalizer: Normalizer,
+) -> dict[str, float]:
+    """The training's losses on held-out images under the training's attack; every image is measured once.
+
+    Nothing random is drawn, and the noise of an image depends on `args.seed` and its index alone, so that `"pgd"`
+    gives the same numbers for any number of processes, up to rounding. The bounds of `"paper"` depend on the batch.
+
+    Args:
+        model: With its tokens on; never changed.
+        dataset: From [`prepare_eval_dataset`].
+        args, accelerator, normalizer: Of the training.
+
+    Returns:
+        `eval_loss`, `eval_invariance_cosine`, `eval_adversarial_cosine`, `eval_baseline_cosine` (attacked, without
+        tokens), means over the images, and `eval_num_images`; the same on every process.
+
+    Raises:
+        ValueError: If too many images are broken, or all.
+    """
+    size = len(dataset)  # type: ignore[arg-type]  # torch's Dataset leaves __len__ to its children
+    own = Subset(dataset, range(accelerator.process_index, size, accelerator.num_processes))
+    loader = build_dataloader(
+        own, batch_size=args.per_device_eval_batch_size, shuffle=False, num_workers=args.dataloader_num_workers
+    )
+    broken_images = BrokenImageLog(args.max_broken_images)
+    totals, num_images = torch.zeros(len(_METRICS), dtype=torch.float64), 0
+    for batch in loader:
+        broken_images.update(batch)
+        if count := len(batch["images"]):
+            means = _measure_batch(model, batch, args=args, accelerator=accelerator, normalizer=normalizer)
+            totals += means.cpu().double() * count
+            num_images += count
+    sums = torch.tensor([*totals.tolist(), num_images], device=accelerator.device)
+    *sums_of_metrics, total = accelerator.reduce(sums, reduction="sum").tolist()
+    if total == 0:
+        raise ValueError("eval_dataset has no readable image")
+    metrics = {name: value / total for name, value in zip(_METRICS, sums_of_metrics, strict=True)}
+    return {**metrics, "eval_num_images": int(total)}
+
+
+@torch.no_grad()
+def _measure_batch(
+    model: RobustnessTokenPreTrainedModel,
+    batch: dict[str, Any],
+    *,
+    args: RobustnessTokenTrainingArguments,
+    accelerator: Accelerator,
+    normalizer: Normalizer,
+) -> Tensor:
+    axis, precision = model.config.similarity_axis, args.mixed_precision
+    images = batch["images"].to(accelerator.device)
+    pixel_values = normalizer(images)
+    target = base_features(model, pixel_values, mixed_precision=precision)
+    rows = []
+    for through_tokens in args.attack_routes:
+        attacked = (
+            normalizer(batch["adversarial_images"].to(accelerator.device))
+            if "adversarial_images" in batch
+            else attack_for_training(
+                model,
+                images,
+                target,
+                args=args,
+                normalizer=normalizer,
+                step=_NOISE_STEP,
+                index=batch["index"],
+                through_tokens=through_tokens,
+            )
+        )
+        losses = robustness_loss(
+            lambda x: compute_features(model, x, mixed_precision=precision),
+            pixel_values,
+            attacked,
+            target,
+            similarity_axis=axis,
+            invariance_weight=args.invariance_weight,
+            adversarial_weight=args.adversarial_weight,
+        )
+        attacked_base = base_features(model, attacked, mixed_precision=precision)
+        baseline = cosine_similarity(attacked_base, target, similarity_axis=axis).mean()
+        rows.append(torch.stack([losses.loss, losses.invariance, losses.adversarial, baseline]))
+    return torch.stack(rows).mean(dim=0)  # (4,)

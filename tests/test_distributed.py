@@ -1,0 +1,179 @@
+"""Two processes that train together, by gloo."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.utils import FullyShardedDataParallelPlugin
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import TrainerCallback
+
+from robustness_tokens import held_out, training_step
+from robustness_tokens.acceleration import build_accelerator
+from robustness_tokens.checkpoints import list_checkpoints
+from robustness_tokens.training_args import RobustnessTokenTrainingArguments
+from tests.training_runs import build_trainer, run_together, tokens_of
+
+
+# Twelve images in steps of eight: an epoch has one whole step. Five held out: three for one, two for the other.
+TOGETHER: dict[str, Any] = {"num_images": 12, "eval_images": 5, "eval_steps": 2, "max_steps": 4, "save_steps": 2}
+
+
+class StopOnTheLast(TrainerCallback):
+    """Stops and saves after step 3, as only the last process decides."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.rank == 1 and state.global_step == 3:
+            control.should_training_stop = control.should_save = True
+
+
+def train_two(rank: int, folder: Path) -> None:
+    """All that is asked of two processes, in one start of them."""
+    attacked: dict[str, list[list[int]]] = {"training_step": [], "held_out": []}
+    real = training_step.attack_for_training
+
+    def watch(module: Any, name: str) -> None:
+        def watched(*args: Any, index: Tensor, **kwargs: Any) -> Tensor:
+            attacked[name].append(index.tolist())
+            return real(*args, index=index, **kwargs)
+
+        module.attack_for_training = watched
+
+    watch(training_step, "training_step")
+    watch(held_out, "held_out")
+    trainer = build_trainer(folder / "two", report_to="tensorboard", **TOGETHER)
+    trainer.train()
+    trainer.save_model()
+    for module in (training_step, held_out):
+        module.attack_for_training = real  # type: ignore[attr-defined]
+    found: dict[str, Any] = {"attacked": attacked, "log": trainer.log_history, "eval": trainer.eval_history}
+    save_file({"tokens": tokens_of(trainer)}, folder / f"tokens-{rank}.safetensors")
+
+    try:
+        build_trainer(
+            folder / "other", resume_from_checkpoint=str(folder / "one" / "checkpoint-2"), **TOGETHER
+        ).train()
+    except ValueError as exc:
+        found["world size"] = str(exc)
+
+    stopped = build_trainer(folder / "stopped", callbacks=[StopOnTheLast(rank)], max_steps=9, num_images=12)
+    found["stopped"] = stopped.train().global_step
+
+    # Only the main process sees its folder, as on machines that share none.
+    own = folder / f"resumed-{rank}"
+    resumed = build_trainer(own, resume_from_checkpoint=str(folder / f"two-of-{rank}" / "checkpoint-2"), **TOGETHER)
+    resumed.train()
+    save_file({"tokens": tokens_of(resumed)}, folder / f"resumed-tokens-{rank}.safetensors")
+    (folder / f"found-{rank}.json").write_text(json.dumps(found), encoding="utf-8")
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    one = build_trainer(folder / "one", per_device_train_batch_size=8, **TOGETHER)
+    one.train()
+    save_file({"tokens": tokens_of(one)}, folder / "tokens.safetensors")
+    (folder / "found.json").write_text(json.dumps({"log": one.log_history, "eval": one.eval_history}))
+    (folder / "two-of-0").symlink_to(folder / "two", target_is_directory=True)
+    run_together(2, train_two, folder)
+    return folder
+
+
+def read(folder: Path, rank: int | None = None) -> dict[str, Any]:
+    name = "found.json" if rank is None else f"found-{rank}.json"
+    content: dict[str, Any] = json.loads((folder / name).read_text(encoding="utf-8"))
+    return content
+
+
+def tokens(folder: Path, name: str) -> Tensor:
+    return load_file(folder / f"{name}.safetensors")["tokens"]
+
+
+def assert_same_rows(rows: Sequence[dict[str, float]], expected: Sequence[dict[str, float]]) -> None:
+    assert len(rows) == len(expected)
+    for row, other in zip(rows, expected, strict=True):
+        assert {k: v for k, v in row.items() if k != "seconds"} == pytest.approx(
+            {k: v for k, v in other.items() if k != "seconds"}, abs=1e-5
+        )
+
+
+def test_two_processes_give_the_tokens_of_one(folder: Path) -> None:
+    torch.testing.assert_close(tokens(folder, "tokens-0"), tokens(folder, "tokens"), rtol=0, atol=1e-5)
+    assert torch.equal(tokens(folder, "tokens-0"), tokens(folder, "tokens-1"))
+    for rank in (0, 1):
+        assert_same_rows(read(folder, rank)["log"], read(folder)["log"])
+
+
+def test_each_process_attacks_its_own_images(folder: Path) -> None:
+    attacked = [read(folder, rank)["attacked"] for rank in (0, 1)]
+    assert [len(found["training_step"]) for found in attacked] == [4, 4]
+    for first, second in zip(*(found["training_step"] for found in attacked), strict=True):
+        assert len({*first, *second}) == 8
+    assert [found["held_out"] for found in attacked] == [[[0, 2, 4], [0, 2, 4]], [[1, 3], [1, 3]]]
+
+
+def test_held_out_images_are_measured_once_each(folder: Path) -> None:
+    expected = read(folder)["eval"]
+    assert [(row["step"], row["eval_num_images"]) for row in expected] == [(2, 5), (4, 5)]
+    for rank in (0, 1):
+        assert_same_rows(read(folder, rank)["eval"], expected)
+
+
+def test_only_the_main_process_writes(folder: Path) -> None:
+    run = folder / "two"
+    assert {path.name for path in run.iterdir() if path.is_dir()} == {"checkpoint-2", "checkpoint-4", "logs"}
+    for name, steps in (("training_log.csv", 4), ("eval_log.csv", 2)):
+        assert len((run / "logs" / name).read_text(encoding="utf-8").splitlines()) == 1 + steps
+    assert len(list((run / "logs" / "robustness_tokens").glob("events.*"))) == 1
+
+
+def test_another_number_of_processes_is_refused_on_all(folder: Path) -> None:
+    for rank in (0, 1):
+        assert "num_processes: 1 -> 2" in read(folder, rank)["world size"]
+    assert list_checkpoints(folder / "other") == []
+
+
+def test_what_one_process_decides_holds_on_all(folder: Path) -> None:
+    assert [read(folder, rank)["stopped"] for rank in (0, 1)] == [3, 3]
+    assert [step for step, _ in list_checkpoints(folder / "stopped")] == [3]
+
+
+def test_a_process_without_access_to_the_checkpoint_resumes_with_the_others(folder: Path) -> None:
+    assert not (folder / "two-of-1").exists()
+    for rank in (0, 1):
+        assert torch.equal(tokens(folder, f"resumed-tokens-{rank}"), tokens(folder, "tokens-0"))
+    assert not (folder / "resumed-1").exists()
+
+
+# Ways of distribution that bring nothing here
+
+
+@pytest.mark.parametrize("name", ["DEEPSPEED", "FSDP", "MEGATRON_LM"])
+def test_a_sharding_launch_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str) -> None:
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
+    with pytest.raises(ValueError, match=r"shards a model among them.*plain data parallelism"):
+        build_accelerator(RobustnessTokenTrainingArguments(output_dir=str(tmp_path)))
+
+
+def shard(rank: int, folder: Path) -> None:
+    Accelerator(fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=2))
+    try:
+        build_trainer(folder / "run")
+    except ValueError as exc:
+        (folder / f"error-{rank}").write_text(str(exc), encoding="utf-8")
+
+
+def test_a_plugin_for_sharding_is_refused(tmp_path: Path) -> None:
+    run_together(2, shard, tmp_path)
+    for rank in (0, 1):
+        assert "launched for FSDP" in (tmp_path / f"error-{rank}").read_text(encoding="utf-8")
