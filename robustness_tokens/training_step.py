@@ -6,7 +6,7 @@ Shapes: B images of a batch, N sequence, D width.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from accelerate import Accelerator
@@ -16,6 +16,7 @@ from .attacks import cosine_similarity, feature_cosine_objective, paper_attack, 
 from .losses import example_generators, robustness_loss
 from .modeling import RobustnessTokenPreTrainedModel
 from .preprocessing import Normalizer
+from .speedups import attention_implementation, choose_attention, onednn_products, run_compiled
 from .training_args import MixedPrecision, RobustnessTokenTrainingArguments
 
 
@@ -84,8 +85,8 @@ def attack_for_training(
     Args:
         model: To attack; never changed.
         images: (B, 3, H, W) float in [0, 1].
-        target: Features of the images without tokens, (B, N, D) or (B, D), which `"pgd"` pushes away from;
-            `"paper"` pushes away from the attacked model's own clean features, which without tokens are the same.
+        target: Features of the images without tokens, (B, N, D) or (B, D), which the attack pushes away from; but
+            `"paper"` through the tokens pushes away from the clean features with tokens.
         args: Of the training.
         normalizer: [0, 1] images -> pixel values.
         step: Optimiser step.
@@ -106,36 +107,54 @@ def attack_for_training(
             raise _NotFiniteError
         return output
 
-    generators = example_generators(args.seed, step, index)
-    pixel_values = normalizer(images)
-    try:
-        with nullcontext() if through_tokens else model.disable_adapter():
-            if args.attack == "paper":
-                assert args.step_size is not None, "the arguments set it for the paper's attack"
-                return paper_attack(
-                    features,
-                    pixel_values,
-                    image_mean=normalizer.image_mean.flatten().tolist(),
-                    image_std=normalizer.image_std.flatten().tolist(),
-                    step_size=args.step_size,
-                    num_steps=args.num_attack_steps,
-                    generator=generators,
-                )
-            assert args.eps is not None, "the arguments set it for pgd"
-            objective = feature_cosine_objective(
-                lambda x: features(normalizer(x)), target, similarity_axis=model.config.similarity_axis
-            )
-            attacked = pgd_attack(
-                objective,
-                images,
-                eps=args.eps,
+    def attack() -> Tensor:
+        generators = example_generators(args.seed, step, index)
+        if args.attack == "paper":
+            assert args.step_size is not None, "the arguments set it for the paper's attack"
+            return paper_attack(
+                features,
+                normalizer(images),
+                image_mean=normalizer.image_mean.flatten().tolist(),
+                image_std=normalizer.image_std.flatten().tolist(),
+                target=None if through_tokens else target,
                 step_size=args.step_size,
                 num_steps=args.num_attack_steps,
                 generator=generators,
             )
-            return normalizer(attacked)
+        assert args.eps is not None, "the arguments set it for pgd"
+        objective = feature_cosine_objective(
+            lambda x: features(normalizer(x)), target, similarity_axis=model.config.similarity_axis
+        )
+        attacked = pgd_attack(
+            objective,
+            images,
+            eps=args.eps,
+            step_size=args.step_size,
+            num_steps=args.num_attack_steps,
+            generator=generators,
+        )
+        return normalizer(attacked)
+
+    base = model.get_base_model()
+    try:
+        with (
+            nullcontext() if through_tokens else model.disable_adapter(),
+            training_attention(model, args, images.device),
+            onednn_products(base) if args.onednn and images.device.type == "cpu" else nullcontext(),
+        ):
+            return run_compiled(base, attack) if args.torch_compile else attack()
     except _NotFiniteError:
-        return torch.full_like(pixel_values, torch.nan)
+        return torch.full_like(images, torch.nan)
+
+
+def training_attention(
+    model: RobustnessTokenPreTrainedModel, args: RobustnessTokenTrainingArguments, device: torch.device
+) -> AbstractContextManager[None]:
+    """Within the context the base computes attention as `args.train_attn_implementation` says."""
+    implementation = choose_attention(
+        args.train_attn_implementation, device=device, half_precision=args.mixed_precision == "bf16"
+    )
+    return attention_implementation(model.get_base_model(), implementation)
 
 
 def accumulate_gradient(
@@ -153,7 +172,8 @@ def accumulate_gradient(
     Args:
         model: To attack and to take the targets from.
         features: The same model as `accelerator.prepare` wrapped it: (2B, 3, H, W) pixel values -> features.
-        batches: Of this process, each `{"images": (B, 3, H, W) float in [0, 1], "index": (B,) int64}`.
+        batches: Of this process, each `{"images": (B, 3, H, W) float in [0, 1], "index": (B,) int64}`; adversarial
+            pairs hold `"adversarial_images"` and `"baseline_cosine"` (B,) too, and are not attacked.
         args, accelerator, normalizer: Of the training.
         step: Optimiser step.
 
@@ -168,36 +188,44 @@ def accumulate_gradient(
     num_images = torch.tensor(float(sum(len(batch["images"]) for batch in batches)), device=device)
     num_images = accelerator.reduce(num_images, reduction="mean")
     totals = torch.zeros(4, device=device)
-    for batch in batches:
-        images, weight = batch["images"].to(device), len(batch["images"]) / (len(routes) * num_images)
-        pixel_values = normalizer(images)
-        target = base_features(model, pixel_values, mixed_precision=args.mixed_precision)
-        for through_tokens in routes:
-            attacked = attack_for_training(
-                model,
-                images,
-                target,
-                args=args,
-                normalizer=normalizer,
-                step=step,
-                index=batch["index"],
-                through_tokens=through_tokens,
-            )
-            is_last = batch is batches[-1] and through_tokens == routes[-1]
-            with nullcontext() if is_last else accelerator.no_sync(features):
-                losses = robustness_loss(
-                    features,
-                    pixel_values,
-                    attacked,
-                    target,
-                    similarity_axis=axis,
-                    invariance_weight=args.invariance_weight,
-                    adversarial_weight=args.adversarial_weight,
+    with training_attention(model, args, device):
+        for batch in batches:
+            images, weight = batch["images"].to(device), len(batch["images"]) / (len(routes) * num_images)
+            pixel_values = normalizer(images)
+            target = base_features(model, pixel_values, mixed_precision=args.mixed_precision)
+            for through_tokens in routes:
+                attacked = (
+                    normalizer(batch["adversarial_images"].to(device))
+                    if "adversarial_images" in batch
+                    else attack_for_training(
+                        model,
+                        images,
+                        target,
+                        args=args,
+                        normalizer=normalizer,
+                        step=step,
+                        index=batch["index"],
+                        through_tokens=through_tokens,
+                    )
                 )
-                accelerator.backward(losses.loss * weight)
-            attacked_base = base_features(model, attacked, mixed_precision=args.mixed_precision)
-            baseline = cosine_similarity(attacked_base, target, similarity_axis=axis).mean()
-            totals += torch.stack([losses.loss, losses.invariance, losses.adversarial, baseline]).detach() * weight
+                is_last = batch is batches[-1] and through_tokens == routes[-1]
+                with nullcontext() if is_last else accelerator.no_sync(features):
+                    losses = robustness_loss(
+                        features,
+                        pixel_values,
+                        attacked,
+                        target,
+                        similarity_axis=axis,
+                        invariance_weight=args.invariance_weight,
+                        adversarial_weight=args.adversarial_weight,
+                    )
+                    accelerator.backward(losses.loss * weight)
+                if "baseline_cosine" in batch:
+                    baseline = batch["baseline_cosine"].to(device).mean()
+                else:
+                    attacked_base = base_features(model, attacked, mixed_precision=args.mixed_precision)
+                    baseline = cosine_similarity(attacked_base, target, similarity_axis=axis).mean()
+                totals += torch.stack([losses.loss, losses.invariance, losses.adversarial, baseline]).detach() * weight
     totals = accelerator.reduce(totals, reduction="mean")
     if not (totals.isfinite().all() and tokens.grad is not None and tokens.grad.isfinite().all()):
         raise FloatingPointError(f"the loss ({totals[0].item():g}) or its gradient is not finite")

@@ -24,6 +24,7 @@ def paper_attack(
     image_mean: Sequence[float],
     image_std: Sequence[float],
     labels: Tensor | None = None,
+    target: Tensor | None = None,
     eps: float = 8 / 255,
     step_size: float = 0.01,
     num_steps: int = 30,
@@ -54,6 +55,8 @@ def paper_attack(
         image_std: C numbers that `pixel_values` were normalised with, above 0.
         labels: (B,) or (B, H, W) int64 classes, where -100 is ignored, to attack a classifier; `None` attacks
             features.
+        target: What `model_fn` gives for `pixel_values`, (B, N, D) or (B, D), if features are attacked and the caller
+            has it already; `None` computes it.
         eps: Radius of the L-infinity ball in normalised units.
         step_size: Length of a step, and standard deviation of the starting noise, in normalised units.
         num_steps: Steps, at least 1.
@@ -64,8 +67,9 @@ def paper_attack(
         (B, C, H, W) detached normalised images on the 8-bit grid, of the dtype and on the device of `pixel_values`.
 
     Raises:
-        ValueError: If an argument is out of range, if `pixel_values` are not images normalised with this mean and
-            standard deviation, or if the model's outputs are not finite and differentiable in them.
+        ValueError: If an argument is out of range, if labels and target are both given, if `pixel_values` are not
+            images normalised with this mean and standard deviation, or if the model's outputs are not finite and
+            differentiable in them.
 
     Source: Pulfer et al., "Robustness Tokens: Towards Adversarial Robustness of Transformers", ECCV 2024,
     arXiv 2503.10191, https://github.com/BrianPulfer/robustness-tokens.
@@ -77,11 +81,14 @@ def paper_attack(
     clean_images = clean * std + mean
     _check_range(clean_images)
 
-    if labels is None:
+    if labels is not None and target is not None:
+        raise ValueError("labels attack a classifier and target features: leave one of them out")
+    given = target if labels is None else labels
+    if given is not None:
+        target = detached_copy(given)
+    else:
         with torch.no_grad():
             target = model_fn(clean)
-    else:
-        target = detached_copy(labels)
     lower, upper = clean.aminmax()
     iterate = clean + step_size * draw_noise(clean, torch.randn, generator)
     for step in range(num_steps):

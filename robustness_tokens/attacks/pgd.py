@@ -82,17 +82,18 @@ def pgd_attack(
             iterate = torch.clamp(images + offset, lower, upper)
         for _ in range(num_steps):
             iterate = iterate.detach().requires_grad_()
-            values = _evaluate(objective, iterate)
+            values = evaluate_objective(objective, iterate)
             gradient = input_gradient(values.sum(), iterate, source="objective")
             best_images, best_values = _keep_best(best_images, best_values, iterate, values)
             iterate = torch.clamp(iterate.detach() + step_size * gradient.sign(), lower, upper)
         with torch.no_grad():
-            values = _evaluate(objective, iterate)
+            values = evaluate_objective(objective, iterate)
         best_images, best_values = _keep_best(best_images, best_values, iterate, values)
     return best_images
 
 
-def _evaluate(objective: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+def evaluate_objective(objective: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    """The objective's values, (B,); raises a `ValueError` unless they are one finite number per image."""
     values = objective(images)
     if values.shape != (len(images),):
         raise ValueError(
