@@ -1,7 +1,10 @@
 """Adversarially robust vision transformers from a frozen backbone and a handful of learned input tokens."""
 
+__version__ = "0.1.0"  # before the imports, since modules below write it into what they save
+
 from .attacks import cosine_similarity, paper_attack, pgd_attack
 from .configuration import RobustnessTokenConfig
+from .evaluation import evaluate_robustness
 from .features import extract_features
 from .injection import remove_tokens
 from .losses import robustness_loss
@@ -12,8 +15,6 @@ from .trainer import RobustnessTokenTrainer
 from .training_args import RobustnessTokenTrainingArguments
 
 
-__version__ = "0.1.0"
-
 __all__ = [
     "Normalizer",
     "RobustnessTokenConfig",
@@ -22,6 +23,7 @@ __all__ = [
     "RobustnessTokenTrainer",
     "RobustnessTokenTrainingArguments",
     "cosine_similarity",
+    "evaluate_robustness",
     "extract_features",
     "extract_tokens",
     "inject_tokens",

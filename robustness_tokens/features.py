@@ -84,6 +84,23 @@ def count_patches(trunk: nn.Module, pixel_values: Tensor) -> int:
     return (pixel_values.shape[-2] // height) * (pixel_values.shape[-1] // width)
 
 
+def head_inputs(features: Tensor, num_patches: int) -> Tensor:
+    """What a linear head reads: the CLS token beside the mean of the patches, or the mean alone without one.
+
+    Args:
+        features: (B, N, D) of the view `"cls_and_patches"` or `"patches"`; (B, D) is what a head reads already.
+        num_patches: P, see [`count_patches`].
+
+    Returns:
+        (B, 2 D) or (B, D).
+    """
+    if features.dim() == 2:
+        return features
+    num_prefix = features.shape[1] - num_patches
+    cls, patches = features[:, :num_prefix], features[:, num_prefix:]  # (B, 1 or 0, D), (B, P, D)
+    return torch.cat([cls.flatten(1), patches.mean(dim=1)], dim=1)
+
+
 def _select_tokens(hidden_states: Any, trunk: nn.Module, num_patches: int, feature_view: FeatureView) -> Tensor:
     """The wanted rows of a last hidden state (B, N, D): the CLS token comes first, the patches last."""
     name = type(trunk).__name__

@@ -21,7 +21,7 @@ from .preprocessing import Normalizer
 from .training_args import DataArguments, RobustnessTokenTrainingArguments
 from .training_data import prepare_train_dataset
 from .training_log import EVAL_LOG_COLUMNS
-from .training_step import attack_for_training, base_features, compute_features
+from .training_step import agreement_of, attack_for_training, base_features, compute_features
 
 
 _METRICS = EVAL_LOG_COLUMNS[1:-1]
@@ -145,9 +145,9 @@ def _measure_batch(
             pixel_values,
             attacked,
             target,
-            similarity_axis=axis,
             invariance_weight=args.invariance_weight,
             adversarial_weight=args.adversarial_weight,
+            **agreement_of(model, args, pixel_values),
         )
         attacked_base = base_features(model, attacked, mixed_precision=precision)
         baseline = cosine_similarity(attacked_base, target, similarity_axis=axis).mean()

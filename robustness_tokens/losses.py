@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -14,6 +15,15 @@ from torch import Tensor
 
 from .attacks import cosine_similarity
 from .configuration import SimilarityAxis
+from .features import head_inputs
+
+
+class AgreementOptions(TypedDict):
+    """Keyword arguments of [`agreement`]."""
+
+    similarity_axis: SimilarityAxis
+    head_distance_weight: float
+    num_patches: int
 
 
 @dataclass(frozen=True)
@@ -21,9 +31,9 @@ class RobustnessLoss:
     """The training objective on one batch, each a mean over its images.
 
     Attributes:
-        loss: Scalar to minimise, minus the weighted sum of the two cosines.
-        invariance: cos(f([r, x]), f(x)), scalar.
-        adversarial: cos(f([r, x_adv]), f(x)), scalar.
+        loss: Scalar to minimise, minus the weighted sum of the two agreements, see [`agreement`].
+        invariance: cos(f([r, x]), f(x)), scalar without a gradient.
+        adversarial: cos(f([r, x_adv]), f(x)), scalar without a gradient.
     """
 
     loss: Tensor
@@ -40,6 +50,8 @@ def robustness_loss(
     similarity_axis: SimilarityAxis = "token",
     invariance_weight: float = 1.0,
     adversarial_weight: float = 1.0,
+    head_distance_weight: float = 0.0,
+    num_patches: int = 0,
 ) -> RobustnessLoss:
     """The paper's two losses, in one forward pass of clean and attacked images together (paper, section 3).
 
@@ -49,16 +61,72 @@ def robustness_loss(
         attacked: (B, 3, H, W) normalised attacked images.
         target: Features of the clean images without tokens, (B, N, D) or (B, D).
         similarity_axis: See `RobustnessTokenConfig`.
-        invariance_weight, adversarial_weight: Of the two cosines.
+        invariance_weight, adversarial_weight: Of the clean and of the attacked images.
+        head_distance_weight, num_patches: See [`agreement`].
 
     Returns:
         The losses, with gradients to the tokens.
     """
     clean, adversarial = features(torch.cat([pixel_values, attacked])).chunk(2)  # (2B, ...) -> (B, ...) each
-    invariance_cosine = cosine_similarity(clean, target, similarity_axis=similarity_axis).mean()
-    adversarial_cosine = cosine_similarity(adversarial, target, similarity_axis=similarity_axis).mean()
-    loss = -(invariance_weight * invariance_cosine + adversarial_weight * adversarial_cosine)
-    return RobustnessLoss(loss, invariance_cosine, adversarial_cosine)
+    invariance, adversarial_agreement = (
+        agreement(
+            output,
+            target,
+            similarity_axis=similarity_axis,
+            head_distance_weight=head_distance_weight,
+            num_patches=num_patches,
+        ).mean()
+        for output in (clean, adversarial)
+    )
+    loss = -(invariance_weight * invariance + adversarial_weight * adversarial_agreement)
+    with torch.no_grad():
+        cosines = [
+            cosine_similarity(output, target, similarity_axis=similarity_axis).mean()
+            for output in (clean, adversarial)
+        ]
+    return RobustnessLoss(loss, *cosines)
+
+
+def agreement(
+    features: Tensor,
+    target: Tensor,
+    *,
+    similarity_axis: SimilarityAxis,
+    head_distance_weight: float,
+    num_patches: int,
+) -> Tensor:
+    """What training raises and `attack="pgd"` lowers: the cosine, less the weighted [`head_distance`].
+
+    Args:
+        features, target: (B, N, D) or (B, D).
+        similarity_axis: See `RobustnessTokenConfig`.
+        head_distance_weight: 0 leaves the cosine alone, as the paper.
+        num_patches: P, of the patches among the N tokens.
+
+    Returns:
+        (B,).
+    """
+    cosine = cosine_similarity(features, target, similarity_axis=similarity_axis)
+    if head_distance_weight == 0:
+        return cosine
+    return cosine - head_distance_weight * head_distance(features, target, num_patches=num_patches)
+
+
+def head_distance(features: Tensor, target: Tensor, *, num_patches: int) -> Tensor:
+    """Squared distance of what a linear head reads, relative to the squared length of what it read before.
+
+    The cosine along the tokens doesn't see it: scaling a feature, or moving it in all tokens alike, costs little
+    there, and changes the classes.
+
+    Args:
+        features, target: (B, N, D) or (B, D).
+        num_patches: P, of the patches among the N tokens.
+
+    Returns:
+        (B,), at least 0.
+    """
+    found, expected = head_inputs(features, num_patches), head_inputs(target, num_patches)  # (B, 2 D) or (B, D)
+    return (found - expected).square().sum(dim=1) / expected.square().sum(dim=1)
 
 
 def example_generators(seed: int, step: int, index: Tensor) -> list[torch.Generator]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .backbones import vision_trunk
-from .features import count_patches, extract_features, find_patch_size
+from .features import count_patches, extract_features, find_patch_size, head_inputs
 from .files import read_json, replacing, write_text
 from .segmentation_data import IGNORE_INDEX
 
@@ -93,8 +93,8 @@ class ClassificationHead(ProbeHead):
 
     @staticmethod
     def extract(base: PreTrainedModel, pixel_values: Tensor) -> Tensor:
-        cls, patches = _cls_and_patches(base, pixel_values)
-        return torch.cat([cls.flatten(1), patches.mean(dim=1)], dim=1)  # (B, 2 D) or (B, D)
+        features = _cls_and_patches(base, pixel_values)
+        return head_inputs(features, count_patches(vision_trunk(base), pixel_values))  # (B, 2 D) or (B, D)
 
     def forward(self, features: Tensor) -> Tensor:
         logits: Tensor = self.linear(features)
@@ -125,7 +125,7 @@ class SegmentationHead(ProbeHead):
 
     @staticmethod
     def extract(base: PreTrainedModel, pixel_values: Tensor) -> Tensor:
-        _, patches = _cls_and_patches(base, pixel_values)
+        patches = _cls_and_patches(base, pixel_values)[:, -count_patches(vision_trunk(base), pixel_values) :]
         patch_size = find_patch_size(vision_trunk(base))
         assert patch_size is not None  # the patches were counted by it
         rows, columns = pixel_values.shape[-2] // patch_size[0], pixel_values.shape[-1] // patch_size[1]
@@ -190,14 +190,11 @@ def load_head(folder: str | os.PathLike[str]) -> ProbeHead:
     return head.eval().requires_grad_(False)
 
 
-def _cls_and_patches(base: PreTrainedModel, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
-    """The CLS token, (B, 1, D) or (B, 0, D) without one, and the patches (B, P, D), in float32."""
+def _cls_and_patches(base: PreTrainedModel, pixel_values: Tensor) -> Tensor:
+    """(B, N, D) in float32: the CLS token, in families that have one, then the patches."""
     if pixel_values.dim() != 4:
         raise ValueError(f"pixel_values must have shape (B, 3, H, W), got {tuple(pixel_values.shape)}")
-    pixel_values = pixel_values.to(base.dtype)
-    features = extract_features(base, pixel_values, feature_view="cls_and_patches").float()
-    num_prefix = features.shape[1] - count_patches(vision_trunk(base), pixel_values)
-    return features[:, :num_prefix], features[:, num_prefix:]
+    return extract_features(base, pixel_values.to(base.dtype), feature_view="cls_and_patches").float()
 
 
 def _initialize(layer: nn.Linear | nn.Conv2d) -> None:

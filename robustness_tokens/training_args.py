@@ -29,7 +29,7 @@ Tracker = Literal["trackio", "tensorboard", "wandb"]
 _SCHEDULES_TO_MAX_STEPS = ("linear", "cosine", "cosine_with_restarts", "polynomial")
 _ENDLESS_SCHEDULES = ("constant", "constant_with_warmup", "inverse_sqrt")
 
-ATTACK_ARGUMENTS = ("attack", "eps", "step_size", "num_attack_steps")
+ATTACK_ARGUMENTS = ("attack", "eps", "step_size", "num_attack_steps", "head_distance_weight")
 
 _NUM_ATTACK_STEPS = 30
 _PGD_DEFAULT_EPS = 4 / 255
@@ -106,6 +106,13 @@ class RobustnessTokenTrainingArguments:
     max_grad_norm: float | None = field(default=None, metadata={"help": "Clip the tokens' gradient to this norm."})
     invariance_weight: float = field(default=1.0, metadata={"help": "Weight of the loss on clean images."})
     adversarial_weight: float = field(default=1.0, metadata={"help": "Weight of the loss on attacked images."})
+    head_distance_weight: float = field(
+        default=None,  # type: ignore[assignment]
+        metadata={
+            "help": "Weight, beside the cosine, of the squared relative distance of what a linear head reads, [CLS, "
+            "mean patch]: in both losses, and in attack=pgd. 0 (paper) by default."
+        },
+    )
 
     # None tells what was not stated, which adversarial pairs decide; there are values after __post_init__.
     attack: AttackName = field(
@@ -182,6 +189,7 @@ class RobustnessTokenTrainingArguments:
         self.stated_attack = {name: value for name in ATTACK_ARGUMENTS if (value := getattr(self, name)) is not None}
         self.attack = self.stated_attack.get("attack", "paper")
         self.num_attack_steps = self.stated_attack.get("num_attack_steps", _NUM_ATTACK_STEPS)
+        self.head_distance_weight = self.stated_attack.get("head_distance_weight", 0.0)
         for name, smallest in (
             ("max_steps", 1),
             ("per_device_train_batch_size", 1),
@@ -243,6 +251,9 @@ class RobustnessTokenTrainingArguments:
                 "invariance_weight and adversarial_weight must be finite, at least 0 and not both 0, "
                 f"got {self.invariance_weight} and {self.adversarial_weight}"
             )
+
+        if not 0 <= self.head_distance_weight < math.inf:
+            raise ValueError(f"head_distance_weight must be finite and at least 0, got {self.head_distance_weight}")
 
     def _check_at_least(self, name: str, smallest: int) -> None:
         value = getattr(self, name)

@@ -12,8 +12,10 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from .attacks import cosine_similarity, feature_cosine_objective, paper_attack, pgd_attack
-from .losses import example_generators, robustness_loss
+from .attacks import cosine_similarity, paper_attack, pgd_attack
+from .backbones import vision_trunk
+from .features import count_patches
+from .losses import AgreementOptions, agreement, example_generators, robustness_loss
 from .modeling import RobustnessTokenPreTrainedModel
 from .preprocessing import Normalizer
 from .speedups import attention_implementation, choose_attention, onednn_products, run_compiled
@@ -122,11 +124,8 @@ def attack_for_training(
                 generator=generators,
             )
         assert args.eps is not None, "the arguments set it for pgd"
-        objective = feature_cosine_objective(
-            lambda x: features(normalizer(x)), target, similarity_axis=model.config.similarity_axis
-        )
         attacked = pgd_attack(
-            objective,
+            lambda x: -agreement(features(normalizer(x)), target, **agreement_of(model, args, images)),
             images,
             eps=args.eps,
             step_size=args.step_size,
@@ -145,6 +144,20 @@ def attack_for_training(
             return run_compiled(base, attack) if args.torch_compile else attack()
     except _NotFiniteError:
         return torch.full_like(images, torch.nan)
+
+
+def agreement_of(
+    model: RobustnessTokenPreTrainedModel, args: RobustnessTokenTrainingArguments, pixel_values: Tensor
+) -> AgreementOptions:
+    """How the features of these images are compared in a training, for [`~robustness_tokens.losses.agreement`]."""
+    return {
+        "similarity_axis": model.config.similarity_axis,
+        "head_distance_weight": args.head_distance_weight,
+        # Only the head's distance asks where the patches are, and not every base can tell.
+        "num_patches": count_patches(vision_trunk(model.get_base_model()), pixel_values)
+        if args.head_distance_weight > 0
+        else 0,
+    }
 
 
 def training_attention(
@@ -215,9 +228,9 @@ def accumulate_gradient(
                         pixel_values,
                         attacked,
                         target,
-                        similarity_axis=axis,
                         invariance_weight=args.invariance_weight,
                         adversarial_weight=args.adversarial_weight,
+                        **agreement_of(model, args, pixel_values),
                     )
                     accelerator.backward(losses.loss * weight)
                 if "baseline_cosine" in batch:

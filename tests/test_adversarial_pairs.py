@@ -31,7 +31,7 @@ from robustness_tokens.pairs_info import INFO_FILE, PairsInfo, max_pixel_differe
 from robustness_tokens.preprocessing import Normalizer
 from robustness_tokens.push_pairs import push_adversarial_pairs
 from robustness_tokens.trainer import RobustnessTokenTrainer
-from robustness_tokens.training_args import DataArguments, RobustnessTokenTrainingArguments
+from robustness_tokens.training_args import ATTACK_ARGUMENTS, DataArguments, RobustnessTokenTrainingArguments
 from robustness_tokens.training_data import load_train_dataset, take_pairs
 from tests.hub_client import ClientError, HubClient
 from tests.hub_state import Hub
@@ -100,6 +100,7 @@ def test_the_folder_holds_whole_shards_and_their_description(made: dict[str, Pat
         "eps": 4 / 255,
         "step_size": pytest.approx(5 / 255),
         "num_attack_steps": 2,
+        "head_distance_weight": 0.0,
     }
     assert (info["image_size"], info["num_images"], info["step"]) == ([SIDE, SIDE], NUM_IMAGES, 0)
     assert info["max_pixel_difference"] == 4
@@ -371,7 +372,7 @@ def test_a_pair_over_its_budget_is_damage(made: dict[str, Path]) -> None:
         ({"image_size": [16, 0]}, "at least 1"),
         ({"attack": {"attack": "pgd"}}, "attack must hold"),
         (
-            {"attack": {"attack": "pgd", "eps": "8/255", "step_size": None, "num_attack_steps": 2}},
+            {"attack": {**dict.fromkeys(ATTACK_ARGUMENTS, 1), "attack": "pgd", "eps": "8/255"}},
             "a name and numbers",
         ),
         ({"dataset": None}, "must be objects"),

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from robustness_tokens.losses import example_generators, robustness_loss
+from robustness_tokens.losses import AgreementOptions, agreement, example_generators, head_distance, robustness_loss
 
 
 # Two images of two tokens of width two; along tokens and along features the cosines differ.
@@ -89,3 +89,36 @@ def test_example_generators_leave_the_global_generator_alone() -> None:
     before = torch.get_rng_state()
     noise(0, 0, [0, 1])
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_head_distance_is_that_of_cls_and_mean_patch_relative_to_what_they_were() -> None:
+    target = torch.tensor([[[1.0, 2.0], [1.0, 0.0], [3.0, 0.0]]])  # CLS (1, 2), mean patch (2, 0): squared length 9
+    features = torch.tensor([[[1.0, 2.0], [4.0, 3.0], [6.0, 3.0]]])  # mean patch (5, 3): 9 + 9 away
+    assert head_distance(features, target, num_patches=2).tolist() == [2.0]
+    assert head_distance(features, target, num_patches=3).tolist() == pytest.approx(
+        [((11 - 5) ** 2 + (8 - 2) ** 2) / (5**2 + 2**2)]
+    )
+    assert head_distance(features[:, 0] * 3, target[:, 0], num_patches=2).tolist() == [4.0]
+
+
+def test_the_head_distance_sees_what_the_cosine_along_the_tokens_does_not() -> None:
+    target = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(0))
+    options = AgreementOptions(similarity_axis="token", head_distance_weight=0.5, num_patches=4)
+    assert agreement(2 * target, target, **options).tolist() == pytest.approx([0.5, 0.5])
+    options["head_distance_weight"] = 0.0
+    assert agreement(2 * target, target, **options).tolist() == pytest.approx([1, 1])
+
+
+def test_the_loss_weighs_the_agreements_and_reports_the_cosines() -> None:
+    target = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(0))
+    losses = robustness_loss(
+        lambda x: torch.cat([target, 2 * target]),
+        torch.zeros(2, 3, 1, 1),
+        torch.zeros(2, 3, 1, 1),
+        target,
+        adversarial_weight=3,
+        head_distance_weight=0.5,
+        num_patches=4,
+    )
+    assert losses.loss.item() == pytest.approx(-(1 + 3 * 0.5))
+    assert (losses.invariance.item(), losses.adversarial.item()) == pytest.approx((1, 1))

@@ -1,0 +1,165 @@
+"""AutoAttack and its parts, from the external package `pyautoattack` (extra `eval`).
+
+Its noise comes from torch's default generators, so it depends on which images are in a batch together; they are left
+as they were found. Shapes: B images, C classes.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from .pgd import check_pixels, check_steps
+
+
+ApgdLoss = Literal["cross_entropy", "targeted_dlr"]
+
+logger = logging.getLogger(__name__)
+
+
+@torch.inference_mode(False)
+def auto_attack(
+    logits_fn: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, *, eps: float = 4 / 255, seed: int = 0
+) -> Tensor:
+    """The whole standard AutoAttack: APGD on cross-entropy, targeted APGD, targeted FAB and Square (5,000 queries).
+
+    Args:
+        logits_fn: Maps (B, ...) images in [0, 1] to (B, C) logits, in any precision.
+        images: (B, 3, H, W) float32 in [0, 1].
+        labels: (B,) int64 classes.
+        eps: Radius of the L-infinity ball in pixel units.
+        seed: Of its noise.
+
+    Returns:
+        (B, 3, H, W) images; those whose class could not be changed come back as they were.
+
+    Raises:
+        ValueError: If an argument is out of range, or there are fewer than four classes.
+        ImportError: If `pyautoattack` is not installed.
+
+    Source: Croce & Hein, "Reliable evaluation of adversarial robustness with an ensemble of diverse parameter-free
+    attacks", ICML 2020, arXiv 2003.01690.
+    """
+    if eps == 0:
+        return images.clone()
+    model, num_targets = _prepare(logits_fn, images, labels, eps=eps, num_target_classes=9)
+    with _left_as_found(images.device):
+        attack = _package("pyautoattack").AutoAttack(model, eps=eps, seed=seed, device=images.device)
+        attack.apgd_targeted.n_target_classes = attack.fab.n_target_classes = num_targets
+        adversarial, _ = attack.run_standard_evaluation(images, labels, batch_size=len(images))
+    return adversarial.detach()
+
+
+@torch.inference_mode(False)
+def apgd_attack(
+    logits_fn: Callable[[Tensor], Tensor],
+    images: Tensor,
+    labels: Tensor,
+    *,
+    loss: ApgdLoss = "cross_entropy",
+    eps: float = 4 / 255,
+    num_steps: int = 100,
+    num_restarts: int = 1,
+    num_target_classes: int = 9,
+    seed: int = 0,
+) -> Tensor:
+    """One of AutoAttack's gradient attacks alone: PGD that chooses its own step sizes.
+
+    Args:
+        logits_fn: Maps (B, ...) images in [0, 1] to (B, C) logits, in any precision.
+        images: (B, 3, H, W) float32 in [0, 1].
+        labels: (B,) int64 classes.
+        loss: `"targeted_dlr"` tries the likeliest wrong classes one after the other.
+        eps: Radius of the L-infinity ball in pixel units.
+        num_steps: Of each restart, for each target.
+        num_restarts: At least 1.
+        num_target_classes: For `"targeted_dlr"` alone; at most C - 1 are tried.
+        seed: Of its noise.
+
+    Returns:
+        (B, 3, H, W) images; those whose class could not be changed come back as they were.
+
+    Raises:
+        ValueError: If an argument is out of range, or there are fewer than four classes for `"targeted_dlr"`.
+        ImportError: If `pyautoattack` is not installed.
+
+    Source: Croce & Hein, ICML 2020, arXiv 2003.01690.
+    """
+    if loss not in get_args(ApgdLoss):
+        raise ValueError(f"loss must be one of {get_args(ApgdLoss)}, got {loss!r}")
+    check_steps(eps=eps, step_size=None, num_steps=num_steps)
+    if num_restarts < 1 or num_target_classes < 1:
+        raise ValueError(
+            "num_restarts and num_target_classes must be at least 1, "
+            f"got num_restarts={num_restarts} and num_target_classes={num_target_classes}"
+        )
+    if eps == 0:
+        return images.clone()
+    targeted = loss == "targeted_dlr"
+    model, num_targets = _prepare(
+        logits_fn, images, labels, eps=eps, num_target_classes=num_target_classes if targeted else None
+    )
+    settings: dict[str, Any] = {"n_iter": num_steps, "n_restarts": num_restarts, "eps": eps, "seed": seed}
+    with _left_as_found(images.device):
+        parts = _package("pyautoattack.autopgd_base")
+        if targeted:
+            settings["n_target_classes"] = num_targets
+        attack = (parts.APGDAttack_targeted if targeted else parts.APGDAttack)(
+            model, norm="Linf", device=images.device, logger=logger, **settings
+        )
+        with torch.no_grad():  # it turns gradients on where it wants them
+            adversarial: Tensor = attack.perturb(images, labels)
+    return adversarial.detach()
+
+
+def _prepare(
+    logits_fn: Callable[[Tensor], Tensor],
+    images: Tensor,
+    labels: Tensor,
+    *,
+    eps: float,
+    num_target_classes: int | None,
+) -> tuple[Callable[[Tensor], Tensor], int]:
+    """Checks the arguments; returns the logits in float32, which the package needs, and how many classes to target."""
+    check_pixels("images", images)
+    check_steps(eps=eps, step_size=None, num_steps=1)
+    if images.dtype != torch.float32:
+        raise ValueError(f"images must be float32, got {images.dtype}: AutoAttack knows no other precision")
+    with torch.no_grad():
+        shape = logits_fn(images[:1]).shape
+    if len(shape) != 2 or labels.shape != images.shape[:1]:
+        raise ValueError(
+            f"logits must have shape (B, C) and labels (B,), got {tuple(shape)} for one image, and "
+            f"{tuple(labels.shape)}: AutoAttack is for classifiers"
+        )
+    if num_target_classes is not None and shape[1] < 4:
+        raise ValueError(f"the targeted DLR loss needs at least 4 classes, got {shape[1]}: use the cross-entropy")
+    # Square writes into the logits, which must not reach a tensor that the caller keeps.
+    return (lambda x: logits_fn(x).float().clone()), min(num_target_classes or 1, shape[1] - 1)
+
+
+def _package(name: str) -> Any:
+    # Not on top: the package is optional.
+    try:
+        __import__(name)
+    except ImportError as exc:
+        raise ImportError("AutoAttack needs pyautoattack: pip install 'robustness-tokens[eval]'") from exc
+    return sys.modules[name]
+
+
+@contextmanager
+def _left_as_found(device: torch.device) -> Iterator[None]:
+    """The package seeds torch's default generators, and its check for dynamic models takes the trace function away."""
+    trace = sys.gettrace()
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        try:
+            yield
+        finally:
+            sys.settrace(trace)

@@ -1,0 +1,101 @@
+"""Square attack: random search that only asks for scores, never for gradients.
+
+Shapes: B images, C channels, H and W pixels, Q queries.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .pgd import Generators, check_pixels, check_steps, draw_noise, evaluate_objective
+
+
+# (share of the queries spent, by how much the squares have shrunk): table of the authors' code for 10,000 queries.
+_SCHEDULE = (
+    (0.001, 2),
+    (0.005, 4),
+    (0.02, 8),
+    (0.05, 16),
+    (0.1, 32),
+    (0.2, 64),
+    (0.4, 128),
+    (0.6, 256),
+    (0.8, 512),
+)
+
+
+@torch.no_grad()
+def square_attack(
+    objective: Callable[[Tensor], Tensor],
+    images: Tensor,
+    *,
+    eps: float = 4 / 255,
+    num_queries: int = 1000,
+    initial_area: float = 0.8,
+    generator: Generators = None,
+) -> Tensor:
+    """Square attack in the L-infinity ball, for any score and not for classifiers alone.
+
+    Starts from vertical stripes of `eps` and sets one square at a time to a random corner of the ball, where that
+    raises the objective. The squares, their places and their signs belong to the image, not to the batch.
+
+    Args:
+        objective: Maps (B, C, H, W) images in [0, 1] to (B,) numbers, MAXIMISED; no gradient is asked for.
+        images: (B, C, H, W) float32 or float64 in [0, 1].
+        eps: Radius in pixel units.
+        num_queries: Q, calls of the objective, at least 1.
+        initial_area: Share of the image that the first squares cover, in (0, 1].
+        generator: Source of the noise, on any device; a sequence holds one generator per image.
+
+    Returns:
+        (B, C, H, W) images in [0, 1], within `eps` of the originals.
+
+    Raises:
+        ValueError: If an argument is out of range or the objective doesn't return one number per image.
+
+    Source: Andriushchenko et al., "Square Attack", ECCV 2020, arXiv 1912.00049, with the schedule of the authors' code
+    stretched to `num_queries`.
+    """
+    check_pixels("images", images)
+    check_steps(eps=eps, step_size=None, num_steps=num_queries)
+    if images.dim() != 4:
+        raise ValueError(f"images must have shape (B, C, H, W), got {tuple(images.shape)}")
+    if not 0 < initial_area <= 1:
+        raise ValueError(f"initial_area must be in (0, 1], the share of the image in a square, got {initial_area}")
+    count, channels, height, width = images.shape
+    numbers = channels * width + (num_queries - 1) * (2 + channels)
+    noise = draw_noise(images.new_empty(count, numbers), torch.rand, generator)
+    stripes, noise = noise[:, : channels * width], noise[:, channels * width :]
+    best = _move(images, _signs(stripes).view(count, channels, 1, width), eps)
+    best_values = evaluate_objective(objective, best)
+    rows, columns = (torch.arange(size, device=images.device) for size in (height, width))
+    for query, draws in enumerate(noise.split(2 + channels, dim=1), start=1):  # draws: (B, 2 + C)
+        side = _side(query / num_queries, initial_area, height, width)
+        top, left = ((draws[:, i] * (size - side + 1)).long() for i, size in enumerate((height, width)))  # (B,) each
+        in_rows = (rows >= top[:, None]) & (rows < top[:, None] + side)  # (B, H)
+        in_columns = (columns >= left[:, None]) & (columns < left[:, None] + side)  # (B, W)
+        square = (in_rows[:, :, None] & in_columns[:, None])[:, None]  # (B, 1, H, W)
+        candidate = torch.where(square, _move(images, _signs(draws[:, 2:])[:, :, None, None], eps), best)
+        values = evaluate_objective(objective, candidate)
+        better = values > best_values
+        best = torch.where(better[:, None, None, None], candidate, best)
+        best_values = torch.where(better, values, best_values)
+    return best
+
+
+def _side(spent: float, initial_area: float, height: int, width: int) -> int:
+    """Side in pixels of the squares once this share of the queries is spent."""
+    shrunk = max((factor for share, factor in _SCHEDULE if spent > share), default=1)
+    return min(max(round(math.sqrt(initial_area / shrunk * height * width)), 1), height, width)
+
+
+def _signs(uniform: Tensor) -> Tensor:
+    return torch.where(uniform < 0.5, -1.0, 1.0).to(uniform.dtype)
+
+
+def _move(images: Tensor, signs: Tensor, eps: float) -> Tensor:
+    return (images + eps * signs).clamp(0, 1)

@@ -1,0 +1,373 @@
+"""The named attacks, each a few calls of [`~robustness_tokens.attacks`] on whatever model the attacker holds.
+
+Shapes: B images.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from ..attacks import (
+    apgd_attack,
+    auto_attack,
+    cross_entropy_objective,
+    feature_cosine_objective,
+    feature_mse_objective,
+    margin_objective,
+    noise_attack,
+    paper_attack,
+    pgd_attack,
+    pixel_cross_entropy_objective,
+    square_attack,
+)
+from ..losses import example_generators
+from .threat_models import AttackerView, Task
+
+
+Objective: TypeAlias = Callable[[Tensor], Tensor]
+
+PAPER_EPS_NORMALIZED = 8 / 255
+PAPER_STEP_SIZE_NORMALIZED = 0.01
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attack:
+    """An attack and its hyper-parameters; a parameter that the attack has no use for stays `None`.
+
+    Attributes:
+        name: A key of `ATTACKS`.
+        target: Of a feature attack: push away from the clean features of the base alone, or of the attacked model
+            with the tokens that the attacker has in it.
+        num_steps: Gradient steps of a restart.
+        num_restarts: Restarts.
+        step_size: In pixel units; `None` is `2.5 * eps / num_steps`.
+        num_queries: Of Square.
+        num_draws: Of noise.
+        num_target_classes: Of the targeted attack.
+
+    Raises:
+        ValueError: If the name is unknown, or a parameter doesn't belong to the attack or is missing.
+    """
+
+    name: str
+    target: Literal["base", "defended"] | None = None
+    num_steps: int | None = None
+    num_restarts: int | None = None
+    step_size: float | None = None
+    num_queries: int | None = None
+    num_draws: int | None = None
+    num_target_classes: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.name not in ATTACKS:
+            raise ValueError(f"attack {self.name!r} is unknown, expected one of {', '.join(sorted(ATTACKS))}")
+        known, given = set(ATTACKS[self.name].parameters), set(self.parameters())
+        if wrong := sorted((given - known) | (known - given - {"step_size"})):
+            raise ValueError(f"attack {self.name!r} takes {sorted(known)}, got {sorted(given)}: mend {wrong}")
+
+    def parameters(self) -> dict[str, Any]:
+        """The hyper-parameters that this attack has, by name; JSON values."""
+        values = {key: value for key, value in dataclasses.asdict(self).items() if key != "name"}
+        return {key: value for key, value in values.items() if value is not None}
+
+    def reported_parameters(self, eps: float) -> dict[str, Any]:
+        """What a reader needs to run it again: also what follows from eps, in pixel units, or never changes."""
+        values = self.parameters()
+        if self.name.startswith("paper"):
+            values |= {"eps_normalized": PAPER_EPS_NORMALIZED, "step_size_normalized": PAPER_STEP_SIZE_NORMALIZED}
+        elif self.name == "single_step":
+            values |= {"step_size": eps}
+        elif "step_size" in ATTACKS[self.name].parameters:
+            assert self.num_steps is not None
+            values = {"step_size": 2.5 * eps / self.num_steps, **values}  # as pgd_attack does
+        return values
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttackBatch:
+    """A batch of images and what is known about them.
+
+    Attributes:
+        images: (B, 3, H, W) float in [0, 1].
+        labels: (B,) classes, or (B, H, W), or `None` where only features are evaluated.
+        index: (B,) int64, of the images in the dataset: an image's noise depends on it.
+        ignore_index: Label of pixels that don't count.
+        base_features: The base's clean features, float32, where they are kept.
+    """
+
+    images: Tensor
+    labels: Tensor | None
+    index: Tensor
+    ignore_index: int = 255
+    base_features: Tensor | None = None
+
+    def first(self, count: int) -> AttackBatch:
+        """The first images of the batch."""
+        if count >= len(self.images):
+            return self
+        parts: dict[str, Any] = {
+            field.name: value[:count]
+            for field in dataclasses.fields(self)
+            if isinstance(value := getattr(self, field.name), Tensor)
+        }
+        return dataclasses.replace(self, **parts)
+
+
+def run_attack(attack: Attack, view: AttackerView, batch: AttackBatch, *, eps: float, seed: int) -> Tensor:
+    """Attacks a batch through the model that the attacker holds.
+
+    Args:
+        attack: Which, and how hard.
+        view: What the attacker holds.
+        batch: To attack.
+        eps: Radius in pixel units; the paper's attack has its own.
+        seed: Of the noise, which depends on it, the attack, the view and each image's index.
+
+    Returns:
+        (B, 3, H, W) adversarial images in [0, 1].
+
+    Raises:
+        ValueError: If the attack doesn't fit the view or the task.
+    """
+    definition = ATTACKS[attack.name]
+    if not view.differentiable and not definition.gradient_free:
+        raise ValueError(f"attack {attack.name!r} needs gradients, which an attacker of view {view.name!r} has not")
+    if view.model.task not in definition.tasks:
+        raise ValueError(f"attack {attack.name!r} is for {definition.tasks}, the task is {view.model.task!r}")
+    if eps == 0:
+        return batch.images.clone()  # all that the ball holds
+    return definition.run(_Call(attack=attack, view=view, batch=batch, eps=eps, seed=seed))
+
+
+def paper_attack_eps(image_std: Tensor) -> float:
+    """The budget of the paper's attack in pixel units after its 8-bit step, for images on the 8-bit grid."""
+    return math.ceil(round(255 * PAPER_EPS_NORMALIZED * image_std.max().item(), 6)) / 255
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Call:
+    attack: Attack
+    view: AttackerView
+    batch: AttackBatch
+    eps: float
+    seed: int
+
+    @property
+    def stream(self) -> int:
+        """So that attacks don't start where others did."""
+        return zlib.crc32(f"{self.view.name}/{self.attack.name}/{self.attack.target}".encode())
+
+    @property
+    def images(self) -> Tensor:
+        return self.batch.images
+
+    @property
+    def labels(self) -> Tensor:
+        if self.batch.labels is None:
+            raise ValueError(f"attack {self.attack.name!r} needs labels, which the dataset doesn't have")
+        return self.batch.labels
+
+    @property
+    def generators(self) -> list[torch.Generator]:
+        return example_generators(self.seed, self.stream, self.batch.index)
+
+    @property
+    def batch_seed(self) -> int:
+        """For what draws its noise for a whole batch."""
+        return self.generators[0].initial_seed() % 2**31
+
+    def mean(self, objective_of: Callable[[Tensor | None], Objective]) -> Objective:
+        """The objective through each set of tokens that the attacker has, averaged."""
+        objectives = [objective_of(tokens) for tokens in self.view.tokens]
+        if len(objectives) == 1:
+            return objectives[0]
+        return lambda images: torch.stack([objective(images) for objective in objectives]).mean(dim=0)  # (B,)
+
+    def features_fn(self, tokens: Tensor | None) -> Callable[[Tensor], Tensor]:
+        return lambda images: self.view.model.features(images, tokens)
+
+    @torch.no_grad()
+    def target_features(self, tokens: Tensor | None) -> Tensor:
+        if self.attack.target != "base":
+            return self.view.model.features(self.images, tokens)
+        if self.batch.base_features is not None and not self.view.is_surrogate:
+            return self.batch.base_features
+        return self.view.model.features(self.images, None)
+
+    def feature_objective(self, kind: Literal["cosine", "mse"]) -> Objective:
+        def objective_of(tokens: Tensor | None) -> Objective:
+            target = self.target_features(tokens)
+            if kind == "mse":
+                return feature_mse_objective(self.features_fn(tokens), target)
+            axis = self.view.model.similarity_axis
+            return feature_cosine_objective(self.features_fn(tokens), target, similarity_axis=axis)
+
+        return self.mean(objective_of)
+
+    def label_objective(self, kind: Literal["cross_entropy", "margin"]) -> Objective:
+        model, labels = self.view.model, self.labels
+
+        def objective_of(tokens: Tensor | None) -> Objective:
+            if model.task == "segmentation":
+                size, ignore_index = labels.shape[1:], self.batch.ignore_index
+                return pixel_cross_entropy_objective(
+                    lambda images: model.pixel_logits(images, tokens, size), labels, ignore_index=ignore_index
+                )
+            factory = cross_entropy_objective if kind == "cross_entropy" else margin_objective
+            return factory(lambda images: model.logits(images, tokens), labels)
+
+        return self.mean(objective_of)
+
+    def score(self) -> Objective:
+        """What an attacker who only sees answers goes by: of the task's own output."""
+        if self.view.model.task == "features":
+            return self.feature_objective("cosine")
+        return self.label_objective("margin")
+
+    def logits(self, images: Tensor) -> Tensor:
+        """(B, C), averaged over the sets of tokens that the attacker has."""
+        return torch.stack([self.view.model.logits(images, tokens) for tokens in self.view.tokens]).mean(dim=0)
+
+    def pgd(self, objective: Objective) -> Tensor:
+        attack = self.attack
+        assert attack.num_steps is not None
+        assert attack.num_restarts is not None
+        return pgd_attack(
+            objective,
+            self.images,
+            eps=self.eps,
+            step_size=attack.step_size,
+            num_steps=attack.num_steps,
+            num_restarts=attack.num_restarts,
+            generator=self.generators,
+        )
+
+
+def _single_step(call: _Call) -> Tensor:
+    features = call.view.model.task == "features"
+    objective = call.feature_objective("cosine") if features else call.label_objective("cross_entropy")
+    # From a random start, since a feature objective has no gradient at the clean image.
+    return pgd_attack(objective, call.images, eps=call.eps, step_size=call.eps, num_steps=1, generator=call.generators)
+
+
+def _square(call: _Call) -> Tensor:
+    assert call.attack.num_queries is not None
+    return square_attack(
+        call.score(), call.images, eps=call.eps, num_queries=call.attack.num_queries, generator=call.generators
+    )
+
+
+def _noise(kind: Literal["uniform", "corners"]) -> Callable[[_Call], Tensor]:
+    def run(call: _Call) -> Tensor:
+        assert call.attack.num_draws is not None
+        return noise_attack(
+            call.score(),
+            call.images,
+            kind=kind,
+            eps=call.eps,
+            num_draws=call.attack.num_draws,
+            generator=call.generators,
+        )
+
+    return run
+
+
+def _apgd(loss: Literal["cross_entropy", "targeted_dlr"]) -> Callable[[_Call], Tensor]:
+    def run(call: _Call) -> Tensor:
+        attack = call.attack
+        assert attack.num_steps is not None
+        return apgd_attack(
+            call.logits,
+            call.images,
+            call.labels,
+            loss=loss,
+            eps=call.eps,
+            num_steps=attack.num_steps,
+            num_restarts=attack.num_restarts or 1,
+            num_target_classes=attack.num_target_classes or 1,
+            seed=call.batch_seed,
+        )
+
+    return run
+
+
+def _paper(with_labels: bool) -> Callable[[_Call], Tensor]:
+    def run(call: _Call) -> Tensor:
+        model, (tokens, *others) = call.view.model, call.view.tokens
+        if others:
+            raise ValueError("the paper's attack knows one model, the attacker has several: attack through each alone")
+        normalizer = model.normalizer
+
+        def model_fn(pixel_values: Tensor) -> Tensor:
+            images = normalizer.inverse(pixel_values)
+            return model.logits(images, tokens) if with_labels else model.features(images, tokens)
+
+        pixel_values = paper_attack(
+            model_fn,
+            normalizer(call.images),
+            image_mean=normalizer.image_mean.flatten().tolist(),
+            image_std=normalizer.image_std.flatten().tolist(),
+            labels=call.labels if with_labels else None,
+            eps=PAPER_EPS_NORMALIZED,
+            step_size=PAPER_STEP_SIZE_NORMALIZED,
+            num_steps=call.attack.num_steps or 30,
+            generator=call.generators,
+        )
+        # It ends on the 8-bit grid, which normalising and back leaves by a few roundings.
+        return (normalizer.inverse(pixel_values) * 255).round().clamp(0, 255) / 255
+
+    return run
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Definition:
+    run: Callable[[_Call], Tensor]
+    parameters: tuple[str, ...]
+    tasks: tuple[Task, ...] = ("features", "classification", "segmentation")
+    gradient_free: bool = False
+    needs_features: bool = False
+
+
+_PGD = ("num_steps", "num_restarts", "step_size")
+_WITH_LABELS: tuple[Task, ...] = ("classification", "segmentation")
+_CLASSES: tuple[Task, ...] = ("classification",)
+
+ATTACKS: Mapping[str, _Definition] = {
+    "feature_cosine": _Definition(
+        run=lambda call: call.pgd(call.feature_objective("cosine")), parameters=("target", *_PGD), needs_features=True
+    ),
+    "feature_mse": _Definition(
+        run=lambda call: call.pgd(call.feature_objective("mse")), parameters=("target", *_PGD), needs_features=True
+    ),
+    "cross_entropy": _Definition(
+        run=lambda call: call.pgd(call.label_objective("cross_entropy")), parameters=_PGD, tasks=_WITH_LABELS
+    ),
+    "margin": _Definition(run=lambda call: call.pgd(call.label_objective("margin")), parameters=_PGD, tasks=_CLASSES),
+    "single_step": _Definition(run=_single_step, parameters=()),
+    "apgd_cross_entropy": _Definition(
+        run=_apgd("cross_entropy"), parameters=("num_steps", "num_restarts"), tasks=_CLASSES
+    ),
+    "apgd_targeted_dlr": _Definition(
+        run=_apgd("targeted_dlr"), parameters=("num_steps", "num_restarts", "num_target_classes"), tasks=_CLASSES
+    ),
+    "auto_attack": _Definition(
+        run=lambda call: auto_attack(call.logits, call.images, call.labels, eps=call.eps, seed=call.batch_seed),
+        parameters=(),
+        tasks=_CLASSES,
+    ),
+    "square": _Definition(run=_square, parameters=("num_queries",), gradient_free=True),
+    "uniform_noise": _Definition(run=_noise("uniform"), parameters=("num_draws",), gradient_free=True),
+    "corner_noise": _Definition(run=_noise("corners"), parameters=("num_draws",), gradient_free=True),
+    "paper": _Definition(run=_paper(with_labels=False), parameters=("num_steps",), needs_features=True),
+    "paper_cross_entropy": _Definition(
+        run=_paper(with_labels=True), parameters=("num_steps",), tasks=("classification",)
+    ),
+}

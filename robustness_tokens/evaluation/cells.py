@@ -1,0 +1,209 @@
+"""One measurement each: an attack through a model that the attacker holds, at an eps; run, stored and found again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..files import replacing
+from .attack_suite import Attack, AttackBatch, run_attack
+from .outcomes import measure_outcome
+from .threat_models import AttackerView, EvaluatedModel
+
+
+Series = Literal["suite", "sweep", "steps", "restarts", "single_step", "unbounded"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """A measurement to make.
+
+    Attributes:
+        series: What it belongs to: the suite of attacks, the sweep over eps, or a series that a check looks at.
+        view: What the attacker holds.
+        attack: Which.
+        eps: Budget in pixel units.
+        num_images: The first so many of the evaluation's images.
+    """
+
+    series: Series
+    view: AttackerView
+    attack: Attack
+    eps: float
+    num_images: int
+
+    @property
+    def name(self) -> str:
+        target = f"-{self.attack.target}" if self.attack.target else ""
+        return f"{self.series}-{self.view.name}-{self.attack.name}{target}-eps{255 * self.eps:g}"
+
+    @property
+    def cost(self) -> int:
+        """Forward and backward passes of an image, roughly; a forward alone is a third."""
+        attack = self.attack
+        if self.eps == 0:
+            return self.num_images
+        passes = (attack.num_steps or 1) * (attack.num_restarts or 1) * (attack.num_target_classes or 1)
+        if attack.name == "auto_attack":
+            passes = 1000  # far more for an image that holds, far fewer for one that falls at once
+        passes = max(passes, (attack.num_queries or 0) // 3, (attack.num_draws or 0) // 3)
+        return self.num_images * (passes * len(self.view.tokens) + 1)
+
+    def settings(self) -> dict[str, Any]:
+        """What the outcome depends on, beside what all cells of an evaluation have in common; JSON values."""
+        return {
+            "series": self.series,
+            "view": self.view.name,
+            "tokens": [None if tokens is None else digest([tokens]) for tokens in self.view.tokens],
+            "attack": self.attack.name,
+            "parameters": self.attack.parameters(),
+            "eps": self.eps,
+            "num_images": self.num_images,
+        }
+
+
+def digest(tensors: Sequence[Tensor]) -> str:
+    """sha256 over shapes, dtypes and bytes."""
+    sha = hashlib.sha256()
+    for tensor in tensors:
+        tensor = tensor.detach().cpu().contiguous()
+        sha.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+        sha.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return sha.hexdigest()
+
+
+class CellStore:
+    """Finished cells in a folder, each whole or not there.
+
+    Args:
+        folder: Made if needed; `None` stores nothing.
+        settings: What all cells of the evaluation have in common; a cell that was measured with others is not found.
+    """
+
+    def __init__(self, folder: Path | None, settings: Mapping[str, Any]) -> None:
+        self.folder, self.settings = folder, dict(settings)
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def load(self, cell: Cell) -> dict[str, Tensor] | None:
+        """The outcome of a cell that was measured before with the same settings, or `None`.
+
+        Raises:
+            ValueError: If the file is damaged.
+        """
+        path, key = self._path(cell), self._key(cell)
+        if path is None or not path.is_file():
+            return None
+        with safe_open(path, framework="pt") as file:
+            if (file.metadata() or {}).get("key") != key:
+                raise ValueError(f"{path} was measured with other settings than its name says: delete it")
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
+
+    def save(self, cell: Cell, outcome: Mapping[str, Tensor]) -> None:
+        """Stores an outcome, from the main process."""
+        path = self._path(cell)
+        if path is not None:
+            with replacing(path) as partial:
+                save_file({k: v.contiguous() for k, v in outcome.items()}, partial, metadata={"key": self._key(cell)})
+
+    def _key(self, cell: Cell) -> str:
+        return json.dumps({**self.settings, **cell.settings()}, sort_keys=True)
+
+    def _path(self, cell: Cell) -> Path | None:
+        if self.folder is None:
+            return None
+        sha = hashlib.sha256(self._key(cell).encode()).hexdigest()[:16]
+        return self.folder / f"{cell.name}-{sha}.safetensors"
+
+
+def run_cells(
+    cells: Sequence[Cell],
+    model: EvaluatedModel,
+    batches: Mapping[int, AttackBatch],
+    tokens: Mapping[str, Tensor | None],
+    *,
+    batch_size: int,
+    seed: int,
+    store: CellStore,
+    disable_tqdm: bool = False,
+) -> list[dict[str, Tensor]]:
+    """Runs the cells that are not stored; all processes call it, each with its own batches.
+
+    A batch is the same images whatever the number of processes, so the outcome doesn't depend on it.
+
+    Args:
+        cells: To run.
+        model: The defended model.
+        batches: Of this process, by their number: batch b holds the images from b * batch_size on.
+        tokens: By name, the tokens to measure with.
+        batch_size: Images per batch; the last may have fewer.
+        seed: Of the attacks' noise.
+        store: Of finished cells.
+        disable_tqdm: No progress bar.
+
+    Returns:
+        The outcome of each cell, of all processes together, in the order of the images.
+    """
+    state = PartialState()
+    found = [store.load(cell) for cell in cells]
+    # A process may see a file that another doesn't see yet.
+    known = [all(flags) for flags in zip(*gather_object([[one is not None for one in found]]), strict=True)]
+    outcomes: list[dict[str, Tensor]] = []
+    with tqdm(
+        total=sum(cell.cost for cell in cells),
+        initial=sum(cell.cost for cell, is_known in zip(cells, known, strict=True) if is_known),
+        desc="Attacking",
+        unit="pass",
+        unit_scale=True,
+        disable=disable_tqdm or not state.is_local_main_process,
+    ) as progress_bar:
+        for cell, stored, is_known in zip(cells, found, known, strict=True):
+            if is_known:
+                assert stored is not None
+                outcomes.append(stored)
+                continue
+            progress_bar.set_postfix_str(cell.name, refresh=True)
+            mine, counted = [], 0
+            for number, batch in batches.items():
+                count = min(len(batch.images), cell.num_images - number * batch_size)
+                if count <= 0:
+                    continue
+                part = batch.first(count)
+                adversarial = run_attack(cell.attack, cell.view, part, eps=cell.eps, seed=seed)
+                measured = {name: tokens[name] for name in _measured_with(cell, tokens)}
+                mine.append((number, measure_outcome(model, part, adversarial, measured)))
+                # The others do as much meanwhile.
+                share = min(cell.cost * count * state.num_processes // cell.num_images, cell.cost - counted)
+                counted += share
+                progress_bar.update(share)
+            progress_bar.update(cell.cost - counted)
+            outcome = merge(gather_object(mine))
+            if state.is_main_process:
+                store.save(cell, outcome)
+            outcomes.append(outcome)
+    return outcomes
+
+
+def _measured_with(cell: Cell, tokens: Mapping[str, Tensor | None]) -> Sequence[str]:
+    """The tokens whose outcome on the images of a cell means something: grey-box images also attack the base alone."""
+    if cell.view.knowledge != "base":
+        return ["trained"]
+    return list(tokens) if cell.series == "suite" else ["trained", "none"]
+
+
+def merge(parts: Sequence[tuple[int, dict[str, Tensor]]]) -> dict[str, Tensor]:
+    """The outcomes of numbered batches as one, in the order of the images."""
+    ordered = [outcome for _, outcome in sorted(parts, key=lambda part: part[0])]
+    return {name: torch.cat([outcome[name] for outcome in ordered]) for name in ordered[0]}

@@ -1,0 +1,294 @@
+"""The figures of a report: the curves over eps, and what a few images do inside the model.
+
+Shapes: B images, L layers, N the base's own sequence, K robustness tokens, P patches, D width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.util
+import io
+import logging
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..backbones import LayerStack, find_layer_stack
+from ..features import find_patch_size
+from ..plots import plot_attacked_images, plot_eps_curves, plot_image_columns, plot_layer_maxima, plot_training_curves
+from ..report.markdown import plain
+from ..report.schema import Metric
+from ..sweep import CSV_FILE, FIGURE_FILE
+from ..training_log import LOG_FILE, read_log
+from .attack_suite import AttackBatch, run_attack
+from .cells import Cell
+from .measurements import Measurements
+from .plan import main_attack
+from .threat_models import EvaluatedModel, Knowledge
+
+
+logger = logging.getLogger(__name__)
+
+# Whose images are drawn: the first that was evaluated.
+_DRAWN: tuple[Knowledge, ...] = ("base", "own_tokens", "full", "none")
+_ATTACKERS = {
+    "base": "Grey box: the attacker knows the backbone, not the tokens",
+    "own_tokens": "The attacker trained own tokens",
+    "full": "White box: the attacker knows the tokens",
+    "none": "The attacker knows nothing",
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerObservation:
+    """What the layers of a model computed for some images; the robustness tokens' own rows are left out.
+
+    Attributes:
+        maxima: (L,) largest absolute activation after each layer, over the base's own N rows, mean over the images.
+        patches: (B, P, D) float32 patches after the last layer, each normalised to mean 0 and variance 1.
+        grid: Rows and columns of the patches.
+    """
+
+    maxima: Tensor
+    patches: Tensor
+    grid: tuple[int, int]
+
+
+def make_figures(
+    measurements: Measurements,
+    series: Mapping[str, Sequence[float]],
+    *,
+    num_images: int = 8,
+    num_feature_maps: int = 4,
+) -> dict[str, bytes]:
+    """Draws what a report shows. Attacks a few images anew, exactly as they were attacked before.
+
+    No collective: the process that saves the report, which holds the first batch, calls it; the model is in eval mode.
+
+    Args:
+        measurements: Of the evaluation.
+        series: Of the report.
+        num_images: How many attacked images are drawn.
+        num_feature_maps: Of how many of them the feature maps.
+
+    Returns:
+        PNG files by name; none if matplotlib is missing.
+    """
+    if not _has_matplotlib():
+        return {}
+    figures = {}
+    for metric in get_args(Metric):
+        if any(name.startswith("sweep/") and name.endswith(f"/{metric}/eps") for name in series):
+            figures[f"{metric}_by_eps.png"] = _png(functools.partial(plot_eps_curves, series, metric=metric))
+    cells = [cell for knowledge in _DRAWN if (cell := _find_cell(measurements, knowledge)) is not None]
+    if cells and measurements.batches:
+        batch = measurements.batches[min(measurements.batches)].first(num_images)
+        figures |= _image_figures(measurements, batch, cells, num_feature_maps)
+    return figures
+
+
+def training_figures(adapter: str | os.PathLike[str]) -> dict[str, bytes]:
+    """Draws how tokens were trained, from what the training left in their folder.
+
+    Args:
+        adapter: Folder of the adapter; one on the Hub holds no logs.
+
+    Returns:
+        PNG files by name: the training curves, and the figure of the sweep that the adapter belongs to, where these
+        are.
+    """
+    folder = Path(adapter)
+    figures = {}
+    rows = read_log(folder / LOG_FILE, last_step=sys.maxsize)
+    if rows and _has_matplotlib():
+        figures["training_curves.png"] = _png(functools.partial(plot_training_curves, rows))
+    sweep = folder.parent / FIGURE_FILE
+    if folder.is_dir() and (folder.parent / CSV_FILE).is_file() and sweep.is_file():
+        figures["sweep.png"] = sweep.read_bytes()
+    return figures
+
+
+def _image_figures(
+    measurements: Measurements, batch: AttackBatch, cells: Sequence[Cell], num_feature_maps: int
+) -> dict[str, bytes]:
+    model, cell = measurements.model, cells[0]
+    attacked = run_attack(cell.attack, cell.view, batch, eps=cell.eps, seed=measurements.seed)
+    heading = f"{_ATTACKERS[cell.view.knowledge]}\n{cell.attack.name}, L-inf, eps {255 * cell.eps:.3g}/255"
+    states = {
+        "clean images, without tokens": observe_layers(model, batch.images, None),
+        "clean images, with tokens": observe_layers(model, batch.images, model.tokens),
+        "attacked images, without tokens": observe_layers(model, attacked, None),
+        "attacked images, with tokens": observe_layers(model, attacked, model.tokens),
+    }
+    figures = {
+        "layer_maxima.png": _png(
+            lambda file: plot_layer_maxima(
+                {name: state.maxima.tolist() for name, state in states.items()}, file, heading=heading
+            )
+        )
+    }
+    if cell.eps > 0:
+        titles = _titles(model, batch.images, attacked) if model.task == "classification" else None
+        figures["attacked_images.png"] = _png(
+            lambda file: plot_attacked_images(
+                batch.images, attacked, file, eps=cell.eps, titles=titles, heading=heading
+            )
+        )
+    names = [
+        "clean image",
+        "clean,\nwithout tokens",
+        "clean,\nwith tokens",
+        "attacked image",
+        "attacked,\nwithout tokens",
+        "attacked,\nwith tokens",
+    ]
+    observed = list(states.values())
+    white_box = next((one for one in cells[1:] if one.view.knowledge == "full"), None)
+    if white_box is not None:
+        worse = run_attack(white_box.attack, white_box.view, batch, eps=white_box.eps, seed=measurements.seed)
+        observed.append(observe_layers(model, worse, model.tokens))
+        names.append("white box,\nwith tokens")
+    first, *rest = feature_colors(observed[0], observed)
+    pictures = [batch.images, first, rest[0], attacked, *rest[1:]]
+    columns = [(name, shown[:num_feature_maps]) for name, shown in zip(names, pictures, strict=True)]
+    figures["feature_maps.png"] = _png(lambda file: plot_image_columns(columns, file, heading=heading))
+    return figures
+
+
+@torch.no_grad()
+def observe_layers(model: EvaluatedModel, images: Tensor, tokens: Tensor | None) -> LayerObservation:
+    """Looks at the layers while the model sees images.
+
+    Args:
+        model: The defended model.
+        images: (B, 3, H, W) float in [0, 1].
+        tokens: (K, D) to put into it; `None` is the base alone.
+
+    Returns:
+        What was seen.
+
+    Raises:
+        ValueError: If the model's sequence is shorter than its patches.
+    """
+    stack = find_layer_stack(model.model)
+    num_tokens = 0 if tokens is None else len(tokens)
+    maxima: list[Tensor] = []
+    last = torch.empty(0)
+
+    def record(module: nn.Module, args: Any, output: Any) -> None:
+        nonlocal last
+        hidden = output[0] if isinstance(output, tuple) else output
+        last = hidden[:, num_tokens:].float()  # (B, K + N, D) -> (B, N, D)
+        maxima.append(last.abs().amax(dim=(1, 2)).mean())
+
+    # Prepended, so that all layers alike still hold the tokens: behind the last one a hook takes them out.
+    handles = [layer.register_forward_hook(record, prepend=True) for layer in stack.layers]
+    try:
+        if model.feature_view is not None:
+            model.features(images, tokens, exact=True)
+        else:
+            model.logits(images, tokens, exact=True)
+    finally:
+        for handle in handles:
+            handle.remove()
+    height, width = _patch_size(stack)
+    rows, columns = images.shape[2] // height, images.shape[3] // width
+    if last.shape[1] < rows * columns:
+        raise ValueError(
+            f"images of {tuple(images.shape[2:])} pixels are {rows} x {columns} patches, but the layers of "
+            f"{type(model.model).__name__} hand on {last.shape[1]} rows: it doesn't keep a row per patch"
+        )
+    patches = last[:, last.shape[1] - rows * columns :]  # (B, N, D) -> (B, P, D): the patches come last
+    return LayerObservation(
+        maxima=torch.stack(maxima).cpu(),
+        patches=F.layer_norm(patches, patches.shape[-1:]).cpu(),
+        grid=(rows, columns),
+    )
+
+
+def feature_colors(reference: LayerObservation, observations: Sequence[LayerObservation]) -> list[Tensor]:
+    """Feature maps as colours: red, green and blue are the first three principal components of one observation.
+
+    All share its components and its range, so that the same colour means the same feature.
+
+    Args:
+        reference: Whose components are taken, such as clean images without tokens.
+        observations: To colour, of the same D.
+
+    Returns:
+        For each (B, 3, rows, columns) float in [0, 1].
+    """
+    flat = reference.patches.flatten(0, 1).double()  # (B * P, D)
+    mean = flat.mean(dim=0)
+    centred = flat - mean
+    _, vectors = torch.linalg.eigh(centred.T @ centred)  # ascending
+    components = vectors[:, -3:].flip(1)  # (D, 3)
+    components = components * components.gather(0, components.abs().argmax(dim=0, keepdim=True)).sign()
+    projected = centred @ components
+    low, high = (projected.quantile(share, dim=0) for share in (0.01, 0.99))
+
+    def color(observed: LayerObservation) -> Tensor:
+        values = (observed.patches.double() - mean) @ components  # (B, P, 3)
+        shades = ((values - low) / (high - low).clamp_min(1e-9)).clamp(0, 1)
+        return shades.float().permute(0, 2, 1).unflatten(2, observed.grid)  # (B, 3, rows, columns)
+
+    return [color(observed) for observed in observations]
+
+
+def _find_cell(measurements: Measurements, knowledge: Knowledge) -> Cell | None:
+    """Of an attacker's attacks at the main eps the one that stands for all, or any."""
+    name, _, target = main_attack(measurements.model).partition(":")
+    suite: dict[str, Any] = {"series": "suite", "knowledge": knowledge}
+    at_eps = {**suite, "eps": measurements.eps[0]}
+    for wanted in ({**at_eps, "attack": name, "target": target or None}, at_eps, suite):
+        if found := measurements.select(**wanted):
+            return found[0][0]
+    return None
+
+
+@torch.no_grad()
+def _titles(model: EvaluatedModel, images: Tensor, attacked: Tensor) -> list[tuple[str, str]]:
+    """What the model without and with tokens sees."""
+    names: Mapping[int, str] = getattr(getattr(model.model, "config", None), "id2label", None) or {}
+
+    def seen(pictures: Tensor, tokens: Tensor | None) -> list[str]:
+        classes = model.logits(pictures, tokens, exact=True).argmax(dim=1).tolist()
+        return [plain(names.get(index, f"class {index}"))[:16] for index in classes]
+
+    return [
+        (f"seen as\n{clean}", f"seen as\n{fooled};\nwith tokens\n{defended}")
+        for clean, fooled, defended in zip(
+            seen(images, None), seen(attacked, None), seen(attacked, model.tokens), strict=True
+        )
+    ]
+
+
+def _patch_size(stack: LayerStack) -> tuple[int, int]:
+    if stack.is_timm:
+        patch_embed: Any = stack.owner.patch_embed
+        height, width = patch_embed.patch_size
+        return height, width
+    size = find_patch_size(stack.owner)
+    if size is None:
+        raise ValueError(f"{type(stack.owner).__name__} names no patch size, so its patches can't be put on a map")
+    return size
+
+
+def _has_matplotlib() -> bool:
+    found = importlib.util.find_spec("matplotlib") is not None
+    if not found:
+        logger.warning("The report has no figures: pip install 'robustness-tokens[plots]'")
+    return found
+
+
+def _png(draw: Callable[[IO[bytes]], None]) -> bytes:
+    file = io.BytesIO()
+    draw(file)
+    return file.getvalue()

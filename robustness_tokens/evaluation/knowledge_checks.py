@@ -1,0 +1,190 @@
+"""The checks that compare what each attacker reaches, and with what."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from .check_parts import (
+    Finding,
+    NotRunError,
+    attack_in_words,
+    check,
+    eps_in_words,
+    exceeds,
+    in_words,
+    main_metric,
+    score,
+    suite,
+    verdict,
+    worst,
+)
+from .measurements import Measurements
+
+
+@check(
+    1,
+    "clean cost",
+    "Only reported: clean images with and without the tokens, under the same head; and how close the features stay to "
+    "those without tokens, as a cosine. What is lost here is the price of the defence.",
+)
+def clean_cost(measurements: Measurements) -> Finding:
+    clean, metric = measurements.clean, main_metric(measurements)
+    parts = []
+    if metric != "cosine":
+        without, with_tokens = score(clean, metric, "none"), score(clean, metric)
+        parts.append(f"{metric} {in_words(without, metric)} without, {in_words(with_tokens, metric)} with tokens")
+    if "trained.cosine" in clean:
+        parts.append(f"cosine {in_words(score(clean, 'cosine'), 'cosine')}")
+    return None, "; ".join(parts)
+
+
+@check(
+    2,
+    "grey box",
+    "Only reported: attacks made on the base alone, measured on the model with its tokens, as in the paper. They say "
+    "nothing of an attacker who knows that there are tokens.",
+)
+def grey_box(measurements: Measurements) -> Finding:
+    metric = main_metric(measurements)
+    values = (
+        f"{attack_in_words(cell)} at {eps_in_words(cell.eps)} {in_words(score(outcome, metric), metric)}"
+        for cell, outcome in suite(measurements, knowledge="base")
+    )
+    return None, f"{metric}: {'; '.join(values)}"
+
+
+@check(
+    3,
+    "own tokens",
+    "Only reported: attacks through tokens that the attacker trained by the same recipe, each set of them and their "
+    "ensemble. The worst case takes, for each image, the attack that did the most.",
+)
+def own_tokens(measurements: Measurements) -> Finding:
+    metric = main_metric(measurements)
+    chosen = suite(measurements, knowledge="own_tokens")
+    found = []
+    for eps in measurements.eps:
+        at_eps = [(cell, outcome) for cell, outcome in chosen if cell.eps == eps]
+        if not at_eps:
+            continue
+        views = dict.fromkeys(cell.view.name for cell, _ in at_eps)
+        by_view = (
+            f"{view} {in_words(worst([pair for pair in at_eps if pair[0].view.name == view], metric), metric)}"
+            for view in views
+        )
+        found.append(
+            f"at {eps_in_words(eps)} worst case {in_words(worst(at_eps, metric), metric)}: {', '.join(by_view)}"
+        )
+    return None, f"{metric} {'; '.join(found)}"
+
+
+@check(
+    4,
+    "white box",
+    "White-box attacks alone, the worst for each image, must leave at most what the grey box and the attacker with "
+    "own tokens leave, within half a point. If they leave more, gradients through the tokens mislead the attack, and "
+    "every white-box number is too good.",
+)
+def white_box(measurements: Measurements) -> Finding:
+    metric = main_metric(measurements)
+    parts: list[bool | None] = []
+    words = []
+    for eps in measurements.eps:
+        full = worst(suite(measurements, eps, knowledge="full"), metric)
+        values = [f"at {eps_in_words(eps)} white box {in_words(full, metric)}"]
+        for level, name in (("base", "grey box"), ("own_tokens", "own tokens")):
+            try:
+                other = worst(suite(measurements, eps, knowledge=level), metric)
+            except NotRunError:
+                parts.append(None)
+                values.append(f"{name} not run")
+            else:
+                parts.append(not exceeds(full, other))
+                values.append(f"{name} {in_words(other, metric)}")
+        words.append(", ".join(values))
+    return verdict(*parts), f"{metric} {'; '.join(words)}"
+
+
+@check(
+    5,
+    "adaptive feature attacks",
+    "Only reported: white-box attacks that push the features away from those of clean images, seen by the base and by "
+    "the defended model; the worst for each image.",
+)
+def feature_adaptive(measurements: Measurements) -> Finding:
+    metrics = list(dict.fromkeys(["cosine", main_metric(measurements)]))
+    words = []
+    for eps in measurements.eps:
+        chosen = [
+            pair
+            for target in ("base", "defended")
+            for pair in measurements.select(series="suite", knowledge="full", target=target, eps=eps)
+        ]
+        if not chosen:
+            raise NotRunError("no white-box feature attack")
+        targets = " and ".join(dict.fromkeys(f"{cell.attack.target}" for cell, _ in chosen))
+        values = (f"{metric} {in_words(worst(chosen, metric), metric)}" for metric in metrics)
+        words.append(f"at {eps_in_words(eps)} {', '.join(values)} (away from: {targets})")
+    return None, "; ".join(words)
+
+
+_WEAKER = (
+    "The attacker who knows less must leave at least what the white box leaves, within half a point. If this attack "
+    "does more, the white-box attacks are not as strong as they could be: suspect masked gradients."
+)
+
+
+@check(6, "queries", f"Square, without gradients. {_WEAKER}")
+def queries(measurements: Measurements) -> Finding:
+    return _is_weaker(measurements, ("attack", "square"))
+
+
+@check(7, "transfer", f"Attacks made on another backbone. {_WEAKER}")
+def transfer(measurements: Measurements) -> Finding:
+    return _is_weaker(measurements, ("view", "transfer"))
+
+
+@check(8, "noise", f"Uniform draws in the ball, and draws of its corners. {_WEAKER}")
+def noise(measurements: Measurements) -> Finding:
+    return _is_weaker(measurements, ("attack", "uniform_noise"), ("attack", "corner_noise"))
+
+
+def _is_weaker(measurements: Measurements, *attackers: tuple[str, str]) -> Finding:
+    metric = main_metric(measurements)
+    parts: list[bool | None] = []
+    words = []
+    for eps in measurements.eps:
+        full = worst(suite(measurements, eps, knowledge="full"), metric)
+        values = [f"at {eps_in_words(eps)} white box {in_words(full, metric)}"]
+        for key, name in attackers:
+            value = worst(suite(measurements, eps, knowledge="none", **{key: name}), metric)
+            parts.append(not exceeds(full, value))
+            values.append(f"{name} {in_words(value, metric)}")
+        words.append(", ".join(values))
+    return verdict(*parts), f"{metric} {'; '.join(words)}"
+
+
+@check(
+    17,
+    "baselines",
+    "Only reported: tokens that were never trained, tokens of zeros, and the mean of the trained tokens in the place "
+    "of each, on clean images and in the grey box. What they give too was not learned.",
+)
+def baselines(measurements: Measurements) -> Finding:
+    metric = main_metric(measurements)
+    names = [name for name in ("none", "untrained", "zero", "mean", "trained") if _has(measurements.clean, name)]
+
+    def row(name: str, values: Iterable[float]) -> str:
+        pairs = zip(names, values, strict=True)
+        return f"{name}: {', '.join(f'{tokens} {in_words(value, metric)}' for tokens, value in pairs)}"
+
+    words = [row("clean", (score(measurements.clean, metric, tokens) for tokens in names))]
+    for eps in measurements.eps:
+        grey = measurements.select(series="suite", knowledge="base", eps=eps)
+        if grey:
+            words.append(row(f"grey box at {eps_in_words(eps)}", (worst(grey, metric, tokens) for tokens in names)))
+    return None, f"{metric} {'; '.join(words)}"
+
+
+def _has(outcome: Iterable[str], tokens: str) -> bool:
+    return any(name.startswith(f"{tokens}.") for name in outcome)

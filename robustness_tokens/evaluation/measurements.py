@@ -1,0 +1,152 @@
+"""What an evaluation measured, image by image: what its results and its checks are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, get_args
+
+from ..report.schema import Knowledge as ReportedKnowledge
+from ..report.schema import Result, TokensInPlace
+from .attack_suite import AttackBatch
+from .cells import Cell
+from .outcomes import Outcome, summarize, worst_outcome
+from .threat_models import EvaluatedModel
+
+
+WORST_CASE = "worst_case"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurements:
+    """Everything that was measured, before anything is averaged.
+
+    Attributes:
+        model: The defended model.
+        batches: Images of this process, by the batch's number.
+        clean: Outcome on the clean images, with every set of tokens.
+        cells: What was run.
+        outcomes: Of each cell, on the first `cell.num_images` of the clean images, in their order.
+        eps: Budgets of the suite in pixel units, the main one first.
+        seed: Of the evaluation.
+    """
+
+    model: EvaluatedModel
+    batches: Mapping[int, AttackBatch]
+    clean: Outcome
+    cells: Sequence[Cell]
+    outcomes: Sequence[Outcome]
+    eps: Sequence[float]
+    seed: int
+
+    def select(self, **wanted: Any) -> list[tuple[Cell, Outcome]]:
+        """The cells that have these values, and their outcomes.
+
+        Args:
+            wanted: Of `series`, `knowledge`, `view`, `attack`, `target`, `eps`, such as `knowledge="full"`.
+        """
+
+        def fits(cell: Cell) -> bool:
+            values = {
+                "series": cell.series,
+                "knowledge": cell.view.knowledge,
+                "view": cell.view.name,
+                "attack": cell.attack.name,
+                "target": cell.attack.target,
+                "eps": cell.eps,
+            }
+            return all(values[key] == value for key, value in wanted.items())
+
+        return [(cell, outcome) for cell, outcome in zip(self.cells, self.outcomes, strict=True) if fits(cell)]
+
+    def results(self) -> list[Result]:
+        """The numbers: clean, the worst cases, then each attack; the worst cases of the sweep over eps last."""
+        results = self._results(self.clean, knowledge=None)
+        for series in ("suite", "sweep"):
+            chosen = self.select(series=series)
+            levels = list(dict.fromkeys(cell.view.knowledge for cell, _ in chosen))
+            # The paper's attack has an eps of its own, where there is nothing to compare it with.
+            for eps in self.eps if series == "suite" else sorted({cell.eps for cell, _ in chosen}):
+                at_eps = [(cell, outcome) for cell, outcome in chosen if cell.eps == eps]
+                if "full" in levels:
+                    results += self._worst("full_worst_case", at_eps)
+                for level in reversed(levels):
+                    results += self._worst(level, [pair for pair in at_eps if pair[0].view.knowledge == level])
+            # Of the sweep the worst cases are enough: it is a curve for each level.
+            for cell, outcome in chosen if series == "suite" else ():
+                parameters = {**cell.attack.reported_parameters(cell.eps), "view": cell.view.name}
+                results += self._results(
+                    {key: value for key, value in outcome.items() if key.partition(".")[0] in ("trained", "none")},
+                    knowledge=cell.view.knowledge,
+                    attack=cell.attack.name,
+                    attack_parameters=parameters,
+                    eps=cell.eps,
+                )
+        return results
+
+    def _worst(self, knowledge: ReportedKnowledge, chosen: Sequence[tuple[Cell, Outcome]]) -> list[Result]:
+        if not chosen:
+            return []
+        cells, outcomes = zip(*chosen, strict=True)
+        tokens = [name for name in _tokens_of(outcomes[0]) if all(name in _tokens_of(outcome) for outcome in outcomes)]
+        worst = {key: value for name in tokens for key, value in worst_outcome(outcomes, name).items()}
+        attacks = sorted({_name(cell) for cell in cells})
+        return self._results(
+            worst,
+            knowledge=knowledge,
+            attack=WORST_CASE,
+            attack_parameters={"attacks": attacks, **_series(cells[0])},
+            eps=cells[0].eps,
+        )
+
+    def _results(self, outcome: Outcome, **rest: Any) -> list[Result]:
+        return [
+            Result(
+                task=task,
+                metric=metric,
+                value=value,
+                confidence_interval=interval,
+                tokens=tokens,
+                num_images=len(next(iter(outcome.values()))),
+                seed=self.seed,
+                **rest,
+            )
+            for tokens in _tokens_of(outcome)
+            for task, metric, value, interval in summarize(outcome, tokens, seed=self.seed)
+        ]
+
+
+def sweep_curves(results: Sequence[Result]) -> dict[str, list[float]]:
+    """The worst cases over eps, for figures.
+
+    Args:
+        results: Of [`Measurements.results`].
+
+    Returns:
+        `sweep/<knowledge>/<metric>/` with `eps` (in pixel units), `value`, `low` and `high` (95%); for the base
+        without tokens `sweep/base, none/<metric>/`, and likewise for other tokens.
+    """
+    curves: dict[str, list[float]] = {}
+    for result in results:
+        is_sweep = result.attack_parameters.get("series") == "sweep"
+        if is_sweep and result.attack == WORST_CASE and result.confidence_interval is not None:
+            who = result.knowledge if result.tokens == "trained" else f"{result.knowledge}, {result.tokens}"
+            low, high = result.confidence_interval
+            for key, value in {"eps": result.eps, "value": result.value, "low": low, "high": high}.items():
+                curves.setdefault(f"sweep/{who}/{result.metric}/{key}", []).append(value)
+    return curves
+
+
+def _tokens_of(outcome: Outcome) -> list[TokensInPlace]:
+    """In one order, whatever that of a file."""
+    measured = {name.partition(".")[0] for name in outcome}
+    return [tokens for tokens in get_args(TokensInPlace) if tokens in measured]
+
+
+def _name(cell: Cell) -> str:
+    target = f":{cell.attack.target}" if cell.attack.target else ""
+    return f"{cell.attack.name}{target} ({cell.view.name})"
+
+
+def _series(cell: Cell) -> dict[str, str]:
+    return {} if cell.series == "suite" else {"series": cell.series}

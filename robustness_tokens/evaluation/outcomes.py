@@ -1,0 +1,132 @@
+"""What the model did to each image, before anything is averaged; and the worst of several attacks, image by image.
+
+An outcome maps names such as `"trained.correct"` (which tokens were in the model, what was measured) to tensors with
+one entry per image. Shapes: n or B images, C classes, H and W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from ..attacks import cosine_similarity
+from ..report.schema import Metric, Task
+from .attack_suite import AttackBatch
+from .metrics import (
+    Interval,
+    IoUCounts,
+    accuracy,
+    bootstrap_interval,
+    image_ious,
+    iou_counts,
+    mean_image_iou,
+    mean_iou,
+    mean_iou_interval,
+    wilson_interval,
+    worst_case,
+)
+from .threat_models import EvaluatedModel
+
+
+Outcome: TypeAlias = Mapping[str, Tensor]
+
+
+@torch.no_grad()
+def measure_outcome(
+    model: EvaluatedModel, batch: AttackBatch, adversarial: Tensor, tokens: Mapping[str, Tensor | None]
+) -> dict[str, Tensor]:
+    """Measures a batch of attacked images, in float32.
+
+    Args:
+        model: The defended model.
+        batch: The clean images.
+        adversarial: (B, 3, H, W) what an attack made of them.
+        tokens: By name, the tokens to measure with, (K, D), or `None` for the base alone.
+
+    Returns:
+        On the CPU, each with B rows: the largest absolute `pixel_difference` and the `lowest_pixel` and
+        `highest_pixel` of each image, and for each tokens `cosine` with the base's clean features, `correct`, or
+        `intersections` and `unions`, as the task has them.
+    """
+    flat = adversarial.flatten(1)
+    outcome = {
+        "pixel_difference": (adversarial - batch.images).abs().flatten(1).amax(dim=1),
+        "lowest_pixel": flat.amin(dim=1),
+        "highest_pixel": flat.amax(dim=1),
+    }
+    target = batch.base_features
+    if target is None and model.feature_view is not None:
+        target = model.features(batch.images, None, exact=True)
+    for name, value in tokens.items():
+        if target is not None:
+            features = model.features(adversarial, value, exact=True)
+            outcome[f"{name}.cosine"] = cosine_similarity(features, target, similarity_axis=model.similarity_axis)
+        if model.task == "classification":
+            assert batch.labels is not None
+            outcome[f"{name}.correct"] = model.logits(adversarial, value, exact=True).argmax(dim=1) == batch.labels
+        elif model.task == "segmentation":
+            assert batch.labels is not None
+            logits = model.pixel_logits(adversarial, value, batch.labels.shape[1:], exact=True)
+            counts = iou_counts(
+                logits.argmax(dim=1), batch.labels, num_labels=logits.shape[1], ignore_index=batch.ignore_index
+            )
+            outcome[f"{name}.intersections"], outcome[f"{name}.unions"] = counts.intersections, counts.unions
+    return {name: value.cpu() for name, value in outcome.items()}
+
+
+def worst_outcome(outcomes: Sequence[Outcome], tokens: str = "trained") -> dict[str, Tensor]:
+    """The worst that any of these attacks did to each image, each metric on its own.
+
+    Args:
+        outcomes: Of the same n images.
+        tokens: Name of the tokens that were in the model.
+
+    Returns:
+        What was measured with these tokens: `cosine`, `correct`, `intersections` and `unions`, under the same names.
+    """
+    worst = {}
+    for metric in ("cosine", "correct"):
+        name = f"{tokens}.{metric}"
+        if name in outcomes[0]:
+            worst[name] = worst_case(*(outcome[name] for outcome in outcomes))
+    if f"{tokens}.unions" in outcomes[0]:
+        counts = [_iou_counts(outcome, tokens) for outcome in outcomes]
+        ious = torch.stack([image_ious(one).nan_to_num(nan=0.0) for one in counts])  # (attacks, n)
+        rows, images = ious.argmin(dim=0), torch.arange(ious.shape[1])
+        worst[f"{tokens}.intersections"] = torch.stack([one.intersections for one in counts])[rows, images]
+        worst[f"{tokens}.unions"] = torch.stack([one.unions for one in counts])[rows, images]
+    return worst
+
+
+def summarize(outcome: Outcome, tokens: str, *, seed: int) -> list[tuple[Task, Metric, float, Interval]]:
+    """Averages over the images, with 95% intervals: Wilson's for an accuracy, bootstrap for all others.
+
+    Args:
+        outcome: Of n images.
+        tokens: Name of the tokens that were in the model.
+        seed: Of the bootstrap.
+
+    Returns:
+        Task, metric, value and interval of everything that was measured with these tokens.
+    """
+    rows: list[tuple[Task, Metric, float, Interval]] = []
+    if (correct := outcome.get(f"{tokens}.correct")) is not None:
+        interval = wilson_interval(int(correct.sum()), len(correct))
+        rows.append(("classification", "accuracy", accuracy(correct), interval))
+    if f"{tokens}.unions" in outcome:
+        counts = _iou_counts(outcome, tokens)
+        rows.append(("segmentation", "miou", mean_iou(counts), mean_iou_interval(counts, seed=seed)))
+        ious = image_ious(counts)
+        interval = bootstrap_interval(ious[~ious.isnan()], seed=seed)
+        rows.append(("segmentation", "mean_image_miou", mean_image_iou(counts), interval))
+    if (cosine := outcome.get(f"{tokens}.cosine")) is not None:
+        interval = bootstrap_interval(cosine, seed=seed)
+        rows.append(("features", "cosine", cosine.double().mean().item(), interval))
+    return rows
+
+
+def _iou_counts(outcome: Outcome, tokens: str) -> IoUCounts:
+    return IoUCounts(outcome[f"{tokens}.intersections"], outcome[f"{tokens}.unions"])

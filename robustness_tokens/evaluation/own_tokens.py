@@ -1,0 +1,195 @@
+"""The attacker who knows the recipe but not the tokens: trains its own with the package's trainer."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..attack_once import make_adversarial_pairs
+from ..backbones import find_layer_stack, layer_fingerprint, vision_trunk
+from ..hub import fetch_adapter, holds_adapter, read_config, read_tokens
+from ..injection import remove_tokens
+from ..modeling import RobustnessTokenModel
+from ..trainer import RobustnessTokenTrainer
+from ..training_args import RobustnessTokenTrainingArguments
+from ..training_data import describe_dataset
+from .cells import digest
+from .threat_models import EvaluatedModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnTokensSpec:
+    """One training run of the attacker.
+
+    Attributes:
+        seed: Of the tokens, the order of the images and the noise; never the defender's, which is a secret.
+        num_robustness_tokens: How many tokens the attacker guesses.
+        dataset: Which of the attacker's datasets.
+    """
+
+    seed: int
+    num_robustness_tokens: int
+    dataset: int = 0
+
+
+def own_tokens_specs(
+    num_seeds: int, *, num_robustness_tokens: int, recipe_seed: int | None, num_datasets: int = 1
+) -> list[OwnTokensSpec]:
+    """The attacker's training runs: most of the defender's length, every fourth half and every fifth twice as long.
+
+    Args:
+        num_seeds: How many, at least 1.
+        num_robustness_tokens: Of the defender: how many there are can be seen from the adapter's size.
+        recipe_seed: Of the defender's training, which the attacker doesn't have and so never takes.
+        num_datasets: Of the attacker, taken in turn.
+
+    Returns:
+        `num_seeds` specs.
+
+    Raises:
+        ValueError: If `num_seeds` is below 1.
+    """
+    if num_seeds < 1:
+        raise ValueError(f"num_seeds must be at least 1, got {num_seeds}")
+    seeds = (seed for seed in range(1, num_seeds + 2) if seed != recipe_seed)
+    lengths = {3: max(1, num_robustness_tokens // 2), 4: 2 * num_robustness_tokens}
+    return [
+        OwnTokensSpec(
+            seed=next(seeds),
+            num_robustness_tokens=lengths.get(i % 5, num_robustness_tokens),
+            dataset=i % num_datasets,
+        )
+        for i in range(num_seeds)
+    ]
+
+
+def train_own_tokens(
+    model: EvaluatedModel,
+    specs: Sequence[OwnTokensSpec],
+    datasets: Sequence[Any],
+    output_dir: Path,
+    *,
+    num_adversarial_pairs: int | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    disable_tqdm: bool = False,
+) -> list[Tensor]:
+    """Trains tokens by the defender's recipe, on a copy of the base; what is there already is not trained again.
+
+    Args:
+        model: The defended model; its base is copied and its tokens are not looked at.
+        specs: Training runs.
+        datasets: Of images, as `RobustnessTokenTrainer` takes them.
+        output_dir: Runs that differ in anything get different folders in it.
+        num_adversarial_pairs: Attack so many images of each dataset once, for all the runs on it; `None` lets each run
+            attack its own, as runs do that attack through the tokens, and those on a stream.
+        overrides: Training arguments in which the attacker departs from the recipe, such as `max_steps`.
+        disable_tqdm: No progress bars.
+
+    Returns:
+        For each spec its tokens, (K, D).
+
+    Raises:
+        ValueError: If what the features of the model are is not known, so that nothing can be trained on them.
+    """
+    if model.feature_view is None:
+        raise ValueError(
+            'knowledge "own_tokens" trains tokens on the features of the base, and what they are is not known: give '
+            "feature_view, or own_tokens, or leave the level out"
+        )
+    base: Any = remove_tokens(copy.deepcopy(vision_trunk(_base_of(model))))
+    values = _recipe(model) | dict(overrides or {}) | {"disable_tqdm": disable_tqdm}
+    folder = output_dir / _key(model, base, values, datasets, num_adversarial_pairs)
+    prepared: dict[int, Any] = {}
+    trained = []
+    for spec in specs:
+        run = folder / f"seed-{spec.seed}-tokens-{spec.num_robustness_tokens}-dataset-{spec.dataset}"
+        if holds_adapter(run):  # which is written when a run is over
+            adapter = fetch_adapter(run)
+            trained.append(read_tokens(adapter, read_config(adapter)))
+            continue
+        args = RobustnessTokenTrainingArguments(
+            **{**values, "output_dir": str(run), "overwrite_output_dir": True, "seed": spec.seed}
+        )
+        if spec.dataset not in prepared:
+            prepared[spec.dataset] = dataset = datasets[spec.dataset]
+            if num_adversarial_pairs is not None and args.attack_through == "base" and hasattr(dataset, "__len__"):
+                pairs_args = dataclasses.replace(args, output_dir=str(folder / f"pairs-{spec.dataset}"))
+                with _attacker(model, base, spec) as attacker:
+                    count = min(num_adversarial_pairs, len(dataset))
+                    prepared[spec.dataset] = make_adversarial_pairs(attacker, pairs_args, dataset, num_images=count)
+        with _attacker(model, base, spec) as attacker:
+            trainer = RobustnessTokenTrainer(attacker, args, prepared[spec.dataset])
+            trainer.train()
+            trainer.save_model()
+            trained.append(attacker.robustness_tokens.detach().clone())
+    return trained
+
+
+@contextmanager
+def _attacker(model: EvaluatedModel, base: Any, spec: OwnTokensSpec) -> Iterator[RobustnessTokenModel]:
+    """The base with new tokens, and without them afterwards."""
+    with torch.random.fork_rng():
+        torch.manual_seed(spec.seed)
+        attacker = RobustnessTokenModel.from_base(
+            base,
+            num_robustness_tokens=spec.num_robustness_tokens,
+            feature_view=model.feature_view,
+            similarity_axis=model.similarity_axis,
+            image_mean=model.normalizer.image_mean.flatten().tolist(),
+            image_std=model.normalizer.image_std.flatten().tolist(),
+            image_processor=None if model.adapter is None else model.adapter.image_processor,
+        )
+        try:
+            yield attacker
+        finally:
+            attacker.unload()
+
+
+def _base_of(model: EvaluatedModel) -> Any:
+    return model.model if model.adapter is None else model.adapter.get_base_model()
+
+
+def _recipe(model: EvaluatedModel) -> dict[str, Any]:
+    """The defender's training arguments, which are in every adapter's config; the package's own if there are none."""
+    recipe = (None if model.adapter is None else model.adapter.config.training) or {}
+    known = {field.name for field in dataclasses.fields(RobustnessTokenTrainingArguments)}
+    # The image size that a recipe names may be that of ready images, which take none; the image processor knows it.
+    return {key: value for key, value in recipe.items() if key in known - {"image_size"}}
+
+
+def _identity(dataset: Any) -> str | None:
+    """The fingerprint of a `datasets` dataset, of another the digest of its first and last image; None of a stream."""
+    if isinstance(fingerprint := getattr(dataset, "_fingerprint", None), str):
+        return fingerprint
+    if not hasattr(dataset, "__len__") or len(dataset) == 0:
+        return None
+    return digest([item["images"] for item in (dataset[0], dataset[len(dataset) - 1]) if "images" in item])
+
+
+def _key(
+    model: EvaluatedModel,
+    base: Any,
+    values: Mapping[str, Any],
+    datasets: Sequence[Any],
+    num_adversarial_pairs: int | None,
+) -> str:
+    """A name for everything that the attacker's tokens depend on, but for the spec."""
+    content = {
+        "base": layer_fingerprint(find_layer_stack(base).layers),
+        "features": [model.feature_view, model.similarity_axis],
+        "normalizer": repr(model.normalizer.image_mean.tolist() + model.normalizer.image_std.tolist()),
+        "arguments": {key: value for key, value in values.items() if key not in ("seed", "disable_tqdm")},
+        "datasets": [[describe_dataset(dataset), _identity(dataset)] for dataset in datasets],
+        "pairs": num_adversarial_pairs,
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]

@@ -1,0 +1,150 @@
+"""Which cells an evaluation runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import logging
+import math
+from collections.abc import Sequence
+
+from .attack_suite import ATTACKS, Attack, paper_attack_eps
+from .budgets import Budget, build_attack, select_attacks
+from .cells import Cell, Series
+from .threat_models import AttackerView, EvaluatedModel, Knowledge
+
+
+logger = logging.getLogger(__name__)
+
+STEPS = (10, 20, 50, 100, 200)
+RESTARTS = (1, 5, 10)
+UNBOUNDED_STEPS = 100
+
+_NEEDS_PACKAGE = ("apgd_cross_entropy", "apgd_targeted_dlr", "auto_attack")
+_SMALLEST_NUM_CLASSES = {"apgd_targeted_dlr": 4, "auto_attack": 4, "margin": 2}
+
+
+def main_attack(model: EvaluatedModel) -> str:
+    """The attack that stands for all others in the sweep and the diagnostics."""
+    return "feature_cosine:base" if model.task == "features" else "cross_entropy"
+
+
+def plan_cells(
+    model: EvaluatedModel,
+    views: Sequence[AttackerView],
+    *,
+    budget: Budget,
+    attacks: Sequence[str | Attack] | None,
+    eps: Sequence[float],
+    eps_sweep: Sequence[float],
+    diagnostics: bool,
+    num_images: int,
+    batch_size: int,
+    num_classes: int | None,
+) -> list[Cell]:
+    """The cells of an evaluation, cheap levels first.
+
+    Args:
+        model: The defended model.
+        views: Of all levels that are evaluated.
+        budget: How much is spent.
+        attacks: That the user named, or `None` for the budget's.
+        eps: Budgets in pixel units for all attacks.
+        eps_sweep: Budgets in pixel units for the main attack alone.
+        diagnostics: Whether to run what the checks look at.
+        num_images: How many there are.
+        batch_size: The sweep takes whole batches, so that at eps = 0 it measures bit for bit what was measured clean.
+        num_classes: Of a classifier.
+
+    Returns:
+        At least one cell.
+
+    Raises:
+        ValueError: If no attack fits.
+    """
+
+    # An ensemble costs as much as all its members together, and adds little to what each of them finds.
+    main_alone = attacks is None and budget.name != "full"
+    cells = []
+    for view in views:
+        for attack in select_attacks(attacks, budget, view.knowledge):
+            if main_alone and len(view.tokens) > 1 and attack.name != main_attack(model).partition(":")[0]:
+                continue
+            if _fits(attack, view, model, num_classes=num_classes, is_named=attacks is not None):
+                is_paper = attack.name.startswith("paper")
+                every_eps = [paper_attack_eps(model.normalizer.image_std)] if is_paper else eps
+                attack = _without_surplus(attack, num_classes)
+                cells += [
+                    Cell(series="suite", view=view, attack=attack, eps=one, num_images=num_images) for one in every_eps
+                ]
+    if not cells:
+        raise ValueError(
+            f"no attack fits: knowledge {sorted({view.knowledge for view in views})}, task {model.task!r}, attacks "
+            f"{'of the budget' if attacks is None else list(attacks)}"
+        )
+    num_sweep_images = min(math.ceil(budget.num_sweep_images / batch_size) * batch_size, num_images)
+    cells += _sweep(model, views, budget, eps_sweep, num_sweep_images)
+    full = [view for view in views if view.knowledge == "full"]
+    if diagnostics and full:
+        cells += _diagnostics(model, full[0], budget, eps[0], min(budget.num_diagnostic_images, num_images))
+    return cells
+
+
+def _sweep(
+    model: EvaluatedModel, views: Sequence[AttackerView], budget: Budget, eps_sweep: Sequence[float], num_images: int
+) -> list[Cell]:
+    names = [main_attack(model)]
+    if model.task != "features" and model.feature_view is not None:
+        names.append("feature_cosine:base")
+    gradient = [
+        dataclasses.replace(build_attack(name, budget), num_steps=budget.num_sweep_steps, num_restarts=1)
+        for name in names
+    ]
+    by_level: dict[Knowledge, AttackerView] = {}
+    for view in views:
+        if not view.is_surrogate:
+            by_level[view.knowledge] = view  # the last of a level: of own tokens, the ensemble
+    return [
+        Cell(series="sweep", view=view, attack=attack, eps=eps, num_images=num_images)
+        for view in by_level.values()
+        for attack in (gradient if view.differentiable else [build_attack("corner_noise", budget)])
+        for eps in eps_sweep
+    ]
+
+
+def _diagnostics(model: EvaluatedModel, view: AttackerView, budget: Budget, eps: float, num_images: int) -> list[Cell]:
+    attack = dataclasses.replace(build_attack(main_attack(model), budget), num_restarts=1)
+    chosen: list[tuple[Series, Attack, float]] = [
+        *(("steps", dataclasses.replace(attack, num_steps=steps), eps) for steps in STEPS),
+        *(("restarts", dataclasses.replace(attack, num_restarts=restarts), eps) for restarts in RESTARTS),
+        ("single_step", build_attack("single_step", budget), eps),
+        ("unbounded", dataclasses.replace(attack, num_steps=UNBOUNDED_STEPS), 1.0),
+    ]
+    return [Cell(series=series, view=view, attack=one, eps=at, num_images=num_images) for series, one, at in chosen]
+
+
+def _fits(
+    attack: Attack, view: AttackerView, model: EvaluatedModel, *, num_classes: int | None, is_named: bool
+) -> bool:
+    definition = ATTACKS[attack.name]
+    if model.task not in definition.tasks or (definition.needs_features and model.feature_view is None):
+        return False
+    if view.differentiable == definition.gradient_free:
+        return False  # gradients without a model to differentiate, or guesses where there are gradients
+    if attack.target == "defended" and view.tokens == (None,):
+        return False  # the same as the base's features
+    if attack.name.startswith("paper") and len(view.tokens) > 1:
+        return False
+    if num_classes is not None and num_classes < _SMALLEST_NUM_CLASSES.get(attack.name, 2):
+        logger.warning("Skipping %s: it needs more than %d classes", attack.name, num_classes)
+        return False
+    if attack.name in _NEEDS_PACKAGE and not is_named and importlib.util.find_spec("pyautoattack") is None:
+        logger.warning("Skipping %s: pip install 'robustness-tokens[eval]'", attack.name)
+        return False
+    return True
+
+
+def _without_surplus(attack: Attack, num_classes: int | None) -> Attack:
+    if attack.num_target_classes is None or num_classes is None:
+        return attack
+    return dataclasses.replace(attack, num_target_classes=min(attack.num_target_classes, num_classes - 1))

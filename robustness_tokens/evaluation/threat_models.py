@@ -1,0 +1,238 @@
+"""What the attacker knows, and so which functions of the image the attacker may differentiate.
+
+Shapes: B images, N sequence, K robustness tokens, D width, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..configuration import FeatureView, SimilarityAxis
+from ..features import default_feature_view, extract_features
+from ..injection import TokenInjector, find_injector
+from ..modeling import RobustnessTokenForImageClassification, RobustnessTokenPreTrainedModel
+from ..preprocessing import Normalizer
+from ..probes import ProbedModel
+from ..training_args import MixedPrecision
+
+
+Task = Literal["features", "classification", "segmentation"]
+Knowledge = Literal["none", "base", "own_tokens", "full"]
+
+
+class EvaluatedModel:
+    """A model with its tokens as functions of [0, 1] images, with whatever tokens are asked for.
+
+    Args:
+        model: `RobustnessTokenModel`, `RobustnessTokenForImageClassification`, a `ProbedModel`, or a transformers
+            model that `inject_tokens` was called on.
+        task: By default classification for a classifier, and features for a model without a head.
+        normalizer: [0, 1] images -> pixel values; by default from the config of the adapter.
+        feature_view, similarity_axis: By default from the config of the adapter; a model that `inject_tokens` was
+            called on has none, and there they are what the paper takes for its family (no features of a segmenter).
+        attack_precision: Of the forward passes of attacks; what is measured is always float32. By default what the
+            tokens were trained with, by the adapter's config.
+
+    Raises:
+        ValueError: If the model has no tokens, or something is neither given nor known.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        task: Task | None = None,
+        normalizer: Normalizer | None = None,
+        feature_view: FeatureView | None = None,
+        similarity_axis: SimilarityAxis | None = None,
+        attack_precision: MixedPrecision | None = None,
+    ) -> None:
+        injector = find_injector(model)
+        if injector is None:
+            raise ValueError(
+                f"model is a {type(model).__name__} without robustness tokens: load an adapter, or call inject_tokens"
+            )
+        adapter = next((m for m in model.modules() if isinstance(m, RobustnessTokenPreTrainedModel)), None)
+        config: Any = None if adapter is None else adapter.config
+        if task is None:
+            task = _task_of(model)
+        elif task not in get_args(Task):
+            raise ValueError(f"task must be one of {get_args(Task)}, got {task!r}")
+        elif task != "features" and model is adapter and _task_of(model) == "features":
+            raise ValueError(
+                f"task={task!r}, but {type(model).__name__} has no head: load it as "
+                "RobustnessTokenForImageClassification, put a probe on it, or inject_tokens into a model with a head"
+            )
+        if normalizer is None:
+            if config is None or config.image_mean is None:
+                raise ValueError("normalizer is not given, and the model has no adapter's config that names its own")
+            normalizer = Normalizer(config.image_mean, config.image_std)
+        if feature_view is None and config is not None:
+            feature_view = config.feature_view
+        elif feature_view is None and task != "segmentation":
+            feature_view = default_feature_view(model)
+        self.model, self.task, self.injector, self.adapter = model, task, injector, adapter
+        self.device = next(model.parameters()).device
+        self.normalizer = normalizer.to(self.device)
+        self.feature_view = feature_view
+        self.similarity_axis: SimilarityAxis = similarity_axis or (config.similarity_axis if config else "token")
+        recipe = (config.training if config else None) or {}
+        self.attack_precision: MixedPrecision = attack_precision or recipe.get("mixed_precision", "no")
+
+    @property
+    def tokens(self) -> Tensor:
+        """The tokens in the model, (K, D): the secret of the defence."""
+        return self.injector.robustness_tokens.detach()
+
+    def features(self, images: Tensor, tokens: Tensor | None, *, exact: bool = False) -> Tensor:
+        """What the tokens were trained to keep, float32 (B, N, D) or (B, D).
+
+        Args:
+            images: (B, 3, H, W) float in [0, 1].
+            tokens: (K, D), any K; `None` is the base alone.
+            exact: In float32 throughout, whatever precision attacks take.
+
+        Raises:
+            ValueError: If the features of this model are not known.
+        """
+        if self.feature_view is None:
+            raise ValueError(f"feature_view is not given: say what the features of a {type(self.model).__name__} are")
+        view = self.feature_view
+        source: Any = self.adapter.get_base_model() if self.adapter is not None else self.model
+        return self._run(lambda x: extract_features(source, x, feature_view=view), images, tokens, exact)
+
+    def logits(self, images: Tensor, tokens: Tensor | None, *, exact: bool = False) -> Tensor:
+        """What the head says, float32 (B, C) or (B, C, h, w); arguments as for [`features`]."""
+
+        def run(pixel_values: Tensor) -> Tensor:
+            output: Any = self.model(pixel_values=pixel_values)
+            logits: Tensor = output if isinstance(output, Tensor) else output.logits
+            return logits
+
+        return self._run(run, images, tokens, exact)
+
+    def pixel_logits(
+        self, images: Tensor, tokens: Tensor | None, size: Sequence[int], *, exact: bool = False
+    ) -> Tensor:
+        """Logits of a segmentation, resized bilinearly to the labels' (H, W): (B, C, H, W)."""
+        logits = self.logits(images, tokens, exact=exact)
+        if logits.dim() != 4:
+            raise ValueError(f"logits of a segmentation must have shape (B, C, h, w), got {tuple(logits.shape)}")
+        if logits.shape[2:] == tuple(size):
+            return logits
+        return F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=False)
+
+    def _run(self, function: Callable[[Tensor], Tensor], images: Tensor, tokens: Tensor | None, exact: bool) -> Tensor:
+        half = self.attack_precision == "bf16" and not exact
+        with active_tokens(self.injector, tokens), torch.autocast(self.device.type, torch.bfloat16, enabled=half):
+            return function(self.normalizer(images)).float()
+
+
+def _task_of(model: nn.Module) -> Task:
+    if isinstance(model, ProbedModel):
+        task: Task = model.head.task  # type: ignore[assignment]  # a str there, of the same values
+        return task
+    if isinstance(model, RobustnessTokenPreTrainedModel):
+        return "classification" if isinstance(model, RobustnessTokenForImageClassification) else "features"
+    if type(model).__name__.endswith("ForImageClassification"):
+        return "classification"
+    raise ValueError(
+        f"task is not given, and a {type(model).__name__} doesn't say whether it classifies or segments: give "
+        f"one of {get_args(Task)}"
+    )
+
+
+@contextmanager
+def active_tokens(injector: TokenInjector, tokens: Tensor | None) -> Iterator[None]:
+    """Within the context the model holds these tokens, (K, D) for any K, or none; no gradient goes to them."""
+    own, enabled = injector.robustness_tokens, injector.enabled
+    injector.set_enabled(False)  # while they are swapped, since what counts them must follow their number
+    try:
+        if tokens is not None:
+            injector.robustness_tokens = nn.Parameter(tokens.detach().to(own.device), requires_grad=False)
+            injector.set_enabled(True)
+        yield
+    finally:
+        injector.set_enabled(False)
+        injector.robustness_tokens = own
+        injector.set_enabled(enabled)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttackerView:
+    """A model that the attacker holds.
+
+    Attributes:
+        name: Unique within an evaluation.
+        knowledge: Level that it belongs to.
+        model: Usually the evaluated model; another one for a transfer attack.
+        tokens: (K, D) tokens that the attacker puts into it, `None` for the base alone. Several are an ensemble,
+            whose objectives are averaged.
+        differentiable: Whether the attacker has its gradients, or only its answers.
+        is_surrogate: Whether it is another model than the one that is evaluated.
+    """
+
+    name: str
+    knowledge: Knowledge
+    model: EvaluatedModel
+    tokens: tuple[Tensor | None, ...]
+    differentiable: bool = True
+    is_surrogate: bool = False
+
+
+def attacker_views(
+    knowledge: Knowledge,
+    model: EvaluatedModel,
+    *,
+    own_tokens: Sequence[Tensor] = (),
+    surrogate: EvaluatedModel | None = None,
+) -> list[AttackerView]:
+    """The models that an attacker of this level can attack through.
+
+    Args:
+        knowledge: `"none"`: the defended model's answers, and another backbone (`surrogate`) if there is one.
+            `"base"`: backbone and head without tokens. `"own_tokens"`: each set of tokens that the attacker trained,
+            and their ensemble. `"full"`: the defended model itself.
+        model: The defended model.
+        own_tokens: Each (K, D), for `"own_tokens"`.
+        surrogate: For `"none"`.
+
+    Returns:
+        At least one view.
+
+    Raises:
+        ValueError: If the level is unknown, or `"own_tokens"` has none.
+    """
+    if knowledge == "none":
+        views = [
+            AttackerView(name="queries", knowledge="none", model=model, tokens=(model.tokens,), differentiable=False)
+        ]
+        if surrogate is not None:
+            views.append(
+                AttackerView(name="transfer", knowledge="none", model=surrogate, tokens=(None,), is_surrogate=True)
+            )
+        return views
+    if knowledge == "base":
+        return [AttackerView(name="base", knowledge="base", model=model, tokens=(None,))]
+    if knowledge == "full":
+        return [AttackerView(name="full", knowledge="full", model=model, tokens=(model.tokens,))]
+    if knowledge != "own_tokens":
+        raise ValueError(f"knowledge must be among {get_args(Knowledge)}, got {knowledge!r}")
+    if not own_tokens:
+        raise ValueError('knowledge "own_tokens" needs own_tokens, the tokens that the attacker trained; got none')
+    views = [
+        AttackerView(name=f"own_tokens_{i}", knowledge="own_tokens", model=model, tokens=(tokens,))
+        for i, tokens in enumerate(own_tokens)
+    ]
+    if len(own_tokens) > 1:
+        views.append(
+            AttackerView(name="own_tokens_ensemble", knowledge="own_tokens", model=model, tokens=tuple(own_tokens))
+        )
+    return views

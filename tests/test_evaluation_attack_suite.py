@@ -1,0 +1,192 @@
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from robustness_tokens import RobustnessTokenForImageClassification
+from robustness_tokens.attacks import cosine_similarity, cross_entropy_objective
+from robustness_tokens.evaluation.attack_suite import ATTACKS, Attack, AttackBatch, paper_attack_eps, run_attack
+from robustness_tokens.evaluation.budgets import BUDGETS, budget_attacks, build_attack
+from robustness_tokens.evaluation.threat_models import AttackerView, EvaluatedModel, attacker_views
+from tests.conftest import HIDDEN_SIZE, IMAGE_SIZE, build_base
+
+
+EPS = 16 / 255
+PARAMETERS: dict[str, Any] = {
+    "target": "base",
+    "num_steps": 4,
+    "num_restarts": 1,
+    "num_queries": 10,
+    "num_draws": 3,
+    "num_target_classes": 2,
+}
+
+
+def small(name: str, **changes: Any) -> Attack:
+    values = {key: value for key, value in PARAMETERS.items() if key in ATTACKS[name].parameters}
+    return Attack(name=name, **{**values, **changes})
+
+
+@pytest.fixture(scope="module")
+def model() -> EvaluatedModel:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return EvaluatedModel(
+            RobustnessTokenForImageClassification.from_base(
+                build_base("dinov2", classifier=True), num_robustness_tokens=2, initializer_range=1.0
+            )
+        )
+
+
+@pytest.fixture(scope="module")
+def batch(model: EvaluatedModel) -> AttackBatch:
+    generator = torch.Generator().manual_seed(4)
+    images = torch.randint(256, (6, 3, IMAGE_SIZE, IMAGE_SIZE), generator=generator) / 255
+    with torch.no_grad():
+        labels = model.logits(images, model.tokens).argmax(dim=1)
+    return AttackBatch(images=images, labels=labels, index=torch.arange(6) + 10)
+
+
+def view_for(name: str, model: EvaluatedModel) -> AttackerView:
+    return attacker_views("none" if ATTACKS[name].gradient_free else "full", model)[0]
+
+
+@pytest.mark.parametrize("name", sorted(ATTACKS))
+def test_every_attack_keeps_its_budget_and_the_range(name: str, model: EvaluatedModel, batch: AttackBatch) -> None:
+    if "apgd" in name or name == "auto_attack":
+        pytest.importorskip("pyautoattack")
+    if name == "auto_attack":
+        pytest.skip("its parts are slow; tested with the package itself")
+    is_paper = name.startswith("paper")
+    eps = paper_attack_eps(model.normalizer.image_std) if is_paper else EPS
+    adversarial = run_attack(small(name), view_for(name, model), batch, eps=eps, seed=0)
+    assert adversarial.shape == batch.images.shape
+    assert 0 < (adversarial - batch.images).abs().max() <= eps + 1e-6
+    assert adversarial.min() >= 0
+    assert adversarial.max() <= 1
+    assert torch.equal(adversarial, run_attack(small(name), view_for(name, model), batch, eps=eps, seed=0))
+
+
+def test_the_papers_budget_on_imagenet_statistics_is_two_levels(model: EvaluatedModel) -> None:
+    assert paper_attack_eps(torch.tensor([0.229, 0.224, 0.225])) == 2 / 255
+
+
+def measured(attack: Attack, model: EvaluatedModel, view: AttackerView, batch: AttackBatch) -> dict[str, float]:
+    adversarial = run_attack(attack, view, batch, eps=EPS, seed=0)
+    with torch.no_grad():
+        clean_base = model.features(batch.images, None)
+        clean_defended = model.features(batch.images, model.tokens)
+        found = model.features(adversarial, model.tokens)
+        logits = model.logits(adversarial, model.tokens)
+    assert batch.labels is not None
+    return {
+        "base": cosine_similarity(found, clean_base).mean().item(),
+        "defended": cosine_similarity(found, clean_defended).mean().item(),
+        "loss": cross_entropy_objective(lambda x: logits, batch.labels)(adversarial).mean().item(),
+    }
+
+
+def test_attacks_push_where_they_say(model: EvaluatedModel, batch: AttackBatch) -> None:
+    (full,), (queries,) = attacker_views("full", model), attacker_views("none", model)
+    noise = measured(small("uniform_noise", num_draws=1), model, queries, batch)
+    to_base = measured(small("feature_cosine", target="base"), model, full, batch)
+    to_defended = measured(small("feature_cosine", target="defended"), model, full, batch)
+    entropy = measured(small("cross_entropy"), model, full, batch)
+    assert to_base["base"] < min(noise["base"], to_defended["base"])
+    assert to_defended["defended"] < min(noise["defended"], to_base["defended"])
+    assert entropy["loss"] > max(noise["loss"], to_base["loss"], to_defended["loss"])
+
+
+def test_kept_features_of_the_base_change_nothing(model: EvaluatedModel, batch: AttackBatch) -> None:
+    (base,) = attacker_views("base", model)
+    with torch.no_grad():
+        kept = AttackBatch(**{**vars(batch), "base_features": model.features(batch.images, None)})
+    for name in ("feature_cosine", "feature_mse"):
+        without, with_kept = (run_attack(small(name), base, one, eps=EPS, seed=0) for one in (batch, kept))
+        assert torch.equal(without, with_kept)
+
+
+@pytest.mark.parametrize("name", ["feature_cosine", "cross_entropy", "margin", "square", "uniform_noise"])
+def test_noise_belongs_to_the_image_and_the_seed(name: str, model: EvaluatedModel, batch: AttackBatch) -> None:
+    view = view_for(name, model)
+    rows = [4, 5]
+    assert batch.labels is not None
+    part = AttackBatch(images=batch.images[rows], labels=batch.labels[rows], index=batch.index[rows])
+    together = run_attack(small(name), view, batch, eps=EPS, seed=1)
+    assert torch.allclose(together[rows], run_attack(small(name), view, part, eps=EPS, seed=1), atol=1e-6)
+    assert not torch.allclose(together, run_attack(small(name), view, batch, eps=EPS, seed=2), atol=1e-6)
+
+
+def test_an_ensemble_maximises_the_mean(model: EvaluatedModel, batch: AttackBatch) -> None:
+    own = [torch.randn(2, HIDDEN_SIZE), torch.randn(5, HIDDEN_SIZE)]
+    views = attacker_views("own_tokens", model, own_tokens=own)
+    assert batch.labels is not None
+
+    def loss(adversarial: Tensor) -> float:
+        assert batch.labels is not None
+        losses = [
+            cross_entropy_objective(partial(model.logits, tokens=tokens), batch.labels)(adversarial).mean()
+            for tokens in own
+        ]
+        return torch.stack(losses).mean().item()
+
+    attack = small("cross_entropy", num_steps=20)
+    with torch.no_grad():
+        reached = [loss(run_attack(attack, view, batch, eps=4 / 255, seed=0)) for view in views]
+    assert reached[2] > max(reached[:2])
+
+
+def test_an_attacker_without_gradients_cannot_use_them(model: EvaluatedModel, batch: AttackBatch) -> None:
+    (queries,) = attacker_views("none", model)
+    with pytest.raises(ValueError, match="needs gradients"):
+        run_attack(small("margin"), queries, batch, eps=EPS, seed=0)
+
+
+def test_an_attack_that_does_not_fit_the_task_is_refused(model: EvaluatedModel, batch: AttackBatch) -> None:
+    features = EvaluatedModel(model.model, task="features")
+    with pytest.raises(ValueError, match="the task is 'features'"):
+        run_attack(small("margin"), attacker_views("full", features)[0], batch, eps=EPS, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"name": "fgsm"}, "unknown, expected one of apgd"),
+        ({"name": "margin", "num_steps": 3}, "num_restarts"),
+        ({"name": "square", "num_queries": 3, "num_steps": 2}, "num_steps"),
+        ({"name": "feature_mse", "num_steps": 3, "num_restarts": 1}, "target"),
+    ],
+)
+def test_hyper_parameters_must_be_those_of_the_attack(kwargs: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Attack(**kwargs)
+
+
+@pytest.mark.parametrize("knowledge", ["none", "base", "own_tokens", "full"])
+def test_a_larger_budget_runs_the_attacks_of_a_smaller_one_and_more(knowledge: Any) -> None:
+    names = [
+        {(attack.name, attack.target) for attack in budget_attacks(BUDGETS[budget], knowledge)}
+        for budget in ("quick", "standard", "full")
+    ]
+    assert names[0] <= names[1] <= names[2]
+    assert names[0]
+
+
+def test_attacks_by_name_take_their_target_after_a_colon() -> None:
+    assert build_attack("feature_cosine:defended", BUDGETS["quick"]).target == "defended"
+    assert build_attack("feature_cosine", BUDGETS["quick"]).target == "base"
+    with pytest.raises(ValueError, match="has no target"):
+        build_attack("margin:base", BUDGETS["quick"])
+    with pytest.raises(ValueError, match="unknown"):
+        build_attack("bim", BUDGETS["quick"])
+
+
+def test_reports_name_the_steps_that_follow_from_eps() -> None:
+    assert small("margin").reported_parameters(0.1) == {"num_steps": 4, "num_restarts": 1, "step_size": 0.0625}
+    assert small("margin", step_size=0.01).reported_parameters(0.1)["step_size"] == 0.01
+    assert small("single_step").reported_parameters(0.1) == {"step_size": 0.1}
+    assert small("paper").reported_parameters(2 / 255)["eps_normalized"] == 8 / 255

@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from robustness_tokens import RobustnessTokenModel
+from robustness_tokens.evaluation.attack_suite import Attack
+from robustness_tokens.evaluation.cells import Cell, CellStore, digest, merge
+from robustness_tokens.evaluation.outcomes import summarize, worst_outcome
+from robustness_tokens.evaluation.threat_models import AttackerView, EvaluatedModel, attacker_views
+from tests.conftest import build_base
+
+
+OUTCOME = {"trained.cosine": torch.tensor([0.5, 0.25]), "pixel_difference": torch.zeros(2)}
+
+
+@pytest.fixture(scope="module")
+def view() -> AttackerView:
+    return attacker_views("full", EvaluatedModel(RobustnessTokenModel.from_base(build_base("dinov2"))))[0]
+
+
+def cell(view: AttackerView, *, eps: float = 0.1, num_steps: int = 2) -> Cell:
+    attack = Attack(name="feature_mse", target="base", num_steps=num_steps, num_restarts=1)
+    return Cell(series="suite", view=view, attack=attack, eps=eps, num_images=2)
+
+
+def test_a_stored_cell_is_found_again_bit_for_bit(view: AttackerView, tmp_path: Path) -> None:
+    store = CellStore(tmp_path / "cells", {"seed": 0})
+    assert store.load(cell(view)) is None
+    store.save(cell(view), OUTCOME)
+    found = CellStore(tmp_path / "cells", {"seed": 0}).load(cell(view))
+    assert found is not None
+    assert found.keys() == OUTCOME.keys()
+    assert all(torch.equal(found[name], value) for name, value in OUTCOME.items())
+    assert len(list((tmp_path / "cells").iterdir())) == 1
+
+
+def test_a_cell_of_other_settings_is_not_found(view: AttackerView, tmp_path: Path) -> None:
+    store = CellStore(tmp_path, {"seed": 0})
+    store.save(cell(view), OUTCOME)
+    assert CellStore(tmp_path, {"seed": 1}).load(cell(view)) is None
+    assert store.load(cell(view, eps=0.2)) is None
+    assert store.load(cell(view, num_steps=3)) is None
+
+
+def test_a_renamed_file_is_not_believed(view: AttackerView, tmp_path: Path) -> None:
+    store = CellStore(tmp_path, {"seed": 0})
+    store.save(cell(view), OUTCOME)
+    (path,) = tmp_path.iterdir()
+    save_file(OUTCOME, path, metadata={"key": "{}"})
+    with pytest.raises(ValueError, match="delete it"):
+        store.load(cell(view))
+
+
+def test_nothing_is_stored_without_a_folder(view: AttackerView) -> None:
+    store = CellStore(None, {})
+    store.save(cell(view), OUTCOME)
+    assert store.load(cell(view)) is None
+
+
+def test_a_digest_tells_values_shapes_and_types_apart() -> None:
+    one = torch.zeros(2, 2)
+    others = [torch.zeros(4), torch.zeros(2, 2, dtype=torch.int32), torch.eye(2)]
+    assert digest([one]) == digest([torch.zeros(2, 2)])
+    assert len({digest([tensor]) for tensor in [one, *others]}) == 4
+    assert digest([torch.tensor(1.0)]) != digest([torch.tensor(2.0)])
+
+
+def test_batches_are_merged_in_their_order() -> None:
+    parts = [(number, {"x": torch.tensor([float(number)])}) for number in (2, 0, 1)]
+    assert merge(parts)["x"].tolist() == [0, 1, 2]
+
+
+def test_the_worst_case_is_taken_image_by_image() -> None:
+    outcomes = [
+        {
+            "trained.cosine": torch.tensor([0.1, 0.9]),
+            "trained.correct": torch.tensor([True, False]),
+            "trained.intersections": torch.tensor([[4, 0], [2, 2]]),
+            "trained.unions": torch.tensor([[4, 0], [4, 4]]),
+        },
+        {
+            "trained.cosine": torch.tensor([0.5, 0.2]),
+            "trained.correct": torch.tensor([False, True]),
+            "trained.intersections": torch.tensor([[1, 0], [3, 3]]),
+            "trained.unions": torch.tensor([[4, 3], [4, 4]]),
+        },
+    ]
+    worst = worst_outcome(outcomes)
+    assert worst["trained.cosine"].tolist() == pytest.approx([0.1, 0.2])
+    assert worst["trained.correct"].tolist() == [False, False]
+    assert worst["trained.intersections"].tolist() == [[1, 0], [2, 2]]
+    assert worst["trained.unions"].tolist() == [[4, 3], [4, 4]]
+
+
+def test_summaries_are_means_with_intervals() -> None:
+    outcome = {
+        "none.cosine": torch.tensor([0.0, 1.0, 0.5, 0.5]),
+        "none.correct": torch.tensor([True, True, True, False]),
+        "trained.correct": torch.tensor([False] * 4),
+    }
+    rows = {(task, metric): (value, interval) for task, metric, value, interval in summarize(outcome, "none", seed=0)}
+    assert rows["classification", "accuracy"][0] == 0.75
+    assert rows["classification", "accuracy"][1] == pytest.approx((0.3006, 0.9544), abs=1e-4)
+    assert rows["features", "cosine"][0] == 0.5
+    assert len(rows) == 2
+    assert summarize(outcome, "trained", seed=0)[0][2] == 0

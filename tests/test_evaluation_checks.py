@@ -1,0 +1,521 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from robustness_tokens import RobustnessTokenForImageClassification, evaluate_robustness
+from robustness_tokens.attacks import pgd_attack
+from robustness_tokens.evaluation import attack_checks, attack_suite, evaluate, knowledge_checks, probing_checks
+from robustness_tokens.evaluation.attack_suite import Attack, AttackBatch
+from robustness_tokens.evaluation.budgets import BUDGETS, build_attack, with_overrides
+from robustness_tokens.evaluation.cells import Cell, Series
+from robustness_tokens.evaluation.check_parts import exceeds, has_converged
+from robustness_tokens.evaluation.checks import CHECKS, run_checks
+from robustness_tokens.evaluation.measurements import Measurements
+from robustness_tokens.evaluation.outcomes import Outcome
+from robustness_tokens.evaluation.probing_checks import difference_cosines
+from robustness_tokens.evaluation.threat_models import AttackerView, EvaluatedModel, Knowledge
+from robustness_tokens.probes import ProbedModel, SegmentationHead
+from tests.conftest import HIDDEN_SIZE, IMAGE_SIZE, build_base
+
+
+EPS = 4 / 255
+COUNT = 200  # so that one image is half a point
+LEVELS = (0, 1 / 255, 2 / 255, 4 / 255)
+Measured = tuple[Cell, Outcome]
+CheckFunction = Callable[[Measurements], Any]
+
+
+def outcome(accuracy: float, *, tokens: Sequence[str] = ("trained",), count: int = COUNT, **changes: Any) -> Outcome:
+    """As many images held, the first ones; the cosine is the accuracy."""
+    values: dict[str, Tensor] = {
+        "pixel_difference": torch.zeros(count),
+        "lowest_pixel": torch.zeros(count),
+        "highest_pixel": torch.ones(count),
+    }
+    for name in tokens:
+        values[f"{name}.correct"] = torch.arange(count) < round(accuracy * count)
+        values[f"{name}.cosine"] = torch.full((count,), accuracy)
+    return {**values, **changes}
+
+
+def measured(
+    accuracy: float,
+    *,
+    series: Series = "suite",
+    knowledge: Knowledge = "full",
+    view: str | None = None,
+    attack: str = "cross_entropy",
+    eps: float = EPS,
+    num_steps: int | None = None,
+    num_restarts: int | None = None,
+    **changes: Any,
+) -> Measured:
+    built = build_attack(attack, BUDGETS["quick"])
+    parameters = {**built.parameters(), "num_steps": num_steps, "num_restarts": num_restarts}
+    parameters = {key: value for key, value in parameters.items() if value is not None}
+    held: Any = None  # nothing looks at it
+    cell = Cell(
+        series=series,
+        view=AttackerView(name=view or knowledge, knowledge=knowledge, model=held, tokens=(None,)),
+        attack=Attack(name=built.name, **{**built.parameters(), **parameters}),
+        eps=eps,
+        num_images=COUNT,
+    )
+    return cell, outcome(accuracy, **changes)
+
+
+def measurements(
+    *parts: Measured, clean: Outcome | None = None, eps: Sequence[float] = (EPS,), task: str = "classification"
+) -> Measurements:
+    model: Any = SimpleNamespace(task=task)
+    cells, outcomes = zip(*parts, strict=True) if parts else ((), ())
+    return Measurements(
+        model=model,
+        batches={},
+        clean=clean or outcome(0.9, tokens=("none", "trained")),
+        cells=cells,
+        outcomes=outcomes,
+        eps=eps,
+        seed=0,
+    )
+
+
+def against_white_box(accuracy: float, **other: Any) -> Callable[[float], Measurements]:
+    """A white box that leaves so much, and another attacker who leaves what is given."""
+    return lambda value: measurements(measured(accuracy), measured(value, **other))
+
+
+def by_steps(*accuracies: float) -> Measurements:
+    return measurements(
+        *(
+            measured(value, series="steps", num_steps=steps)
+            for steps, value in zip((10, 20, 50, 100, 200), accuracies, strict=True)
+        )
+    )
+
+
+def by_restarts(*accuracies: float) -> Measurements:
+    return measurements(
+        *(
+            measured(value, series="restarts", num_restarts=restarts)
+            for restarts, value in zip((1, 5, 10), accuracies, strict=True)
+        )
+    )
+
+
+def by_eps(*accuracies: float, **changes: Any) -> Measurements:
+    curve = zip(LEVELS, accuracies, strict=True)
+    return measurements(*(measured(value, series="sweep", eps=eps, **changes) for eps, value in curve))
+
+
+def without(checked: Measurements, knowledge: Knowledge) -> Measurements:
+    kept = [
+        (cell, one)
+        for cell, one in zip(checked.cells, checked.outcomes, strict=True)
+        if cell.view.knowledge != knowledge
+    ]
+    return measurements(*kept)
+
+
+def levels(full: float, base: float, own: float) -> Measurements:
+    return measurements(
+        measured(full), measured(base, knowledge="base"), measured(own, knowledge="own_tokens", view="own_tokens_0")
+    )
+
+
+def noises(uniform: float, corner: float) -> Measurements:
+    parts = (("uniform_noise", uniform), ("corner_noise", corner))
+    return measurements(measured(0.2), *(measured(value, knowledge="none", attack=name) for name, value in parts))
+
+
+def single_step(single: float, *iterative: float) -> Measurements:
+    series = by_steps(*iterative)
+    pairs = list(zip(series.cells, series.outcomes, strict=True))
+    return measurements(*pairs, measured(single, series="single_step", attack="single_step"))
+
+
+squared = against_white_box(0.2, knowledge="none", attack="square")
+transferred = against_white_box(0.2, knowledge="none", view="transfer")
+
+
+def drawn(value: float, **changes: Any) -> Measurements:
+    return measurements(measured(value, series="unbounded", eps=1.0, num_steps=100), **changes)
+
+
+def changed(name: str, value: float, eps: float = EPS, attack: str = "cross_entropy") -> Measurements:
+    pixels = outcome(0.5)[name].clone()
+    pixels[7] = value
+    pixel: dict[str, Any] = {name: pixels}
+    return measurements(measured(0.5), measured(0.5, eps=eps, attack=attack, **pixel))
+
+
+@pytest.mark.parametrize(
+    ("function", "checked", "passed", "value"),
+    [
+        (knowledge_checks.white_box, levels(0.2, 0.5, 0.3), True, "white box 20.0%, grey box 50.0%, own tokens 30.0%"),
+        (knowledge_checks.white_box, levels(0.305, 0.5, 0.3), True, "white box 30.5%"),
+        (knowledge_checks.white_box, levels(0.31, 0.5, 0.3), False, "own tokens 30.0%"),
+        (knowledge_checks.white_box, levels(0.4, 0.3, 0.5), False, "grey box 30.0%"),
+        (knowledge_checks.white_box, without(levels(0.2, 0.5, 0.3), "own_tokens"), None, "own tokens not run"),
+        (knowledge_checks.white_box, without(levels(0.6, 0.5, 0.3), "own_tokens"), False, "own tokens not run"),
+        (knowledge_checks.white_box, without(levels(0.2, 0.5, 0.3), "full"), None, "not run"),
+        (knowledge_checks.queries, squared(0.2), True, "square 20.0%"),
+        (knowledge_checks.queries, squared(0.19), False, "square 19.0%"),
+        (knowledge_checks.queries, transferred(0.5), None, "not run"),
+        (knowledge_checks.transfer, transferred(0.6), True, "transfer 60.0%"),
+        (knowledge_checks.transfer, transferred(0.1), False, "transfer 10.0%"),
+        (
+            knowledge_checks.transfer,
+            squared(0.5),
+            None,
+            "not run: no attack with knowledge 'none', view 'transfer' at eps 4/255",
+        ),
+        (knowledge_checks.noise, noises(0.9, 0.8), True, "uniform_noise 90.0%, corner_noise 80.0%"),
+        (knowledge_checks.noise, noises(0.9, 0.1), False, "corner_noise 10.0%"),
+        (knowledge_checks.noise, noises(0.1, 0.9), False, "uniform_noise 10.0%"),
+        (attack_checks.steps, by_steps(0.5, 0.4, 0.3, 0.2, 0.2), True, "10: 50.0%, 20: 40.0%"),
+        (attack_checks.steps, by_steps(0.5, 0.4, 0.3, 0.2, 0.195), False, "100: 20.0%, 200: 19.5% (200 images)"),
+        (attack_checks.steps, by_steps(0.5, 0.4, 0.3, 0.2, 0.25), False, "200: 25.0%"),
+        (attack_checks.steps, measurements(), None, "not run: needs the diagnostics"),
+        (attack_checks.restarts, by_restarts(0.5, 0.4, 0.4), True, "1: 50.0%, 5: 40.0%, 10: 40.0%"),
+        (attack_checks.restarts, by_restarts(0.5, 0.4, 0.3), False, "5: 40.0%, 10: 30.0%"),
+        # The worst for each image: what one start found is not lost again.
+        (attack_checks.restarts, by_restarts(0.3, 0.4, 0.35), True, "1: 30.0%, 5: 30.0%, 10: 30.0%"),
+        (attack_checks.strength_order, single_step(0.5, 0.5, 0.4, 0.3, 0.2, 0.2), True, "single step 50.0%"),
+        (attack_checks.strength_order, single_step(0.3, 0.5, 0.4, 0.3, 0.2, 0.2), False, "iterative 50.0%"),
+        (attack_checks.strength_order, single_step(0.3, 0.2, 0.2, 0.3, 0.4, 0.2), False, "iterative 40.0%"),
+        (attack_checks.strength_order, by_steps(0.5, 0.4, 0.3, 0.2, 0.2), None, "not run"),
+        (attack_checks.eps_sweep, by_eps(0.9, 0.5, 0.5, 0.1), True, "by 255 eps 0: 90.0%, 1: 50.0%"),
+        (attack_checks.eps_sweep, by_eps(0.9, 0.5, 0.505, 0.1), True, "eps 0 equals clean"),
+        (attack_checks.eps_sweep, by_eps(0.9, 0.5, 0.51, 0.1), False, "2: 51.0%"),
+        (attack_checks.eps_sweep, by_eps(0.9, 0.5, 0.505, 0.51), False, "4: 51.0%"),  # slowly up is up
+        (attack_checks.eps_sweep, by_eps(0.895, 0.5, 0.4, 0.1), False, "eps 0 differs from clean"),
+        (
+            attack_checks.eps_sweep,
+            by_eps(0.9, 0.5, 0.4, 0.1, attack="feature_cosine"),
+            True,
+            "cosine by 255 eps 0: 0.9",
+        ),
+        (attack_checks.eps_sweep, by_eps(0.9, 0.5, 0.6, 0.1, knowledge="base"), None, "white box not swept"),
+        (attack_checks.eps_sweep, by_eps(0.8, 0.5, 0.4, 0.1, knowledge="base"), False, "eps 0 differs"),
+        (attack_checks.eps_sweep, measurements(measured(0.5, series="sweep")), None, "eps 0 not swept"),
+        (attack_checks.eps_sweep, measurements(), None, "not run: no sweep"),
+        (attack_checks.unbounded, drawn(0.01), True, "accuracy 1.0% after 100 steps"),
+        (attack_checks.unbounded, drawn(0.02), False, "accuracy 2.0%"),
+        (attack_checks.unbounded, drawn(0.05, task="features"), True, "cosine 0.050"),
+        (attack_checks.unbounded, drawn(0.2, task="features"), False, "cosine 0.200"),
+        (attack_checks.unbounded, measurements(), None, "not run"),
+        (attack_checks.budget, changed("pixel_difference", EPS + 5e-7), True, "0 of 400"),
+        (attack_checks.budget, changed("pixel_difference", EPS + 2e-6), False, "1 of 400"),
+        (attack_checks.budget, changed("pixel_difference", float("nan")), False, "1 of 400"),
+        (attack_checks.budget, changed("pixel_difference", 2 / 255, 2 / 255, "paper"), True, "0 of 400"),
+        (attack_checks.budget, changed("pixel_difference", 3 / 255, 2 / 255, "paper"), False, "paper-eps2 1"),
+        (attack_checks.budget, changed("lowest_pixel", -1e-9), False, "1 of 400"),
+        (attack_checks.budget, changed("highest_pixel", 1 + 1e-6), False, "1 of 400"),
+    ],
+)
+def test_the_verdict_on_what_was_measured(
+    function: CheckFunction, checked: Measurements, passed: bool | None, value: str
+) -> None:
+    check = function(checked)
+    assert (check.passed, value in check.value) == (passed, True), check.value
+
+
+ALL_TOKENS = ("none", "trained", "untrained", "zero", "mean")
+
+
+@pytest.mark.parametrize(
+    ("function", "value"),
+    [
+        (knowledge_checks.clean_cost, "accuracy 90.0% without, 90.0% with tokens; cosine 0.900"),
+        (knowledge_checks.grey_box, "accuracy: cross_entropy at 4/255 40.0%; paper at 2/255 50.0%"),
+        (
+            knowledge_checks.own_tokens,
+            "accuracy at 4/255 worst case 30.0%: own_tokens_0 30.0%, own_tokens_ensemble 35.0%",
+        ),
+        (knowledge_checks.feature_adaptive, "at 4/255 cosine 0.100, accuracy 10.0% (away from: base and defended)"),
+        (
+            knowledge_checks.baselines,
+            "accuracy clean: none 90.0%, untrained 90.0%, zero 90.0%, mean 90.0%, trained 90.0%; grey box at 4/255: "
+            "none 40.0%, untrained 40.0%, zero 40.0%, mean 40.0%, trained 40.0%",
+        ),
+    ],
+)
+def test_what_is_only_reported(function: CheckFunction, value: str) -> None:
+    check = function(
+        measurements(
+            measured(0.4, knowledge="base", tokens=ALL_TOKENS),
+            measured(0.5, knowledge="base", attack="paper", eps=2 / 255, tokens=ALL_TOKENS),
+            measured(0.3, knowledge="own_tokens", view="own_tokens_0"),
+            measured(0.35, knowledge="own_tokens", view="own_tokens_ensemble"),
+            measured(0.2, attack="feature_cosine:base"),
+            measured(0.1, attack="feature_mse:defended"),
+            clean=outcome(0.9, tokens=ALL_TOKENS),
+        )
+    )
+    assert (check.passed, check.value) == (None, value)
+
+
+def test_the_paper_attack_is_no_part_of_a_comparison_at_another_eps() -> None:
+    weak = measured(0.1, knowledge="base", attack="paper", eps=2 / 255)
+    checked = levels(0.2, 0.5, 0.3)
+    assert knowledge_checks.white_box(measurements(*zip(checked.cells, checked.outcomes, strict=True), weak)).passed, (
+        "2/255 says nothing of 4/255"
+    )
+
+
+def test_every_eps_is_judged() -> None:
+    checked = [*zip(levels(0.2, 0.5, 0.3).cells, levels(0.2, 0.5, 0.3).outcomes, strict=True)]
+    others: tuple[Knowledge, ...] = ("base", "own_tokens")
+    second = [measured(0.4, eps=8 / 255), *(measured(0.1, knowledge=level, eps=8 / 255) for level in others)]
+    check = knowledge_checks.white_box(measurements(*checked, *second, eps=(EPS, 8 / 255)))
+    assert check.passed is False
+    assert "at 8/255 white box 40.0%" in check.value
+
+
+def test_segmentation_is_judged_by_the_iou_over_all_pixels() -> None:
+    def ious(intersections: list[list[int]], **changes: Any) -> Measured:
+        counts: dict[str, Any] = {
+            "trained.intersections": torch.tensor(intersections),
+            "trained.unions": torch.full((2, 2), 100),
+        }
+        return measured(0.5, count=2, **counts, **changes)
+
+    white, grey = ious([[50, 0], [0, 0]]), ious([[40, 0], [0, 0]], knowledge="base")
+    own = ious([[60, 0], [0, 0]], knowledge="own_tokens")
+    check = knowledge_checks.white_box(measurements(white, grey, own, task="segmentation"))
+    assert (check.passed, check.value) == (False, "miou at 4/255 white box 0.125, grey box 0.100, own tokens 0.150")
+    assert attack_checks.unbounded(
+        measurements(ious([[10, 0], [0, 0]], series="unbounded"), task="segmentation")
+    ).passed, ".025 is about 0"
+
+
+def test_half_a_point_is_the_same_and_no_change_is_less() -> None:
+    assert not exceeds(0.305, 0.3)  # 0.0050000000000000044 in floats
+    assert exceeds(0.3051, 0.3)
+    assert not has_converged(0.305, 0.3)
+    assert has_converged(0.3049, 0.3)
+
+
+def test_a_sentence_never_breaks_a_report() -> None:
+    parts = [measured(0.3, knowledge="own_tokens", view=f"own_tokens_{number}") for number in range(500)]
+    check = knowledge_checks.own_tokens(measurements(*parts))
+    assert len(check.value) == 2000
+    assert check.value.endswith(" ...")
+
+
+class Planted(EvaluatedModel):
+    """A classifier with a fault in its answers."""
+
+    fault: Callable[[Tensor], Tensor] = staticmethod(lambda logits: logits)
+    spoil: Callable[[Tensor], Tensor] = staticmethod(lambda images: images)
+
+    def logits(self, images: Tensor, tokens: Tensor | None, *, exact: bool = False) -> Tensor:
+        return self.fault(super().logits(self.spoil(images), tokens, exact=exact))
+
+
+class _RandomGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, images: Tensor) -> Tensor:
+        return images.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return torch.randn_like(gradients[0])
+
+
+def straight_through(images: Tensor) -> Tensor:
+    """Sixteen levels of a pixel, as if there were all."""
+    return images + ((images * 15).round() / 15 - images).detach()
+
+
+@pytest.fixture(scope="module")
+def classifier() -> RobustnessTokenForImageClassification:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return RobustnessTokenForImageClassification.from_base(
+            build_base("dinov2", classifier=True), num_robustness_tokens=2, initializer_range=0.5
+        )
+
+
+def random_images(count: int) -> Tensor:
+    generator = torch.Generator().manual_seed(3)
+    return torch.randint(256, (count, 3, IMAGE_SIZE, IMAGE_SIZE), generator=generator) / 255
+
+
+def probing(model: EvaluatedModel, eps: float = EPS) -> Measurements:
+    images = random_images(20)
+    labels = None
+    if model.task != "features":
+        with torch.no_grad():
+            size = images.shape[2:]
+            segments = model.task == "segmentation"
+            logits = model.pixel_logits(images, None, size) if segments else EvaluatedModel.logits(model, images, None)
+        labels = logits.argmax(dim=1)
+    batch = AttackBatch(images=images, labels=labels, index=torch.arange(20) + 5)
+    return Measurements(model=model, batches={0: batch}, clean={}, cells=[], outcomes=[], eps=[eps], seed=0)
+
+
+def planted(classifier: RobustnessTokenForImageClassification, **changes: Any) -> Measurements:
+    model = Planted(classifier)
+    for name, value in changes.items():
+        setattr(model, name, value)
+    return probing(model)
+
+
+@pytest.mark.parametrize("task", ["classification", "features", "segmentation"])
+def test_a_sound_model_passes(classifier: RobustnessTokenForImageClassification, task: Any) -> None:
+    model: Any = classifier
+    if task == "segmentation":
+        torch.manual_seed(0)
+        model = ProbedModel(classifier, SegmentationHead(HIDDEN_SIZE, 4)).eval()
+    checked = probing(EvaluatedModel(model, task=task))
+    check = probing_checks.gradients(checked)
+    assert check.passed, check.value
+    assert check.value.startswith("0.0% of 16 gradients zero; outputs the same twice; ")
+    assert float(check.value.rpartition(" ")[2]) > 0.98
+    found = probing_checks.attack_unit_test(checked)
+    assert (found.passed, found.value) == (True, "found for 100.0% of 16 images at 4/255, in 20 steps")
+
+
+@pytest.mark.parametrize(
+    ("changes", "value"),
+    [
+        ({"fault": lambda logits: (logits * 8).round() / 8}, "100.0% of 16 gradients zero"),
+        ({"fault": lambda logits: logits * 1e4}, "gradients zero"),  # the softmax saturates
+        ({"fault": lambda logits: logits.detach()}, "100.0% of 16 gradients zero"),
+        (
+            {"fault": lambda logits: logits + 1e-3 * torch.randn_like(logits)},
+            "0.0% of 16 gradients zero; outputs not the",
+        ),
+        ({"spoil": straight_through}, "0.0% of 16 gradients zero; outputs the same twice; cosine"),
+        ({"spoil": _RandomGradient.apply}, "0.0% of 16 gradients zero; outputs the same twice; cosine"),
+    ],
+    ids=["rounded", "saturated", "detached", "random", "quantised", "wrong"],
+)
+def test_masked_gradients_fail(
+    classifier: RobustnessTokenForImageClassification, changes: dict[str, Any], value: str
+) -> None:
+    check = probing_checks.gradients(planted(classifier, **changes))
+    assert check.passed is False
+    assert value in check.value
+    assert value.startswith("0.0%") == check.value.startswith("0.0%")
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        lambda objective, images, **kwargs: images,
+        lambda objective, images, **kwargs: pgd_attack(lambda x: -objective(x), images, **kwargs),
+        lambda objective, images, **kwargs: pgd_attack(objective, images, **{**kwargs, "step_size": 1e-6}),
+    ],
+    ids=["none", "wrong sign", "no step"],
+)
+def test_an_attack_that_does_not_work_fails(
+    classifier: RobustnessTokenForImageClassification, attack: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probing_checks, "pgd_attack", attack)
+    assert probing_checks.attack_unit_test(probing(EvaluatedModel(classifier))).passed is False
+
+
+@pytest.mark.parametrize("grain", [8, 1e-3], ids=["fine", "constant"])
+def test_an_attack_without_gradients_finds_nothing(
+    classifier: RobustnessTokenForImageClassification, grain: float
+) -> None:
+    check = probing_checks.attack_unit_test(planted(classifier, fault=lambda z: (z * grain).round() / grain))
+    assert check.passed is False
+
+
+def test_there_is_nothing_to_probe_in_an_empty_ball(classifier: RobustnessTokenForImageClassification) -> None:
+    checked = probing(EvaluatedModel(classifier), eps=0)
+    for function in (probing_checks.gradients, probing_checks.attack_unit_test):
+        assert function(checked).passed is None
+        assert function(checked).value == "not run: the first eps is 0"
+
+
+def test_random_directions_keep_the_cosine_of_full_vectors() -> None:
+    weights = torch.tensor([[3.0, 4.0, 0.0], [1.0, 0.0, 0.0]])
+    gradient = torch.tensor([[3.0, 0.0, 0.0], [0.0, 0.0, 2.0]])  # cosines .6 and 0
+    directions = torch.randint(2, (4000, 2, 3)) * 2.0 - 1
+    images = torch.rand(2, 3)
+    cosines = difference_cosines(lambda x: (x * weights).double().sum(dim=1), images, gradient, directions)
+    assert cosines.tolist() == pytest.approx([0.6, 0.0], abs=0.05)
+    same = difference_cosines(lambda x: (x * weights).double().sum(dim=1), images, weights, directions[:16])
+    assert same.tolist() == pytest.approx([1.0, 1.0], abs=1e-6)
+    none = difference_cosines(lambda x: x.double().sum(dim=1), images, torch.zeros(2, 3), directions[:16])
+    assert none.tolist() == [0, 0]
+
+
+def test_the_checks_are_numbered_from_1_to_17(classifier: RobustnessTokenForImageClassification) -> None:
+    empty = probing(EvaluatedModel(classifier))
+    checked = Measurements(**{**vars(empty), "clean": outcome(0.9, tokens=ALL_TOKENS)})
+    checks = run_checks(checked)
+    assert [check.number for check in checks] == list(range(1, 18))
+    assert len(CHECKS) == 17
+    assert len({check.name for check in checks}) == 17
+    not_run = {check.number for check in checks if check.value.startswith("not run")}
+    assert not_run == {2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 15}
+    assert all(check.passed is None for check in checks if check.number in not_run)
+
+
+class Images(torch.utils.data.Dataset[dict[str, Any]]):
+    def __init__(self, labels: list[int]) -> None:
+        self.images, self.labels = random_images(len(labels)), labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return {"images": self.images[index], "labels": self.labels[index]}
+
+
+@pytest.fixture
+def small_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = with_overrides(
+        BUDGETS["quick"], num_images=8, num_steps=3, num_queries=5, num_draws=2, num_sweep_images=4, num_sweep_steps=3
+    )
+    monkeypatch.setattr(evaluate, "BUDGETS", {**BUDGETS, "quick": small})
+
+
+def evaluated(classifier: RobustnessTokenForImageClassification) -> dict[int, Any]:
+    with torch.no_grad():
+        labels = EvaluatedModel(classifier).logits(random_images(8), None).argmax(dim=1).tolist()
+    report = evaluate_robustness(
+        classifier,
+        Images(labels),
+        own_tokens=[torch.full((2, HIDDEN_SIZE), 0.1)],
+        eps=[EPS],
+        eps_sweep=[0, EPS],
+        diagnostics=False,
+        batch_size=4,
+        disable_tqdm=True,
+    )
+    return {check.number: check for check in report.checks}
+
+
+def test_the_report_has_the_checks(classifier: RobustnessTokenForImageClassification, small_budget: None) -> None:
+    checks = evaluated(classifier)
+    assert sorted(checks) == list(range(1, 18))
+    assert "eps 0 equals clean" in checks[12].value
+    assert {number: checks[number].passed for number in (14, 15, 16)} == {14: True, 15: True, 16: True}
+    assert all(checks[number].value.startswith("not run") for number in (7, 9, 10, 11, 13))
+
+
+def test_an_attack_that_breaks_its_budget_is_seen(
+    classifier: RobustnessTokenForImageClassification, small_budget: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def overshooting(*args: Any, eps: float, **kwargs: Any) -> Tensor:
+        return pgd_attack(*args, eps=eps + 1 / 255, **kwargs)
+
+    monkeypatch.setattr(attack_suite, "pgd_attack", overshooting)
+    check = evaluated(classifier)[15]
+    assert check.passed is False
+    assert "suite-full-cross_entropy-eps4" in check.value
