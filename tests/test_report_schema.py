@@ -58,7 +58,7 @@ def test_a_report_comes_back_from_disk_as_it_was(tmp_path: Path) -> None:
 def test_exactly_these_files_are_written(tmp_path: Path) -> None:
     make_report().save(tmp_path)
     make_report(budget="quick").save(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"evaluation.json", "evaluation.md"}
+    assert {path.name for path in tmp_path.iterdir()} == {"evaluation.json", "evaluation.md", "report.html"}
     assert json.loads((tmp_path / "evaluation.json").read_text())["budget"] == "quick"
     assert "Budget `quick`" in (tmp_path / "evaluation.md").read_text()
 

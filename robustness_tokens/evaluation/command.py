@@ -16,6 +16,7 @@ from ..report.schema import RobustnessReport
 from ..training_args import MixedPrecision
 from .budgets import BudgetName
 from .evaluate import SWEEP_EPS, evaluate_robustness
+from .figures import training_figures
 from .threat_models import Knowledge, Task
 
 
@@ -120,6 +121,7 @@ def run_evaluation(adapter: str, args: EvaluationArguments) -> RobustnessReport:
         disable_tqdm=args.disable_tqdm,
     )
     if PartialState().is_main_process:
+        report.figures |= training_figures(adapter)
         report.save(args.output_dir)
     return report
 

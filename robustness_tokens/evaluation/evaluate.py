@@ -27,6 +27,7 @@ from .budgets import BUDGETS, Budget, BudgetName, with_overrides
 from .cells import CellStore, digest, merge, run_cells
 from .checks import run_checks
 from .evaluation_data import choose_rows, load_batches, prepare_dataset
+from .figures import make_figures
 from .measurements import Measurements, sweep_curves
 from .outcomes import measure_outcome
 from .own_tokens import own_tokens_specs, train_own_tokens
@@ -155,10 +156,11 @@ def evaluate_robustness(
                 cells_folder=None if output_dir is None else folder / "cells",
                 disable_tqdm=disable_tqdm,
             )
-        checks = run_checks(measurements)
+        checks, results = run_checks(measurements), measurements.results()
+        series = sweep_curves(results)
+        figures = make_figures(measurements, series) if state.is_main_process else {}
     finally:
         model.train(was_training)
-    results = measurements.results()
     described = describe_dataset(dataset)
     config: Any = None if evaluated.adapter is None else evaluated.adapter.config
     base_model = config.base_model_name_or_path if config is not None else getattr(model, "name_or_path", "")
@@ -176,7 +178,8 @@ def evaluate_robustness(
         seed=seed,
         results=results,
         checks=checks,
-        series=sweep_curves(results),
+        series=series,
+        figures=figures,
         seconds=time.perf_counter() - start,
     )
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
 from .. import files
+from .html import FIGURES, render_report_html
 from .markdown import render_report_markdown
 from .strict import MAX_INT, MAX_NAME, check_choice, check_int, check_keys, check_number, check_parameters, check_text
 
@@ -18,6 +20,9 @@ from .strict import MAX_INT, MAX_NAME, check_choice, check_int, check_keys, chec
 SCHEMA_VERSION = 1
 REPORT_FILE = "evaluation.json"
 MARKDOWN_FILE = "evaluation.md"
+HTML_FILE = "report.html"
+FIGURES_FOLDER = "figures"
+FIGURE_FILES = tuple(f"{FIGURES_FOLDER}/{name}" for name in FIGURES)
 
 Task = Literal["features", "classification", "segmentation"]
 Metric = Literal["cosine", "accuracy", "miou", "mean_image_miou"]
@@ -197,6 +202,10 @@ class RobustnessReport:
         """All but the figures, as JSON holds it."""
         return {key: value for key, value in asdict(self).items() if key != "figures"}
 
+    def to_json_string(self) -> str:
+        """The text of evaluation.json."""
+        return json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n"
+
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Self:
         """The report of what [`to_dict`] made, or of the JSON of it.
@@ -218,15 +227,20 @@ class RobustnessReport:
         )
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Writes evaluation.json and, for people, evaluation.md; each whole or not at all.
+        """Writes evaluation.json and, for people, evaluation.md, report.html and figures/.
+
+        Each file is written whole or not at all.
 
         Args:
             folder: Made if it doesn't exist; best the adapter's own, so that the report travels with it.
 
         Raises:
-            ValueError: If the JSON is larger than [`load`] would read.
+            ValueError: If the JSON is larger than [`load`] would read, or a figure's name is no plain `name.png`.
         """
-        text = json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n"
+        for name in self.figures:
+            if not re.fullmatch(r"\w[\w-]*\.png", name, flags=re.ASCII):
+                raise ValueError(f"figures must be named by letters, digits, _ and -, and .png, got {name!r:.200}")
+        text = self.to_json_string()
         if (size := len(text.encode())) > files.MAX_JSON_BYTES:
             raise ValueError(
                 f"the report has {size:,} bytes as JSON, expected at most {files.MAX_JSON_BYTES:,}: keep fewer "
@@ -235,6 +249,12 @@ class RobustnessReport:
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
         files.write_text(path / MARKDOWN_FILE, render_report_markdown(self))
+        files.write_text(path / HTML_FILE, render_report_html(self))
+        for file in FIGURE_FILES:
+            (path / file).unlink(missing_ok=True)  # of an earlier report
+        for name, content in self.figures.items():
+            (path / FIGURES_FOLDER).mkdir(exist_ok=True)
+            files.write_bytes(path / FIGURES_FOLDER / name, content)
         files.write_text(path / REPORT_FILE, text)
 
     @classmethod
