@@ -53,8 +53,9 @@ def update_card(existing: str | None, new: str) -> str:
     if (old_span := _find_block(body)) is not None:
         body = body[: old_span[0]] + block + body[old_span[1] :]
     else:
-        num_breaks = len(body) - len(body.rstrip("\r\n"))
-        body += newline * max(0, 2 - num_breaks // len(newline)) + block + newline
+        while not body.endswith(2 * newline):
+            body += newline
+        body += block + newline
     metadata = _merge_metadata(old_metadata or "", yaml.safe_load(new_metadata or "")).replace("\r\n", "\n")
     gap = newline if old_metadata is None else ""
     return "".join(line + newline for line in ("---", *metadata.split("\n"), "---")) + gap + body
@@ -92,7 +93,8 @@ def _merge_metadata(old_yaml: str, new: dict[str, Any]) -> str:
             f"{type(old).__name__}: mend them first"
         )
     merged = {**old, **{key: value for key, value in new.items() if key in _OWN_KEYS or key not in old}}
-    merged["tags"] = list(dict.fromkeys([*_as_list(old.get("tags")), *new["tags"]]))
+    tags = _as_list(old.get("tags"))
+    merged["tags"] = tags + [tag for tag in new["tags"] if tag not in tags]
     model_index = [*_results_of_others(old.get("model-index")), *new.get("model-index", [])]
     merged = {key: value for key, value in merged.items() if key != "model-index"}
     if model_index:

@@ -22,6 +22,7 @@ from .preprocessing import processor_image_size
 from .published_tokens import import_published_tokens
 from .push_pairs import push_adversarial_pairs
 from .pushing import push_adapter
+from .report.eval_results import to_eval_results
 from .report.markdown import headline
 from .sweep import SweepArguments, run_sweep, to_csv
 from .trainer import RobustnessTokenTrainer
@@ -160,7 +161,7 @@ def info(
     rows = {
         "adapter": f"{adapter} (commit {folder.commit})" if folder.commit else adapter,
         "base": config.base_model_name_or_path,
-        "base commit": config.base_model_revision or "none pinned (a folder)",
+        "base commit": config.base_model_revision or "none pinned",
         "base class": config.base_model_class,
         "tokens": f"{config.num_robustness_tokens} of width {config.hidden_size}",
         "size": f"{sum(file.stat().st_size for file in folder.path.iterdir() if file.is_file()):,} bytes",
@@ -175,6 +176,8 @@ def info(
         typer.echo(f"  {name:<29}{value}")
     if (report := read_report(folder)) is not None:
         typer.echo(f"{'evaluation':<15}" + (headline(report) or f"{len(report.results)} results"))
+        for result in to_eval_results(report):
+            typer.echo(f"  {result.metric_name}: {result.metric_value:.4g}")
         for check in report.checks:
             typer.echo(f"  check {check.number:<23}{check.name}: {_STATES[check.passed]}, {check.value}")
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 import safetensors
 import torch
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from .configuration import RobustnessTokenConfig
 from .files import has_cache_hash, read_json, replacing
-from .report.schema import MARKDOWN_FILE, REPORT_FILE, RobustnessReport
+from .report.schema import FIGURE_FILES, HTML_FILE, MARKDOWN_FILE, REPORT_FILE, RobustnessReport
 
 
 CONFIG_FILE = "config.json"
@@ -33,7 +34,7 @@ PROCESSOR_FILE = "preprocessor_config.json"
 CARD_FILE = "README.md"
 EVALUATION_FILE = REPORT_FILE
 # For people, beside it; they stay on this machine, since the card on the Hub says the same.
-RENDERED_FILES = (MARKDOWN_FILE, "report.html")
+RENDERED_FILES = (MARKDOWN_FILE, HTML_FILE, *FIGURE_FILES)
 ADAPTER_FILES = (CONFIG_FILE, TOKENS_FILE, PROCESSOR_FILE, CARD_FILE, EVALUATION_FILE)
 TOKENS_KEY = "robustness_tokens"
 
@@ -68,52 +69,71 @@ def fetch_adapter(
         token, cache_dir, local_files_only, force_download: As in `huggingface_hub.snapshot_download`.
 
     Raises:
-        ValueError: If there is no adapter; errors of the Hub pass through.
+        ValueError: If there is no adapter, or a revision of a local folder is asked for; errors of the Hub pass
+            through.
     """
+    subfolder = normalize_subfolder(subfolder)
     if os.path.isdir(name_or_path):
-        path, from_hub, commit = Path(name_or_path), False, None
+        if revision is not None:
+            raise ValueError(
+                f"{str(name_or_path)!r} is a folder here, which has no revision {revision!r}: leave revision= out, or "
+                "work in another folder if the Hub repo of that name is meant"
+            )
+        folder = AdapterFolder(Path(name_or_path) / subfolder, from_hub=False)
     else:
+        repo_id = str(name_or_path)
+        if not is_repo_id(repo_id):
+            raise ValueError(f"{repo_id!r} is neither a local folder nor the id of a Hub repo")
+        options: dict[str, Any] = {
+            "token": token,
+            "cache_dir": cache_dir,
+            "local_files_only": local_files_only,
+            "force_download": force_download,
+        }
         prefix = f"{subfolder}/" if subfolder else ""
         try:
-            validate_repo_id(str(name_or_path))
-        except HFValidationError as exc:
-            raise ValueError(f"{str(name_or_path)!r} is neither a local folder nor the id of a Hub repo") from exc
-
-        def download(files: Iterable[str], force: bool) -> Path:
-            folder = snapshot_download(
-                str(name_or_path),
-                revision=revision,
-                token=token,
-                cache_dir=cache_dir,
-                local_files_only=local_files_only,
-                force_download=force,
-                allow_patterns=[prefix + file for file in files],
-            )
-            return Path(folder)
-
-        try:
-            snapshot = download(ADAPTER_FILES, force_download)
-            if (damaged := _damaged_files(snapshot / subfolder)) and not local_files_only:
-                snapshot = download(damaged, True)
+            # Alone at first: it tells an adapter from a model with gigabytes of weights.
+            snapshot = _download(repo_id, [prefix + CONFIG_FILE], revision=revision, **options)
+            _check_files(snapshot / subfolder, [CONFIG_FILE], repo_id)
+            _read_config_dict(snapshot / subfolder / CONFIG_FILE)
+            snapshot = _download(repo_id, [prefix + file for file in ADAPTER_FILES], revision=snapshot.name, **options)
         except LocalEntryNotFoundError as exc:
             raise ValueError(
                 f"{name_or_path} is no folder here and not in the cache, and the Hub can't be reached: {exc}"
             ) from exc
-        if damaged := _damaged_files(snapshot / subfolder):
-            raise ValueError(
-                f"{name_or_path}: {' and '.join(damaged)} came damaged over the network, or was damaged in the cache "
-                f"({snapshot / subfolder}): load it again, with force_download=True"
-            )
-        path, from_hub, commit = snapshot, True, snapshot.name
-    path = path / subfolder
-    if missing := [file for file in (CONFIG_FILE, TOKENS_FILE, PROCESSOR_FILE) if not (path / file).is_file()]:
-        raise ValueError(f"{name_or_path} is not a robustness-token adapter: it has no {' and no '.join(missing)}")
-    return AdapterFolder(path, from_hub, commit)
+        folder = AdapterFolder(snapshot / subfolder, from_hub=True, commit=snapshot.name)
+    _check_files(folder.path, [CONFIG_FILE, TOKENS_FILE, PROCESSOR_FILE], name_or_path)
+    return folder
 
 
-def _damaged_files(folder: Path) -> list[str]:
-    """The files that don't have the hash by which the cache names them: huggingface_hub looks at sizes alone."""
-    return [file for file in ADAPTER_FILES if (folder / file).is_file() and not has_cache_hash(folder / file)]
+def normalize_subfolder(subfolder: str) -> str:
+    """`"a/b"` of `"./a/b/"`, empty for the root of the repo; `ValueError` if it leads out of the repo."""
+    path = PurePosixPath(subfolder)
+    if path.is_absolute() or ".." in path.parts:
+        raise ValueError(f"subfolder must be a folder inside the repo, such as 'small', got {subfolder!r}")
+    return "/".join(path.parts)
+
+
+def _download(repo_id: str, files: Iterable[str], *, revision: str | None, **options: Any) -> Path:
+    """The snapshot of a repo with those of the files that it has, each whole and unchanged.
+
+    huggingface_hub looks at sizes alone: here a file must have the hash by which the cache names it.
+    """
+    snapshot = Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(files), **options))
+    damaged = [file for file in files if (snapshot / file).is_file() and not has_cache_hash(snapshot / file)]
+    if damaged and (options["force_download"] or options["local_files_only"]):
+        raise ValueError(
+            f"{repo_id}: {' and '.join(damaged)} came damaged over the network, or was damaged in the cache "
+            f"({snapshot}): load it again, with force_download=True"
+        )
+    if damaged:
+        return _download(repo_id, damaged, revision=snapshot.name, **{**options, "force_download": True})
+    return snapshot
+
+
+def _check_files(folder: Path, files: Iterable[str], name: str | os.PathLike[str]) -> None:
+    if missing := [file for file in files if not (folder / file).is_file()]:
+        raise ValueError(f"{name} is not a robustness-token adapter: it has no {' and no '.join(missing)}")
 
 
 def read_config(folder: AdapterFolder) -> RobustnessTokenConfig:
@@ -123,12 +143,7 @@ def read_config(folder: AdapterFolder) -> RobustnessTokenConfig:
         ValueError: If it is damaged, or of a newer schema.
     """
     path = folder.path / CONFIG_FILE
-    config_dict = read_json(path)
-    if config_dict.get("model_type") != RobustnessTokenConfig.model_type:
-        raise ValueError(
-            f"{path} has model_type {config_dict.get('model_type')!r}, expected "
-            f"{RobustnessTokenConfig.model_type!r}: it is the config of another model, not of an adapter"
-        )
+    config_dict = _read_config_dict(path)
     try:
         config: RobustnessTokenConfig = RobustnessTokenConfig.from_dict(config_dict)
     except ValueError as exc:
@@ -136,15 +151,24 @@ def read_config(folder: AdapterFolder) -> RobustnessTokenConfig:
     return config
 
 
+def _read_config_dict(path: Path) -> dict[str, Any]:
+    config_dict = read_json(path)
+    if config_dict.get("model_type") != RobustnessTokenConfig.model_type:
+        raise ValueError(
+            f"{path} has model_type {config_dict.get('model_type')!r}, expected "
+            f"{RobustnessTokenConfig.model_type!r}: it is the config of another model, not of an adapter (new tokens "
+            "on that model: RobustnessTokenModel.from_base)"
+        )
+    return config_dict
+
+
 def check_base_is_repo_id(name: str) -> None:
     """Raises `ValueError` unless a config that came from the Hub names its base by a plain repo id, and no folder."""
-    try:
-        validate_repo_id(name)
-    except HFValidationError as exc:
+    if not is_repo_id(name):
         raise ValueError(
             f"the adapter came from the Hub, and its config names the base {name!r}, which is no repo id: "
             "pass base_model= to say where the base is"
-        ) from exc
+        )
     if os.path.isdir(name):
         raise ValueError(
             f"the adapter came from the Hub, and its config names the base {name!r}, which is a folder here as well: "

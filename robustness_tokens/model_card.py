@@ -9,11 +9,11 @@ from statistics import fmean
 from typing import Any
 
 from huggingface_hub import ModelCardData
-from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from .card_commands import UNKNOWN_DATASET, evaluate_command, train_command
 from .card_update import BEGIN, END, is_generated, update_card
 from .configuration import RobustnessTokenConfig
+from .hub import is_repo_id
 from .report import RobustnessReport, render_report_markdown
 from .report.eval_results import to_eval_results
 from .report.markdown import code, format_eps, format_setting, headline, plain, table
@@ -124,7 +124,7 @@ def render_card(
         Markdown with the metadata that the Hub reads; all but the metadata stands between our markers.
     """
     training = config.training or {}
-    base_id = config.base_model_name_or_path if _is_repo_id(config.base_model_name_or_path) else None
+    base_id = config.base_model_name_or_path if is_repo_id(config.base_model_name_or_path) else None
     trained_on = _dataset_of_recipe(training)
     datasets = [trained_on] if datasets is None and trained_on else datasets
     model_class = next((name for name in config.architectures or () if name in _USES), "RobustnessTokenModel")
@@ -173,15 +173,7 @@ def _dataset_of_recipe(training: Mapping[str, Any]) -> str | None:
     """The Hub id of the training data; without a namespace it may be a folder's name, and nothing is known."""
     entry = training.get("dataset")
     name = entry.get("name") if isinstance(entry, dict) else None
-    return name if isinstance(name, str) and "/" in name and _is_repo_id(name) else None
-
-
-def _is_repo_id(name: str) -> bool:
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return True
+    return name if isinstance(name, str) and "/" in name and is_repo_id(name) else None
 
 
 def _render_threat_model(config: RobustnessTokenConfig, training: Mapping[str, Any]) -> str:

@@ -194,7 +194,7 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
 
         Args:
             pretrained_model_name_or_path: Folder or Hub id of the adapter.
-            config: Given by the Auto classes; read from the adapter otherwise.
+            config: Given by the Auto classes: of it the attention counts, all else is read from the adapter.
             base_model: Folder, Hub id or model in memory to use as the base instead of the one the adapter names.
             ignore_base_mismatch: Accept a base whose fingerprint is not the one the tokens were trained on.
             revision: Branch, tag, commit or `refs/pr/N` of the adapter; the base comes at the commit it pins.
@@ -365,7 +365,7 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
 
         Args:
             save_directory: Folder; made if needed. A README.md that a person wrote is left as it is.
-            is_main_process: Only the main process of a distributed run writes.
+            is_main_process: Only the main process of a distributed run writes, and pushes.
             push_to_hub: Also push, see [`push_to_hub`].
             repo_id: Where to push; by default the folder's name.
             base_model_id: Hub id to name as the base, where it was loaded from a folder.
@@ -376,10 +376,12 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
         """
         if push_kwargs and not push_to_hub:
             raise ValueError(f"save_pretrained got {sorted(push_kwargs)}, unknown, or for push_to_hub=True alone")
-        if is_main_process:
-            self._write(Path(save_directory), base_model_id=base_model_id, name=os.fspath(save_directory))
+        if not is_main_process:
+            return
+        self._write(Path(save_directory), base_model_id=base_model_id, name=os.fspath(save_directory))
         if push_to_hub:
-            push_adapter(save_directory, repo_id or Path(save_directory).name, **push_kwargs)
+            name = repo_id or Path(save_directory).resolve().name
+            push_adapter(save_directory, name, base_model_id=base_model_id, **push_kwargs)
 
     def push_to_hub(  # type: ignore[override]
         self, repo_id: str, *, report: RobustnessReport | None = None, **push_kwargs: Any
@@ -411,7 +413,7 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
         check_no_other_model(folder)
         config = RobustnessTokenConfig.from_dict(self.config.to_dict())
         config.architectures = [type(self).__name__]
-        if base_model_id is not None:
+        if base_model_id not in (None, config.base_model_name_or_path):
             config.base_model_name_or_path, config.base_model_revision = base_model_id, None
         config.auto_map = {}
         if self._auto_class is not None:

@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 from huggingface_hub import HfApi, constants, snapshot_download
+from PIL import Image
 from torch import Tensor
-from transformers import AutoModel
+from transformers import AutoModel, AutoModelForImageClassification, pipeline
 
 from robustness_tokens import cli
 from robustness_tokens.adversarial_pairs import load_adversarial_pairs
@@ -130,6 +131,23 @@ def described(model: RobustnessTokenPreTrainedModel) -> dict[str, str]:
 
 def digits(tensor: Tensor) -> str:
     return tensor.detach().contiguous().numpy().tobytes().hex()
+
+
+def classify(repo_id: str, *, token: str) -> list[list[dict[str, Any]]]:
+    """What AutoModelForImageClassification and a pipeline say of a grey picture."""
+    picture = Image.new("RGB", (16, 16), "grey")
+    model: Any = AutoModelForImageClassification.from_pretrained(repo_id, token=token)
+    with torch.no_grad():
+        logits = model(**model.image_processor(picture, return_tensors="pt")).logits[0]
+    by_hand = [{"label": model.config.id2label[i], "score": float(p)} for i, p in enumerate(logits.softmax(0))]
+    by_pipeline = pipeline("image-classification", model=repo_id, token=token)(picture, top_k=len(by_hand))
+    return [sorted(scores, key=lambda score: str(score["label"])) for scores in (by_hand, by_pipeline)]
+
+
+def load_and_save(adapter: str, folder: str, *, token: str, **save_kwargs: Any) -> None:
+    """Loads an adapter, and saves it into a folder; with push_to_hub=True to the Hub too."""
+    os.environ["HF_TOKEN"] = token
+    RobustnessTokenModel.from_pretrained(adapter).save_pretrained(folder, **save_kwargs)
 
 
 def push(folder: str, repo_id: str, *, token: str = "hf_alice", xet: bool = True, **kwargs: Any) -> Any:

@@ -2,7 +2,6 @@
 
 import ast
 import json
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 
 from robustness_tokens import RobustnessTokenForImageClassification, RobustnessTokenModel
 from robustness_tokens.source_files import source_files
+from tests.test_hub import COMMIT, cache_as_repo
 
 
 # What a process without the package runs: its import fails there, before and after the adapter is loaded.
@@ -124,13 +124,10 @@ def test_an_adapter_on_the_hub_needs_no_package(
     RobustnessTokenModel.register_for_auto_class()
     model.save_pretrained(tmp_path / "adapter", base_model_id="user/base")
     for name, folder in {"adapter": tmp_path / "adapter", "base": base_folders["dinov2"]}.items():
-        repo = tmp_path / "hf_home" / "hub" / f"models--user--{name}"  # as if it had been downloaded before
-        (repo / "refs").mkdir(parents=True)
-        (repo / "refs" / "main").write_text("0" * 40)
-        shutil.copytree(folder, repo / "snapshots" / ("0" * 40))
+        cache_as_repo(folder, tmp_path / "hf_home" / "hub", f"user/{name}")
     output, modules = run_without_package("user/adapter", pixel_values, tmp_path, "AutoModel")
     assert torch.equal(output, compute(model, pixel_values))
-    assert f"transformers_modules.user.adapter.{'0' * 40}.modeling" in modules
+    assert f"transformers_modules.user.adapter.{COMMIT}.modeling" in modules
 
 
 def test_the_code_is_all_that_it_imports(tmp_path: Path, base_folders: dict[str, Path]) -> None:

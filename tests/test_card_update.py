@@ -66,6 +66,7 @@ EXISTING = {
     "no begin": f"# Mine\n{END}\nText.\n",
     "marks in a line": f"Ours stands between `{BEGIN}` and `{END}`.\n",
     "an empty model-index": "---\nmodel-index: []\n---\n",
+    "tags with a colon": "---\ntags:\n- task: classification\n---\ntext\n",
     "scalar metadata": "---\ntags: one\nmodel-index: null\n---\n",
 }
 

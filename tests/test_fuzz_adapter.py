@@ -12,43 +12,14 @@ from typing import Any
 
 import pytest
 
-from robustness_tokens.report import Check, Result, RobustnessReport
 from tests.adapter_fuzzer import damaged_json, damaged_safetensors
-
-
-def report() -> RobustnessReport:
-    return RobustnessReport(
-        package_version="0.1.0",
-        adapter="user/adapter",
-        base_model="user/base",
-        dataset={"name": "quickstart", "split": None, "num_images": 8},
-        budget="quick",
-        seed=0,
-        results=[
-            Result(
-                task="features",
-                metric="cosine",
-                value=0.5,
-                confidence_interval=(0.4, 0.6),
-                tokens="trained",
-                knowledge="base",
-                attack="pgd",
-                attack_parameters={"num_steps": 10},
-                eps=4 / 255,
-                num_images=8,
-                seed=0,
-            )
-        ],
-        checks=[Check(number=1, name="a check", passed=True, value="1", explanation="compared with 1")],
-        series={"loss": [1.0, 0.5]},
-        seconds=1.5,
-    )
+from tests.test_report_schema import make_report
 
 
 @pytest.fixture
 def fuzzed(adapter_folder: Path, base_folders: dict[str, Path], tmp_path: Path) -> Path:
     """A folder with a whole adapter, report included, and its base."""
-    report().save(adapter_folder)
+    make_report().save(adapter_folder)
     shutil.copytree(base_folders["dinov2"], tmp_path / "base")
     return tmp_path
 

@@ -19,6 +19,7 @@ from robustness_tokens.hub import (
     fetch_adapter,
     holds_adapter,
     is_repo_id,
+    normalize_subfolder,
     read_config,
     read_json,
     read_tokens,
@@ -82,6 +83,25 @@ def test_a_folder_named_like_the_weights_is_no_weights(adapter_folder: Path) -> 
 def test_fetch_what_is_neither_folder_nor_repo(name: str) -> None:
     with pytest.raises(ValueError, match="neither a local folder nor the id of a Hub repo"):
         fetch_adapter(name)
+
+
+def test_a_folder_has_no_revisions(adapter_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(adapter_folder.parent)
+    with pytest.raises(ValueError, match=r"'adapter' is a folder here, which has no revision 'v1'"):
+        fetch_adapter("adapter", revision="v1")
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"), [("", ""), (".", ""), ("small", "small"), ("./a//b/", "a/b"), (" a", " a")]
+)
+def test_subfolders(written: str, expected: str) -> None:
+    assert normalize_subfolder(written) == expected
+
+
+@pytest.mark.parametrize("subfolder", ["/small", "..", "a/../b", "../../x"])
+def test_a_subfolder_is_inside_the_repo(adapter_folder: Path, subfolder: str) -> None:
+    with pytest.raises(ValueError, match="subfolder must be a folder inside the repo"):
+        fetch_adapter(adapter_folder, subfolder=subfolder)
 
 
 def test_fetch_from_the_cache_of_the_hub(adapter_folder: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 Afterwards the same call, without a fault, ends well: nothing is left behind that spoils it.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,19 @@ def test_a_commit_in_between_is_not_overwritten(hub: Hub, client: HubClient, pus
     assert len(repo.history()) == 2
 
 
+def test_a_card_that_came_altered_is_not_pushed_back(
+    hub: Hub, client: HubClient, push_arguments: dict[str, Any], tmp_path: Path
+) -> None:
+    (tmp_path / "README.md").write_text("# Mine\n\nWords of a person.\n")
+    repo = hub.add_repo(ADAPTER, tmp_path)
+    hub.faults.append(Fault("GET /alice/adapter/resolve/.*README", "alter"))
+    with pytest.raises(ClientError, match=r"nothing was pushed.*README\.md came damaged"):
+        client("push", **push_arguments)
+    assert len(repo.history()) == 1
+    client("push", **push_arguments)
+    assert b"Words of a person." in repo.commit().files["README.md"].data
+
+
 # Pull
 
 
@@ -192,14 +206,21 @@ def test_pull_of_the_base(
 # The command line
 
 
-@pytest.mark.parametrize(("name", "kind"), [("commit", 503), ("commit", "drop"), ("put", 500)])
+@pytest.mark.parametrize(
+    ("name", "kind", "message"),
+    [
+        ("commit", 503, "robtok: Server error '503 Service Unavailable' for url '.*/alice/adapter/commit/main'"),
+        ("commit", "drop", "robtok: the connection broke while pushing to alice/adapter: push again"),
+        ("put", 500, "robtok: nothing was pushed to alice/adapter, push again: .*500"),
+    ],
+)
 def test_robtok_says_what_happened(
-    hub: Hub, client: HubClient, push_arguments: dict[str, Any], name: str, kind: Any
+    hub: Hub, client: HubClient, push_arguments: dict[str, Any], name: str, kind: Any, message: str
 ) -> None:
     """One line, no traceback."""
     hub.faults.append(Fault(PUSH_REQUESTS[name], kind, FOREVER))
     arguments = ["push", push_arguments["folder"], ADAPTER, "--base-model-id", "alice/base"]
     status, output = client("robtok", arguments=arguments, token="hf_alice", xet=False)
     assert status == 1
-    assert "robtok: " in output
+    assert re.search(message, output, flags=re.DOTALL)
     assert "Traceback" not in output

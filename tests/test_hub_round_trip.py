@@ -1,5 +1,6 @@
 """Adapters to the Hub of the tests and back, as users move them: each step in a process of its own."""
 
+import base64
 import json
 import shutil
 from collections.abc import Callable
@@ -11,11 +12,12 @@ import torch
 from safetensors.torch import load_file
 
 from robustness_tokens.hub import ADAPTER_FILES, EVALUATION_FILE, write_tokens
-from robustness_tokens.report import Result, RobustnessReport
-from tests.conftest import HIDDEN_SIZE, NUM_TOKENS
+from robustness_tokens.modeling import RobustnessTokenForImageClassification
+from tests.conftest import HIDDEN_SIZE, NUM_LABELS, NUM_TOKENS
 from tests.hub_client import ClientError, HubClient
 from tests.hub_server import card_data
-from tests.hub_state import Hub, Repo
+from tests.hub_state import File, Hub, Repo, Request
+from tests.test_report_schema import make_report
 
 
 BACKBONE = Path(__file__).parent.parent / "examples" / "quickstart" / "backbone"
@@ -175,6 +177,30 @@ def test_offline(hub: Hub, client: HubClient, make_adapter: AdapterFactory) -> N
     assert not hub.requests
 
 
+@pytest.mark.parametrize("subfolder", ["small/", "./small"])
+def test_a_subfolder_is_the_same_however_it_is_written(
+    hub: Hub, client: HubClient, make_adapter: AdapterFactory, subfolder: str
+) -> None:
+    folder = make_adapter(1)
+    push(client, folder, subfolder=subfolder)
+    assert hub.repos[ADAPTER].files() == {f"small/{name}" for name in FILES}
+    assert b"subfolder='small')" in hub.repos[ADAPTER].commit().files["small/README.md"].data
+    assert client("fetch", repo_id=ADAPTER, subfolder=subfolder)["tokens"] == tokens_of(folder)
+
+
+def test_a_pull_request_makes_no_branch(hub: Hub, client: HubClient, make_adapter: AdapterFactory) -> None:
+    push(client, make_adapter(1))
+    with pytest.raises(ClientError, match="Invalid rev id: next"):
+        push(client, make_adapter(2), create_pr=True, revision="next")
+    assert list(hub.repos[ADAPTER].branches) == ["main"]
+
+
+def test_another_model_is_not_downloaded(hub: Hub, client: HubClient, base: Repo) -> None:
+    with pytest.raises(ClientError, match=r"model_type 'dinov2'.*RobustnessTokenModel\.from_base"):
+        client("fetch", repo_id="alice/base")
+    assert {request.path.rpartition("/")[2] for request in hub.received("GET /alice/base/")} == {"config.json"}
+
+
 # Who may
 
 
@@ -223,10 +249,63 @@ def test_a_pull_request_to_another(hub: Hub, client: HubClient, base: Repo, make
     assert (repo.files(), repo.files("refs/pr/1")) == (set(), FILES)
 
 
+@pytest.mark.parametrize("fault", ["missing folder", "missing processor", "damaged processor"])
+def test_what_is_no_whole_adapter_makes_no_repo(
+    hub: Hub, client: HubClient, make_adapter: AdapterFactory, fault: str
+) -> None:
+    folder = make_adapter(1)
+    processor = folder / "preprocessor_config.json"
+    message = "preprocessor_config.json"
+    if fault == "missing folder":
+        folder, message = folder / "typo", "folder must be that of an adapter"
+    elif fault == "missing processor":
+        processor.unlink()
+    else:
+        processor.write_text("{}")
+    with pytest.raises(ClientError, match=message) as caught:
+        push(client, folder)
+    assert caught.value.classes[0] == "ValueError"
+    assert ADAPTER not in hub.repos
+
+
 def test_a_base_that_nobody_has(hub: Hub, client: HubClient, make_adapter: AdapterFactory) -> None:
     with pytest.raises(ClientError, match="pass base_model_id="):
         client("push", folder=str(make_adapter(1)), repo_id=ADAPTER)
     assert ADAPTER not in hub.repos
+
+
+# The base
+
+
+def pinned_base(repo: Repo) -> str:
+    config = json.loads(repo.commit().files["config.json"].data)
+    return f"{config['base_model_name_or_path']}@{config['base_model_revision']}"
+
+
+def test_the_base_stays_at_its_commit(
+    hub: Hub, client: HubClient, base: Repo, make_adapter: AdapterFactory, tmp_path: Path
+) -> None:
+    """Whoever pulls an adapter and pushes it, with whatever else, does not move it to a base that nobody measured."""
+    push(client, make_adapter(1))
+    pin = f"alice/base@{base.commit().oid}"
+    base.add_commit("main", {**base.commit().files, "new.txt": File.regular(b"")}, "later", "alice")
+    copy: dict[str, Any] = {"adapter": ADAPTER, "token": "hf_alice", "push_to_hub": True}
+    client("load_and_save", **copy, folder=str(tmp_path / "copy"))
+    client("load_and_save", **copy, folder=str(tmp_path / "b"), repo_id="alice/named", base_model_id="alice/base")
+    assert [pinned_base(hub.repos[f"alice/{name}"]) for name in ("adapter", "copy", "named")] == [pin] * 3
+    assert json.loads((tmp_path / "b" / "config.json").read_text())["base_model_revision"] == pin.split("@")[1]
+
+
+def test_every_base_on_the_hub_is_pinned(
+    hub: Hub, client: HubClient, base: Repo, saved_adapter: Path, tmp_path: Path
+) -> None:
+    save: dict[str, Any] = {"adapter": str(saved_adapter), "token": "hf_alice", "base_model_id": "alice/base"}
+    client("load_and_save", **save, folder=str(tmp_path / "now"), push_to_hub=True)
+    client("load_and_save", **save, folder=str(tmp_path / "later"))
+    client("push", folder=str(tmp_path / "later"), repo_id="alice/later")
+    assert [pinned_base(hub.repos[name]) for name in ("alice/now", "alice/later")] == [
+        f"alice/base@{base.commit().oid}"
+    ] * 2
 
 
 # What is pushed
@@ -242,7 +321,9 @@ def test_nothing_but_the_listed_files(hub: Hub, client: HubClient, make_adapter:
     assert all(b"secret notes" not in request.body for request in hub.requests)
 
 
-def test_the_report_goes_with_its_tokens(hub: Hub, client: HubClient, make_adapter: AdapterFactory) -> None:
+def test_the_report_goes_with_its_tokens(
+    hub: Hub, client: HubClient, make_adapter: AdapterFactory, tmp_path: Path
+) -> None:
     measured, other = make_adapter(1), make_adapter(2)
     make_report().save(measured)
     push(client, measured)
@@ -250,26 +331,40 @@ def test_the_report_goes_with_its_tokens(hub: Hub, client: HubClient, make_adapt
     assert committed(hub) == [FILES | {EVALUATION_FILE}]
     card = card_data(hub.repos[ADAPTER].commit().files["README.md"].data.decode())
     assert card["model-index"][0]["results"][0]["metrics"][0]["value"] == 0.25
+    # Pulled and pushed again, from a folder without the report.
+    again = tmp_path / "again"
+    client("load_and_save", adapter=ADAPTER, folder=str(again), token="hf_alice")
+    assert EVALUATION_FILE not in {path.name for path in again.iterdir()}
+    assert push(client, again, tags=["mine"])["oid"] == hub.repos[ADAPTER].commit().oid
+    assert committed(hub)[1:] == [{"README.md"}]
+    renewed = card_data(hub.repos[ADAPTER].commit().files["README.md"].data.decode())
+    assert (renewed["model-index"], renewed["tags"]) == (card["model-index"], [*card["tags"], "mine"])
     push(client, other)
     assert hub.repos[ADAPTER].files() == FILES
-    assert len(hub.repos[ADAPTER].history()) == 2
+    assert "model-index" not in card_data(hub.repos[ADAPTER].commit().files["README.md"].data.decode())
+    assert len(hub.repos[ADAPTER].history()) == 3
 
 
-def make_report() -> RobustnessReport:
-    result = Result(task="features", metric="cosine", value=0.25, tokens="trained", num_images=8, seed=0)
-    return RobustnessReport(
-        package_version="0",
-        adapter=ADAPTER,
-        base_model="alice/base",
-        base_model_revision=None,
-        dataset={"name": "noise", "split": "test", "num_images": 8},
-        budget="quick",
-        seed=0,
-        results=[result],
-        checks=[],
-        series={},
-        seconds=1.0,
-    )
+def test_no_folder_of_this_machine_is_told(
+    hub: Hub, client: HubClient, base: Repo, make_adapter: AdapterFactory, base_folders: dict[str, Path]
+) -> None:
+    folder, base_folder = make_adapter(1), base_folders["dinov2"]
+    make_report(adapter=str(folder), base_model=str(base_folder)).save(folder)
+    push(client, folder)
+    report = json.loads(hub.repos[ADAPTER].commit().files[EVALUATION_FILE].data)
+    assert [report[name] for name in ("adapter", "base_model", "base_model_revision")] == [
+        *(ADAPTER, "alice/base", base.commit().oid)
+    ]
+    for request in hub.requests:
+        assert not [path for path in (folder, base_folder) if str(path).encode() in decoded(request)]
+
+
+def decoded(request: Request) -> bytes:
+    """A request's body, with the files in it as they are."""
+    if "/commit/" not in request.path:
+        return request.body
+    contents = [line["value"].get("content", "") for line in request.json_lines()]
+    return request.body + b"".join(map(base64.b64decode, contents))
 
 
 @pytest.mark.parametrize("newline", ["\n", "\r\n"], ids=["lf", "crlf"])
@@ -290,12 +385,31 @@ def test_the_card_of_a_person_is_kept(
     assert len(repo.history()) == 3
 
 
+# Without naming our classes
+
+
+def test_a_classifier_by_its_id(
+    hub: Hub, client: HubClient, classifier_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    hub.add_repo("alice/base", classifier_folders["dinov2"])
+    model = RobustnessTokenForImageClassification.from_base(
+        classifier_folders["dinov2"], num_robustness_tokens=NUM_TOKENS, initializer_range=1.0
+    )
+    model.save_pretrained(tmp_path / "adapter")
+    push(client, tmp_path / "adapter")
+    by_hand, by_pipeline = client("classify", repo_id=ADAPTER, token="hf_alice")
+    assert len(by_hand) == NUM_LABELS
+    assert [score["label"] for score in by_pipeline] == [score["label"] for score in by_hand]
+    assert [score["score"] for score in by_pipeline] == pytest.approx([score["score"] for score in by_hand])
+
+
 # The command line
 
 
 def test_command_line(hub: Hub, client: HubClient, make_adapter: AdapterFactory) -> None:
-    folder = str(make_adapter(1))
-    arguments = ["push", folder, ADAPTER, "--base-model-id", "alice/base", "--commit-message", "By hand"]
+    folder = make_adapter(1)
+    make_report().save(folder)
+    arguments = ["push", str(folder), ADAPTER, "--base-model-id", "alice/base", "--commit-message", "By hand"]
     status, output = client("robtok", arguments=arguments, token="hf_alice")
     commit = hub.repos[ADAPTER].commit()
     assert (status, output.strip()) == (0, f"{hub.endpoint}/{ADAPTER}/commit/{commit.oid}")
@@ -304,6 +418,9 @@ def test_command_line(hub: Hub, client: HubClient, make_adapter: AdapterFactory)
     assert status == 0
     assert f"commit {commit.oid}" in output
     assert hub.repos["alice/base"].commit().oid in output
+    assert "the attacker knows everything, tokens included: 0.25" in output
+    assert "accuracy on clean images: 0.9" in output
+    assert "white box: passed, 25% <= 40%" in output
     client.wipe_cache()
     status, output = client("robtok", arguments=["info", ADAPTER], token="hf_bob")
     assert (status, output[:24], "Traceback" in output) == (1, "robtok: 404 Client Error", False)

@@ -36,6 +36,7 @@ from robustness_tokens.backbones import find_layer_stack, vision_trunk
 from robustness_tokens.configuration import RobustnessTokenConfig
 from robustness_tokens.injection import find_injector, remove_tokens
 from robustness_tokens.modeling import RobustnessTokenForImageClassification, RobustnessTokenModel, inject_tokens
+from tests.test_hub import cache_as_repo
 from tests.test_report_schema import make_report
 
 
@@ -353,6 +354,7 @@ def test_the_saved_size_of_a_small_dinov2(make_base: MakeBase, tmp_path: Path) -
 
 def test_only_the_main_process_writes(dinov2_model: RobustnessTokenModel, tmp_path: Path) -> None:
     dinov2_model.save_pretrained(tmp_path, is_main_process=False)
+    dinov2_model.save_pretrained(tmp_path, is_main_process=False, push_to_hub=True, repo_id="user/adapter")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -570,13 +572,6 @@ def test_damaged_tokens_are_refused_by_every_way_in(
     }
     with pytest.raises(ValueError, match="not finite"):
         ways[class_name](adapter_folder)
-
-
-def cache_as_repo(folder: Path, cache_dir: Path) -> None:
-    repo = cache_dir / "models--user--adapter"
-    (repo / "refs").mkdir(parents=True)
-    (repo / "refs" / "main").write_text("0" * 40)
-    shutil.copytree(folder, repo / "snapshots" / ("0" * 40))
 
 
 def test_an_adapter_from_the_hub_cannot_name_a_folder_as_its_base(

@@ -15,22 +15,14 @@ from robustness_tokens.backbones import find_layer_stack
 from robustness_tokens.hub import AdapterFolder, check_base_is_repo_id, fetch_adapter, read_config, read_json
 from robustness_tokens.injection import find_injector
 from robustness_tokens.processor_file import read_image_processor
+from tests.test_hub import cache_as_repo
 
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 EVIL_MAP = {"AutoConfig": "evil.Evil", "AutoModel": "evil.Evil", "AutoModelForImageClassification": "evil.Evil"}
 
 
 def edit_json(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-
-
-def cache_as_repo(folder: Path, cache_dir: Path) -> None:
-    """Lays an adapter into a Hub cache, as if it had been downloaded before."""
-    repo = cache_dir / "models--user--adapter"
-    (repo / "refs").mkdir(parents=True)
-    (repo / "refs" / "main").write_text(COMMIT)
-    shutil.copytree(folder, repo / "snapshots" / COMMIT)
 
 
 # Code
