@@ -6,7 +6,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-slow quality format clean
+.PHONY: help quickstart test test-slow bench quality format clean
 
 help:  ## Show this help
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -24,6 +24,11 @@ test: .venv/.installed  ## Run the fast tests (no network)
 
 test-slow: .venv/.installed  ## Run the long tests
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m slow
+
+bench: .venv/.installed  ## Run the benchmarks, shortened (a tenth of the attack steps)
+	$(BIN)/python -m benchmarks.overhead --rounds 5
+	$(BIN)/python -m benchmarks.training_step --num_attack_steps 3 --rounds 2
+	$(BIN)/python -m benchmarks.sweep_step --num_attack_steps 3 --rounds 2
 
 quality: .venv/.installed  ## Check format, lint and types
 	$(BIN)/ruff format --check .

@@ -108,6 +108,35 @@ def plot_sweep(rows: Sequence[Mapping[str, float]], path: Target) -> None:
     _save(figure, path)
 
 
+def plot_trade_off(rows: Sequence[Mapping[str, Any]], path: Target, *, eps: float) -> None:
+    """Draws accuracy on attacked images against accuracy on clean ones, a number for each way of training.
+
+    Args:
+        rows: Each with `way`, and the accuracies `clean`, `grey_box` and `white_box`; several of a way are averaged.
+        path: Where to write; the ending chooses the format.
+        eps: Of the attacks, in pixel units.
+    """
+    ways = list(dict.fromkeys(row["way"] for row in rows))
+    panels = (("grey_box", "knows the backbone (grey box)"), ("white_box", "knows the tokens (white box)"))
+    figure = _figure(8.4, 4.6)
+    all_axes = figure.subplots(1, 2, sharex=True, sharey=True)
+    for axes, (key, title) in zip(all_axes, panels, strict=True):
+        for number, way in enumerate(ways, start=1):
+            of_way = [row for row in rows if row["way"] == way]
+            clean, attacked = (float(np.mean([float(row[name]) for row in of_way])) for name in ("clean", key))
+            axes.plot(clean, attacked, "o", color=_LINES[0][0], markersize=5, label=f"{number}  {way}")
+            axes.annotate(str(number), (clean, attacked), xytext=(4, 4), textcoords="offset points", fontsize=9)
+        axes.set_title(f"the attacker {title}", loc="left", fontsize=10)
+        axes.set_xlabel("accuracy on clean images")
+        axes.margins(0.12)
+        axes.grid(alpha=0.3)
+    all_axes[0].set_ylabel(f"accuracy under attack, eps {255 * eps:g}/255 in pixels")
+    all_axes[0].set_ylim(bottom=0)
+    handles, labels = all_axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, loc="outside lower center", ncols=3, fontsize=8, handlelength=0)
+    _save(figure, path)
+
+
 def plot_attacked_images(
     images: Tensor,
     attacked: Tensor,

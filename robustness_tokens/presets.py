@@ -1,4 +1,4 @@
-"""The paper's recipes by name: what the published training sets, in the words of the command line.
+"""Recipes by name: the paper's, and the one that held best here, in the words of the command line.
 
 Source: Pulfer et al., "Robustness Tokens: Towards Adversarial Robustness of Transformers", ECCV 2024,
 arXiv 2503.10191, and its code, https://github.com/BrianPulfer/robustness-tokens.
@@ -33,6 +33,8 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "dinov2": MappingProxyType({**_COMMON, "max_steps": 50, "feature_view": "cls_and_patches"}),
         "deit3": MappingProxyType({**_COMMON, "max_steps": 300, "feature_view": "cls_and_patches"}),
         "openclip": MappingProxyType({**_COMMON, "max_steps": 300, "feature_view": "pooled"}),
+        # The best of examples/quickstart/trade_off.py; the size of attack and tokens are the user's to choose.
+        "head_aware": MappingProxyType({"attack": "pgd", "head_distance_weight": 4.0}),
     }
 )
 
@@ -51,7 +53,8 @@ def resolve_preset(name: str, model_type: str | None = None) -> dict[str, Any]:
     """The settings of a preset, for the user's own to be laid over.
 
     Args:
-        name: `"dinov2"`, `"deit3"` or `"openclip"`; or `"paper"`, which picks one of them by the base's family.
+        name: `"dinov2"`, `"deit3"` or `"openclip"`; or `"paper"`, which picks one of them by the base's family; or
+            `"head_aware"`, which also attacks and keeps what a linear head reads.
         model_type: `config.model_type` of the base, read for `"paper"` alone. A timm model counts as DeiT-III: name
             another preset outright for a timm copy of another family.
 

@@ -47,7 +47,7 @@ class ModelArguments:
     base_model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the base."})
     preset: str | None = field(
         default=None,
-        metadata={"help": "Start from a published recipe: paper (by family), dinov2, deit3 or openclip."},
+        metadata={"help": "Start from a recipe: paper (by family), dinov2, deit3, openclip; or head_aware."},
     )
     num_robustness_tokens: int = field(default=10, metadata={"help": "How many tokens to learn (paper: 10)."})
     initializer_range: float = field(default=0.01, metadata={"help": "Standard deviation of the new tokens."})

@@ -140,6 +140,21 @@ def test_a_class_name_is_no_formula(tmp_path: Path, name: str) -> None:
     assert target.read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_trade_off_averages_the_seeds_of_a_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved: list[Any] = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: saved.append(figure))
+    rows = [
+        {"way": "a", "clean": "0.9", "grey_box": "0.2", "white_box": "0.1"},  # as a CSV has it
+        {"way": "a", "clean": 0.8, "grey_box": 0.4, "white_box": 0.1},
+        {"way": "b", "clean": 0.7, "grey_box": 0.5, "white_box": 0.3},
+    ]
+    plots.plot_trade_off(rows, tmp_path / "x.png", eps=16 / 255)
+    grey, white = saved[0].axes
+    assert [line.get_xydata().tolist()[0] for line in grey.lines] == [pytest.approx([0.85, 0.3]), [0.7, 0.5]]
+    assert [line.get_ydata()[0] for line in white.lines] == [pytest.approx(0.1), 0.3]
+    assert "16/255" in grey.get_ylabel()
+
+
 def test_an_open_file_gets_a_png() -> None:
     file = io.BytesIO()
     plots.plot_eps_curves(make_series("accuracy"), file, metric="accuracy")

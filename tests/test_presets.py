@@ -56,8 +56,13 @@ def test_a_preset_is_the_published_recipe(name: str) -> None:
     }
 
 
-def test_the_presets_are_the_three_families() -> None:
-    assert set(PRESETS) == set(PUBLISHED)
+def test_the_presets_are_the_three_families_and_our_own() -> None:
+    assert set(PRESETS) == {*PUBLISHED, "head_aware"}
+
+
+def test_the_head_aware_preset_attacks_and_keeps_what_a_head_reads(tmp_path: Path) -> None:
+    args = RobustnessTokenTrainingArguments(output_dir=str(tmp_path), **resolve_preset("head_aware"))
+    assert (args.attack, args.attack_through, args.head_distance_weight) == ("pgd", "base", 4.0)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -100,7 +105,7 @@ def test_an_explicit_preset_goes_before_the_family() -> None:
 
 @pytest.mark.parametrize("model_type", ["vit", "siglip", None])
 def test_paper_refuses_a_family_it_has_no_recipe_for(model_type: str | None) -> None:
-    with pytest.raises(ValueError, match=rf"no recipe for model_type={model_type!r}.*'deit3', 'dinov2', 'openclip'"):
+    with pytest.raises(ValueError, match=rf"no recipe for model_type={model_type!r}.*'deit3', 'dinov2', .*'openclip'"):
         resolve_preset("paper", model_type)
 
 

@@ -55,7 +55,7 @@ def restarts(measurements: Measurements) -> Finding:
     metric = main_metric(measurements)
     pairs = sorted(diagnostic(measurements, "restarts"), key=lambda pair: pair[0].attack.num_restarts or 0)
     values = {
-        cell.attack.num_restarts or 0: worst(pairs[: number + 1], metric) for number, (cell, _) in enumerate(pairs)
+        cell.attack.num_restarts or 0: worst(measurements, pairs[: number + 1], metric) for number, (cell, _) in enumerate(pairs)
     }
     most = max(values)
     if most // 2 not in values:

@@ -142,8 +142,6 @@ def run_attack(attack: Attack, view: AttackerView, batch: AttackBatch, *, eps: f
         raise ValueError(f"attack {attack.name!r} needs gradients, which an attacker of view {view.name!r} has not")
     if view.model.task not in definition.tasks:
         raise ValueError(f"attack {attack.name!r} is for {definition.tasks}, the task is {view.model.task!r}")
-    if eps == 0:
-        return batch.images.clone()  # all that the ball holds
     with view.model.attacked_faster():
         return definition.run(_Call(attack=attack, view=view, batch=batch, eps=eps, seed=seed))
 
@@ -256,7 +254,9 @@ def _single_step(call: _Call) -> Tensor:
     features = call.view.model.task == "features"
     objective = call.feature_objective("cosine") if features else call.label_objective("cross_entropy")
     # From a random start, since a feature objective has no gradient at the clean image.
-    return pgd_attack(objective, call.images, eps=call.eps, step_size=call.eps, num_steps=1, generator=call.generators)
+    return pgd_attack(
+        objective, call.images, eps=call.eps, step_size=call.eps or None, num_steps=1, generator=call.generators
+    )
 
 
 def _square(call: _Call) -> Tensor:

@@ -53,8 +53,6 @@ class Cell:
     def cost(self) -> int:
         """Forward and backward passes of an image, roughly; a forward alone is a third."""
         attack = self.attack
-        if self.eps == 0:
-            return self.num_images
         passes = (attack.num_steps or 1) * (attack.num_restarts or 1) * (attack.num_target_classes or 1)
         if attack.name == "auto_attack":
             passes = 1000  # far more for an image that holds, far fewer for one that falls at once
@@ -71,7 +69,19 @@ class Cell:
             "parameters": self.attack.parameters(),
             "eps": self.eps,
             "num_images": self.num_images,
+            "surrogate": model_settings(self.view.model) if self.view.is_surrogate else None,
         }
+
+
+def model_settings(model: EvaluatedModel) -> dict[str, Any]:
+    """What tells a model from others, and how it is attacked; JSON values."""
+    return {
+        "weights": digest([value for _, value in sorted(model.model.state_dict().items())]),
+        "normalizer": repr(model.normalizer.image_mean.tolist() + model.normalizer.image_std.tolist()),
+        "task": model.task,
+        "features": [model.feature_view, model.similarity_axis],
+        "attack_precision": model.attack_precision,
+    }
 
 
 def digest(tensors: Sequence[Tensor]) -> str:

@@ -11,7 +11,7 @@ from ..report.strict import MAX_TEXT
 from .cells import Cell
 from .measurements import Measurements
 from .metrics import IoUCounts, accuracy, mean_iou
-from .outcomes import Outcome, worst_outcome
+from .outcomes import Outcome
 
 
 TOLERANCE = 0.005  # half a point, within which numbers are called the same
@@ -104,9 +104,11 @@ def diagnostic(measurements: Measurements, series: str) -> list[tuple[Cell, Outc
     return chosen
 
 
-def worst(chosen: Sequence[tuple[Cell, Outcome]], metric: str, tokens: str = "trained") -> float:
-    """The average over the images of the worst that any of these attacks did to each."""
-    return score(worst_outcome([outcome for _, outcome in chosen], tokens), metric, tokens)
+def worst(
+    measurements: Measurements, chosen: Sequence[tuple[Cell, Outcome]], metric: str, tokens: str = "trained"
+) -> float:
+    """The average over the images of the worst for each, see [`Measurements.worst`]."""
+    return score(measurements.worst(chosen, tokens), metric, tokens)
 
 
 def exceeds(value: float, reference: float) -> bool:

@@ -24,7 +24,7 @@ from ..training_args import MixedPrecision
 from ..training_data import describe_dataset
 from .attack_suite import Attack, AttackBatch
 from .budgets import BUDGETS, Budget, BudgetName, with_overrides
-from .cells import CellStore, digest, merge, run_cells
+from .cells import CellStore, digest, merge, model_settings, run_cells
 from .checks import run_checks
 from .evaluation_data import choose_rows, load_batches, prepare_dataset
 from .figures import make_figures
@@ -346,12 +346,8 @@ def _settings(
         ]
     )
     return {
-        "model": digest([value for _, value in sorted(model.model.state_dict().items())]),
+        "model": model_settings(model),
         "defended_tokens": digest([model.tokens]),
-        "normalizer": repr(model.normalizer.image_mean.tolist() + model.normalizer.image_std.tolist()),
-        "task": model.task,
-        "features": [model.feature_view, model.similarity_axis],
-        "attack_precision": model.attack_precision,
         "images": [sha for _, sha in sorted(images)],
         "ignore_index": next(iter(batches.values())).ignore_index if batches else None,
         "batch_size": batch_size,

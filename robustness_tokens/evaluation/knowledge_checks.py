@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from .attack_suite import Attack
 from .check_parts import (
     Finding,
     NotRunError,
@@ -69,11 +70,11 @@ def own_tokens(measurements: Measurements) -> Finding:
             continue
         views = dict.fromkeys(cell.view.name for cell, _ in at_eps)
         by_view = (
-            f"{view} {in_words(worst([pair for pair in at_eps if pair[0].view.name == view], metric), metric)}"
+            f"{view} {in_words(worst(measurements, [pair for pair in at_eps if pair[0].view.name == view], metric), metric)}"
             for view in views
         )
         found.append(
-            f"at {eps_in_words(eps)} worst case {in_words(worst(at_eps, metric), metric)}: {', '.join(by_view)}"
+            f"at {eps_in_words(eps)} worst case {in_words(worst(measurements, at_eps, metric), metric)}: {', '.join(by_view)}"
         )
     return None, f"{metric} {'; '.join(found)}"
 
@@ -90,11 +91,11 @@ def white_box(measurements: Measurements) -> Finding:
     parts: list[bool | None] = []
     words = []
     for eps in measurements.eps:
-        full = worst(suite(measurements, eps, knowledge="full"), metric)
+        full = worst(measurements, suite(measurements, eps, knowledge="full"), metric)
         values = [f"at {eps_in_words(eps)} white box {in_words(full, metric)}"]
         for level, name in (("base", "grey box"), ("own_tokens", "own tokens")):
             try:
-                other = worst(suite(measurements, eps, knowledge=level), metric)
+                other = worst(measurements, suite(measurements, eps, knowledge=level), metric)
             except NotRunError:
                 parts.append(None)
                 values.append(f"{name} not run")
@@ -123,7 +124,7 @@ def feature_adaptive(measurements: Measurements) -> Finding:
         if not chosen:
             raise NotRunError("no white-box feature attack")
         targets = " and ".join(dict.fromkeys(f"{cell.attack.target}" for cell, _ in chosen))
-        values = (f"{metric} {in_words(worst(chosen, metric), metric)}" for metric in metrics)
+        values = (f"{metric} {in_words(worst(measurements, chosen, metric), metric)}" for metric in metrics)
         words.append(f"at {eps_in_words(eps)} {', '.join(values)} (away from: {targets})")
     return None, "; ".join(words)
 
@@ -154,14 +155,22 @@ def _is_weaker(measurements: Measurements, *attackers: tuple[str, str]) -> Findi
     parts: list[bool | None] = []
     words = []
     for eps in measurements.eps:
-        full = worst(suite(measurements, eps, knowledge="full"), metric)
+        full = worst(measurements, suite(measurements, eps, knowledge="full"), metric)
         values = [f"at {eps_in_words(eps)} white box {in_words(full, metric)}"]
         for key, name in attackers:
-            value = worst(suite(measurements, eps, knowledge="none", **{key: name}), metric)
+            chosen = suite(measurements, eps, knowledge="none", **{key: name})
+            value = worst(measurements, chosen, metric)
             parts.append(not exceeds(full, value))
-            values.append(f"{name} {in_words(value, metric)}")
+            values.append(f"{name} {in_words(value, metric)}{_effort(chosen[0][0].attack)}")
         words.append(", ".join(values))
     return verdict(*parts), f"{metric} {'; '.join(words)}"
+
+
+def _effort(attack: Attack) -> str:
+    """A few queries or draws find little, and so say little."""
+    if attack.num_queries is not None:
+        return f" after {attack.num_queries} queries"
+    return "" if attack.num_draws is None else f" after {attack.num_draws} draws"
 
 
 @check(
@@ -182,7 +191,7 @@ def baselines(measurements: Measurements) -> Finding:
     for eps in measurements.eps:
         grey = measurements.select(series="suite", knowledge="base", eps=eps)
         if grey:
-            words.append(row(f"grey box at {eps_in_words(eps)}", (worst(grey, metric, tokens) for tokens in names)))
+            words.append(row(f"grey box at {eps_in_words(eps)}", (worst(measurements, grey, metric, tokens) for tokens in names)))
     return None, f"{metric} {'; '.join(words)}"
 
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
+from torch import Tensor
+
 from ..report.schema import Knowledge as ReportedKnowledge
 from ..report.schema import Result, TokensInPlace
 from .attack_suite import AttackBatch
@@ -59,6 +61,19 @@ class Measurements:
 
         return [(cell, outcome) for cell, outcome in zip(self.cells, self.outcomes, strict=True) if fits(cell)]
 
+    def worst(self, chosen: Sequence[tuple[Cell, Outcome]], tokens: str = "trained") -> dict[str, Tensor]:
+        """The worst of these attacks on each image, and of leaving it as it is, which an attacker may do too.
+
+        Else an image that the model gets wrong counts as held where every attack happens to put it right.
+
+        Args:
+            chosen: Cells on the same images, and their outcomes.
+            tokens: Name of the tokens that were in the model.
+        """
+        outcomes = [outcome for _, outcome in chosen]
+        count = len(outcomes[0]["pixel_difference"])
+        return worst_outcome([*outcomes, {name: value[:count] for name, value in self.clean.items()}], tokens)
+
     def results(self) -> list[Result]:
         """The numbers: clean, the worst cases, then each attack; the worst cases of the sweep over eps last."""
         results = self._results(self.clean, knowledge=None)
@@ -74,7 +89,7 @@ class Measurements:
                     results += self._worst(level, [pair for pair in at_eps if pair[0].view.knowledge == level])
             # Of the sweep the worst cases are enough: it is a curve for each level.
             for cell, outcome in chosen if series == "suite" else ():
-                parameters = {**cell.attack.reported_parameters(cell.eps), "view": cell.view.name}
+                parameters = {**cell.attack.reported_parameters(cell.eps), **self._precision(), "view": cell.view.name}
                 results += self._results(
                     {key: value for key, value in outcome.items() if key.partition(".")[0] in ("trained", "none")},
                     knowledge=cell.view.knowledge,
@@ -89,15 +104,19 @@ class Measurements:
             return []
         cells, outcomes = zip(*chosen, strict=True)
         tokens = [name for name in _tokens_of(outcomes[0]) if all(name in _tokens_of(outcome) for outcome in outcomes)]
-        worst = {key: value for name in tokens for key, value in worst_outcome(outcomes, name).items()}
+        worst = {key: value for name in tokens for key, value in self.worst(chosen, name).items()}
         attacks = sorted({_name(cell) for cell in cells})
         return self._results(
             worst,
             knowledge=knowledge,
             attack=WORST_CASE,
-            attack_parameters={"attacks": attacks, **_series(cells[0])},
+            attack_parameters={"attacks": attacks, **self._precision(), **_series(cells[0])},
             eps=cells[0].eps,
         )
+
+    def _precision(self) -> dict[str, str]:
+        """Half precision rounds the gradients, so that a reader must know of it."""
+        return {} if self.model.attack_precision == "no" else {"attack_precision": self.model.attack_precision}
 
     def _results(self, outcome: Outcome, **rest: Any) -> list[Result]:
         return [

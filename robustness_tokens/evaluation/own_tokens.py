@@ -162,7 +162,8 @@ def _base_of(model: EvaluatedModel) -> Any:
 def _recipe(model: EvaluatedModel) -> dict[str, Any]:
     """The defender's training arguments, which are in every adapter's config; the package's own if there are none."""
     recipe = (None if model.adapter is None else model.adapter.config.training) or {}
-    known = {field.name for field in dataclasses.fields(RobustnessTokenTrainingArguments)}
+    # And nothing else that a config from the Hub may name, such as a folder to resume from or a tracker to report to.
+    known = RobustnessTokenTrainingArguments(output_dir="").recipe().keys()
     # The image size that a recipe names may be that of ready images, which take none; the image processor knows it.
     return {key: value for key, value in recipe.items() if key in known - {"image_size"}}
 

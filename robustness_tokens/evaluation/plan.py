@@ -105,11 +105,16 @@ def _sweep(
         if not view.is_surrogate:
             by_level[view.knowledge] = view  # the last of a level: of own tokens, the ensemble
     return [
-        Cell(series="sweep", view=view, attack=attack, eps=eps, num_images=num_images)
+        Cell(series="sweep", view=view, attack=attack if eps else _short(attack), eps=eps, num_images=num_images)
         for view in by_level.values()
         for attack in (gradient if view.differentiable else [build_attack("corner_noise", budget)])
         for eps in eps_sweep
     ]
+
+
+def _short(attack: Attack) -> Attack:
+    """At eps = 0 one step shows as well as many that the images stay what they are."""
+    return attack if attack.num_steps is None else dataclasses.replace(attack, num_steps=1)
 
 
 def _diagnostics(model: EvaluatedModel, view: AttackerView, budget: Budget, eps: float, num_images: int) -> list[Cell]:

@@ -1,0 +1,130 @@
+"""What training against an attacker who knows the tokens buys, and what it costs: clean, grey- and white-box accuracy.
+
+    python examples/quickstart/trade_off.py
+
+Trains tokens in many ways on the quickstart's backbone and attacks each by cross-entropy and margin, once through the
+base alone (grey box) and once through the tokens (white box). Writes `trade_off.csv` and `trade_off.png`; what is in
+the CSV already is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+from robustness_tokens import (
+    RobustnessTokenForImageClassification,
+    RobustnessTokenTrainer,
+    RobustnessTokenTrainingArguments,
+)
+from robustness_tokens.data import load_image_dataset
+from robustness_tokens.evaluation import evaluate_robustness
+from robustness_tokens.plots import plot_trade_off
+
+
+HERE = Path(__file__).parent
+EPS = 16 / 255  # pixel units of [0, 1] images
+COMMON: dict[str, Any] = {
+    "max_steps": 80,
+    "per_device_train_batch_size": 64,
+    "learning_rate": 5e-2,
+    "lr_scheduler_type": "cosine",
+    "attack": "pgd",
+    "eps": EPS,
+    "step_size": 4 / 255,
+    "num_attack_steps": 10,
+    "mixed_precision": "bf16",
+}
+# By name: what departs from the paper's losses and from 20 tokens.
+WAYS: dict[str, dict[str, Any]] = {
+    "paper's losses": {},
+    "adaptive": {"attack_through": "tokens"},
+    "head 1": {"head_distance_weight": 1.0},
+    "head 1, adaptive": {"head_distance_weight": 1.0, "attack_through": "tokens"},
+    "head 4": {"head_distance_weight": 4.0},
+    "head 16": {"head_distance_weight": 16.0},
+    "head 4, attacked x3": {"head_distance_weight": 4.0, "adversarial_weight": 3.0},
+    "head 4, both": {"head_distance_weight": 4.0, "attack_through": "both"},
+    "head 4, 50 tokens": {"head_distance_weight": 4.0, "num_robustness_tokens": 50},
+    "head 4, [CLS] alone": {"head_distance_weight": 4.0, "feature_view": "cls"},
+}
+_OF_THE_MODEL = ("num_robustness_tokens", "feature_view")
+COLUMNS = ("way", "clean", "grey_box", "white_box", "num_images", "seed", "seconds")
+
+
+def measure(way: str, *, seed: int, num_images: int) -> dict[str, Any]:
+    """Trains tokens in one way; accuracies on clean images, and under the worst of two attacks for each image."""
+    start = time.perf_counter()
+    transformers.set_seed(seed)
+    settings = {"num_robustness_tokens": 20, **COMMON, **WAYS[way]}
+    of_the_model = {name: settings.pop(name) for name in _OF_THE_MODEL if name in settings}
+    model = RobustnessTokenForImageClassification.from_base(HERE / "backbone", **of_the_model)
+    with tempfile.TemporaryDirectory() as folder:
+        args = RobustnessTokenTrainingArguments(output_dir=folder, seed=seed, **settings)
+        RobustnessTokenTrainer(model, args, load_image_dataset(HERE / "data")).train()
+    report = evaluate_robustness(
+        model,
+        load_image_dataset(HERE / "data", split="test"),
+        task="classification",
+        knowledge=("base", "full"),
+        attacks=("cross_entropy", "margin"),
+        eps=(EPS,),
+        eps_sweep=(),
+        num_images=num_images,
+        num_steps=20,
+        diagnostics=False,
+        attack_precision="bf16",
+        batch_size=250,
+    )
+
+    def accuracy(knowledge: str | None, attack: str | None) -> float:
+        wanted = ("accuracy", "trained", knowledge, attack)
+        (value,) = (r.value for r in report.results if (r.metric, r.tokens, r.knowledge, r.attack) == wanted)
+        return value
+
+    return {
+        "way": way,
+        "clean": accuracy(None, None),
+        "grey_box": accuracy("base", "worst_case"),
+        "white_box": accuracy("full", "worst_case"),
+        "num_images": num_images,
+        "seed": seed,
+        "seconds": round(time.perf_counter() - start),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=Path("outputs/trade_off"))
+    parser.add_argument("--num_images", type=int, default=500, help="test images to attack")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
+    args = parser.parse_args()
+    args.output.mkdir(parents=True, exist_ok=True)
+    file = args.output / "trade_off.csv"
+    rows: list[dict[str, Any]] = []
+    if file.exists():
+        with file.open(newline="", encoding="utf-8") as stream:
+            rows = list(csv.DictReader(stream))
+    for seed in args.seeds:
+        for way in args.ways:
+            if any((row["way"], int(row["seed"])) == (way, seed) for row in rows):
+                continue
+            rows.append(measure(way, seed=seed, num_images=args.num_images))
+            print(rows[-1], flush=True)
+            with file.open("w", newline="", encoding="utf-8") as stream:
+                writer = csv.DictWriter(stream, COLUMNS)
+                writer.writeheader()
+                writer.writerows(rows)
+    plot_trade_off(rows, args.output / "trade_off.png", eps=EPS)
+    print(f"wrote {file} and trade_off.png beside it")
+
+
+if __name__ == "__main__":
+    main()
