@@ -26,9 +26,9 @@ test-slow: .venv/.installed  ## Run the long tests
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m slow
 
 bench: .venv/.installed  ## Run the benchmarks, shortened (a tenth of the attack steps)
-	$(BIN)/python -m benchmarks.overhead --rounds 5
-	$(BIN)/python -m benchmarks.training_step --num_attack_steps 3 --rounds 2
-	$(BIN)/python -m benchmarks.sweep_step --num_attack_steps 3 --rounds 2
+	$(BIN)/python -m benchmarks.overhead --output outputs/benchmarks/short/overhead.json --rounds 5
+	$(BIN)/python -m benchmarks.training_step --output outputs/benchmarks/short/training_step.json --num_attack_steps 3 --rounds 2
+	$(BIN)/python -m benchmarks.sweep_step --output outputs/benchmarks/short/sweep_step.json --num_attack_steps 3 --rounds 2
 
 quality: .venv/.installed  ## Check format, lint and types
 	$(BIN)/ruff format --check .

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DataLoaderConfiguration, DistributedType, broadcast_object_list
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    DistributedDataParallelKwargs,
+    DistributedType,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+)
 from accelerate.utils.environment import parse_flag_from_env
 
 from .training_args import RobustnessTokenTrainingArguments
@@ -18,6 +25,8 @@ from .training_args import RobustnessTokenTrainingArguments
 LOG_FOLDER = "logs"
 
 _PROJECT = "robustness_tokens"
+# A process without a last shard of adversarial pairs waits for those that attack one.
+_TIMEOUT = timedelta(hours=3)
 _SHARDED = {
     "ACCELERATE_USE_DEEPSPEED": ("DeepSpeed", DistributedType.DEEPSPEED),
     "ACCELERATE_USE_FSDP": ("FSDP", DistributedType.FSDP),
@@ -51,6 +60,10 @@ def build_accelerator(args: RobustnessTokenTrainingArguments) -> Accelerator:
         step_scheduler_with_optimizer=False,
         log_with=args.trackers or None,
         project_dir=str(Path(args.output_dir) / LOG_FOLDER),
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(broadcast_buffers=False),  # a frozen base's are the same everywhere
+            InitProcessGroupKwargs(timeout=_TIMEOUT),
+        ],
     )
     for name, distributed_type in _SHARDED.values():
         if accelerator.distributed_type == distributed_type:
@@ -71,7 +84,7 @@ def share_from_main(function: Callable[[], Any], accelerator: Accelerator) -> An
         accelerator: From [`build_accelerator`].
 
     Raises:
-        ValueError, OSError: On every process, if the function raised it, so that none waits for another in vain.
+        Exception: On every process, what the function raised, so that none waits for another in vain.
     """
     if accelerator.num_processes == 1:
         return function()
@@ -79,10 +92,10 @@ def share_from_main(function: Callable[[], Any], accelerator: Accelerator) -> An
     if accelerator.is_main_process:
         try:
             found = [function()]
-        except (ValueError, OSError) as exc:
+        except Exception as exc:
             found = [exc]
     broadcast_object_list(found)
-    if isinstance(found[0], ValueError | OSError):
+    if isinstance(found[0], Exception):
         raise found[0]
     return found[0]
 

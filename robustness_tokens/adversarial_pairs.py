@@ -54,6 +54,7 @@ class AdversarialPairs(Dataset[dict[str, Any]]):
     Args:
         dataset: With the columns of `PAIR_FEATURES`, the images raw or PNG.
         info: How the pairs were made.
+        with_baseline: False leaves "baseline_cosine" out.
 
     Attributes:
         stored: The rows as they are stored.
@@ -62,10 +63,10 @@ class AdversarialPairs(Dataset[dict[str, Any]]):
         ValueError: If there are other columns.
     """
 
-    def __init__(self, dataset: datasets.Dataset, info: PairsInfo) -> None:
+    def __init__(self, dataset: datasets.Dataset, info: PairsInfo, *, with_baseline: bool = True) -> None:
         if set(dataset.column_names) != set(PAIR_FEATURES):
             raise ValueError(f"dataset has the columns {dataset.column_names}, expected {sorted(PAIR_FEATURES)}")
-        self.info = info
+        self.info, self._with_baseline = info, with_baseline
         self._is_raw = dataset.features["image"] == PAIR_FEATURES["image"]
         for column in () if self._is_raw else ("image", "adversarial_image"):
             dataset = dataset.cast_column(column, datasets.Image(decode=False))
@@ -83,16 +84,21 @@ class AdversarialPairs(Dataset[dict[str, Any]]):
                 f"pair {row} differs by {difference}/255, more than the {self.info.max_pixel_difference}/255 of its "
                 "attack: the dataset is damaged, make it anew"
             )
+        baseline = {"baseline_cosine": float(stored["baseline_cosine"])} if self._with_baseline else {}
         return {
             "images": to_images(clean),
             "adversarial_images": to_images(adversarial),
-            "baseline_cosine": float(stored["baseline_cosine"]),
+            **baseline,
             "index": int(stored["index"]),
         }
 
     def select(self, rows: Sequence[int]) -> AdversarialPairs:
         """The pairs of these rows."""
-        return AdversarialPairs(self.stored.select(rows), self.info)
+        return AdversarialPairs(self.stored.select(rows), self.info, with_baseline=self._with_baseline)
+
+    def without_baseline(self) -> AdversarialPairs:
+        """The same pairs for a cosine along the other axis, which the stored one says nothing of."""
+        return AdversarialPairs(self.stored, self.info, with_baseline=False)
 
     def _pixels(self, row: int, stored: Any) -> np.ndarray[Any, np.dtype[np.uint8]]:
         height, width = self.info.image_size
@@ -267,7 +273,7 @@ def settle_arguments(info: PairsInfo, args: RobustnessTokenTrainingArguments) ->
         args: As the user gave them.
 
     Returns:
-        New arguments, whose attack, `resize` and `image_size` are those of the pairs.
+        New arguments, whose attack and `resize` are those of the pairs.
 
     Raises:
         ValueError: If the user stated another attack, image size or way to resize, or named an image column.
@@ -291,7 +297,9 @@ def settle_arguments(info: PairsInfo, args: RobustnessTokenTrainingArguments) ->
         raise ValueError(f"image_size={args.image_size}, but the pairs have {info.image_size} pixels: leave it out")
     if args.resize == "processor" != info.resize:
         raise ValueError(f"resize={args.resize!r}, but the pairs were made with {info.resize!r}: leave it out")
-    settled: dict[str, Any] = {**info.attack, "resize": info.resize, "image_size": None}  # which is the images' own
+    # The pairs' own size needs none, but held-out pictures are resized to what was stated.
+    image_size = args.image_size if info.resize == "squash" else None
+    settled: dict[str, Any] = {**info.attack, "resize": info.resize, "image_size": image_size}
     return dataclasses.replace(args, **settled)
 
 

@@ -16,6 +16,7 @@ from torch.utils.data import Dataset, IterableDataset, Subset
 from tqdm.auto import tqdm
 
 from . import __version__
+from .acceleration import share_from_main
 from .adversarial_pairs import (
     PAIR_FEATURES,
     AdversarialPairs,
@@ -109,10 +110,7 @@ def make_adversarial_pairs(
         )
     info = _describe(model, args, dataset, images, num_images, images_per_shard)
     folder = Path(args.output_dir)
-    if accelerator.is_main_process:
-        _start(folder, info, images, overwrite=args.overwrite_output_dir)
-    accelerator.wait_for_everyone()
-
+    share_from_main(lambda: _start(folder, info, images, overwrite=args.overwrite_output_dir), accelerator)
     missing = missing_shards(folder, info)
     _check_room(folder, info, len(missing), announce=accelerator.is_main_process and not args.disable_tqdm)
     accelerator.wait_for_everyone()  # all have seen the same shards before one more is there

@@ -98,6 +98,7 @@ def save_checkpoint(
         tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value).cpu() for name, value in values.items()}
     content = json.dumps({"step": step, "settings": dict(settings), "state": dict(state)}, indent=1)
     final, partial = output_dir / f"checkpoint-{step}", output_dir / f".checkpoint-{step}.part"
+    replaced = output_dir / f".checkpoint-{step}.old.part"
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(output_dir)
@@ -107,12 +108,14 @@ def save_checkpoint(
         _write(partial / STATE_FILE, content.encode())
         _flush_to_disk(partial)
         if final.exists():
-            final.rename(output_dir / f".checkpoint-{step}.old.part")
+            final.rename(replaced)
         partial.rename(final)
         _flush_to_disk(output_dir)
         _remove_leftovers(output_dir)
     except OSError as exc:
         shutil.rmtree(partial, ignore_errors=True)
+        if replaced.exists() and not final.exists():
+            replaced.rename(final)
         raise OSError(
             exc.errno,
             f"{final} could not be written ({exc.strerror}), and the checkpoints before it are as they were: make "

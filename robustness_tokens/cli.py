@@ -13,6 +13,7 @@ from accelerate import PartialState
 from huggingface_hub.errors import HTTPError
 
 from . import __version__
+from .argument_parsing import parse_arguments, parse_groups
 from .attack_once import PairsArguments, make_adversarial_pairs
 from .evaluation.command import EvaluationArguments, run_evaluation
 from .held_out import load_eval_dataset
@@ -30,8 +31,6 @@ from .training_args import (
     DataArguments,
     ModelArguments,
     RobustnessTokenTrainingArguments,
-    parse_arguments,
-    parse_groups,
 )
 from .training_data import load_train_dataset
 

@@ -289,8 +289,8 @@ def collate_images(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     Returns:
         {"images": (B, C, H, W), "index": (B,) int64, "labels": (B,) int64, or (B, H, W) where pixels have them, if the
         items have any, "broken_images": a tuple of `BrokenImage`}; B counts whole images, and if there are none,
-        "images" is (0, 3, 0, 0). Adversarial pairs have "adversarial_images" (B, C, H, W) and "baseline_cosine" (B,)
-        too.
+        "images" is (0, 3, 0, 0). Adversarial pairs have "adversarial_images" (B, C, H, W) too, and "baseline_cosine"
+        (B,) where their items do.
 
     Raises:
         ValueError: images of different shapes.
@@ -312,7 +312,8 @@ def collate_images(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         batch["labels"] = torch.stack(labels) if labels else torch.empty(0, dtype=torch.int64)
     if whole and all("adversarial_images" in item for item in whole):
         batch["adversarial_images"] = torch.stack([item["adversarial_images"] for item in whole])
-        batch["baseline_cosine"] = torch.tensor([item["baseline_cosine"] for item in whole])
+        if all("baseline_cosine" in item for item in whole):
+            batch["baseline_cosine"] = torch.tensor([item["baseline_cosine"] for item in whole])
     batch["broken_images"] = broken
     return batch
 

@@ -5,6 +5,7 @@ Shapes: B images of a batch, N sequence, D width.
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import datasets
@@ -13,15 +14,16 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
+from .adversarial_pairs import AdversarialPairs
 from .attacks import cosine_similarity
 from .data import BrokenImageLog, build_dataloader, load_image_dataset
 from .losses import robustness_loss
 from .modeling import RobustnessTokenPreTrainedModel
 from .preprocessing import Normalizer
 from .training_args import DataArguments, RobustnessTokenTrainingArguments
-from .training_data import prepare_train_dataset
+from .training_data import find_image_shape, prepare_train_dataset
 from .training_log import EVAL_LOG_COLUMNS
-from .training_step import agreement_of, attack_for_training, base_features, compute_features
+from .training_step import agreement_of, attack_for_training, base_features, compute_features, training_attention
 
 
 _METRICS = EVAL_LOG_COLUMNS[1:-1]
@@ -42,27 +44,44 @@ def load_eval_dataset(data_args: DataArguments) -> Any:
 
 
 def prepare_eval_dataset(
-    dataset: Any, *, args: RobustnessTokenTrainingArguments, image_processor: Any
+    dataset: Any,
+    *,
+    args: RobustnessTokenTrainingArguments,
+    model: RobustnessTokenPreTrainedModel,
+    train_image_shape: tuple[int, int] | None,
 ) -> Dataset[Any]:
     """Makes held-out images ready as [`prepare_train_dataset`] does those to train on.
 
     Args:
-        dataset: As there, but for streams.
+        dataset: As there, but for streams and pairs.
         args: Of the training.
-        image_processor: Of the base.
+        model: That is trained.
+        train_image_shape: Height and width of the images to train on, if they have one.
 
     Raises:
-        ValueError: As there, and for a stream.
+        ValueError: As there, for a stream or pairs, and for images of another size than those to train on.
     """
+    if isinstance(dataset, AdversarialPairs | str | os.PathLike):
+        raise ValueError(
+            f"eval_dataset is a {type(dataset).__name__}, expected a dataset of images, which are attacked as those "
+            "of the training: load them by load_image_dataset"
+        )
     if isinstance(dataset, datasets.IterableDataset):
         raise ValueError(
             "eval_dataset is a stream, expected a fixed set that every process can take its share of: give "
             "datasets.Dataset.from_list(list(stream.take(256)))"
         )
     try:
-        return prepare_train_dataset(dataset, args=args, image_processor=image_processor)
+        images = prepare_train_dataset(dataset, args=args, image_processor=model.image_processor)
     except ValueError as exc:
         raise ValueError(f"eval_dataset can't be used: {exc}") from exc
+    image_shape = find_image_shape(images)
+    if None not in (image_shape, train_image_shape) and image_shape != train_image_shape:
+        raise ValueError(
+            f"eval_dataset has images of {image_shape} pixels, those to train on have {train_image_shape}: set "
+            "image_size where they are resized, or give ready images of that size"
+        )
+    return images
 
 
 def measure_held_out(
@@ -97,12 +116,13 @@ def measure_held_out(
     )
     broken_images = BrokenImageLog(args.max_broken_images)
     totals, num_images = torch.zeros(len(_METRICS), dtype=torch.float64), 0
-    for batch in loader:
-        broken_images.update(batch)
-        if count := len(batch["images"]):
-            means = _measure_batch(model, batch, args=args, accelerator=accelerator, normalizer=normalizer)
-            totals += means.cpu().double() * count
-            num_images += count
+    with training_attention(model, args, accelerator.device):
+        for batch in loader:
+            broken_images.update(batch)
+            if count := len(batch["images"]):
+                means = _measure_batch(model, batch, args=args, accelerator=accelerator, normalizer=normalizer)
+                totals += means.cpu().double() * count
+                num_images += count
     sums = torch.tensor([*totals.tolist(), num_images], device=accelerator.device)
     *sums_of_metrics, total = accelerator.reduce(sums, reduction="sum").tolist()
     if total == 0:

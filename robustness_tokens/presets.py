@@ -34,7 +34,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "deit3": MappingProxyType({**_COMMON, "max_steps": 300, "feature_view": "cls_and_patches"}),
         "openclip": MappingProxyType({**_COMMON, "max_steps": 300, "feature_view": "pooled"}),
         # The best of examples/quickstart/trade_off.py; the size of attack and tokens are the user's to choose.
-        "head_aware": MappingProxyType({"attack": "pgd", "head_distance_weight": 4.0}),
+        "adaptive": MappingProxyType({"attack": "pgd", "attack_through": "both", "head_distance_weight": 4.0}),
     }
 )
 
@@ -54,7 +54,7 @@ def resolve_preset(name: str, model_type: str | None = None) -> dict[str, Any]:
 
     Args:
         name: `"dinov2"`, `"deit3"` or `"openclip"`; or `"paper"`, which picks one of them by the base's family; or
-            `"head_aware"`, which also attacks and keeps what a linear head reads.
+            `"adaptive"`, which attacks with and without the tokens, and also what a linear head reads.
         model_type: `config.model_type` of the base, read for `"paper"` alone. A timm model counts as DeiT-III: name
             another preset outright for a timm copy of another family.
 

@@ -124,6 +124,10 @@ def run_sweep(
     )
     if args.resume_from_checkpoint is not None:
         raise ValueError("resume_from_checkpoint belongs to one run: run the sweep again, it keeps what is finished")
+    if args.eval_steps is not None:
+        raise ValueError(
+            "eval_steps has no meaning for a sweep, which measures on num_eval_pairs at the end: unset it"
+        )
     folder = Path(args.output_dir)
     pairs, args = take_pairs(dataset, args=args, config=model.config)
     if not isinstance(pairs, AdversarialPairs):
@@ -236,7 +240,7 @@ def _is_finished(
     pairs: AdversarialPairs,
 ) -> bool:
     """Whether the folder holds the tokens that this training would give."""
-    if args.overwrite_output_dir or not holds_adapter(folder.path):
+    if args.overwrite_output_dir or not holds_adapter(folder.path) or not (folder.path / LOG_FILE).is_file():
         return False
     stored = read_config(folder)
     expected = {**args.recipe(), "num_steps_done": args.max_steps, "dataset": describe_dataset(pairs)}

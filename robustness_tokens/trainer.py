@@ -126,7 +126,7 @@ class RobustnessTokenTrainer:
         self.eval_dataset = (
             None
             if eval_dataset is None
-            else prepare_eval_dataset(eval_dataset, args=args, image_processor=model.image_processor)
+            else prepare_eval_dataset(eval_dataset, args=args, model=model, train_image_shape=self._image_shape)
         )
         self._previous_recipe: dict[str, Any] = {}  # of tokens that are trained further
         self.normalizer = Normalizer(model.config.image_mean, model.config.image_std).to(self.accelerator.device)
@@ -134,6 +134,7 @@ class RobustnessTokenTrainer:
         self.eval_history: list[dict[str, float]] = []
         self.state, self.control = TrainerState(), TrainerControl()
         self._good_tokens = LastGoodTokens(model)
+        self._saved_step = -1  # of the last checkpoint in output_dir
 
     def train(self) -> TrainOutput:
         """Runs the training, from the beginning or from `args.resume_from_checkpoint`.
@@ -184,7 +185,7 @@ class RobustnessTokenTrainer:
         if self.eval_dataset is None:
             raise ValueError("evaluate() needs an eval_dataset: give one to RobustnessTokenTrainer")
         return measure_held_out(
-            self.model,
+            self.model.to(self.accelerator.device),  # where only train() has put it
             self.eval_dataset,
             args=self.args,
             accelerator=self.accelerator,
@@ -201,10 +202,15 @@ class RobustnessTokenTrainer:
             ValueError: If another folder is given and holds an adapter, without `args.overwrite_output_dir`.
         """
         folder = self.output_dir if output_dir is None else Path(output_dir)
-        if folder != self.output_dir and holds_adapter(folder) and not self.args.overwrite_output_dir:
-            raise ValueError(f"{folder} holds an adapter already: choose another, or set overwrite_output_dir=True")
-        self.model.save_pretrained(folder, is_main_process=self.accelerator.is_main_process)
-        self.accelerator.wait_for_everyone()
+
+        def save() -> None:
+            if folder != self.output_dir and holds_adapter(folder) and not self.args.overwrite_output_dir:
+                raise ValueError(
+                    f"{folder} holds an adapter already: choose another, or set overwrite_output_dir=True"
+                )
+            self.model.save_pretrained(folder)
+
+        share_from_main(save, self.accelerator)  # by which all have waited for it
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
         """Saves the adapter and uploads it from the main process; see [`~robustness_tokens.pushing.push_adapter`]."""
@@ -221,7 +227,7 @@ class RobustnessTokenTrainer:
         handler.optimizer, handler.lr_scheduler, handler.train_dataloader = optimizer, scheduler, loader
         num_batches = len(loader) if hasattr(self.train_dataset, "__len__") else None
         seconds_before = self.log_history[-1]["seconds"] if self.log_history else 0.0
-        total_loss, first_step, saved_step, start = 0.0, state.global_step, -1, time.perf_counter()
+        total_loss, first_step, start = 0.0, state.global_step, time.perf_counter()
         with tqdm(
             total=args.max_steps,
             initial=state.global_step,
@@ -260,10 +266,9 @@ class RobustnessTokenTrainer:
                     self._notify("on_evaluate", metrics=dict(row))
                 if self.control.should_save:
                     self._save_checkpoint(position, optimizer, scheduler)
-                    saved_step = state.global_step
                 terminated = agree(self.control, termination.requested, accelerator)
             if terminated:
-                if saved_step != state.global_step:
+                if self._saved_step != state.global_step:
                     self._save_checkpoint(position, optimizer, scheduler)
                 termination.answered = True
                 if accelerator.is_main_process:
@@ -368,6 +373,7 @@ class RobustnessTokenTrainer:
             ),
             self.accelerator,
         )
+        self._saved_step = self.state.global_step
         self._notify("on_save")
 
     def _start(self, optimizer: Any, scheduler: Any) -> Position:
@@ -376,7 +382,10 @@ class RobustnessTokenTrainer:
         settings = self._settings()
         run = share_from_main(lambda: read_run(args, settings=settings, shape=tuple(tokens.shape)), accelerator)
         step, position = 0, (0, 0)
+        self._saved_step = -1
         if run.checkpoint is not None:
+            if run.checkpoint.folder.parent == self.output_dir:
+                self._saved_step = run.checkpoint.step
             step, state = run.checkpoint.step, run.checkpoint.state
             run.checkpoint.restore(tokens, optimizer)
             scheduler.load_state_dict({**state["scheduler"], "lr_lambdas": [None] * len(scheduler.base_lrs)})

@@ -4,19 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import sys
-from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal, get_args
-
-import yaml
-from transformers import AutoConfig, HfArgumentParser
 
 from .configuration import FeatureView, SimilarityAxis
 from .preprocessing import ResizeMode
-from .presets import PAPER, resolve_preset
-from .speedups import AUTO, BASE
+from .speedups import AUTO
 
 
 AttackName = Literal["paper", "pgd"]
@@ -47,7 +40,7 @@ class ModelArguments:
     base_model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the base."})
     preset: str | None = field(
         default=None,
-        metadata={"help": "Start from a recipe: paper (by family), dinov2, deit3, openclip; or head_aware."},
+        metadata={"help": "Start from a recipe: paper (by family), dinov2, deit3, openclip; or adaptive."},
     )
     num_robustness_tokens: int = field(default=10, metadata={"help": "How many tokens to learn (paper: 10)."})
     initializer_range: float = field(default=0.01, metadata={"help": "Standard deviation of the new tokens."})
@@ -302,92 +295,3 @@ _NOT_RECIPE = {
     "train_attn_implementation",
     "onednn",
 }
-
-
-def parse_arguments(
-    argv: Sequence[str] | None = None, *, prog: str | None = None
-) -> tuple[ModelArguments, DataArguments, RobustnessTokenTrainingArguments]:
-    """Reads a command line: `--name value` pairs, and first, if wanted, a YAML file with the same names.
-
-    Args:
-        argv: Words of the command line without the program's name; `sys.argv[1:]` if None.
-        prog: Name of the program in the help.
-
-    Returns:
-        The three groups of arguments. Numbers may be fractions such as `8/255`; later words win over the file.
-
-    Raises:
-        ValueError: If a value is out of range, or the file can't be read or is no mapping of names to plain values.
-        SystemExit: On a word that is not understood, and after `--help`.
-    """
-    groups = (ModelArguments, DataArguments, RobustnessTokenTrainingArguments)
-    model_args, data_args, training_args = parse_groups(argv, groups, prog=prog)
-    return model_args, data_args, training_args
-
-
-def parse_groups(argv: Sequence[str] | None, groups: Sequence[type], *, prog: str | None = None) -> tuple[Any, ...]:
-    """Reads a command line as [`parse_arguments`] does, for a command with arguments of its own.
-
-    Args:
-        argv: As there.
-        groups: Dataclasses, whose fields are the arguments; only `ModelArguments` has presets.
-        prog: As there.
-
-    Returns:
-        An instance per group.
-
-    Raises:
-        ValueError, SystemExit: As there.
-    """
-    words = list(sys.argv[1:] if argv is None else argv)
-    if words and words[0].endswith((".yaml", ".yml")):
-        lists = {field.name for group in groups for field in dataclasses.fields(group) if "list[" in str(field.type)}
-        words = [*_words_of_file(Path(words[0]), lists), *words[1:]]
-    parser = _ArgumentParser(groups, prog=prog, allow_abbrev=False)  # type: ignore[arg-type]
-    parser.register("type", float, _as_number)
-    values = vars(parser.parse_args(words))
-    if values.get("preset") is not None:
-        model_type = None
-        if values["preset"] == PAPER:
-            revision = values["base_model_revision"]
-            model_type = AutoConfig.from_pretrained(values["base_model"], revision=revision).model_type
-        parser.set_defaults(**resolve_preset(values["preset"], model_type))
-        values = vars(parser.parse_args(words))  # once more: what the user says wins over the preset
-    if values["attn_implementation"] is not None and values.get("train_attn_implementation") == AUTO:
-        values["train_attn_implementation"] = BASE  # which is then what the user asked for
-    return tuple(group(**{f.name: values[f.name] for f in dataclasses.fields(group)}) for group in groups)
-
-
-class _ArgumentParser(HfArgumentParser):
-    def add_argument(self, *names: Any, **kwargs: Any) -> Any:
-        """Reads as a word what may be a word or a flag, a type that argparse can't call."""
-        if kwargs.get("type") == str | bool | None:
-            kwargs["type"] = str
-        return super().add_argument(*names, **kwargs)
-
-
-def _words_of_file(path: Path, lists: Collection[str]) -> list[str]:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as exc:
-        raise ValueError(f"{path} can't be read as YAML: {exc}") from exc
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a mapping of argument names to values, got {type(content).__name__}")
-    for name, value in content.items():
-        if isinstance(value, dict) or (isinstance(value, list) and name not in lists):
-            raise ValueError(f"{path}: {name} must be a plain value, got a {type(value).__name__}")
-    words: list[str] = []
-    for name, value in content.items():
-        if isinstance(value, list):
-            words += [f"--{name}", *map(str, value)]
-        elif value is not None:
-            words.append(f"--{name}={value}")
-    return words
-
-
-def _as_number(word: str) -> float:
-    numerator, slash, denominator = word.partition("/")
-    try:
-        return float(numerator) / (float(denominator) if slash else 1.0)
-    except ZeroDivisionError as exc:
-        raise ValueError(f"{word} divides by zero") from exc

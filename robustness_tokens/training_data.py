@@ -92,7 +92,8 @@ def take_pairs(
     if not isinstance(dataset, AdversarialPairs):
         return dataset, args
     check_base(dataset.info, config)
-    return dataset, settle_arguments(dataset.info, args)
+    settled = settle_arguments(dataset.info, args)
+    return dataset if dataset.info.similarity_axis == config.similarity_axis else dataset.without_baseline(), settled
 
 
 def prepare_train_dataset(

@@ -186,7 +186,7 @@ def accumulate_gradient(
         model: To attack and to take the targets from.
         features: The same model as `accelerator.prepare` wrapped it: (2B, 3, H, W) pixel values -> features.
         batches: Of this process, each `{"images": (B, 3, H, W) float in [0, 1], "index": (B,) int64}`; adversarial
-            pairs hold `"adversarial_images"` and `"baseline_cosine"` (B,) too, and are not attacked.
+            pairs are not attacked and hold `"adversarial_images"` too, and `"baseline_cosine"` (B,) where it is known.
         args, accelerator, normalizer: Of the training.
         step: Optimiser step.
 
@@ -197,16 +197,15 @@ def accumulate_gradient(
         FloatingPointError: If the loss or its gradient is not finite, on every process alike.
     """
     axis, tokens, device = model.config.similarity_axis, model.robustness_tokens, accelerator.device
-    routes = {"base": (False,), "tokens": (True,), "both": (False, True)}[args.attack_through]
     num_images = torch.tensor(float(sum(len(batch["images"]) for batch in batches)), device=device)
     num_images = accelerator.reduce(num_images, reduction="mean")
     totals = torch.zeros(4, device=device)
     with training_attention(model, args, device):
         for batch in batches:
-            images, weight = batch["images"].to(device), len(batch["images"]) / (len(routes) * num_images)
+            images, weight = batch["images"].to(device), len(batch["images"]) / (len(args.attack_routes) * num_images)
             pixel_values = normalizer(images)
             target = base_features(model, pixel_values, mixed_precision=args.mixed_precision)
-            for through_tokens in routes:
+            for through_tokens in args.attack_routes:
                 attacked = (
                     normalizer(batch["adversarial_images"].to(device))
                     if "adversarial_images" in batch
@@ -221,7 +220,7 @@ def accumulate_gradient(
                         through_tokens=through_tokens,
                     )
                 )
-                is_last = batch is batches[-1] and through_tokens == routes[-1]
+                is_last = batch is batches[-1] and through_tokens == args.attack_routes[-1]
                 with nullcontext() if is_last else accelerator.no_sync(features):
                     losses = robustness_loss(
                         features,

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from robustness_tokens import attack_once, training_step
+from robustness_tokens import attack_once, training_data, training_step
 from robustness_tokens.adversarial_pairs import (
     AdversarialPairs,
     load_adversarial_pairs,
@@ -486,6 +486,38 @@ def test_pairs_of_another_base_or_features_are_an_error(
     model = new_model(make_base(family), **settings)
     with pytest.raises(ValueError, match=message):
         take_pairs(made["pgd"], args=arguments(tmp_path), config=model.config)
+
+
+def test_the_baseline_is_along_the_axis_of_the_model(
+    made: dict[str, Path], make_base: BaseFactory, tmp_path: Path
+) -> None:
+    model = new_model(make_base("dinov2"), similarity_axis="feature")
+    args = arguments(tmp_path / "run", max_steps=1, per_device_train_batch_size=NUM_IMAGES)
+    found = train(model, args, made["paper"]).log_history[0]["baseline_cosine"]
+    pairs = load_adversarial_pairs(made["paper"])
+    normalizer = Normalizer(pairs.info.image_mean, pairs.info.image_std)
+    clean, attacked = (
+        training_step.base_features(model, normalizer(torch.stack([pairs[row][name] for row in range(NUM_IMAGES)])))
+        for name in ("images", "adversarial_images")
+    )
+    assert found == pytest.approx(
+        cosine_similarity(attacked, clean, similarity_axis="feature").mean().item(), abs=1e-5
+    )
+
+
+def test_held_out_pictures_are_resized_as_the_pairs_were(
+    made: dict[str, Path], model: RobustnessTokenModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training_data, "processor_image_size", lambda _: 2 * SIDE)
+    held_out = pictures(np.zeros((2, 3 * SIDE, 3 * SIDE, 3), dtype=np.uint8))
+    trainer = RobustnessTokenTrainer(model, arguments(tmp_path / "run"), made["pgd"], held_out)
+    assert trainer.eval_dataset is not None
+    assert trainer.eval_dataset[0]["images"].shape == (3, SIDE, SIDE)
+    args = arguments(tmp_path / "other", image_size=None)
+    with pytest.raises(
+        ValueError, match=r"eval_dataset has images of \(32, 32\) pixels, those to train on have \(16, 16\)"
+    ):
+        RobustnessTokenTrainer(model, args, made["pgd"], held_out)
 
 
 def test_the_same_base_in_half_precision_is_known(

@@ -15,13 +15,13 @@ from transformers import PrinterCallback, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from robustness_tokens import held_out
+from robustness_tokens.argument_parsing import parse_arguments
 from robustness_tokens.attacks import cosine_similarity
 from robustness_tokens.checkpoints import list_checkpoints
 from robustness_tokens.trainer import RobustnessTokenTrainer
-from robustness_tokens.training_args import parse_arguments
 from robustness_tokens.training_log import EVAL_LOG_COLUMNS, EVAL_LOG_FILE
 from robustness_tokens.training_step import attack_for_training, base_features, compute_features
-from tests.training_runs import build_trainer, images, tokens_of
+from tests.training_runs import SIDE, build_trainer, images, tokens_of
 
 
 Make = Callable[..., RobustnessTokenTrainer]
@@ -240,9 +240,26 @@ def test_held_out_images_that_can_not_be_measured_on_are_refused(make: Make) -> 
         make().evaluate()
     trainer = make()
     stream = datasets.Dataset.from_dict({"x": [1]}).to_iterable_dataset()
-    for dataset, message in ((stream, "eval_dataset is a stream"), ([], "eval_dataset can't be used: .*no rows")):
+    other_size = [{"images": torch.zeros(3, SIDE, 2 * SIDE)}]
+    for dataset, message in (
+        (stream, "eval_dataset is a stream"),
+        ([], "eval_dataset can't be used: .*no rows"),
+        ("pairs", "eval_dataset is a str, expected a dataset of images"),
+        (other_size, r"eval_dataset has images of \(16, 32\) pixels, those to train on have \(16, 16\)"),
+    ):
         with pytest.raises(ValueError, match=message):
-            held_out.prepare_eval_dataset(dataset, args=trainer.args, image_processor=None)
+            RobustnessTokenTrainer(trainer.model, trainer.args, images(4), dataset)
+
+
+def test_held_out_images_are_measured_with_the_attention_of_the_training(make: Make) -> None:
+    trainer = make(eval_images=2, train_attn_implementation="eager")
+    base: Any = trainer.model.get_base_model()
+    seen = []
+    hook = base.register_forward_hook(lambda *_: seen.append(base.config._attn_implementation))
+    assert base.config._attn_implementation == "sdpa"
+    trainer.evaluate()
+    hook.remove()
+    assert set(seen) == {"eager"}
 
 
 def test_the_command_line_names_held_out_images(tmp_path: Path) -> None:

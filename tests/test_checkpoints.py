@@ -142,6 +142,22 @@ def test_an_error_of_the_disk_is_not_hidden(tmp_path: Path, monkeypatch: pytest.
     assert list_checkpoints(tmp_path) == []
 
 
+def test_an_error_while_replacing_puts_the_checkpoint_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = (save(tmp_path, 1) / STATE_FILE).stat().st_ino
+    real = Path.rename
+
+    def fail(self: Path, target: Path) -> Path:
+        if self.name == ".checkpoint-1.part":
+            raise OSError(5, "Input/output error")
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(OSError, match="as they were"):
+        save(tmp_path, 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+    assert (tmp_path / "checkpoint-1" / STATE_FILE).stat().st_ino == before
+
+
 @pytest.mark.parametrize("missing", [STATE_FILE, TENSORS_FILE])
 def test_a_checkpoint_with_a_file_missing_is_not_whole(tmp_path: Path, missing: str) -> None:
     save(tmp_path, 2)

@@ -1,6 +1,7 @@
 """Two processes that train together, by gloo."""
 
 import json
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,14 @@ from accelerate.utils import FullyShardedDataParallelPlugin
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
 
 from robustness_tokens import held_out, training_step
 from robustness_tokens.acceleration import build_accelerator
+from robustness_tokens.attack_once import make_adversarial_pairs
 from robustness_tokens.checkpoints import list_checkpoints
 from robustness_tokens.training_args import RobustnessTokenTrainingArguments
-from tests.training_runs import build_trainer, run_together, tokens_of
+from tests.training_runs import build_trainer, images, run_together, tokens_of
 
 
 # Twelve images in steps of eight: an epoch has one whole step. Five held out: three for one, two for the other.
@@ -153,6 +156,43 @@ def test_a_process_without_access_to_the_checkpoint_resumes_with_the_others(fold
     for rank in (0, 1):
         assert torch.equal(tokens(folder, f"resumed-tokens-{rank}"), tokens(folder, "tokens-0"))
     assert not (folder / "resumed-1").exists()
+
+
+class Unstorable(TrainerCallback, ExportableState):
+    """Its state is no JSON."""
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {}, "attributes": {"value": {1, 2}}}
+
+
+def fail_together(rank: int, folder: Path) -> None:
+    trainer = build_trainer(folder / "run", callbacks=[Unstorable()], save_steps=1, max_steps=2)
+    errors = []
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        trainer.train()
+    (folder / "occupied").mkdir(exist_ok=True)
+    (folder / "occupied" / "file").touch()
+    args = RobustnessTokenTrainingArguments(output_dir=str(folder / "occupied"), disable_tqdm=True)
+    try:
+        make_adversarial_pairs(trainer.model, args, images(2))
+    except ValueError as exc:
+        errors.append(str(exc))
+    time.sleep(rank)  # whoever comes last must not find what the first has written
+    trainer.save_model(str(folder / "adapter"))
+    try:
+        trainer.save_model(str(folder / "adapter"))
+    except ValueError as exc:
+        errors.append(str(exc))
+    (folder / f"errors-{rank}.json").write_text(json.dumps(errors), encoding="utf-8")
+    trainer.accelerator.wait_for_everyone()
+
+
+def test_what_fails_on_the_main_process_fails_on_all(tmp_path: Path) -> None:
+    run_together(2, fail_together, tmp_path)
+    for rank in (0, 1):
+        occupied, adapter = json.loads((tmp_path / f"errors-{rank}.json").read_text(encoding="utf-8"))
+        assert "holds something else" in occupied
+        assert "holds an adapter already" in adapter
 
 
 # Ways of distribution that bring nothing here

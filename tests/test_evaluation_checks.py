@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -73,7 +74,7 @@ def measured(
 def measurements(
     *parts: Measured, clean: Outcome | None = None, eps: Sequence[float] = (EPS,), task: str = "classification"
 ) -> Measurements:
-    model: Any = SimpleNamespace(task=task)
+    model: Any = SimpleNamespace(task=task, model=None)
     cells, outcomes = zip(*parts, strict=True) if parts else ((), ())
     return Measurements(
         model=model,
@@ -165,7 +166,7 @@ def changed(name: str, value: float, eps: float = EPS, attack: str = "cross_entr
         (knowledge_checks.white_box, without(levels(0.2, 0.5, 0.3), "own_tokens"), None, "own tokens not run"),
         (knowledge_checks.white_box, without(levels(0.6, 0.5, 0.3), "own_tokens"), False, "own tokens not run"),
         (knowledge_checks.white_box, without(levels(0.2, 0.5, 0.3), "full"), None, "not run"),
-        (knowledge_checks.queries, squared(0.2), True, "square 20.0%"),
+        (knowledge_checks.queries, squared(0.2), True, "square 20.0% after 100 queries"),
         (knowledge_checks.queries, squared(0.19), False, "square 19.0%"),
         (knowledge_checks.queries, transferred(0.5), None, "not run"),
         (knowledge_checks.transfer, transferred(0.6), True, "transfer 60.0%"),
@@ -176,7 +177,12 @@ def changed(name: str, value: float, eps: float = EPS, attack: str = "cross_entr
             None,
             "not run: no attack with knowledge 'none', view 'transfer' at eps 4/255",
         ),
-        (knowledge_checks.noise, noises(0.9, 0.8), True, "uniform_noise 90.0%, corner_noise 80.0%"),
+        (
+            knowledge_checks.noise,
+            noises(0.9, 0.8),
+            True,
+            "uniform_noise 90.0% after 5 draws, corner_noise 80.0% after 5 draws",
+        ),
         (knowledge_checks.noise, noises(0.9, 0.1), False, "corner_noise 10.0%"),
         (knowledge_checks.noise, noises(0.1, 0.9), False, "uniform_noise 10.0%"),
         (attack_checks.steps, by_steps(0.5, 0.4, 0.3, 0.2, 0.2), True, "10: 50.0%, 20: 40.0%"),
@@ -289,11 +295,38 @@ def test_segmentation_is_judged_by_the_iou_over_all_pixels() -> None:
 
     white, grey = ious([[50, 0], [0, 0]]), ious([[40, 0], [0, 0]], knowledge="base")
     own = ious([[60, 0], [0, 0]], knowledge="own_tokens")
-    check = knowledge_checks.white_box(measurements(white, grey, own, task="segmentation"))
+    clean = ious([[90, 90], [90, 90]])[1]
+    check = knowledge_checks.white_box(measurements(white, grey, own, clean=clean, task="segmentation"))
     assert (check.passed, check.value) == (False, "miou at 4/255 white box 0.125, grey box 0.100, own tokens 0.150")
     assert attack_checks.unbounded(
         measurements(ious([[10, 0], [0, 0]], series="unbounded"), task="segmentation")
     ).passed, ".025 is about 0"
+
+
+def test_an_attacker_may_leave_an_image_as_it_is() -> None:
+    """The attack puts right what is wrong on clean images: that image was never held."""
+    changes: dict[str, Any] = {"trained.correct": torch.arange(COUNT) >= COUNT // 10}
+    clean = outcome(0.9, **changes)
+    checked = measurements(measured(0.5), clean=clean)
+    check = knowledge_checks.white_box(checked)
+    assert check.value.startswith("accuracy at 4/255 white box 40.0%")
+
+
+def test_what_the_results_took_is_beside_what_converges() -> None:
+    series = by_steps(0.5, 0.4, 0.3, 0.2, 0.2)
+    chosen = [*zip(series.cells, series.outcomes, strict=True), measured(0.5), measured(0.5, attack="margin")]
+    assert attack_checks.steps(measurements(*chosen)).value.endswith("200: 20.0% (200 images); the results take 10")
+    series = by_restarts(0.5, 0.4, 0.4)
+    chosen = [*zip(series.cells, series.outcomes, strict=True), measured(0.5)]
+    assert attack_checks.restarts(measurements(*chosen)).value.endswith("; the results take 1")
+
+
+def test_heads_of_their_own_are_no_secret(classifier: RobustnessTokenForImageClassification) -> None:
+    head, other = (SegmentationHead(HIDDEN_SIZE, 4) for _ in range(2))
+    for base_head, words in ((None, "with tokens;"), (other, "with tokens, each under a head of its own;")):
+        checked = measurements()
+        checked.model.model = ProbedModel(classifier, head, base_head=base_head)
+        assert words in knowledge_checks.clean_cost(checked).value
 
 
 def test_half_a_point_is_the_same_and_no_change_is_less() -> None:
@@ -408,6 +441,23 @@ def test_masked_gradients_fail(
     assert value.startswith("0.0%") == check.value.startswith("0.0%")
 
 
+def test_the_gradients_are_those_of_the_attacks(
+    classifier: RobustnessTokenForImageClassification, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    within = []
+
+    @contextmanager
+    def attacked_faster(self: EvaluatedModel) -> Iterator[None]:
+        monkeypatch.setattr(Planted, "spoil", staticmethod(_RandomGradient.apply))
+        within.append(self)
+        yield
+        monkeypatch.undo()
+
+    monkeypatch.setattr(Planted, "attacked_faster", attacked_faster)
+    check = probing_checks.gradients(planted(classifier))
+    assert (check.passed, len(within)) == (False, 1), check.value
+
+
 @pytest.mark.parametrize(
     "attack",
     [
@@ -507,6 +557,18 @@ def test_the_report_has_the_checks(classifier: RobustnessTokenForImageClassifica
     assert "eps 0 equals clean" in checks[12].value
     assert {number: checks[number].passed for number in (14, 15, 16)} == {14: True, 15: True, 16: True}
     assert all(checks[number].value.startswith("not run") for number in (7, 9, 10, 11, 13))
+
+
+def test_an_attack_that_moves_without_a_budget_is_seen(
+    classifier: RobustnessTokenForImageClassification, small_budget: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def restless(objective: Any, images: Tensor, *, eps: float, **kwargs: Any) -> Tensor:
+        return (images + 1 / 255).clamp(0, 1)
+
+    monkeypatch.setattr(attack_suite, "pgd_attack", restless)
+    check = evaluated(classifier)[12]
+    assert check.passed is False
+    assert "eps 0 differs from clean" in check.value
 
 
 def test_an_attack_that_breaks_its_budget_is_seen(

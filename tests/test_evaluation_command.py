@@ -8,10 +8,10 @@ import torch
 from PIL import Image
 
 from robustness_tokens import RobustnessTokenForImageClassification, RobustnessTokenModel
+from robustness_tokens.argument_parsing import parse_groups
 from robustness_tokens.evaluation.command import EvaluationArguments, run_evaluation
 from robustness_tokens.probe_heads import ClassificationHead, save_head
 from robustness_tokens.report.schema import RobustnessReport
-from robustness_tokens.training_args import parse_groups
 from tests.conftest import HIDDEN_SIZE
 
 
@@ -65,7 +65,7 @@ def test_features_of_an_adapter(adapter_folder: Path, pictures: Path, tmp_path: 
     report = run_evaluation(str(adapter_folder), arguments(pictures, tmp_path))
     assert {result.metric for result in report.results} == {"cosine"}
     assert report.adapter == str(adapter_folder)
-    assert report.dataset == {"name": str(pictures), "split": "test", "num_images": 4}
+    assert report.dataset == {"name": pictures.name, "split": "test", "num_images": 4}
     assert RobustnessReport.load(tmp_path) == report
 
 
@@ -74,6 +74,21 @@ def test_classes_under_a_probe(adapter_folder: Path, pictures: Path, tmp_path: P
     save_head(ClassificationHead(2 * HIDDEN_SIZE, 2), tmp_path / "head")
     report = run_evaluation(str(adapter_folder), arguments(pictures, tmp_path, "--head", tmp_path / "head"))
     assert {result.metric for result in report.results} == {"cosine", "accuracy"}
+
+
+def test_transfer_from_another_base(
+    adapter_folder: Path, base_folders: dict[str, Path], pictures: Path, tmp_path: Path
+) -> None:
+    other = RobustnessTokenModel.from_base(base_folders["vit"], num_robustness_tokens=2)
+    other.save_pretrained(tmp_path / "other")
+    words = ("--surrogate", tmp_path / "other", "--knowledge", "none", "full")
+    report = run_evaluation(str(adapter_folder), arguments(pictures, tmp_path / "out", *words))
+    check = report.checks[6]
+    assert check.number == 7
+    assert check.passed is not None
+    assert "transfer" in check.value
+    with pytest.raises(ValueError, match="surrogate_head"):
+        read("--dataset", "d", "--output_dir", "o", "--surrogate", "s", "--head", "h")
 
 
 def test_classes_by_the_bases_own_head(classifier_folders: dict[str, Path], pictures: Path, tmp_path: Path) -> None:

@@ -178,6 +178,9 @@ def test_every_number_says_what_it_means(report: RobustnessReport) -> None:
         if "view" in result.attack_parameters
     }
     assert views == {"own_tokens_0", "own_tokens_1", "own_tokens_ensemble"}
+    for view, lengths in (("own_tokens_0", [2]), ("own_tokens_1", [3]), ("own_tokens_ensemble", [2, 3])):
+        for result in pick(report.results, view=view):
+            assert result.attack_parameters["num_robustness_tokens"] == lengths
     assert RobustnessReport.from_dict(json.loads(json.dumps(report.to_dict()))) == report
 
 
@@ -259,6 +262,31 @@ def test_other_tokens_are_not_mixed_in(
         with torch.no_grad():
             classifier.robustness_tokens.copy_(before)
     assert len(list((tmp_path / "cells").iterdir())) == 2
+
+
+def test_another_surrogate_is_not_mixed_in(
+    classifier: RobustnessTokenForImageClassification, images: Images, tmp_path: Path
+) -> None:
+    fixed: dict[str, Any] = {"attacks": ["cross_entropy"], "knowledge": ["none"], "eps_sweep": []}
+    for seed in (1, 2, 2):
+        torch.manual_seed(seed)
+        base = build_base("dinov2", classifier=True)
+        with torch.no_grad():
+            base.classifier.weight.normal_()
+        other = RobustnessTokenForImageClassification.from_base(base)
+        found = run(classifier, images, output_dir=tmp_path, surrogate=other, **fixed)
+        assert found.results == run(classifier, images, surrogate=other, **fixed).results
+    assert len(list((tmp_path / "cells").iterdir())) == 2
+
+
+def test_half_precision_of_the_attacks_is_reported(
+    classifier: RobustnessTokenForImageClassification, images: Images
+) -> None:
+    found = run(
+        classifier, images, attack_precision="bf16", attacks=["cross_entropy"], knowledge=["full"], eps_sweep=[]
+    )
+    attacked = [result for result in found.results if result.attack is not None]
+    assert {result.attack_parameters["attack_precision"] for result in attacked} == {"bf16"}
 
 
 def test_features_need_no_labels(tmp_path: Path) -> None:

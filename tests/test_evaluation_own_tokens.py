@@ -69,6 +69,17 @@ def test_it_trains_by_the_recipe_and_leaves_the_model_alone(
     assert len(list(tmp_path.rglob("adversarial_pairs.json"))) == (0 if num_pairs is None else 1)
 
 
+def test_a_config_names_no_folders_or_trackers_for_the_attacker(
+    dataset: list[dict[str, Tensor]], tmp_path: Path
+) -> None:
+    defended = RobustnessTokenModel.from_base(build_base("dinov2"), num_robustness_tokens=2)
+    foreign = {"resume_from_checkpoint": str(tmp_path / "theirs"), "report_to": "tensorboard", "save_steps": 1}
+    defended.config.training = RECIPE | foreign
+    specs = [OwnTokensSpec(seed=5, num_robustness_tokens=2)]
+    train_own_tokens(EvaluatedModel(defended), specs, [dataset], tmp_path / "own", disable_tqdm=True)
+    assert not list((tmp_path / "own").rglob("*checkpoint*"))
+
+
 def test_runs_with_equal_specs_are_equal_and_not_run_again(
     model: EvaluatedModel, dataset: list[dict[str, Tensor]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -203,6 +203,19 @@ def test_sigterm_saves_and_exits(tmp_path: Path, step: int, save_steps: int | No
     assert torch.equal(tokens_of(resumed), tokens_of(whole))
 
 
+def test_sigterm_before_the_first_step_of_a_resumed_run_leaves_its_checkpoint_alone(tmp_path: Path) -> None:
+    # Saved once more it would for a moment be hidden, and there is no other.
+    settings: dict[str, Any] = {"save_steps": 2, "save_total_limit": 1}
+    build_trainer(tmp_path, max_steps=2, **settings).train()
+    files = [path.stat().st_ino for path in sorted((tmp_path / "checkpoint-2").iterdir())]
+    terminate = TrainerCallback()
+    terminate.on_train_begin = lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM)  # type: ignore[method-assign]
+    resumed = build_trainer(tmp_path, resume_from_checkpoint=True, callbacks=[terminate], max_steps=4, **settings)
+    with pytest.raises(SystemExit):
+        resumed.train()
+    assert [path.stat().st_ino for path in sorted((tmp_path / "checkpoint-2").iterdir())] == files
+
+
 def test_the_handler_of_sigterm_is_the_users_again(tmp_path: Path) -> None:
     seen: list[int] = []
     previous = signal.signal(signal.SIGTERM, lambda signum, frame: seen.append(signum))

@@ -10,13 +10,14 @@ import yaml
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
+from robustness_tokens.argument_parsing import parse_arguments, parse_groups
 from robustness_tokens.card_commands import RECIPE_ARGUMENTS
 from robustness_tokens.configuration import RobustnessTokenConfig
 from robustness_tokens.evaluation.command import EvaluationArguments
 from robustness_tokens.model_card import render_card
 from robustness_tokens.modeling import RobustnessTokenForImageClassification
 from robustness_tokens.report.eval_results import to_eval_results
-from robustness_tokens.training_args import RobustnessTokenTrainingArguments, parse_arguments, parse_groups
+from robustness_tokens.training_args import RobustnessTokenTrainingArguments
 from tests.conftest import HIDDEN_SIZE, NUM_LABELS
 from tests.test_report_markdown import HOSTILE
 from tests.test_report_schema import CLEAN, make_report, make_result

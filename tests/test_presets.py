@@ -57,12 +57,12 @@ def test_a_preset_is_the_published_recipe(name: str) -> None:
 
 
 def test_the_presets_are_the_three_families_and_our_own() -> None:
-    assert set(PRESETS) == {*PUBLISHED, "head_aware"}
+    assert set(PRESETS) == {*PUBLISHED, "adaptive"}
 
 
-def test_the_head_aware_preset_attacks_and_keeps_what_a_head_reads(tmp_path: Path) -> None:
-    args = RobustnessTokenTrainingArguments(output_dir=str(tmp_path), **resolve_preset("head_aware"))
-    assert (args.attack, args.attack_through, args.head_distance_weight) == ("pgd", "base", 4.0)
+def test_the_adaptive_preset_attacks_through_the_tokens_too_and_what_a_head_reads(tmp_path: Path) -> None:
+    args = RobustnessTokenTrainingArguments(output_dir=str(tmp_path), **resolve_preset("adaptive"))
+    assert (args.attack, args.attack_through, args.head_distance_weight) == ("pgd", "both", 4.0)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -11,13 +11,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from robustness_tokens import speedups
+from robustness_tokens.argument_parsing import parse_arguments
 from robustness_tokens.attacks import cosine_similarity, paper_attack
 from robustness_tokens.losses import robustness_loss
 from robustness_tokens.modeling import RobustnessTokenModel
 from robustness_tokens.preprocessing import Normalizer
 from robustness_tokens.speedups import attention_implementation, choose_attention, onednn_products, run_compiled
 from robustness_tokens.trainer import RobustnessTokenTrainer
-from robustness_tokens.training_args import RobustnessTokenTrainingArguments, parse_arguments
+from robustness_tokens.training_args import RobustnessTokenTrainingArguments
 from tests.families import BASES
 
 

@@ -17,6 +17,7 @@ from typer.testing import CliRunner, Result
 
 from robustness_tokens import attack_once, cli, plots, sweep, training_step
 from robustness_tokens.adversarial_pairs import load_adversarial_pairs
+from robustness_tokens.argument_parsing import parse_groups
 from robustness_tokens.hub import AdapterFolder, read_config, read_tokens
 from robustness_tokens.modeling import RobustnessTokenModel
 from robustness_tokens.sweep import CSV_FILE, FIGURE_FILE, PAIRS_FOLDER, SweepArguments, SweepRow, run_sweep
@@ -25,7 +26,6 @@ from robustness_tokens.training_args import (
     DataArguments,
     ModelArguments,
     RobustnessTokenTrainingArguments,
-    parse_groups,
 )
 
 
@@ -141,6 +141,21 @@ def test_a_sweep_with_other_settings_replaces_nothing_unasked(
     args = arguments(swept[0], invariance_weight=2.0)
     with pytest.raises(ValueError, match="overwrite_output_dir"):
         run_sweep(new_model(make_base("dinov2")), args, pictures(), **GRID)
+
+
+def test_an_adapter_without_its_log_is_not_taken_for_a_finished_training(
+    swept: tuple[Path, list[SweepRow]], make_base: BaseFactory, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(swept[0], tmp_path / "sweep"))
+    shutil.rmtree(folder / "tokens-1_lr-0.02_seed-0" / "logs")
+    with pytest.raises(ValueError, match="seed-0 holds an adapter"):
+        run_sweep(new_model(make_base("dinov2")), arguments(folder), pictures(), **GRID)
+
+
+def test_measures_on_the_way_are_refused_before_anything_is_attacked(make_base: BaseFactory, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="eval_steps has no meaning for a sweep"):
+        run_sweep(new_model(make_base("dinov2")), arguments(tmp_path, eval_steps=2), pictures(), **GRID)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_of_pairs_is_taken_whoever_attacked(

@@ -70,7 +70,7 @@ def measure(way: str, *, seed: int, num_images: int) -> dict[str, Any]:
         RobustnessTokenTrainer(model, args, load_image_dataset(HERE / "data")).train()
     report = evaluate_robustness(
         model,
-        load_image_dataset(HERE / "data", split="test"),
+        load_image_dataset(HERE / "data"),  # the test images are for what is chosen here
         task="classification",
         knowledge=("base", "full"),
         attacks=("cross_entropy", "margin"),
@@ -102,7 +102,7 @@ def measure(way: str, *, seed: int, num_images: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("outputs/trade_off"))
-    parser.add_argument("--num_images", type=int, default=500, help="test images to attack")
+    parser.add_argument("--num_images", type=int, default=300, help="images to attack")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
     args = parser.parse_args()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 
 from .check_parts import (
@@ -42,7 +44,8 @@ def steps(measurements: Measurements) -> Finding:
         raise NotRunError(f"{most} steps, but not half of them")
     words = ", ".join(f"{count}: {in_words(values[count], metric)}" for count in sorted(values))
     passed = has_converged(values[most // 2], values[most])
-    return passed, f"{metric} by steps {words} ({images_in_words(pairs[0][1])})"
+    taken = _in_suite(measurements, pairs[0][0].attack.name, "num_steps")
+    return passed, f"{metric} by steps {words} ({images_in_words(pairs[0][1])}){taken}"
 
 
 @check(
@@ -55,14 +58,23 @@ def restarts(measurements: Measurements) -> Finding:
     metric = main_metric(measurements)
     pairs = sorted(diagnostic(measurements, "restarts"), key=lambda pair: pair[0].attack.num_restarts or 0)
     values = {
-        cell.attack.num_restarts or 0: worst(measurements, pairs[: number + 1], metric) for number, (cell, _) in enumerate(pairs)
+        cell.attack.num_restarts or 0: worst(measurements, pairs[: number + 1], metric)
+        for number, (cell, _) in enumerate(pairs)
     }
     most = max(values)
     if most // 2 not in values:
         raise NotRunError(f"{most} restarts, but not half of them")
     words = ", ".join(f"{count}: {in_words(value, metric)}" for count, value in values.items())
     passed = has_converged(values[most // 2], values[most])
-    return passed, f"{metric} by restarts {words} ({images_in_words(pairs[0][1])})"
+    taken = _in_suite(measurements, pairs[0][0].attack.name, "num_restarts")
+    return passed, f"{metric} by restarts {words} ({images_in_words(pairs[0][1])}){taken}"
+
+
+def _in_suite(measurements: Measurements, attack: str, effort: Literal["num_steps", "num_restarts"]) -> str:
+    """What the results of this attack took, which may be less than what converges."""
+    chosen = measurements.select(series="suite", knowledge="full", attack=attack)
+    taken = sorted({getattr(cell.attack, effort) for cell, _ in chosen})
+    return f"; the results take {' and '.join(map(str, taken))}" if taken else ""
 
 
 @check(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, get_args
 
 from accelerate import PartialState
@@ -44,6 +45,10 @@ class EvaluationArguments:
     head: str | None = field(
         default=None, metadata={"help": "Folder of a probe's head to evaluate under: it says the task."}
     )
+    surrogate: str | None = field(
+        default=None, metadata={"help": "Adapter on another base, for transfer attacks; its tokens are not used."}
+    )
+    surrogate_head: str | None = field(default=None, metadata={"help": "Its head, where head is given."})
     base_model: str | None = field(default=None, metadata={"help": "Take the base from this folder or Hub id."})
     budget: BudgetName = field(
         default="quick", metadata={"help": "How many images, steps and attacks: quick, standard or full."}
@@ -83,6 +88,11 @@ class EvaluationArguments:
             raise ValueError(f"knowledge must be among {get_args(Knowledge)}, got {unknown}")
         if self.head is None and self.task == "segmentation":
             raise ValueError('task="segmentation" needs head, the folder of a probe\'s head')
+        if (self.surrogate_head is not None) != (self.surrogate is not None and self.head is not None):
+            raise ValueError(
+                "surrogate_head is for surrogate where head is given, and needed there, got "
+                f"surrogate={self.surrogate!r}, head={self.head!r}, surrogate_head={self.surrogate_head!r}"
+            )
 
 
 def run_evaluation(adapter: str, args: EvaluationArguments) -> RobustnessReport:
@@ -97,7 +107,7 @@ def run_evaluation(adapter: str, args: EvaluationArguments) -> RobustnessReport:
     """
     image_loading: dict[str, Any] = {"name": args.dataset_config, "split": args.split}
     report = evaluate_robustness(
-        _load_model(adapter, args),
+        _load_model(adapter, args, head=args.head, base_model=args.base_model),
         load_image_dataset(args.dataset, **image_loading),
         task=None if args.head is not None else args.task,
         knowledge=args.knowledge,  # type: ignore[arg-type]  # checked
@@ -111,13 +121,15 @@ def run_evaluation(adapter: str, args: EvaluationArguments) -> RobustnessReport:
         attacker_datasets=None
         if args.attacker_dataset is None
         else [load_image_dataset(args.attacker_dataset, split=args.attacker_split)],
+        surrogate=None if args.surrogate is None else _load_model(args.surrogate, args, head=args.surrogate_head),
         diagnostics=args.diagnostics,
         seed=args.seed,
         batch_size=args.batch_size,
         output_dir=args.output_dir,
         image_size=args.image_size,
         attack_precision=args.attack_precision,
-        dataset_name=args.dataset,
+        # A report is published: what lies above a folder is nobody's business.
+        dataset_name=Path(args.dataset).resolve().name if Path(args.dataset).exists() else args.dataset,
         disable_tqdm=args.disable_tqdm,
     )
     if PartialState().is_main_process:
@@ -126,11 +138,11 @@ def run_evaluation(adapter: str, args: EvaluationArguments) -> RobustnessReport:
     return report
 
 
-def _load_model(adapter: str, args: EvaluationArguments) -> nn.Module:
-    with_own_head = args.task == "classification" and args.head is None
+def _load_model(
+    adapter: str, args: EvaluationArguments, *, head: str | None, base_model: str | None = None
+) -> nn.Module:
+    with_own_head = args.task == "classification" and head is None
     model_class = RobustnessTokenForImageClassification if with_own_head else RobustnessTokenModel
-    model = model_class.from_pretrained(
-        adapter, base_model=args.base_model, attn_implementation=args.attn_implementation
-    )
+    model = model_class.from_pretrained(adapter, base_model=base_model, attn_implementation=args.attn_implementation)
     model.to(PartialState().device)
-    return model if args.head is None else ProbedModel(model, load_head(args.head))
+    return model if head is None else ProbedModel(model, load_head(head))

@@ -94,7 +94,8 @@ def evaluate_robustness(
         own_tokens: (K, D) each, already trained by the attacker; then none are trained here.
         attacker_datasets: Images that the attacker trains on, one or more datasets; by default the evaluated one.
         own_tokens_overrides: Training arguments in which the attacker departs from the recipe.
-        surrogate: Another model with tokens (they are not used) for transfer attacks, of the same classes.
+        surrogate: Another model with tokens (they are not used) for transfer attacks, of the same classes; it is left
+            in eval mode, on the model's device.
         diagnostics: Also run what the checks look at: more steps and restarts, a single step, an unbounded attack.
         seed: Of the choice of images, the attacks and the intervals.
         batch_size: Images attacked together, at most.
@@ -284,7 +285,7 @@ def _views(
         raise ValueError(f"knowledge must be a list of at least one of {ALL_KNOWLEDGE}, got {knowledge!r}")
     other = None
     if surrogate is not None:
-        surrogate.eval()
+        surrogate.eval().to(model.device)
         other = EvaluatedModel(surrogate, task=model.task, attack_precision=model.attack_precision)
     return [
         view

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from ..probes import ProbedModel
 from .attack_suite import Attack
 from .check_parts import (
     Finding,
@@ -25,15 +26,18 @@ from .measurements import Measurements
 @check(
     1,
     "clean cost",
-    "Only reported: clean images with and without the tokens, under the same head; and how close the features stay to "
-    "those without tokens, as a cosine. What is lost here is the price of the defence.",
+    "Only reported: clean images with and without the tokens, under the same head unless said; and how close the "
+    "features stay to those without tokens, as a cosine. What is lost here is the price of the defence.",
 )
 def clean_cost(measurements: Measurements) -> Finding:
     clean, metric = measurements.clean, main_metric(measurements)
     parts = []
     if metric != "cosine":
         without, with_tokens = score(clean, metric, "none"), score(clean, metric)
-        parts.append(f"{metric} {in_words(without, metric)} without, {in_words(with_tokens, metric)} with tokens")
+        heads = ", each under a head of its own" if _has_two_heads(measurements) else ""
+        parts.append(
+            f"{metric} {in_words(without, metric)} without, {in_words(with_tokens, metric)} with tokens{heads}"
+        )
     if "trained.cosine" in clean:
         parts.append(f"cosine {in_words(score(clean, 'cosine'), 'cosine')}")
     return None, "; ".join(parts)
@@ -69,13 +73,12 @@ def own_tokens(measurements: Measurements) -> Finding:
         if not at_eps:
             continue
         views = dict.fromkeys(cell.view.name for cell, _ in at_eps)
-        by_view = (
-            f"{view} {in_words(worst(measurements, [pair for pair in at_eps if pair[0].view.name == view], metric), metric)}"
-            for view in views
-        )
-        found.append(
-            f"at {eps_in_words(eps)} worst case {in_words(worst(measurements, at_eps, metric), metric)}: {', '.join(by_view)}"
-        )
+        every = worst(measurements, at_eps, metric)
+        by_view = {
+            view: worst(measurements, [pair for pair in at_eps if pair[0].view.name == view], metric) for view in views
+        }
+        each = ", ".join(f"{view} {in_words(value, metric)}" for view, value in by_view.items())
+        found.append(f"at {eps_in_words(eps)} worst case {in_words(every, metric)}: {each}")
     return None, f"{metric} {'; '.join(found)}"
 
 
@@ -191,8 +194,17 @@ def baselines(measurements: Measurements) -> Finding:
     for eps in measurements.eps:
         grey = measurements.select(series="suite", knowledge="base", eps=eps)
         if grey:
-            words.append(row(f"grey box at {eps_in_words(eps)}", (worst(measurements, grey, metric, tokens) for tokens in names)))
+            words.append(
+                row(
+                    f"grey box at {eps_in_words(eps)}", (worst(measurements, grey, metric, tokens) for tokens in names)
+                )
+            )
     return None, f"{metric} {'; '.join(words)}"
+
+
+def _has_two_heads(measurements: Measurements) -> bool:
+    model = measurements.model.model
+    return isinstance(model, ProbedModel) and model.base_head is not None
 
 
 def _has(outcome: Iterable[str], tokens: str) -> bool:

@@ -89,7 +89,12 @@ class Measurements:
                     results += self._worst(level, [pair for pair in at_eps if pair[0].view.knowledge == level])
             # Of the sweep the worst cases are enough: it is a curve for each level.
             for cell, outcome in chosen if series == "suite" else ():
-                parameters = {**cell.attack.reported_parameters(cell.eps), **self._precision(), "view": cell.view.name}
+                parameters = {
+                    **cell.attack.reported_parameters(cell.eps),
+                    **self._precision(),
+                    **_own_tokens(cell),
+                    "view": cell.view.name,
+                }
                 results += self._results(
                     {key: value for key, value in outcome.items() if key.partition(".")[0] in ("trained", "none")},
                     knowledge=cell.view.knowledge,
@@ -165,6 +170,13 @@ def _tokens_of(outcome: Outcome) -> list[TokensInPlace]:
 def _name(cell: Cell) -> str:
     target = f":{cell.attack.target}" if cell.attack.target else ""
     return f"{cell.attack.name}{target} ({cell.view.name})"
+
+
+def _own_tokens(cell: Cell) -> dict[str, list[int]]:
+    """How many tokens the attacker guessed, in each set."""
+    if cell.view.knowledge != "own_tokens":
+        return {}
+    return {"num_robustness_tokens": [len(tokens) for tokens in cell.view.tokens if tokens is not None]}
 
 
 def _series(cell: Cell) -> dict[str, str]:

@@ -36,8 +36,9 @@ FIGURES: dict[str, tuple[str, str, bool]] = {
     **{
         f"{metric}_by_eps.png": (
             f"{words.capitalize()} against the size of the attack",
-            "One attack per level of knowledge, from no change at all to one that anybody sees. Bands: 95% confidence "
-            "interval. Higher is better. The numbers are in the table of the sweep.",
+            "The worst of the sweep's one or two attacks at each level of knowledge, from no change at all to one "
+            "that anybody sees; the results take more. Bands: 95% confidence interval. Higher is better. The numbers "
+            "are in the table of the sweep.",
             False,
         )
         for metric, words in METRICS.items()

@@ -64,7 +64,8 @@ def render_results(results: Sequence[Result]) -> str:
         return "<p>Nothing was measured.</p>"
     blocks = [
         "<p>A number is worth what the attacker knew. eps is the largest change of a pixel (L-inf norm) of images in "
-        "[0, 1]. Beside each number: its 95% confidence interval.</p>"
+        "[0, 1]. A worst case takes for each image the attack that did the most, or none. Beside each number: its "
+        "95% confidence interval.</p>"
     ]
     pairs = {(r.task, r.metric) for r in results}
     for task, metric in sorted(pairs, key=lambda pair: (list(TASKS).index(pair[0]), list(METRICS).index(pair[1]))):
@@ -87,7 +88,7 @@ def render_results(results: Sequence[Result]) -> str:
             table = _results_table(baselines, ("trained", *BASELINES), caption)
             blocks.append(f"<details><summary>Baselines: other tokens in their place</summary>{table}</details>")
         if swept := [r for r in sweep if r.tokens not in BASELINES]:
-            table = _results_table(swept, _MAIN, f"{name}, one attack at growing eps, fewer images.")
+            table = _results_table(swept, _MAIN, f"{name}, one or two attacks at growing eps, fewer images.")
             blocks.append(f"<details><summary>Numbers of the sweep over eps</summary>{table}</details>")
     return "\n".join(blocks)
 

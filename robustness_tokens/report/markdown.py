@@ -154,7 +154,8 @@ def _render_results(results: Sequence[Result], hashes: str) -> list[str]:
         return ["Nothing was measured."]
     blocks = [
         "A number is worth what the attacker knew. eps is the largest change of a pixel, L-inf, of images in [0, 1]. "
-        "In brackets: 95% confidence interval."
+        "A worst case takes for each image the attack that did the most, or none. In brackets: 95% confidence "
+        "interval."
     ]
     for task, metric in sorted(
         {(r.task, r.metric) for r in results},
