@@ -69,6 +69,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.num_threads)
     if args.memory_of:
+        args.num_attack_steps = 1  # each of them takes the same
         print(json.dumps(peak_memory(args, args.memory_of)))
         return
 
@@ -86,9 +87,9 @@ def main() -> None:
         "ratios": {name: [one[name] / one[PUBLISHED] for one in rounds] for name in steps},
         "memory": memory,
     }
-    print_table(result)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(result, indent=2), encoding="utf-8")
+    print_table(result)
 
 
 def build_step(args: argparse.Namespace, name: str, folder: Path) -> Callable[[], object]:
@@ -144,8 +145,11 @@ def peak_memory(args: argparse.Namespace, name: str) -> dict[str, float]:
 
 
 def peak_resident_mib() -> float:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / MIB if sys.platform == "darwin" else peak * 1024 / MIB
+    status = Path("/proc/self/status")
+    if status.exists():  # unlike ru_maxrss it starts anew with a program, whatever its parent took
+        (line,) = (line for line in status.read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024 / MIB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / MIB  # bytes on macOS
 
 
 def memory_in_a_process(name: str) -> dict[str, float]:
