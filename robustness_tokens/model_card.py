@@ -130,7 +130,7 @@ def render_card(
     model_class = next((name for name in config.architectures or () if name in _USES), "RobustnessTokenModel")
     auto_class, pipeline_tag, call = _USES[model_class]
     eval_results = [] if report is None else to_eval_results(report)
-    arguments = repr(name) + (f", subfolder={subfolder!r}" if subfolder else "")
+    arguments = _literal(name) + (f", subfolder={_literal(subfolder)}" if subfolder else "")
     data = ModelCardData(
         base_model=base_id,
         base_model_relation="adapter" if base_id else None,
@@ -247,6 +247,11 @@ def _render_training(training: Mapping[str, Any]) -> str:
             )
             rows.append((key if is_word else code(key), shown))
     return table(("setting", "value"), rows)
+
+
+def _literal(text: str) -> str:
+    """A string as Python code, in double quotes as formatters have it: JSON's are Python's."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 def _render_reproduction(

@@ -143,7 +143,7 @@ def test_a_class_name_is_no_formula(tmp_path: Path, name: str) -> None:
 def test_the_trade_off_averages_the_seeds_of_a_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved: list[Any] = []
     monkeypatch.setattr(plots, "_save", lambda figure, path: saved.append(figure))
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"way": "a", "clean": "0.9", "grey_box": "0.2", "white_box": "0.1"},  # as a CSV has it
         {"way": "a", "clean": 0.8, "grey_box": 0.4, "white_box": 0.1},
         {"way": "b", "clean": 0.7, "grey_box": 0.5, "white_box": 0.3},
