@@ -184,7 +184,7 @@ def test_a_subfolder_is_the_same_however_it_is_written(
     folder = make_adapter(1)
     push(client, folder, subfolder=subfolder)
     assert hub.repos[ADAPTER].files() == {f"small/{name}" for name in FILES}
-    assert b"subfolder='small')" in hub.repos[ADAPTER].commit().files["small/README.md"].data
+    assert b'subfolder="small")' in hub.repos[ADAPTER].commit().files["small/README.md"].data
     assert client("fetch", repo_id=ADAPTER, subfolder=subfolder)["tokens"] == tokens_of(folder)
 
 

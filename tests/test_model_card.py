@@ -171,7 +171,7 @@ def test_the_code_of_the_card_runs(
 def test_the_first_line_of_code_is_the_import_and_the_subfolder_is_named() -> None:
     (code,) = blocks(render_card(config(), name="user/adapter", subfolder="a/b"), "python")
     assert code.startswith("from robustness_tokens import RobustnessTokenModel\n")
-        assert '\nmodel = RobustnessTokenModel.from_pretrained("user/adapter", subfolder="a/b")\n' in code
+    assert '\nmodel = RobustnessTokenModel.from_pretrained("user/adapter", subfolder="a/b")\n' in code
 
 
 def test_the_card_says_what_it_is() -> None:
