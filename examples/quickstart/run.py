@@ -39,7 +39,7 @@ HERE = Path(__file__).parent
 EPS = 16 / 255  # pixel units of [0, 1] images
 # Larger steps and a larger attack than the paper's defaults, which are made for ImageNet backbones.
 TRAINING: dict[str, Any] = {
-    "max_steps": 80,
+    "max_steps": 40,
     "per_device_train_batch_size": 64,
     "learning_rate": 5e-2,
     "lr_scheduler_type": "cosine",

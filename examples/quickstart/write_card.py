@@ -7,7 +7,7 @@ python examples/quickstart/write_card.py                              # from car
 from __future__ import annotations
 
 import argparse
-import shutil
+import dataclasses
 from pathlib import Path
 
 from robustness_tokens.hub import CONFIG_FILE, EVALUATION_FILE, AdapterFolder, read_config, read_report
@@ -33,13 +33,15 @@ def render_quickstart_card() -> str:
 
 def take_over(adapter: Path) -> None:
     """Stores the config and the report of an adapter, its base named as it is from the root of the repository."""
-    config = read_config(AdapterFolder(adapter, from_hub=False))
+    folder = AdapterFolder(adapter, from_hub=False)
+    config, report = read_config(folder), read_report(folder)
     config.base_model_name_or_path = "examples/quickstart/backbone"
     STORED.mkdir(exist_ok=True)
     (STORED / CONFIG_FILE).write_text(config.to_json_string(use_diff=False), encoding="utf-8")
     (STORED / EVALUATION_FILE).unlink(missing_ok=True)
-    if (adapter / EVALUATION_FILE).exists():
-        shutil.copyfile(adapter / EVALUATION_FILE, STORED / EVALUATION_FILE)
+    if report is not None:
+        report = dataclasses.replace(report, base_model=config.base_model_name_or_path)
+        (STORED / EVALUATION_FILE).write_text(report.to_json_string(), encoding="utf-8")
 
 
 def main() -> None:
