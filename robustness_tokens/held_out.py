@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
 from .adversarial_pairs import AdversarialPairs
-from .attacks import cosine_similarity
 from .data import BrokenImageLog, build_dataloader, load_image_dataset
 from .losses import robustness_loss
 from .modeling import RobustnessTokenPreTrainedModel
@@ -23,7 +22,14 @@ from .preprocessing import Normalizer
 from .training_args import DataArguments, RobustnessTokenTrainingArguments
 from .training_data import find_image_shape, prepare_train_dataset
 from .training_log import EVAL_LOG_COLUMNS
-from .training_step import agreement_of, attack_for_training, base_features, compute_features, training_attention
+from .training_step import (
+    agreement_of,
+    attacked_pixel_values,
+    base_features,
+    compute_features,
+    faster_base,
+    mean_cosine,
+)
 
 
 _METRICS = EVAL_LOG_COLUMNS[1:-1]
@@ -116,7 +122,7 @@ def measure_held_out(
     )
     broken_images = BrokenImageLog(args.max_broken_images)
     totals, num_images = torch.zeros(len(_METRICS), dtype=torch.float64), 0
-    with training_attention(model, args, accelerator.device):
+    with faster_base(model, args, accelerator.device):
         for batch in loader:
             broken_images.update(batch)
             if count := len(batch["images"]):
@@ -140,25 +146,13 @@ def _measure_batch(
     accelerator: Accelerator,
     normalizer: Normalizer,
 ) -> Tensor:
-    axis, precision = model.config.similarity_axis, args.mixed_precision
-    images = batch["images"].to(accelerator.device)
-    pixel_values = normalizer(images)
+    precision = args.mixed_precision
+    pixel_values = normalizer(batch["images"].to(accelerator.device))
     target = base_features(model, pixel_values, mixed_precision=precision)
     rows = []
     for through_tokens in args.attack_routes:
-        attacked = (
-            normalizer(batch["adversarial_images"].to(accelerator.device))
-            if "adversarial_images" in batch
-            else attack_for_training(
-                model,
-                images,
-                target,
-                args=args,
-                normalizer=normalizer,
-                step=_NOISE_STEP,
-                index=batch["index"],
-                through_tokens=through_tokens,
-            )
+        attacked = attacked_pixel_values(
+            model, batch, target, args=args, normalizer=normalizer, step=_NOISE_STEP, through_tokens=through_tokens
         )
         losses = robustness_loss(
             lambda x: compute_features(model, x, mixed_precision=precision),
@@ -169,7 +163,6 @@ def _measure_batch(
             adversarial_weight=args.adversarial_weight,
             **agreement_of(model, args, pixel_values),
         )
-        attacked_base = base_features(model, attacked, mixed_precision=precision)
-        baseline = cosine_similarity(attacked_base, target, similarity_axis=axis).mean()
+        baseline = mean_cosine(model, base_features(model, attacked, mixed_precision=precision), target)
         rows.append(torch.stack([losses.loss, losses.invariance, losses.adversarial, baseline]))
     return torch.stack(rows).mean(dim=0)  # (4,)

@@ -79,32 +79,35 @@ def attention_implementation(base: nn.Module, implementation: str | None) -> Ite
 
 
 @contextmanager
-def onednn_products(base: nn.Module) -> Iterator[None]:
-    """Within the context a frozen float32 base on a CPU computes its linear layers by oneDNN, its patches among them.
+def onednn_products(base: nn.Module, *, dtype: torch.dtype = torch.float32) -> Iterator[None]:
+    """Within the context a frozen base on a CPU computes its linear layers by oneDNN, its patches among them.
 
-    torch gives float32 products to MKL, which takes twice as long as oneDNN on processors that are not Intel's.
-    Results differ by rounding. Layers that are trained, in another precision, or of another class are left alone.
+    torch gives float32 products to MKL, which takes twice as long as oneDNN on processors that are not Intel's; in
+    bfloat16 it casts the weights, and oneDNN lays them out anew, at each call. Here both happen once, for the forward
+    and for the backward pass, which keeps two more copies of these weights for the time of the context. Results differ
+    by rounding. Layers that are trained, of another class, or called in another precision are left alone.
 
     Args:
-        base: A model on a CPU.
+        base: A model on a CPU, of float32 weights.
+        dtype: What it computes in: `torch.float32`, or `torch.bfloat16` under autocast.
     """
-    classes: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: _OneDNNLinear, nn.Conv2d: _PatchProducts}
-    swapped = [
-        module
-        for module in base.modules()
-        if type(module) in classes and not any(parameter.requires_grad for parameter in module.parameters())
-    ]
-    swapped = [module for module in swapped if isinstance(module, nn.Linear) or _cuts_patches(module)]
-    if not torch.backends.mkldnn.is_available():
-        swapped = []
-    before = {module: type(module) for module in swapped}
+    packed: dict[Any, type[nn.Module]] = {}
     try:
-        for module in swapped:
-            module.__class__ = classes[before[module]]
+        if _has_onednn(dtype):
+            modules: list[Any] = list(base.modules())
+            for module in modules:
+                swapped = _SWAPPED.get(type(module))
+                if swapped is None or any(parameter.requires_grad for parameter in module.parameters()):
+                    continue
+                if isinstance(module, nn.Linear) or _cuts_patches(module):
+                    packed[module] = type(module)
+                    module._packed = _PackedWeight(module, dtype)  # no buffer: it is never saved
+                    module.__class__ = swapped
         yield
     finally:
-        for module, plain in before.items():
+        for module, plain in packed.items():
             module.__class__ = plain
+            del module._packed
 
 
 def run_compiled(base: nn.Module, function: Callable[[], Tensor]) -> Tensor:
@@ -164,41 +167,60 @@ def _own_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[Non
             module.__dict__["forward"] = before
 
 
+def _has_onednn(dtype: torch.dtype) -> bool:
+    if not torch.backends.mkldnn.is_available():
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+class _PackedWeight:
+    """A layer's weight in the layouts that oneDNN's forward and backward products take."""
+
+    def __init__(self, module: Any, dtype: torch.dtype) -> None:
+        matrix = module.weight.detach().flatten(1).to(dtype)  # (outputs, inputs)
+        self.forward: Tensor = torch.ops.mkldnn._reorder_linear_weight(matrix, None)
+        self.backward: Tensor = torch.ops.mkldnn._reorder_linear_weight(matrix.t().contiguous(), None)
+        self.bias = None if module.bias is None else module.bias.detach().to(dtype)
+        self.dtype = dtype
+
+
 # An operator of its own, since torch.compile takes oneDNN's only where the weights are constants.
 @torch.library.custom_op("robustness_tokens::onednn_product", mutates_args=())
-def _onednn_product(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """inputs @ weight.T + bias, with a gradient to the inputs alone."""
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
+def _onednn_product(inputs: Tensor, forward: Tensor, backward: Tensor, bias: Tensor | None) -> Tensor:
+    """inputs @ weight.T + bias, of packed weight.T and weight, with a gradient to the inputs alone."""
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, forward, bias, "none", [], "")
     return product
 
 
 @_onednn_product.register_fake
-def _product_shape(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return inputs.new_empty(*inputs.shape[:-1], weight.shape[0])
+def _product_shape(inputs: Tensor, forward: Tensor, backward: Tensor, bias: Tensor | None) -> Tensor:
+    return inputs.new_empty(*inputs.shape[:-1], forward.shape[0])
 
 
-def _keep_weight(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
-    ctx.save_for_backward(inputs[1])
+def _keep_weights(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Tensor | None], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[1], inputs[2])
 
 
-def _gradient_of_inputs(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-    (weight,) = ctx.saved_tensors
-    return _onednn_product(gradient.contiguous(), weight.t().contiguous(), None), None, None
+def _gradient_of_inputs(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+    forward, backward = ctx.saved_tensors
+    return _onednn_product(gradient.contiguous(), backward, forward, None), None, None, None
 
 
-_onednn_product.register_autograd(_gradient_of_inputs, setup_context=_keep_weight)
+_onednn_product.register_autograd(_gradient_of_inputs, setup_context=_keep_weights)
 
 
-def _product(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    plain = inputs.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled(inputs.device.type)
-    if plain and inputs.device.type == "cpu":
-        return _onednn_product(inputs, weight, bias)
-    return F.linear(inputs, weight, bias)  # bfloat16 is oneDNN's already
+def _product(inputs: Tensor, module: Any) -> Tensor:
+    packed = module._packed
+    device = inputs.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else inputs.dtype
+    if device != "cpu" or dtype != packed.dtype:
+        return F.linear(inputs, module.weight.flatten(1), module.bias)
+    return _onednn_product(inputs.to(dtype), packed.forward, packed.backward, packed.bias)
 
 
 class _OneDNNLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
-        return _product(input, self.weight, self.bias)
+        return _product(input, self)
 
 
 class _PatchProducts(nn.Conv2d):
@@ -210,7 +232,10 @@ class _PatchProducts(nn.Conv2d):
         whole = input[..., : rows * height, : columns * width]  # the rest is no whole patch
         grid = whole.unflatten(3, (columns, width)).unflatten(2, (rows, height))  # (B, 3, rows, h, columns, w)
         patches = grid.permute(0, 2, 4, 1, 3, 5).flatten(3)  # (B, rows, columns, 3 * h * w)
-        return _product(patches, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)  # (B, D, rows, columns)
+        return _product(patches, self).permute(0, 3, 1, 2)  # (B, D, rows, columns)
+
+
+_SWAPPED: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: _OneDNNLinear, nn.Conv2d: _PatchProducts}
 
 
 def _cuts_patches(module: nn.Module) -> bool:

@@ -5,8 +5,8 @@ Shapes: B images of a batch, N sequence, D width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 
 import torch
 from accelerate import Accelerator
@@ -15,11 +15,14 @@ from torch import Tensor
 from .attacks import cosine_similarity, paper_attack, pgd_attack
 from .backbones import vision_trunk
 from .features import count_patches
-from .losses import AgreementOptions, agreement, example_generators, robustness_loss
+from .losses import AgreementOptions, agreement, example_generators
 from .modeling import RobustnessTokenPreTrainedModel
 from .preprocessing import Normalizer
 from .speedups import attention_implementation, choose_attention, onednn_products, run_compiled
 from .training_args import MixedPrecision, RobustnessTokenTrainingArguments
+
+
+_METRICS = ("loss", "invariance_cosine", "adversarial_cosine", "baseline_cosine")
 
 
 class _NotFiniteError(Exception):
@@ -136,14 +139,48 @@ def attack_for_training(
 
     base = model.get_base_model()
     try:
-        with (
-            nullcontext() if through_tokens else model.disable_adapter(),
-            training_attention(model, args, images.device),
-            onednn_products(base) if args.onednn and images.device.type == "cpu" else nullcontext(),
-        ):
+        with nullcontext() if through_tokens else model.disable_adapter(), faster_base(model, args, images.device):
             return run_compiled(base, attack) if args.torch_compile else attack()
     except _NotFiniteError:
         return torch.full_like(images, torch.nan)
+
+
+def attacked_pixel_values(
+    model: RobustnessTokenPreTrainedModel,
+    batch: Mapping[str, Tensor],
+    target: Tensor,
+    *,
+    args: RobustnessTokenTrainingArguments,
+    normalizer: Normalizer,
+    step: int,
+    through_tokens: bool,
+) -> Tensor:
+    """The stored adversarial images of a batch, or those of [`attack_for_training`] where it has none.
+
+    Args:
+        batch: As [`accumulate_gradient`] takes it.
+        model, target, args, normalizer, step, through_tokens: See [`attack_for_training`].
+
+    Returns:
+        (B, 3, H, W) normalised pixel values.
+    """
+    if "adversarial_images" in batch:
+        return normalizer(batch["adversarial_images"].to(target.device))
+    return attack_for_training(
+        model,
+        batch["images"].to(target.device),
+        target,
+        args=args,
+        normalizer=normalizer,
+        step=step,
+        index=batch["index"],
+        through_tokens=through_tokens,
+    )
+
+
+def mean_cosine(model: RobustnessTokenPreTrainedModel, features: Tensor, target: Tensor) -> Tensor:
+    """Scalar: the mean cosine of a batch's features with their targets, along the axis of the model's config."""
+    return cosine_similarity(features, target, similarity_axis=model.config.similarity_axis).mean()
 
 
 def agreement_of(
@@ -160,14 +197,20 @@ def agreement_of(
     }
 
 
-def training_attention(
+@contextmanager
+def faster_base(
     model: RobustnessTokenPreTrainedModel, args: RobustnessTokenTrainingArguments, device: torch.device
-) -> AbstractContextManager[None]:
-    """Within the context the base computes attention as `args.train_attn_implementation` says."""
-    implementation = choose_attention(
-        args.train_attn_implementation, device=device, half_precision=args.mixed_precision == "bf16"
-    )
-    return attention_implementation(model.get_base_model(), implementation)
+) -> Iterator[None]:
+    """Within the context the base computes as `args.train_attn_implementation` and `args.onednn` say.
+
+    Contexts within one another are one.
+    """
+    base, half_precision = model.get_base_model(), args.mixed_precision == "bf16"
+    attention = choose_attention(args.train_attn_implementation, device=device, half_precision=half_precision)
+    dtype = torch.bfloat16 if half_precision else torch.float32
+    products = onednn_products(base, dtype=dtype) if args.onednn and device.type == "cpu" else nullcontext()
+    with attention_implementation(base, attention), products:
+        yield
 
 
 def accumulate_gradient(
@@ -184,7 +227,7 @@ def accumulate_gradient(
 
     Args:
         model: To attack and to take the targets from.
-        features: The same model as `accelerator.prepare` wrapped it: (2B, 3, H, W) pixel values -> features.
+        features: The same model as `accelerator.prepare` wrapped it: (B, 3, H, W) pixel values -> features.
         batches: Of this process, each `{"images": (B, 3, H, W) float in [0, 1], "index": (B,) int64}`; adversarial
             pairs are not attacked and hold `"adversarial_images"` too, and `"baseline_cosine"` (B,) where it is known.
         args, accelerator, normalizer: Of the training.
@@ -196,50 +239,47 @@ def accumulate_gradient(
     Raises:
         FloatingPointError: If the loss or its gradient is not finite, on every process alike.
     """
-    axis, tokens, device = model.config.similarity_axis, model.robustness_tokens, accelerator.device
+    tokens, device, precision = model.robustness_tokens, accelerator.device, args.mixed_precision
     num_images = torch.tensor(float(sum(len(batch["images"]) for batch in batches)), device=device)
     num_images = accelerator.reduce(num_images, reduction="mean")
-    totals = torch.zeros(4, device=device)
-    with training_attention(model, args, device):
+    totals = {name: torch.zeros((), device=device) for name in _METRICS}
+
+    def add_gradient(pixel_values: Tensor, target: Tensor, *, weight: Tensor, is_last: bool) -> Tensor:
+        """Returns the mean cosine."""
+        with nullcontext() if is_last else accelerator.no_sync(features):
+            output = features(pixel_values)
+            loss = -weight * agreement(output, target, **agreement_of(model, args, pixel_values)).mean()
+            accelerator.backward(loss)
+        totals["loss"] += loss.detach()
+        return mean_cosine(model, output.detach(), target)
+
+    with faster_base(model, args, device):
         for batch in batches:
-            images, weight = batch["images"].to(device), len(batch["images"]) / (len(args.attack_routes) * num_images)
+            images, share = batch["images"].to(device), len(batch["images"]) / num_images
             pixel_values = normalizer(images)
-            target = base_features(model, pixel_values, mixed_precision=args.mixed_precision)
+            target = base_features(model, pixel_values, mixed_precision=precision)
+            # Clean and attacked images apart, since together they would take twice the memory.
+            invariance = add_gradient(pixel_values, target, weight=args.invariance_weight * share, is_last=False)
+            totals["invariance_cosine"] += share * invariance
+            share = share / len(args.attack_routes)
             for through_tokens in args.attack_routes:
-                attacked = (
-                    normalizer(batch["adversarial_images"].to(device))
-                    if "adversarial_images" in batch
-                    else attack_for_training(
-                        model,
-                        images,
-                        target,
-                        args=args,
-                        normalizer=normalizer,
-                        step=step,
-                        index=batch["index"],
-                        through_tokens=through_tokens,
-                    )
+                attacked = attacked_pixel_values(
+                    model, batch, target, args=args, normalizer=normalizer, step=step, through_tokens=through_tokens
                 )
-                is_last = batch is batches[-1] and through_tokens == args.attack_routes[-1]
-                with nullcontext() if is_last else accelerator.no_sync(features):
-                    losses = robustness_loss(
-                        features,
-                        pixel_values,
-                        attacked,
-                        target,
-                        invariance_weight=args.invariance_weight,
-                        adversarial_weight=args.adversarial_weight,
-                        **agreement_of(model, args, pixel_values),
-                    )
-                    accelerator.backward(losses.loss * weight)
-                if "baseline_cosine" in batch:
-                    baseline = batch["baseline_cosine"].to(device).mean()
-                else:
-                    attacked_base = base_features(model, attacked, mixed_precision=args.mixed_precision)
-                    baseline = cosine_similarity(attacked_base, target, similarity_axis=axis).mean()
-                totals += torch.stack([losses.loss, losses.invariance, losses.adversarial, baseline]).detach() * weight
-    totals = accelerator.reduce(totals, reduction="mean")
-    if not (totals.isfinite().all() and tokens.grad is not None and tokens.grad.isfinite().all()):
-        raise FloatingPointError(f"the loss ({totals[0].item():g}) or its gradient is not finite")
-    names = ("loss", "invariance_cosine", "adversarial_cosine", "baseline_cosine")
-    return dict(zip(names, totals.tolist(), strict=True))
+                adversarial = add_gradient(
+                    attacked,
+                    target,
+                    weight=args.adversarial_weight * share,
+                    is_last=batch is batches[-1] and through_tokens == args.attack_routes[-1],
+                )
+                baseline = (
+                    batch["baseline_cosine"].to(device).mean()
+                    if "baseline_cosine" in batch
+                    else mean_cosine(model, base_features(model, attacked, mixed_precision=precision), target)
+                )
+                totals["adversarial_cosine"] += share * adversarial
+                totals["baseline_cosine"] += share * baseline
+    means = accelerator.reduce(torch.stack(list(totals.values())), reduction="mean")
+    if not (means.isfinite().all() and tokens.grad is not None and tokens.grad.isfinite().all()):
+        raise FloatingPointError(f"the loss ({means[0].item():g}) or its gradient is not finite")
+    return dict(zip(_METRICS, means.tolist(), strict=True))

@@ -120,11 +120,34 @@ def test_onednn_computes_the_same_and_leaves_nothing_behind(make_model: ModelFac
     assert [type(module) for module in model.modules()] == classes
 
 
+@pytest.mark.parametrize("packed", [torch.float32, torch.bfloat16])
+def test_layers_called_in_another_precision_than_packed_compute_as_before(packed: torch.dtype) -> None:
+    linear, inputs = nn.Linear(8, 4).requires_grad_(False), torch.randn(2, 3, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=packed == torch.float32):
+        expected = linear(inputs)
+        with onednn_products(linear, dtype=packed):
+            assert torch.equal(linear(inputs), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_weights_are_no_part_of_the_state_and_nest(dtype: torch.dtype) -> None:
+    linear = nn.Linear(8, 4).requires_grad_(False)
+    before = dict(vars(linear))
+    with onednn_products(linear, dtype=dtype):
+        keys = set(linear.state_dict())
+        with onednn_products(linear, dtype=dtype):
+            pass
+        assert type(linear) is not nn.Linear
+    assert keys == {"weight", "bias"}
+    assert type(linear) is nn.Linear
+    assert vars(linear) == before
+
+
 def test_onednn_gives_bfloat16_what_autocast_gives(make_model: ModelFactory, pixel_values: Tensor) -> None:
     model = make_model()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         expected = model.get_features(pixel_values)
-        with onednn_products(model.get_base_model()):
+        with onednn_products(model.get_base_model(), dtype=torch.bfloat16):
             output = model.get_features(pixel_values)
     assert output.dtype == expected.dtype
     torch.testing.assert_close(output, expected, rtol=0.02, atol=0.02)
