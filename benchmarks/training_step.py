@@ -14,26 +14,34 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import resource
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Dinov2Config, Dinov2Model
 
+from benchmarks.common import (
+    IMAGENET,
+    PUBLISHED,
+    build_backbone,
+    random_images,
+    ratios,
+    seconds,
+    training_arguments,
+    work_in_words,
+    work_parser,
+    write_result,
+)
 from benchmarks.published_step import PublishedStep
-from robustness_tokens import RobustnessTokenModel, RobustnessTokenTrainer, RobustnessTokenTrainingArguments
+from robustness_tokens import RobustnessTokenModel, RobustnessTokenTrainer
 
 
-PUBLISHED = "published"
 VARIANTS: dict[str, dict[str, Any]] = {
     "fp32": {},
     "fp32, compiled": {"torch_compile": True},
@@ -43,19 +51,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "bf16, no speed-ups": {"mixed_precision": "bf16", "onednn": False, "train_attn_implementation": "base"},
 }
 DEFAULT_VARIANTS = ["fp32", "fp32, compiled", "bf16", "bf16, compiled"]
-IMAGENET: dict[str, Any] = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 MIB = 2**20
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--image_size", type=int, default=224)
-    parser.add_argument("--num_attack_steps", type=int, default=30)
-    parser.add_argument("--num_layers", type=int, default=12)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--num_threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--cpu_time", action="store_true", help="Processor time: with one thread, on a busy machine.")
+    parser = work_parser(__doc__.splitlines()[0], output="training_step.json")
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=DEFAULT_VARIANTS)
     parser.add_argument(
         "--published_attn_implementation",
@@ -64,7 +64,6 @@ def main() -> None:
         help="eager, as DINOv2's own code without xFormers, or torch's fused kernel.",
     )
     parser.add_argument("--no_memory", action="store_true", help="Leave the memory out.")
-    parser.add_argument("--output", type=Path, default=Path("outputs/benchmarks/training_step.json"))
     parser.add_argument("--memory_of", help=argparse.SUPPRESS)  # what the process per variant is started with
     args = parser.parse_args()
     torch.set_num_threads(args.num_threads)
@@ -75,31 +74,18 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         steps = {name: build_step(args, name, Path(folder)) for name in (PUBLISHED, *args.variants)}
-        clock = time.process_time if args.cpu_time else time.perf_counter
-        first_seconds = {name: seconds(step, clock) for name, step in steps.items()}  # compiles, and warms up
-        rounds = [{name: seconds(step, clock) for name, step in steps.items()} for _ in range(args.rounds)]
+        first_seconds = {name: seconds(args, step) for name, step in steps.items()}  # compiles, and warms up
+        rounds = [{name: seconds(args, step) for name, step in steps.items()} for _ in range(args.rounds)]
     memory = {} if args.no_memory else {name: memory_in_a_process(name) for name in steps}
-    result = {
-        "arguments": {name: value for name, value in vars(args).items() if name not in ("output", "memory_of")},
-        "machine": {"processor": processor(), "torch": torch.__version__, "threads": torch.get_num_threads()},
-        "seconds": {name: [one[name] for one in rounds] for name in steps},
-        "first_seconds": first_seconds,
-        "ratios": {name: [one[name] / one[PUBLISHED] for one in rounds] for name in steps},
-        "memory": memory,
-    }
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(result, indent=2), encoding="utf-8")
-    print_table(result)
+    write_result(args, rounds, first_seconds=first_seconds, memory=memory)
+    print_table(args, rounds, first_seconds, memory)
 
 
 def build_step(args: argparse.Namespace, name: str, folder: Path) -> Callable[[], object]:
     """What a variant does in a round; the weights and the images are the same for all."""
     torch.manual_seed(0)
-    images = (torch.rand(args.batch_size, 3, args.image_size, args.image_size) * 255).floor() / 255
-    small: dict[str, Any] = {"hidden_size": 384, "num_attention_heads": 6, "image_size": 518, "patch_size": 14}
-    small["num_hidden_layers"] = args.num_layers
-    small["attn_implementation"] = args.published_attn_implementation if name == PUBLISHED else "sdpa"
-    backbone = Dinov2Model(Dinov2Config(**small)).eval()
+    images = random_images(args)
+    backbone = build_backbone(args, args.published_attn_implementation if name == PUBLISHED else "sdpa")
     if name == PUBLISHED:
         step = PublishedStep(backbone, num_attack_steps=args.num_attack_steps)
         return lambda: step(images)
@@ -115,22 +101,8 @@ def train_one_step(
     settings: dict[str, Any],
     folder: Path,
 ) -> None:
-    arguments = RobustnessTokenTrainingArguments(
-        output_dir=str(folder / "run"),
-        overwrite_output_dir=True,
-        max_steps=1,
-        per_device_train_batch_size=args.batch_size,
-        num_attack_steps=args.num_attack_steps,
-        disable_tqdm=True,
-        **settings,
-    )
-    RobustnessTokenTrainer(model, arguments, dataset).train()
-
-
-def seconds(step: Callable[[], object], clock: Callable[[], float]) -> float:
-    start = clock()
-    step()
-    return clock() - start
+    settings = {"max_steps": 1, "num_attack_steps": args.num_attack_steps, **settings}
+    RobustnessTokenTrainer(model, training_arguments(args, folder / "run", **settings), dataset).train()
 
 
 def peak_memory(args: argparse.Namespace, name: str) -> dict[str, float]:
@@ -159,31 +131,21 @@ def memory_in_a_process(name: str) -> dict[str, float]:
     return found
 
 
-def processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if not cpuinfo.exists():
-        return platform.processor()
-    lines = [line.partition(":") for line in cpuinfo.read_text(encoding="utf-8").splitlines()]
-    known = {key.strip(): value.strip() for key, _, value in lines}
-    kinds = [flag for flag in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if flag in known.get("flags", "").split()]
-    return f"{known.get('model name', platform.processor())} ({', '.join(kinds)})"
-
-
-def print_table(result: dict[str, Any]) -> None:
-    args, machine = result["arguments"], result["machine"]
-    print(
-        f"DINOv2-S/14, {args['image_size']} px, batch {args['batch_size']}, {args['num_attack_steps']} attack steps; "
-        f"{args['rounds']} interleaved rounds on {machine['threads']} threads of {machine['processor']}"
-    )
+def print_table(
+    args: argparse.Namespace,
+    rounds: list[dict[str, float]],
+    first_seconds: dict[str, float],
+    memory: dict[str, dict[str, float]],
+) -> None:
+    print(work_in_words(args))
     print(f"{'':<22}{'s a step':>10}{'ratio':>9}   {'range':<18}{'first':>8}", end="")
-    print(f"{'peak MiB':>11}{'of it steps':>13}{'ratio':>8}" if result["memory"] else "")
-    for name, times in result["seconds"].items():
-        ratios = result["ratios"][name]
-        row = f"{name:<22}{statistics.median(times):>10.2f}{statistics.median(ratios):>9.3f}   "
-        row += f"{f'{min(ratios):.3f} to {max(ratios):.3f}':<18}{result['first_seconds'][name]:>8.1f}"
-        if result["memory"]:
-            memory, published = result["memory"][name], result["memory"][PUBLISHED]
-            row += f"{memory['peak']:>11.0f}{memory['steps']:>13.0f}{memory['steps'] / published['steps']:>8.3f}"
+    print(f"{'peak MiB':>11}{'ratio':>8}{'of it steps':>13}{'ratio':>8}" if memory else "")
+    for name, of_rounds in ratios(rounds).items():
+        median = statistics.median(one[name] for one in rounds)
+        row = f"{name:<22}{median:>10.2f}{statistics.median(of_rounds):>9.3f}   "
+        row += f"{f'{min(of_rounds):.3f} to {max(of_rounds):.3f}':<18}{first_seconds[name]:>8.1f}"
+        for key, width in (("peak", 11), ("steps", 13)) if memory else ():
+            row += f"{memory[name][key]:>{width}.0f}{memory[name][key] / memory[PUBLISHED][key]:>8.3f}"
         print(row)
 
 
