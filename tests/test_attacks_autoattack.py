@@ -54,6 +54,27 @@ def test_apgd_equals_the_package_run_directly(loss: Any) -> None:
     assert accuracy(model, found, labels) < accuracy(model, images, labels) - 0.05
 
 
+def test_the_highest_loss_is_found_where_no_class_changes() -> None:
+    _, images, _ = some(4)
+    labels = torch.zeros(4, dtype=torch.int64)
+
+    def logits_fn(x: Tensor) -> Tensor:  # class 0 stays far ahead; brighter is a little less so
+        score = 100 - x.mean(dim=(1, 2, 3))
+        return torch.stack([score, *[torch.zeros_like(score)] * 3], dim=1)
+
+    assert torch.equal(apgd_attack(logits_fn, images, labels, eps=EPS), images)
+    found = apgd_attack(lambda x: logits_fn(x) / 20, images, labels, eps=EPS, num_steps=10, highest_loss=True)
+    torch.testing.assert_close(found, (images + EPS).clamp(max=1))
+
+
+def test_the_highest_loss_is_reproducible_and_not_for_targets() -> None:
+    model, images, labels = some(6)
+    first, again = (apgd_attack(model, images, labels, eps=EPS, num_steps=5, highest_loss=True) for _ in range(2))
+    assert torch.equal(first, again)
+    with pytest.raises(ValueError, match='highest_loss is for loss="cross_entropy"'):
+        apgd_attack(model, images, labels, loss="targeted_dlr", highest_loss=True)
+
+
 def test_random_state_and_trace_are_left_as_found() -> None:
     model, images, labels = some(4)
 

@@ -7,9 +7,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from robustness_tokens import RobustnessTokenForImageClassification
+from robustness_tokens import Normalizer, RobustnessTokenForImageClassification, RobustnessTokenModel
 from robustness_tokens.attacks import cosine_similarity, cross_entropy_objective
-from robustness_tokens.evaluation.attack_suite import ATTACKS, Attack, AttackBatch, paper_attack_eps, run_attack
+from robustness_tokens.evaluation.attack_suite import (
+    ATTACKS,
+    Attack,
+    AttackBatch,
+    on_8bit_grid,
+    paper_attack_eps,
+    run_attack,
+)
 from robustness_tokens.evaluation.budgets import BUDGETS, budget_attacks, build_attack
 from robustness_tokens.evaluation.threat_models import AttackerView, EvaluatedModel, attacker_views
 from tests.conftest import HIDDEN_SIZE, IMAGE_SIZE, build_base
@@ -62,7 +69,7 @@ def test_every_attack_keeps_its_budget_and_the_range(name: str, model: Evaluated
     if name == "auto_attack":
         pytest.skip("its parts are slow; tested with the package itself")
     is_paper = name.startswith("paper")
-    eps = paper_attack_eps(model.normalizer.image_std) if is_paper else EPS
+    eps = paper_attack_eps(model.normalizer.image_std, on_grid=True) if is_paper else EPS
     adversarial = run_attack(small(name), view_for(name, model), batch, eps=eps, seed=0)
     assert adversarial.shape == batch.images.shape
     assert 0 < (adversarial - batch.images).abs().max() <= eps + 1e-6
@@ -72,7 +79,24 @@ def test_every_attack_keeps_its_budget_and_the_range(name: str, model: Evaluated
 
 
 def test_the_papers_budget_on_imagenet_statistics_is_two_levels(model: EvaluatedModel) -> None:
-    assert paper_attack_eps(torch.tensor([0.229, 0.224, 0.225])) == 2 / 255
+    assert paper_attack_eps(torch.tensor([0.229, 0.224, 0.225]), on_grid=True) == 2 / 255
+
+
+@pytest.mark.parametrize("std", [0.229, 0.25, 0.5], ids=str)
+@pytest.mark.parametrize("on_grid", [True, False], ids=["8-bit", "float"])
+def test_the_papers_budget_is_kept_and_used_up(std: float, on_grid: bool) -> None:
+    images = torch.rand(8, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(7))
+    images = (images * 255).round() / 255 if on_grid else images
+    assert on_8bit_grid(images) is on_grid
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = RobustnessTokenModel.from_base(build_base("dinov2"), num_robustness_tokens=2)
+    evaluated = EvaluatedModel(model, normalizer=Normalizer([0.5] * 3, [std] * 3))
+    batch = AttackBatch(images=images, labels=None, index=torch.arange(8))
+    (view,) = attacker_views("base", evaluated)
+    eps = paper_attack_eps(evaluated.normalizer.image_std, on_grid=on_grid)
+    changes = (run_attack(small("paper"), view, batch, eps=eps, seed=0) - images).abs()
+    assert 0.99 * eps < changes.max() <= eps + 1e-6
 
 
 def measured(attack: Attack, model: EvaluatedModel, view: AttackerView, batch: AttackBatch) -> dict[str, float]:

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from robustness_tokens import RobustnessTokenModel
 from robustness_tokens.evaluation.attack_suite import Attack
@@ -50,9 +51,43 @@ def test_a_renamed_file_is_not_believed(view: AttackerView, tmp_path: Path) -> N
     store = CellStore(tmp_path, {"seed": 0})
     store.save(cell(view), OUTCOME)
     (path,) = tmp_path.iterdir()
-    save_file(OUTCOME, path, metadata={"key": "{}"})
+    CellStore(tmp_path / "other", {"seed": 1}).save(cell(view), OUTCOME)
+    (other,) = (tmp_path / "other").iterdir()
+    other.replace(path)
     with pytest.raises(ValueError, match="delete it"):
         store.load(cell(view))
+
+
+def without_end(content: bytes) -> bytes:
+    return content[: len(content) // 2]
+
+
+def with_another_value(content: bytes) -> bytes:
+    return content[:-1] + bytes([content[-1] ^ 1])
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [lambda content: b"", without_end, lambda content: content[:-1], lambda content: b"\xff" * 64, with_another_value],
+    ids=["empty", "half", "short", "noise", "one bit"],
+)
+def test_a_damaged_file_is_measured_again_and_said_once(
+    view: AttackerView, tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: Callable[[bytes], bytes]
+) -> None:
+    store = CellStore(tmp_path, {"seed": 0})
+    store.save(cell(view), OUTCOME)
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(damage(path.read_bytes()))
+    with caplog.at_level(logging.WARNING):
+        assert store.load(cell(view)) is None
+    (record,) = caplog.records
+    assert str(path) in record.getMessage()
+    assert "measured again" in record.getMessage()
+    store.save(cell(view), OUTCOME)
+    found = store.load(cell(view))
+    assert found is not None
+    assert torch.equal(found["trained.cosine"], OUTCOME["trained.cosine"])
+    assert len(caplog.records) == 1
 
 
 def test_nothing_is_stored_without_a_folder(view: AttackerView) -> None:
@@ -94,6 +129,25 @@ def test_the_worst_case_is_taken_image_by_image() -> None:
     assert worst["trained.correct"].tolist() == [False, False]
     assert worst["trained.intersections"].tolist() == [[1, 0], [2, 2]]
     assert worst["trained.unions"].tolist() == [[4, 3], [4, 4]]
+
+
+def test_the_worst_miou_is_never_above_that_of_one_attack() -> None:
+    """What hurts an image's own IoU most may spare the data set's, where a class is rare in one image alone."""
+    unions = torch.tensor([[100, 1], [100, 1000]])
+    rare = {"trained.intersections": torch.tensor([[90, 0], [100, 1000]]), "trained.unions": unions}
+    common = {"trained.intersections": torch.tensor([[40, 1], [100, 1000]]), "trained.unions": unions}
+    each = [summarize(outcome, "trained", seed=0) for outcome in (rare, common)]
+    found = {
+        metric: (value, interval)
+        for _, metric, value, interval in summarize(worst_outcome([rare, common]), "trained", seed=0)
+    }
+    for metric in ("miou", "mean_image_miou"):
+        lowest = min(value for rows in each for _, name, value, _ in rows if name == metric)
+        value, (low, high) = found[metric]
+        assert value == pytest.approx(lowest)
+        assert low <= value <= high
+    assert found["miou"][0] == pytest.approx(0.85)  # of the common class' attack
+    assert found["mean_image_miou"][0] == pytest.approx(0.725)  # of the rare class'
 
 
 def test_summaries_are_means_with_intervals() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -240,7 +241,11 @@ ALL_TOKENS = ("none", "trained", "untrained", "zero", "mean")
     ("function", "value"),
     [
         (knowledge_checks.clean_cost, "accuracy 90.0% without, 90.0% with tokens; cosine 0.900"),
-        (knowledge_checks.grey_box, "accuracy: cross_entropy at 4/255 40.0%; paper at 2/255 50.0%"),
+        (
+            knowledge_checks.grey_box,
+            "accuracy at 4/255 worst case 40.0%: cross_entropy 40.0%; at 2/255 worst case 50.0%: paper 50.0%; "
+            "APGD and AutoAttack not among them",
+        ),
         (
             knowledge_checks.own_tokens,
             "accuracy at 4/255 worst case 30.0%: own_tokens_0 30.0%, own_tokens_ensemble 35.0%",
@@ -266,6 +271,23 @@ def test_what_is_only_reported(function: CheckFunction, value: str) -> None:
         )
     )
     assert (check.passed, check.value) == (None, value)
+
+
+def test_the_grey_box_names_what_was_measured() -> None:
+    changes: dict[str, Any] = {"trained.correct": torch.arange(COUNT) >= COUNT // 2}
+    check = knowledge_checks.grey_box(
+        measurements(
+            measured(0.4, knowledge="base"),
+            measured(0.5, knowledge="base", attack="apgd_cross_entropy", **changes),
+            measured(0.5, knowledge="base", attack="auto_attack"),
+            measured(0.1, knowledge="full"),
+            measured(0.0, knowledge="base", series="sweep"),
+        )
+    )
+    # Of an attacked image, what one attack holds another may not: 40% of the first half, and none of it.
+    assert check.value == (
+        "accuracy at 4/255 worst case 0.0%: cross_entropy 40.0%, apgd_cross_entropy 50.0%, auto_attack 50.0%"
+    )
 
 
 def test_the_paper_attack_is_no_part_of_a_comparison_at_another_eps() -> None:
@@ -439,6 +461,28 @@ def test_masked_gradients_fail(
     assert check.passed is False
     assert value in check.value
     assert value.startswith("0.0%") == check.value.startswith("0.0%")
+
+
+@pytest.mark.parametrize("task", ["classification", "features"])
+def test_gradients_in_half_precision_are_compared_with_float32(
+    classifier: RobustnessTokenForImageClassification, task: Any
+) -> None:
+    check = probing_checks.gradients(probing(EvaluatedModel(classifier, task=task, attack_precision="bf16")))
+    assert check.passed, check.value
+    found = re.search(r"; bf16 against float32: cosine ([01]\.\d+), (\d+\.\d)% of the signs equal$", check.value)
+    assert found is not None, check.value
+    assert float(found[1]) > 0.98
+    assert 90 < float(found[2]) < 100
+
+
+def test_gradients_that_half_precision_spoils_fail(classifier: RobustnessTokenForImageClassification) -> None:
+    class Spoilt(Planted):
+        def logits(self, images: Tensor, tokens: Tensor | None, *, exact: bool = False) -> Tensor:
+            return super().logits(images if exact else _RandomGradient.apply(images), tokens, exact=exact)
+
+    check = probing_checks.gradients(probing(Spoilt(classifier, attack_precision="bf16")))
+    assert check.passed is False
+    assert re.search(r"bf16 against float32: cosine -?0\.0\d\d, (49|50)\.\d% of the signs", check.value), check.value
 
 
 def test_the_gradients_are_those_of_the_attacks(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from robustness_tokens.evaluation import Attack, cells, evaluate
 from robustness_tokens.evaluation.budgets import BUDGETS, Budget
 from robustness_tokens.evaluation.threat_models import EvaluatedModel
 from robustness_tokens.probes import ProbedModel, SegmentationHead
+from robustness_tokens.report.html import render_report_html
+from robustness_tokens.report.markdown import render_report_markdown
 from robustness_tokens.report.schema import Result, RobustnessReport
 from tests.conftest import HIDDEN_SIZE, IMAGE_SIZE, build_base
 
@@ -181,6 +184,7 @@ def test_every_number_says_what_it_means(report: RobustnessReport) -> None:
     for view, lengths in (("own_tokens_0", [2]), ("own_tokens_1", [3]), ("own_tokens_ensemble", [2, 3])):
         for result in pick(report.results, view=view):
             assert result.attack_parameters["num_robustness_tokens"] == lengths
+            assert result.attack_parameters["training"] == ["elsewhere, so that how is not known"]
     assert RobustnessReport.from_dict(json.loads(json.dumps(report.to_dict()))) == report
 
 
@@ -233,6 +237,23 @@ def test_what_is_finished_is_not_run_again(
     monkeypatch.setattr(cells, "run_attack", real)
     expected = run(classifier, images)
     assert resumed.results == again.results == expected.results
+
+
+def test_what_a_crash_left_damaged_is_run_again(
+    classifier: RobustnessTokenForImageClassification, images: Images, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fixed: dict[str, Any] = {"attacks": ["cross_entropy"], "knowledge": ["base", "full"], "eps_sweep": []}
+    first = run(classifier, images, output_dir=tmp_path, **fixed)
+    damaged, whole = sorted((tmp_path / "cells").iterdir())
+    untouched = whole.stat().st_mtime_ns
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    caplog.clear()
+    again = run(classifier, images, output_dir=tmp_path, **fixed)
+    assert [record.getMessage().partition(" is damaged")[0] for record in caplog.records] == [str(damaged)]
+    assert again.results == first.results
+    run(classifier, images, output_dir=tmp_path, **fixed)
+    assert len(caplog.records) == 1  # the file is mended
+    assert whole.stat().st_mtime_ns == untouched
 
 
 @pytest.mark.parametrize(
@@ -289,6 +310,20 @@ def test_half_precision_of_the_attacks_is_reported(
     assert {result.attack_parameters["attack_precision"] for result in attacked} == {"bf16"}
 
 
+def test_images_off_the_8_bit_grid_keep_the_papers_budget_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluate, "make_figures", lambda *args: {})  # which take seconds
+    model = RobustnessTokenModel.from_base(build_base("vit"), num_robustness_tokens=2)
+    dataset = Images(None)
+    largest = 8 / 255 * max(model.config.image_std or [])  # in pixel units
+    for images, eps in ((dataset.images, (math.floor(255 * largest) + 1) / 255), (0.9 * dataset.images, None)):
+        dataset.images = images
+        report = run(model, dataset, knowledge=["base"], attacks=["paper"], eps_sweep=[], num_images=2)
+        (check,) = (check for check in report.checks if check.number == 15)
+        assert check.passed, check.value
+        (result,) = pick(report.results, attack="paper", tokens="trained")
+        assert result.eps == pytest.approx(largest + 1 / 255 if eps is None else eps)
+
+
 def test_features_need_no_labels(tmp_path: Path) -> None:
     model = RobustnessTokenModel.from_base(build_base("vit"), num_robustness_tokens=2)
     report = run(model, Images(None))
@@ -334,6 +369,21 @@ def test_the_attacker_trains_own_tokens(
     first = run(classifier, images, **arguments)
     assert pick(first.results, knowledge="own_tokens", attack="worst_case", metric="accuracy")
     assert not pick(first.results, knowledge="full_worst_case")
+    training = [
+        "by the package's defaults, as the recipe is not known",
+        "but with attack=pgd instead of paper",
+        "but with max_steps=2 instead of 50",
+        "but with num_attack_steps=2 instead of 30",
+        "on 4 images attacked once for all sets",
+    ]
+    for result in pick(first.results, knowledge="own_tokens"):
+        assert result.attack_parameters["training"] == training
+        if result.attack == "worst_case":
+            assert result.attack_parameters["num_robustness_tokens"] == [2, 2]
+    (check,) = (check for check in first.checks if check.number == 3)
+    assert check.value.endswith(f"; own tokens: sets of 2, 2, trained {', '.join(training)}")
+    for text in (render_report_markdown(first), render_report_html(first)):
+        assert "but with attack=pgd instead of paper" in text
     files = sorted((tmp_path / "own_tokens").rglob("model.safetensors"))
     assert len(files) == 2
     times = [file.stat().st_mtime_ns for file in files]

@@ -9,7 +9,12 @@ from torch import Tensor
 
 from robustness_tokens import Normalizer, RobustnessTokenModel, inject_tokens
 from robustness_tokens.evaluation import own_tokens
-from robustness_tokens.evaluation.own_tokens import OwnTokensSpec, own_tokens_specs, train_own_tokens
+from robustness_tokens.evaluation.own_tokens import (
+    OwnTokensSpec,
+    describe_training,
+    own_tokens_specs,
+    train_own_tokens,
+)
 from robustness_tokens.evaluation.threat_models import EvaluatedModel
 from tests.conftest import HIDDEN_SIZE, IMAGE_SIZE, build_base
 
@@ -67,6 +72,36 @@ def test_it_trains_by_the_recipe_and_leaves_the_model_alone(
     assert all(torch.equal(value, after[name]) for name, value in before.items())
     assert model.injector.enabled
     assert len(list(tmp_path.rglob("adversarial_pairs.json"))) == (0 if num_pairs is None else 1)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ({}, []),
+        ({"attack": "pgd", "max_steps": 2, "seed": 3, "disable_tqdm": True}, []),  # no other than the recipe
+        (
+            {"eps": 4 / 255, "max_steps": 3},
+            ["but with eps=4/255 instead of 8/255", "but with max_steps=3 instead of 2"],
+        ),
+        ({"attack_through": "tokens"}, ["but with attack_through=tokens instead of base"]),
+    ],
+    ids=["none", "same", "changed", "unnamed"],
+)
+def test_it_is_said_how_own_tokens_are_trained(
+    model: EvaluatedModel, dataset: list[dict[str, Tensor]], overrides: dict[str, Any], expected: list[str]
+) -> None:
+    assert describe_training(model, [dataset], overrides=overrides) == ["by the recipe", *expected]
+
+
+def test_it_is_said_what_own_tokens_are_trained_on(model: EvaluatedModel, dataset: list[dict[str, Tensor]]) -> None:
+    once = ["by the recipe", "on 4 images attacked once for all sets", "on 3 images attacked once for all sets"]
+    assert describe_training(model, [dataset, dataset[:3]], num_adversarial_pairs=4) == once
+    assert describe_training(model, [dataset], num_adversarial_pairs=4, overrides={"attack_through": "both"}) == [
+        "by the recipe",
+        "but with attack_through=both instead of base",
+    ]
+    long = describe_training(model, [dataset], overrides={"lr_scheduler_type": "x" * 300})
+    assert [len(words) for words in long] == [13, 200]
 
 
 def test_a_config_names_no_folders_or_trackers_for_the_attacker(

@@ -4,9 +4,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from robustness_tokens import Normalizer, RobustnessTokenForImageClassification, RobustnessTokenModel, inject_tokens
+from robustness_tokens.evaluation.attack_suite import Attack, AttackBatch, run_attack
 from robustness_tokens.evaluation.threat_models import EvaluatedModel, active_tokens, attacker_views
 from robustness_tokens.probes import ClassificationHead, ProbedModel, SegmentationHead
 from tests.conftest import HIDDEN_SIZE, IMAGE_SIZE, NUM_LABELS, NUM_TOKENS, build_base
@@ -88,6 +89,61 @@ def test_attacks_may_be_in_bfloat16_but_measurements_are_exact(
         assert half.logits(images, None).dtype == torch.float32
         assert not torch.equal(half.logits(images, None), full.logits(images, None))
         assert torch.equal(half.logits(images, None, exact=True), full.logits(images, None))
+
+
+@pytest.mark.parametrize(("precision", "attention"), [("bf16", "eager"), ("no", "sdpa")])
+def test_attacks_compute_faster_and_leave_nothing_behind(
+    classifier: RobustnessTokenForImageClassification, images: Tensor, precision: Any, attention: str
+) -> None:
+    evaluated, base = EvaluatedModel(classifier, attack_precision=precision), classifier.get_base_model()
+    before = {module: type(module) for module in classifier.modules()}
+    with torch.no_grad():
+        expected = evaluated.logits(images, evaluated.tokens, exact=True)
+
+    def inside() -> None:
+        assert base.config._attn_implementation == attention
+        swapped = {plain for module, plain in before.items() if type(module) is not plain}
+        has_products = precision == "no" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        assert swapped == ({nn.Linear, nn.Conv2d} if has_products else set())
+        if precision == "no":
+            with torch.no_grad():
+                assert torch.allclose(evaluated.logits(images, evaluated.tokens), expected, atol=1e-5)
+
+    def outside() -> None:
+        assert base.config._attn_implementation == "sdpa"
+        assert {module: type(module) for module in classifier.modules()} == before
+        with torch.no_grad():
+            assert torch.equal(evaluated.logits(images, evaluated.tokens, exact=True), expected)
+
+    def fail() -> None:
+        with evaluated.attacked_faster():
+            inside()
+            raise KeyboardInterrupt
+
+    outside()
+    with evaluated.attacked_faster():
+        inside()
+    outside()
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    outside()
+
+
+def test_an_attack_runs_in_it(
+    classifier: RobustnessTokenForImageClassification, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluated, seen = EvaluatedModel(classifier, attack_precision="bf16"), set()
+    real = EvaluatedModel.logits
+
+    def spy(self: EvaluatedModel, *args: Any, **kwargs: Any) -> Tensor:
+        seen.add(classifier.get_base_model().config._attn_implementation)
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(EvaluatedModel, "logits", spy)
+    batch = AttackBatch(images=images, labels=torch.zeros(3, dtype=torch.int64), index=torch.arange(3))
+    attack = Attack(name="cross_entropy", num_steps=1, num_restarts=1)
+    run_attack(attack, attacker_views("full", evaluated)[0], batch, eps=0.1, seed=0)
+    assert seen == {"eager"}
 
 
 def test_what_a_level_may_differentiate(classifier: RobustnessTokenForImageClassification) -> None:

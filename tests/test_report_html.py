@@ -336,3 +336,14 @@ def test_nothing_is_wider_than_the_screen(tmp_path: Path, width: int) -> None:
     match = re.search(r"<pre>(\d+) of (\d+)</pre>", dom)
     assert match is not None
     assert int(match[1]) == int(match[2]) == width
+
+
+def test_a_worst_case_says_how_own_tokens_were_trained() -> None:
+    training = ["by the recipe", "but with attack_through=base instead of tokens"]
+    parameters = {"attacks": ["cross_entropy (own_tokens_0)"], "num_robustness_tokens": [20, 10], "training": training}
+    result = make_result(knowledge="own_tokens", attack="worst_case", attack_parameters=parameters)
+    words = Page(render_report_html(make_report(results=[result]))).words()
+    assert (
+        "worst of 1 attack on each image cross_entropy (own_tokens_0) num_robustness_tokens = [20, 10], "
+        "training = [by the recipe, but with attack_through=base instead of tokens]"
+    ) in words

@@ -67,6 +67,7 @@ def apgd_attack(
     num_steps: int = 100,
     num_restarts: int = 1,
     num_target_classes: int = 9,
+    highest_loss: bool = False,
     seed: int = 0,
 ) -> Tensor:
     """One of AutoAttack's gradient attacks alone: PGD that chooses its own step sizes.
@@ -80,13 +81,16 @@ def apgd_attack(
         num_steps: Of each restart, for each target.
         num_restarts: At least 1.
         num_target_classes: For `"targeted_dlr"` alone; at most C - 1 are tried.
+        highest_loss: For `"cross_entropy"` alone: return for each image what has the highest loss, whether it changes
+            the class or not. It is for attacks that are to work on another model than `logits_fn`.
         seed: Of its noise.
 
     Returns:
-        (B, 3, H, W) images; those whose class could not be changed come back as they were.
+        (B, 3, H, W) images; without `highest_loss`, those whose class could not be changed come back as they were.
 
     Raises:
-        ValueError: If an argument is out of range, or there are fewer than four classes for `"targeted_dlr"`.
+        ValueError: If an argument is out of range, or doesn't go with the loss, or there are fewer than four classes
+            for `"targeted_dlr"`.
         ImportError: If `pyautoattack` is not installed.
 
     Source: Croce & Hein, ICML 2020, arXiv 2003.01690.
@@ -99,9 +103,11 @@ def apgd_attack(
             "num_restarts and num_target_classes must be at least 1, "
             f"got num_restarts={num_restarts} and num_target_classes={num_target_classes}"
         )
+    targeted = loss == "targeted_dlr"
+    if targeted and highest_loss:
+        raise ValueError('highest_loss is for loss="cross_entropy": with "targeted_dlr" each target has its own')
     if eps == 0:
         return images.clone()
-    targeted = loss == "targeted_dlr"
     model, num_targets = _prepare(
         logits_fn, images, labels, eps=eps, num_target_classes=num_target_classes if targeted else None
     )
@@ -114,7 +120,11 @@ def apgd_attack(
             model, norm="Linf", device=images.device, logger=logger, **settings
         )
         with torch.no_grad():  # it turns gradients on where it wants them
-            adversarial: Tensor = attack.perturb(images, labels)
+            if highest_loss:
+                torch.manual_seed(seed)  # it does so itself only without best_loss
+                adversarial: Tensor = attack.perturb(images, labels, best_loss=True)
+            else:
+                adversarial = attack.perturb(images, labels)
     return adversarial.detach()
 
 

@@ -146,9 +146,23 @@ def run_attack(attack: Attack, view: AttackerView, batch: AttackBatch, *, eps: f
         return definition.run(_Call(attack=attack, view=view, batch=batch, eps=eps, seed=seed))
 
 
-def paper_attack_eps(image_std: Tensor) -> float:
-    """The budget of the paper's attack in pixel units after its 8-bit step, for images on the 8-bit grid."""
-    return math.ceil(round(255 * PAPER_EPS_NORMALIZED * image_std.max().item(), 6)) / 255
+def paper_attack_eps(image_std: Tensor, *, on_grid: bool) -> float:
+    """The budget of the paper's attack in pixel units, after its 8-bit step.
+
+    That step rounds towards black, so it adds up to a level. From the grid to the grid only whole levels lead.
+
+    Args:
+        image_std: That images are normalised with.
+        on_grid: Whether the images are on the 8-bit grid, see [`on_8bit_grid`].
+    """
+    levels = round(255 * PAPER_EPS_NORMALIZED * image_std.max().item(), 6) + 1
+    return (math.floor(levels) if on_grid else levels) / 255
+
+
+def on_8bit_grid(images: Tensor) -> bool:
+    """Whether [0, 1] images hold nothing but n/255, but for rounding."""
+    levels = 255 * images.double()
+    return bool((levels - levels.round()).abs().max() < 1e-4)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -294,6 +308,7 @@ def _apgd(loss: Literal["cross_entropy", "targeted_dlr"]) -> Callable[[_Call], T
             num_steps=attack.num_steps,
             num_restarts=attack.num_restarts or 1,
             num_target_classes=attack.num_target_classes or 1,
+            highest_loss=loss == "cross_entropy" and call.view.knowledge != "full",  # made for another model
             seed=call.batch_seed,
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any, Literal
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -22,6 +23,8 @@ from .attack_suite import Attack, AttackBatch, run_attack
 from .outcomes import measure_outcome
 from .threat_models import AttackerView, EvaluatedModel
 
+
+logger = logging.getLogger(__name__)
 
 Series = Literal["suite", "sweep", "steps", "restarts", "single_step", "unbounded"]
 
@@ -110,23 +113,35 @@ class CellStore:
     def load(self, cell: Cell) -> dict[str, Tensor] | None:
         """The outcome of a cell that was measured before with the same settings, or `None`.
 
+        A file that is damaged, as a crash or a full disk may leave it, counts as missing, and a warning says so.
+
         Raises:
-            ValueError: If the file is damaged.
+            ValueError: If the file is whole, and another cell's.
         """
         path, key = self._path(cell), self._key(cell)
         if path is None or not path.is_file():
             return None
-        with safe_open(path, framework="pt") as file:
-            if (file.metadata() or {}).get("key") != key:
-                raise ValueError(f"{path} was measured with other settings than its name says: delete it")
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                outcome = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
+            if metadata.get("digest") != _digest(outcome):
+                raise ValueError("its numbers are not those that were written")
+        except (SafetensorError, ValueError, KeyError, OverflowError) as exc:
+            if PartialState().is_main_process:
+                logger.warning("%s is damaged, so it is measured again and replaced: %s", path, exc)
+            return None
+        if metadata.get("key") != key:
+            raise ValueError(f"{path} was measured with other settings than its name says: delete it")
+        return outcome
 
     def save(self, cell: Cell, outcome: Mapping[str, Tensor]) -> None:
         """Stores an outcome, from the main process."""
         path = self._path(cell)
         if path is not None:
+            metadata = {"key": self._key(cell), "digest": _digest(outcome)}
             with replacing(path) as partial:
-                save_file({k: v.contiguous() for k, v in outcome.items()}, partial, metadata={"key": self._key(cell)})
+                save_file({k: v.contiguous() for k, v in outcome.items()}, partial, metadata=metadata)
 
     def _key(self, cell: Cell) -> str:
         return json.dumps({**self.settings, **cell.settings()}, sort_keys=True)
@@ -136,6 +151,13 @@ class CellStore:
             return None
         sha = hashlib.sha256(self._key(cell).encode()).hexdigest()[:16]
         return self.folder / f"{cell.name}-{sha}.safetensors"
+
+
+def _digest(outcome: Mapping[str, Tensor]) -> str:
+    """Of the values, by their names; the format itself has no checksum."""
+    return hashlib.sha256(
+        "".join(f"{name}={digest([outcome[name]])};" for name in sorted(outcome)).encode()
+    ).hexdigest()
 
 
 def run_cells(

@@ -22,7 +22,7 @@ from ..preprocessing import Normalizer
 from ..report.schema import RobustnessReport
 from ..training_args import MixedPrecision
 from ..training_data import describe_dataset
-from .attack_suite import Attack, AttackBatch
+from .attack_suite import Attack, AttackBatch, on_8bit_grid
 from .budgets import BUDGETS, Budget, BudgetName, with_overrides
 from .cells import CellStore, digest, merge, model_settings, run_cells
 from .checks import run_checks
@@ -30,7 +30,7 @@ from .evaluation_data import choose_rows, load_batches, prepare_dataset
 from .figures import make_figures
 from .measurements import Measurements, sweep_curves
 from .outcomes import measure_outcome
-from .own_tokens import own_tokens_specs, train_own_tokens
+from .own_tokens import describe_training, own_tokens_specs, train_own_tokens
 from .plan import plan_cells
 from .threat_models import AttackerView, EvaluatedModel, Knowledge, Task, attacker_views
 
@@ -133,20 +133,29 @@ def evaluate_robustness(
         rows = choose_rows(len(prepared), spent.num_images, seed=seed)  # type: ignore[arg-type]  # it can be counted
         batches = load_batches(prepared, rows, evaluated, batch_size=batch_size, ignore_index=ignore_index)
         with _folder(output_dir) as folder:
+            training = ["elsewhere, so that how is not known"]
             if "own_tokens" in knowledge and own_tokens is None:
+                theirs = [prepared] if attacker_datasets is None else attacker_datasets
                 own_tokens = _train(
                     evaluated,
-                    [prepared] if attacker_datasets is None else attacker_datasets,
+                    theirs,
                     folder / "own_tokens",
                     spent,
                     overrides=own_tokens_overrides,
                     disable_tqdm=disable_tqdm,
+                )
+                training = describe_training(
+                    evaluated,
+                    theirs,
+                    num_adversarial_pairs=spent.num_adversarial_pairs,
+                    overrides=own_tokens_overrides,
                 )
             measurements = _measure(
                 evaluated,
                 batches,
                 num_images=len(rows),
                 views=_views(evaluated, knowledge, own_tokens or (), surrogate),
+                training=training,
                 attacks=attacks,
                 eps=_default_eps(evaluated) if eps is None else eps,
                 eps_sweep=eps_sweep,
@@ -191,6 +200,7 @@ def _measure(
     *,
     num_images: int,
     views: Sequence[AttackerView],
+    training: Sequence[str],
     attacks: Sequence[str | Attack] | None,
     eps: Sequence[float],
     eps_sweep: Sequence[float],
@@ -214,6 +224,7 @@ def _measure(
         num_images=num_images,
         batch_size=batch_size,
         num_classes=num_classes,
+        on_grid=all(gather_object([on_8bit_grid(batch.images) for batch in batches.values()])),
     )
     tokens = reported_tokens(model, seed=seed)
     batches = _with_base_features(model, batches)
@@ -226,7 +237,16 @@ def _measure(
     outcomes = run_cells(
         cells, model, batches, tokens, batch_size=batch_size, seed=seed, store=store, disable_tqdm=disable_tqdm
     )
-    return Measurements(model=model, batches=batches, clean=clean, cells=cells, outcomes=outcomes, eps=eps, seed=seed)
+    return Measurements(
+        model=model,
+        batches=batches,
+        clean=clean,
+        cells=cells,
+        outcomes=outcomes,
+        eps=eps,
+        seed=seed,
+        training=training,
+    )
 
 
 def reported_tokens(model: EvaluatedModel, *, seed: int) -> dict[str, Tensor | None]:

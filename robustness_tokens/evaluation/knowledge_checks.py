@@ -20,7 +20,7 @@ from .check_parts import (
     verdict,
     worst,
 )
-from .measurements import Measurements
+from .measurements import Measurements, own_token_lengths
 
 
 @check(
@@ -46,23 +46,31 @@ def clean_cost(measurements: Measurements) -> Finding:
 @check(
     2,
     "grey box",
-    "Only reported: attacks made on the base alone, measured on the model with its tokens, as in the paper. They say "
-    "nothing of an attacker who knows that there are tokens.",
+    "Only reported: every attack of the suite that was made on the base without tokens, measured on the model with "
+    "its tokens: each at its eps, and the worst for each image. What is not named was not run. Targeted APGD and "
+    "AutoAttack leave an image as it was where the base is wrong already or withstands them. Says nothing of an "
+    "attacker who knows that there are tokens.",
 )
 def grey_box(measurements: Measurements) -> Finding:
     metric = main_metric(measurements)
-    values = (
-        f"{attack_in_words(cell)} at {eps_in_words(cell.eps)} {in_words(score(outcome, metric), metric)}"
-        for cell, outcome in suite(measurements, knowledge="base")
-    )
-    return None, f"{metric}: {'; '.join(values)}"
+    chosen = suite(measurements, knowledge="base")
+    found = []
+    for eps in dict.fromkeys(cell.eps for cell, _ in chosen):
+        at_eps = [(cell, outcome) for cell, outcome in chosen if cell.eps == eps]
+        each = (f"{attack_in_words(cell)} {in_words(score(outcome, metric), metric)}" for cell, outcome in at_eps)
+        every = in_words(worst(measurements, at_eps, metric), metric)
+        found.append(f"at {eps_in_words(eps)} worst case {every}: {', '.join(each)}")
+    if not any(cell.attack.name.startswith(("apgd", "auto_attack")) for cell, _ in chosen):
+        found.append("APGD and AutoAttack not among them")
+    return None, f"{metric} {'; '.join(found)}"
 
 
 @check(
     3,
     "own tokens",
     "Only reported: attacks through tokens that the attacker trained by the same recipe, each set of them and their "
-    "ensemble. The worst case takes, for each image, the attack that did the most.",
+    "ensemble. The worst case takes, for each image, the attack that did the most. Where their training departs from "
+    "the recipe, an attacker who follows it may find more.",
 )
 def own_tokens(measurements: Measurements) -> Finding:
     metric = main_metric(measurements)
@@ -79,6 +87,9 @@ def own_tokens(measurements: Measurements) -> Finding:
         }
         each = ", ".join(f"{view} {in_words(value, metric)}" for view, value in by_view.items())
         found.append(f"at {eps_in_words(eps)} worst case {in_words(every, metric)}: {each}")
+    if lengths := own_token_lengths([cell for cell, _ in chosen]):
+        sets = ", ".join(map(str, lengths))
+        found.append(f"own tokens: sets of {sets}, trained {', '.join(measurements.training)}")
     return None, f"{metric} {'; '.join(found)}"
 
 

@@ -31,6 +31,7 @@ class Measurements:
         outcomes: Of each cell, on the first `cell.num_images` of the clean images, in their order.
         eps: Budgets of the suite in pixel units, the main one first.
         seed: Of the evaluation.
+        training: How the attacker's own tokens were trained, in words.
     """
 
     model: EvaluatedModel
@@ -40,6 +41,7 @@ class Measurements:
     outcomes: Sequence[Outcome]
     eps: Sequence[float]
     seed: int
+    training: Sequence[str] = ()
 
     def select(self, **wanted: Any) -> list[tuple[Cell, Outcome]]:
         """The cells that have these values, and their outcomes.
@@ -92,7 +94,7 @@ class Measurements:
                 parameters = {
                     **cell.attack.reported_parameters(cell.eps),
                     **self._precision(),
-                    **_own_tokens(cell),
+                    **self._own_tokens([cell]),
                     "view": cell.view.name,
                 }
                 results += self._results(
@@ -115,9 +117,20 @@ class Measurements:
             worst,
             knowledge=knowledge,
             attack=WORST_CASE,
-            attack_parameters={"attacks": attacks, **self._precision(), **_series(cells[0])},
+            attack_parameters={
+                "attacks": attacks,
+                **self._precision(),
+                **(self._own_tokens(cells) if knowledge == "own_tokens" else {}),
+                **_series(cells[0]),
+            },
             eps=cells[0].eps,
         )
+
+    def _own_tokens(self, cells: Sequence[Cell]) -> dict[str, list[Any]]:
+        """How many tokens the attacker guessed, in each set, and how they were trained."""
+        if lengths := own_token_lengths(cells):
+            return {"num_robustness_tokens": lengths, "training": list(self.training)}
+        return {}
 
     def _precision(self) -> dict[str, str]:
         """Half precision rounds the gradients, so that a reader must know of it."""
@@ -172,11 +185,11 @@ def _name(cell: Cell) -> str:
     return f"{cell.attack.name}{target} ({cell.view.name})"
 
 
-def _own_tokens(cell: Cell) -> dict[str, list[int]]:
-    """How many tokens the attacker guessed, in each set."""
-    if cell.view.knowledge != "own_tokens":
-        return {}
-    return {"num_robustness_tokens": [len(tokens) for tokens in cell.view.tokens if tokens is not None]}
+def own_token_lengths(cells: Sequence[Cell]) -> list[int]:
+    """How many tokens are in each set that the attacker trained and attacks through in these cells."""
+    views = (cell.view for cell in cells if cell.view.knowledge == "own_tokens")
+    sets = {id(tokens): len(tokens) for view in views for tokens in view.tokens if tokens is not None}
+    return list(sets.values())
 
 
 def _series(cell: Cell) -> dict[str, str]:

@@ -186,15 +186,18 @@ def image_ious(counts: IoUCounts) -> Tensor:
     return ious.nanmean(dim=1)
 
 
-def mean_image_iou(counts: IoUCounts) -> float:
+def mean_image_iou(ious: Tensor) -> float:
     """The paper's mIoU, the mean over the images of [`image_ious`]; images without a labelled pixel are left out.
+
+    Args:
+        ious: (n,) float, NaN where an image has no labelled pixel.
 
     Raises:
         ValueError: If there is no labelled pixel.
 
     Source: the published code of Pulfer et al., ECCV 2024.
     """
-    value = image_ious(counts).nanmean().item()
+    value = ious.nanmean().item()
     if math.isnan(value):
         raise ValueError("labels have no labelled pixel in any image: nothing to measure")
     return value

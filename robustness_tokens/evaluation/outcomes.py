@@ -85,7 +85,9 @@ def worst_outcome(outcomes: Sequence[Outcome], tokens: str = "trained") -> dict[
         tokens: Name of the tokens that were in the model.
 
     Returns:
-        What was measured with these tokens: `cosine`, `correct`, `intersections` and `unions`, under the same names.
+        What was measured with these tokens, under the same names: `cosine`, `correct`, and of a segmentation
+        `image_iou`, the lowest of each image, and the `intersections` and `unions` that make the lowest mIoU of the
+        data set: those of the attack that hurts an image's own IoU most, or all of one attack where that is lower.
     """
     worst = {}
     for metric in ("cosine", "correct"):
@@ -94,10 +96,16 @@ def worst_outcome(outcomes: Sequence[Outcome], tokens: str = "trained") -> dict[
             worst[name] = worst_case(*(outcome[name] for outcome in outcomes))
     if f"{tokens}.unions" in outcomes[0]:
         counts = [_iou_counts(outcome, tokens) for outcome in outcomes]
-        ious = torch.stack([image_ious(one).nan_to_num(nan=0.0) for one in counts])  # (attacks, n)
-        rows, images = ious.argmin(dim=0), torch.arange(ious.shape[1])
-        worst[f"{tokens}.intersections"] = torch.stack([one.intersections for one in counts])[rows, images]
-        worst[f"{tokens}.unions"] = torch.stack([one.unions for one in counts])[rows, images]
+        ious = torch.stack([image_ious(one) for one in counts])  # (attacks, n); NaN for all attacks or for none
+        rows, images = ious.nan_to_num(nan=0.0).argmin(dim=0), torch.arange(ious.shape[1])
+        image_by_image = IoUCounts(
+            torch.stack([one.intersections for one in counts])[rows, images],
+            torch.stack([one.unions for one in counts])[rows, images],
+        )
+        # An image's own IoU weighs its classes otherwise than the data set's does.
+        lowest = min([image_by_image, *counts], key=mean_iou)
+        worst[f"{tokens}.image_iou"] = ious[rows, images]
+        worst[f"{tokens}.intersections"], worst[f"{tokens}.unions"] = lowest.intersections, lowest.unions
     return worst
 
 
@@ -119,9 +127,9 @@ def summarize(outcome: Outcome, tokens: str, *, seed: int) -> list[tuple[Task, M
     if f"{tokens}.unions" in outcome:
         counts = _iou_counts(outcome, tokens)
         rows.append(("segmentation", "miou", mean_iou(counts), mean_iou_interval(counts, seed=seed)))
-        ious = image_ious(counts)
+        ious = outcome.get(f"{tokens}.image_iou", image_ious(counts))
         interval = bootstrap_interval(ious[~ious.isnan()], seed=seed)
-        rows.append(("segmentation", "mean_image_miou", mean_image_iou(counts), interval))
+        rows.append(("segmentation", "mean_image_miou", mean_image_iou(ious), interval))
     if (cosine := outcome.get(f"{tokens}.cosine")) is not None:
         interval = bootstrap_interval(cosine, seed=seed)
         rows.append(("features", "cosine", cosine.double().mean().item(), interval))

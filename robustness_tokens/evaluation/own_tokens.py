@@ -20,6 +20,8 @@ from ..backbones import find_layer_stack, layer_fingerprint, vision_trunk
 from ..hub import fetch_adapter, holds_adapter, read_config, read_tokens
 from ..injection import remove_tokens
 from ..modeling import RobustnessTokenModel
+from ..report.markdown import format_setting
+from ..report.strict import MAX_NAME
 from ..trainer import RobustnessTokenTrainer
 from ..training_args import RobustnessTokenTrainingArguments
 from ..training_data import describe_dataset
@@ -122,10 +124,10 @@ def train_own_tokens(
         )
         if spec.dataset not in prepared:
             prepared[spec.dataset] = dataset = datasets[spec.dataset]
-            if num_adversarial_pairs is not None and args.attack_through == "base" and hasattr(dataset, "__len__"):
+            count = _count_pairs(dataset, num_adversarial_pairs, args.attack_through)
+            if count is not None:
                 pairs_args = dataclasses.replace(args, output_dir=str(folder / f"pairs-{spec.dataset}"))
                 with _attacker(model, base, spec) as attacker:
-                    count = min(num_adversarial_pairs, len(dataset))
                     prepared[spec.dataset] = make_adversarial_pairs(attacker, pairs_args, dataset, num_images=count)
         with _attacker(model, base, spec) as attacker:
             trainer = RobustnessTokenTrainer(attacker, args, prepared[spec.dataset])
@@ -133,6 +135,37 @@ def train_own_tokens(
             trainer.save_model()
             trained.append(attacker.robustness_tokens.detach().clone())
     return trained
+
+
+def describe_training(
+    model: EvaluatedModel,
+    datasets: Sequence[Any],
+    *,
+    num_adversarial_pairs: int | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> list[str]:
+    """How [`train_own_tokens`] trains with these arguments, in words: where it departs from the defender's recipe.
+
+    An attacker who trains otherwise than the defender may well find less than one who doesn't.
+    """
+    recipe, defaults = _recipe(model), RobustnessTokenTrainingArguments(output_dir="").recipe()
+    words = ["by the recipe" if recipe else "by the package's defaults, as the recipe is not known"]
+    values = defaults | recipe
+    for name, value in (overrides or {}).items():
+        # The others don't determine the tokens, and each set has a seed of its own.
+        if name in values and name != "seed" and value != values[name]:
+            was, instead = format_setting(name, values[name]), format_setting(name, value)
+            words.append(f"but with {name}={instead} instead of {was}"[:MAX_NAME])
+    attack_through = {**values, **(overrides or {})}["attack_through"]
+    counts = (_count_pairs(dataset, num_adversarial_pairs, attack_through) for dataset in datasets)
+    return words + [f"on {count:,} images attacked once for all sets" for count in counts if count is not None]
+
+
+def _count_pairs(dataset: Any, num_adversarial_pairs: int | None, attack_through: str) -> int | None:
+    """How many images of a dataset are attacked once, for all the runs on it; None if each run attacks its own."""
+    if num_adversarial_pairs is None or attack_through != "base" or not hasattr(dataset, "__len__"):
+        return None
+    return min(num_adversarial_pairs, len(dataset))
 
 
 @contextmanager

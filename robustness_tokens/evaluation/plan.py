@@ -41,6 +41,7 @@ def plan_cells(
     num_images: int,
     batch_size: int,
     num_classes: int | None,
+    on_grid: bool,
 ) -> list[Cell]:
     """The cells of an evaluation, cheap levels first.
 
@@ -55,6 +56,7 @@ def plan_cells(
         num_images: How many there are.
         batch_size: The sweep takes whole batches, so that at eps = 0 it measures bit for bit what was measured clean.
         num_classes: Of a classifier.
+        on_grid: Whether all images are on the 8-bit grid, which the paper's attack goes by.
 
     Returns:
         At least one cell.
@@ -72,7 +74,7 @@ def plan_cells(
                 continue
             if _fits(attack, view, model, num_classes=num_classes, is_named=attacks is not None):
                 is_paper = attack.name.startswith("paper")
-                every_eps = [paper_attack_eps(model.normalizer.image_std)] if is_paper else eps
+                every_eps = [paper_attack_eps(model.normalizer.image_std, on_grid=on_grid)] if is_paper else eps
                 attack = _without_surplus(attack, num_classes)
                 cells += [
                     Cell(series="suite", view=view, attack=attack, eps=one, num_images=num_images) for one in every_eps

@@ -38,7 +38,9 @@ _START_STREAM, _DIRECTION_STREAM, _PLANTED_STREAM = range(3)
     "At a random point of the ball around each image: no gradient of the white box may be zero; two passes must give "
     "the same output, bit for bit; and the mean cosine of the gradients with finite differences must exceed 0.9. Both "
     "are taken along the same random directions (each pixel half a level up or down), which gives the cosine of the "
-    "full vectors. If it fails, gradients are masked or the model is random, and gradient attacks say little.",
+    "full vectors. Where attacks run in half precision, so does this gradient; its mean cosine with that of float32 "
+    "must then exceed 0.9 too, and the share of equal signs, which are all that PGD reads, is reported. If it fails, "
+    "gradients are masked or spoilt, or the model is random, and gradient attacks say little.",
 )
 def gradients(measurements: Measurements) -> Finding:
     model, batch, eps = _probe(measurements)
@@ -55,7 +57,16 @@ def gradients(measurements: Measurements) -> Finding:
         f"{100 * zeros:.1f}% of {len(points)} gradients zero; outputs {'' if is_deterministic else 'not '}the same "
         f"twice; cosine with finite differences {cosine:.3f}"
     )
-    return zeros == 0 and is_deterministic and cosine > SMALLEST_COSINE, words
+    passed = zeros == 0 and is_deterministic and cosine > SMALLEST_COSINE
+    if model.attack_precision == "no":
+        return passed, words
+    exact = input_gradients(_objective(model, batch, exact=True), points)
+    agreement = F.cosine_similarity(gradient.flatten(1), exact.flatten(1), dim=1, eps=1e-30).mean().item()
+    signs = (gradient.sign() == exact.sign()).double().mean().item()
+    words += (
+        f"; {model.attack_precision} against float32: cosine {agreement:.3f}, {100 * signs:.1f}% of the signs equal"
+    )
+    return passed and agreement > SMALLEST_COSINE, words
 
 
 @check(

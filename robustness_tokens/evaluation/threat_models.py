@@ -136,9 +136,10 @@ class EvaluatedModel:
         half_precision = self.attack_precision == "bf16"
         attention = choose_attention(AUTO, device=self.device, half_precision=half_precision)
         base = self.model if self.adapter is None else self.adapter.get_base_model()
+        dtype = torch.bfloat16 if half_precision else torch.float32
         with (
             attention_implementation(base, attention),
-            onednn_products(base) if self.device.type == "cpu" else nullcontext(),
+            onednn_products(base, dtype=dtype) if self.device.type == "cpu" else nullcontext(),
         ):
             yield
 

@@ -142,13 +142,14 @@ def _attack(result: Result) -> str:
 def _detail(result: Result) -> str:
     """The hyper-parameters in small print; of a worst case, the attacks that it is over."""
     parameters = {k: v for k, v in result.attack_parameters.items() if k != "series" and v is not None}
-    attacks = parameters.get("attacks")
+    attacks, over = parameters.get("attacks"), ""
     if result.attack == WORST_CASE and isinstance(attacks, list):
+        del parameters["attacks"]
         items = "".join(f"<li>{escape_text(attack)}</li>" for attack in attacks)
         count = f"{len(attacks)} attack{'s' * (len(attacks) != 1)}"
-        return f"<details><summary>worst of {count} on each image</summary><ul>{items}</ul></details>"
+        over = f"<details><summary>worst of {count} on each image</summary><ul>{items}</ul></details>"
     settings = ", ".join(f"{plain(name)} = {format_setting(name, value)}" for name, value in parameters.items())
-    return f'<span class="parameters">{escape_text(settings)}</span>' if settings else ""
+    return over + (f'<span class="parameters">{escape_text(settings)}</span>' if settings else "")
 
 
 def _table(caption: str, header: str, bodies: Iterable[str], *, look: str = "results") -> str:
