@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -24,9 +25,10 @@ from .training_args import RobustnessTokenTrainingArguments
 
 LOG_FOLDER = "logs"
 
+PROCESS_GROUP = InitProcessGroupKwargs(timeout=timedelta(hours=3))
+"""How long processes wait for each other: one without a last shard of adversarial pairs, for those that attack one."""
+
 _PROJECT = "robustness_tokens"
-# A process without a last shard of adversarial pairs waits for those that attack one.
-_TIMEOUT = timedelta(hours=3)
 _SHARDED = {
     "ACCELERATE_USE_DEEPSPEED": ("DeepSpeed", DistributedType.DEEPSPEED),
     "ACCELERATE_USE_FSDP": ("FSDP", DistributedType.FSDP),
@@ -62,7 +64,7 @@ def build_accelerator(args: RobustnessTokenTrainingArguments) -> Accelerator:
         project_dir=str(Path(args.output_dir) / LOG_FOLDER),
         kwargs_handlers=[
             DistributedDataParallelKwargs(broadcast_buffers=False),  # a frozen base's are the same everywhere
-            InitProcessGroupKwargs(timeout=_TIMEOUT),
+            PROCESS_GROUP,
         ],
     )
     for name, distributed_type in _SHARDED.values():
@@ -84,17 +86,21 @@ def share_from_main(function: Callable[[], Any], accelerator: Accelerator) -> An
         accelerator: From [`build_accelerator`].
 
     Raises:
-        Exception: On every process, what the function raised, so that none waits for another in vain.
+        Exception: On every process, what the function raised, so that none waits for another in vain; on the others
+            a `RuntimeError` that tells of it, where it can't be sent to them.
     """
     if accelerator.num_processes == 1:
         return function()
     found: list[Any] = [None]
+    error: Exception | None = None
     if accelerator.is_main_process:
         try:
             found = [function()]
         except Exception as exc:
-            found = [exc]
+            error, found = exc, [_sendable(exc)]
     broadcast_object_list(found)
+    if error is not None:
+        raise error
     if isinstance(found[0], Exception):
         raise found[0]
     return found[0]
@@ -102,6 +108,8 @@ def share_from_main(function: Callable[[], Any], accelerator: Accelerator) -> An
 
 def start_trackers(accelerator: Accelerator, *, output_dir: Path, recipe: Mapping[str, Any]) -> None:
     """Begins a run in every tracker of `report_to`; they are told the recipe and later the log, never the tokens.
+
+    Only the main process has trackers.
 
     Args:
         accelerator: From [`build_accelerator`].
@@ -111,18 +119,26 @@ def start_trackers(accelerator: Accelerator, *, output_dir: Path, recipe: Mappin
     config = {key: value if isinstance(value, bool | int | float) else str(value) for key, value in recipe.items()}
     name = {"name": output_dir.resolve().name}
     folder = os.path.join(output_dir, LOG_FOLDER)
+    init_kwargs = {"wandb": {**name, "dir": folder}, "trackio": name}
     try:
-        accelerator.init_trackers(_PROJECT, config, {"wandb": {**name, "dir": folder}, "trackio": name})
+        share_from_main(lambda: accelerator.init_trackers(_PROJECT, config, init_kwargs), accelerator)
     except BaseException:
         accelerator.trackers.clear()  # one that did not start can't be finished
         raise
 
 
 def finish_trackers(accelerator: Accelerator) -> None:
-    """Ends the run in every tracker, whose last rows are written then."""
-    for tracker in accelerator.trackers:
-        tracker.finish()
-    accelerator.trackers.clear()
+    """Ends the run in every tracker, whose last rows are written then; no other process is waited for."""
+    while accelerator.trackers:
+        accelerator.trackers.pop(0).finish()
+
+
+def _sendable(exc: Exception) -> Exception:
+    try:
+        pickle.loads(pickle.dumps(exc))  # which an error with a lock, or with other arguments than its text, fails
+    except Exception:
+        return RuntimeError(f"the main process failed: {type(exc).__name__}: {exc}")
+    return exc
 
 
 def _sharded_error(name: str) -> ValueError:

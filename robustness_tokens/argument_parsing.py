@@ -26,14 +26,22 @@ def parse_arguments(
         prog: Name of the program in the help.
 
     Returns:
-        The three groups of arguments. Numbers may be fractions such as `8/255`; later words win over the file.
+        The three groups of arguments. Numbers may be fractions such as `8/255`; later words win over the file. With
+        an `eval_dataset` and no `eval_steps` these are `max_steps`: it is measured once, at the end.
 
     Raises:
-        ValueError: If a value is out of range, or the file can't be read or is no mapping of names to plain values.
+        ValueError: If a value is out of range, or the file can't be read or is no mapping of names to plain values,
+            or there are `eval_steps` without an `eval_dataset`.
         SystemExit: On a word that is not understood, and after `--help`.
     """
     groups = (ModelArguments, DataArguments, RobustnessTokenTrainingArguments)
     model_args, data_args, training_args = parse_groups(argv, groups, prog=prog)
+    if training_args.eval_steps is not None and data_args.eval_dataset is None:
+        raise ValueError(
+            f"eval_steps={training_args.eval_steps} needs an eval_dataset: give one, or leave eval_steps out"
+        )
+    if training_args.eval_steps is None and data_args.eval_dataset is not None:
+        training_args.eval_steps = training_args.max_steps
     return model_args, data_args, training_args
 
 

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset, IterableDataset, Subset
 from tqdm.auto import tqdm
 
 from . import __version__
-from .acceleration import share_from_main
+from .acceleration import PROCESS_GROUP, share_from_main
 from .adversarial_pairs import (
     PAIR_FEATURES,
     AdversarialPairs,
@@ -37,7 +37,7 @@ from .pairs_info import INFO_FILE, PAIRS_STEP, PairsInfo, max_pixel_difference
 from .preprocessing import Normalizer
 from .training_args import ATTACK_ARGUMENTS, RobustnessTokenTrainingArguments
 from .training_data import check_patches, describe_dataset, find_image_shape, prepare_train_dataset
-from .training_step import attack_for_training, base_features, training_attention
+from .training_step import attack_for_training, base_features, faster_base
 
 
 @dataclass(kw_only=True)
@@ -101,7 +101,7 @@ def make_adversarial_pairs(
             f"attack_through={args.attack_through!r}: pairs are made once and serve any tokens, so the attack can "
             "only go through the base"
         )
-    accelerator = Accelerator()
+    accelerator = Accelerator(kwargs_handlers=[PROCESS_GROUP])
     images = prepare_train_dataset(dataset, args=args, image_processor=model.image_processor)
     if isinstance(images, IterableDataset | AdversarialPairs):
         raise ValueError(
@@ -110,10 +110,14 @@ def make_adversarial_pairs(
         )
     info = _describe(model, args, dataset, images, num_images, images_per_shard)
     folder = Path(args.output_dir)
-    share_from_main(lambda: _start(folder, info, images, overwrite=args.overwrite_output_dir), accelerator)
-    missing = missing_shards(folder, info)
-    _check_room(folder, info, len(missing), announce=accelerator.is_main_process and not args.disable_tqdm)
-    accelerator.wait_for_everyone()  # all have seen the same shards before one more is there
+
+    def start() -> list[int]:
+        _start(folder, info, images, overwrite=args.overwrite_output_dir)
+        missing = missing_shards(folder, info)
+        _check_room(folder, info, len(missing), announce=not args.disable_tqdm)
+        return missing
+
+    missing = share_from_main(start, accelerator)
     model.to(accelerator.device)
     normalizer = Normalizer(info.image_mean, info.image_std).to(accelerator.device)
     broken_images = BrokenImageLog(args.max_broken_images)
@@ -130,12 +134,10 @@ def make_adversarial_pairs(
             num_workers=args.dataloader_num_workers,
         )
         pairs = (_attack_batch(model, batch, args, info, normalizer, broken_images) for batch in batches)
-        with training_attention(model, args, accelerator.device):
+        with faster_base(model, args, accelerator.device):
             write_shard(folder / info.shard_name(shard), pairs)
     accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        finish_folder(folder, info)
-    accelerator.wait_for_everyone()
+    share_from_main(lambda: finish_folder(folder, info), accelerator)
     return load_adversarial_pairs(folder)
 
 
@@ -183,8 +185,13 @@ def _describe(
 def _start(folder: Path, info: PairsInfo, images: Dataset[Any], *, overwrite: bool) -> None:
     """Makes the folder ready for these pairs, or for the rest of them."""
     folder.mkdir(parents=True, exist_ok=True)
+    own = {
+        *(file for pattern in ("shard-*.arrow", ".shard-*.part", "tmp*.part") for file in folder.glob(pattern)),
+        *(folder / "state.json", folder / "dataset_info.json"),
+    }
     if (path := find_pairs(folder)) is None:
-        if any(folder.iterdir()):
+        found = set(folder.iterdir())
+        if found - own or (found and not overwrite):  # a replacement that was cut short left what is its own
             raise ValueError(f"output_dir {str(folder)!r} holds something else than adversarial pairs: choose another")
     else:
         stored = PairsInfo.from_dict(read_json(path))
@@ -202,8 +209,8 @@ def _start(folder: Path, info: PairsInfo, images: Dataset[Any], *, overwrite: bo
                 "another, or set overwrite_output_dir=True"
             )
         path.unlink()  # first, so that what is left of the old shards belongs to nobody if this is cut short
-        for file in [*folder.glob("shard-*.arrow"), folder / "state.json", folder / "dataset_info.json"]:
-            file.unlink(missing_ok=True)
+    for file in own:
+        file.unlink(missing_ok=True)
     write_text(folder / INFO_FILE, info.to_json())
 
 

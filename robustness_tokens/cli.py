@@ -119,6 +119,8 @@ def sweep(context: typer.Context) -> None:
     """Train many tokens on the same attacks: robtok sweep [FILE.yaml] --base_model ... (--help lists all)."""
     groups = (ModelArguments, DataArguments, RobustnessTokenTrainingArguments, SweepArguments)
     model_args, data_args, training_args, sweep_args = parse_groups(context.args, groups, prog="robtok sweep")
+    if data_args.eval_dataset is not None:
+        raise ValueError("eval_dataset has no meaning for a sweep, which holds out num_eval_pairs: leave it out")
     model = RobustnessTokenModel.from_base(model_args.base_model, **model_args.from_base_kwargs())
     rows = run_sweep(
         model,

@@ -101,8 +101,11 @@ class PairsInfo:
         name, *numbers = (info.attack[argument] for argument in ATTACK_ARGUMENTS)
         if type(name) is not str or not all(number is None or type(number) in (int, float) for number in numbers):
             raise ValueError(f"{INFO_FILE}: attack must hold a name and numbers, got {info.attack!r}")
-        if not isinstance(info.base_model_fingerprint, dict) or not isinstance(info.dataset, dict):
-            raise ValueError(f"{INFO_FILE}: base_model_fingerprint and dataset must be objects")
+        digests = info.base_model_fingerprint
+        if not all(isinstance(value, dict) for value in (digests, info.dataset)) or not all(
+            isinstance(digest, str) for digest in digests.values()
+        ):
+            raise ValueError(f"{INFO_FILE}: base_model_fingerprint, of texts, and dataset must be objects")
         return info
 
     def to_json(self) -> str:

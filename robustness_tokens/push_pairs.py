@@ -11,13 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from PIL import Image
 
 from .adversarial_pairs import PAIR_FEATURES, PAIRS_SPLIT, load_adversarial_pairs
 from .hub import CARD_FILE, is_repo_id
 from .pairs_info import INFO_FILE, PairsInfo
 
+
+UNFINISHED_FILE = "adversarial_pairs.unfinished.json"
+"""Takes the place of the description in a repo while pairs are uploaded."""
 
 _IMAGE_COLUMNS = ("image", "adversarial_image")
 _PNG_FEATURES = datasets.Features({**PAIR_FEATURES, **{column: datasets.Image() for column in _IMAGE_COLUMNS}})
@@ -48,10 +51,12 @@ def push_adversarial_pairs(
         The last commit, that of the description: without it no pairs are found in the repo.
 
     Raises:
-        ValueError: If the pairs are not all there, their base is a folder and `base_model_id` is missing, or the repo
-            is public and `private` is True.
+        ValueError: If the pairs are not all there, or none, their base is a folder and `base_model_id` is missing,
+            the repo holds something else, or it is public and `private` is True.
     """
     pairs = load_adversarial_pairs(folder)
+    if not len(pairs):
+        raise ValueError(f"{os.fspath(folder)!r} holds no pair, since all images were broken: attack others")
     info = dataclasses.replace(pairs.info, base_model=base_model_id or pairs.info.base_model)
     if not is_repo_id(info.base_model):
         raise ValueError(
@@ -60,13 +65,27 @@ def push_adversarial_pairs(
         )
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True).repo_id
-    if private and not api.dataset_info(repo_id).private:
+    repo = api.dataset_info(repo_id)
+    if private and not repo.private:
         raise ValueError(
             f"{repo_id} exists and is public, and the pairs hold the images of the dataset: make the repo private, or "
             "pass private=False if everyone may see them"
         )
-    if api.file_exists(repo_id, INFO_FILE, repo_type="dataset"):
-        api.delete_file(INFO_FILE, repo_id, repo_type="dataset")  # until it tells of the images that are there
+    files = {file.rfilename for file in repo.siblings or ()}
+    others = sorted(files - {CARD_FILE, ".gitattributes"})
+    if others and not files & {INFO_FILE, UNFINISHED_FILE}:
+        raise ValueError(
+            f"{repo_id} holds other files, such as {others[0]}, and no adversarial pairs, whose upload would replace "
+            "them: choose another repo_id"
+        )
+    # Without a description until it tells of the images that are there.
+    old = [CommitOperationDelete(INFO_FILE)] if INFO_FILE in files else []
+    api.create_commit(
+        repo_id,
+        [CommitOperationAdd(UNFINISHED_FILE, info.to_json().encode()), *old],
+        repo_type="dataset",
+        commit_message="Begin to upload adversarial pairs",
+    )
     stream = pairs.stored.to_iterable_dataset(num_shards=min(len(pairs), info.num_shards))
     encode = partial(_to_png, image_size=info.image_size)
     stream.map(encode, features=_PNG_FEATURES).push_to_hub(repo_id, split=PAIRS_SPLIT, private=private, token=token)
@@ -75,6 +94,7 @@ def push_adversarial_pairs(
         repo_id,
         [
             CommitOperationAdd(INFO_FILE, info.to_json().encode()),
+            CommitOperationDelete(UNFINISHED_FILE),
             CommitOperationAdd(CARD_FILE, (card.split(_HEADING)[0] + _describe_for_people(info)).encode()),
         ],
         repo_type="dataset",

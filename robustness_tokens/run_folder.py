@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from .checkpoints import Checkpoint, find_checkpoint, is_own_checkpoint, list_checkpoints
 from .configuration import RobustnessTokenConfig
 from .hub import remove_report
-from .training_args import RobustnessTokenTrainingArguments
+from .modeling import RobustnessTokenPreTrainedModel
+from .training_args import SPEEDUP_ARGUMENTS, RobustnessTokenTrainingArguments
 from .training_log import EVAL_LOG_COLUMNS, EVAL_LOG_FILE, LOG_FILE, read_log, start_log
+
+
+logger = logging.getLogger(__name__)
 
 
 class RunSoFar(NamedTuple):
@@ -54,14 +61,39 @@ def resume_settings(
     return settings
 
 
+def rounding_settings(
+    model: RobustnessTokenPreTrainedModel, args: RobustnessTokenTrainingArguments, *, device: torch.device
+) -> dict[str, Any]:
+    """What a resumed run must have in common with the one it resumes to end with the same bits; JSON.
+
+    Args:
+        model: That is trained.
+        args: Of the training.
+        device: That it is trained on.
+    """
+    base = model.get_base_model()
+    return {
+        **{name: getattr(args, name) for name in SPEEDUP_ARGUMENTS},
+        "attn_implementation": getattr(base.config, "_attn_implementation", None),
+        "dtype": str(next(base.parameters()).dtype),
+        "device": device.type,
+        "torch": torch.__version__,
+    }
+
+
 def read_run(
-    args: RobustnessTokenTrainingArguments, *, settings: Mapping[str, Any], shape: tuple[int, ...]
+    args: RobustnessTokenTrainingArguments,
+    *,
+    settings: Mapping[str, Any],
+    rounding: Mapping[str, Any],
+    shape: tuple[int, ...],
 ) -> RunSoFar:
-    """Reads the run to go on from, as `args.resume_from_checkpoint` says.
+    """Reads the run to go on from, as `args.resume_from_checkpoint` says; says so where it will round otherwise.
 
     Args:
         args: Of the training.
         settings: From [`resume_settings`].
+        rounding: From [`rounding_settings`].
         shape: Of the tokens, (K, D).
 
     Raises:
@@ -72,6 +104,15 @@ def read_run(
         return RunSoFar(None, [], [])
     if checkpoint.step > args.max_steps:
         raise ValueError(f"{checkpoint.folder} is beyond max_steps={args.max_steps}: raise it, or start anew")
+    stored = checkpoint.state["rounding"]
+    if differing := sorted(name for name in {*stored, *rounding} if stored.get(name) != rounding.get(name)):
+        changes = ", ".join(f"{name}: {stored.get(name)!r} -> {rounding.get(name)!r}" for name in differing)
+        logger.warning(
+            "%s was made with another rounding (%s): the run goes on, but won't end with the very bits of one that "
+            "was never cut; for those, resume with the same",
+            checkpoint.folder,
+            changes,
+        )
     folder, step = checkpoint.folder.parent, checkpoint.step
     eval_history = read_log(folder / EVAL_LOG_FILE, last_step=step, columns=EVAL_LOG_COLUMNS)
     return RunSoFar(checkpoint, read_log(folder / LOG_FILE, last_step=step), eval_history)
@@ -85,12 +126,22 @@ def open_run(args: RobustnessTokenTrainingArguments, run: RunSoFar) -> None:
         run: From [`read_run`].
 
     Raises:
+        ValueError: If it holds checkpoints of another run, without `args.overwrite_output_dir`: those of the same
+            trainer's run before, say, which nobody wants to lose by training on.
         OSError: If it can't be written.
     """
     output_dir = Path(args.output_dir)
-    if not is_own_checkpoint(output_dir, args.resume_from_checkpoint):
-        for _, folder in list_checkpoints(output_dir):
-            shutil.rmtree(folder)
+    old = [] if is_own_checkpoint(output_dir, args.resume_from_checkpoint) else list_checkpoints(output_dir)
+    names = ", ".join(folder.name for _, folder in old)
+    if old and not args.overwrite_output_dir:
+        raise ValueError(
+            f"training anew would delete {names} in {output_dir} of an earlier run: train in another output_dir, or "
+            "set overwrite_output_dir=True, or go on from the last of them by resume_from_checkpoint=True"
+        )
+    if old:
+        logger.warning("overwrite_output_dir: training anew deletes %s of an earlier run in %s", names, output_dir)
+    for _, folder in old:
+        shutil.rmtree(folder)
     remove_report(output_dir)
     start_log(output_dir / LOG_FILE, run.log_history)
     if run.eval_history or args.eval_steps is not None:

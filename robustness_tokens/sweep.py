@@ -6,30 +6,35 @@ import csv
 import dataclasses
 import io
 import itertools
+import logging
+import math
+import shutil
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator
 
-from .acceleration import build_accelerator
+from .acceleration import build_accelerator, share_from_main
 from .adversarial_pairs import AdversarialPairs
 from .attack_once import make_adversarial_pairs
-from .configuration import RobustnessTokenConfig
 from .files import write_text
 from .held_out import measure_held_out
-from .hub import AdapterFolder, holds_adapter, read_config, read_tokens
 from .modeling import RobustnessTokenPreTrainedModel
 from .plots import plot_sweep
 from .preprocessing import Normalizer
+from .sweep_members import Combination, arguments_of, config_of, find_finished, read_finished
 from .trainer import RobustnessTokenTrainer
 from .training_args import RobustnessTokenTrainingArguments
-from .training_data import describe_dataset, take_pairs
-from .training_log import LOG_FILE, read_log
+from .training_data import take_pairs
 
+
+logger = logging.getLogger(__name__)
 
 CSV_FILE = "sweep.csv"
 FIGURE_FILE = "sweep.png"
@@ -54,10 +59,14 @@ class SweepArguments:
     )
 
     def __post_init__(self) -> None:
-        for name, smallest in (("sweep_num_tokens", 1), ("sweep_learning_rates", 0), ("sweep_seeds", 0)):
+        for name, smallest in (("sweep_num_tokens", 1), ("sweep_seeds", 0)):
             values = getattr(self, name)
-            if not values or len(set(values)) < len(values) or min(values) < smallest:
-                raise ValueError(f"{name} must hold different numbers of at least {smallest}, got {values!r}")
+            are_whole = all(type(value) is int and value >= smallest for value in values)
+            if not values or len(set(values)) < len(values) or not are_whole:
+                raise ValueError(f"{name} must hold different whole numbers of at least {smallest}, got {values!r}")
+        rates = self.sweep_learning_rates
+        if not rates or len(set(rates)) < len(rates) or not all(0 < rate < math.inf for rate in rates):
+            raise ValueError(f"sweep_learning_rates must hold different finite numbers above 0, got {rates!r}")
         if type(self.num_eval_pairs) is not int or self.num_eval_pairs < 1:
             raise ValueError(f"num_eval_pairs must be a whole number of at least 1, got {self.num_eval_pairs!r}")
 
@@ -99,7 +108,8 @@ def run_sweep(
     """Trains every combination on the same pairs and the same base, which is loaded once.
 
     `args.output_dir` gets an adapter per combination, `sweep.csv`, `sweep.png`, and the pairs, where `dataset` is
-    none. Run again, it goes on with what is not there yet. A combination ends with the tokens that
+    none. Run again, it goes on with what is not there yet; run with other combinations, it adds them to those that
+    were trained on the same pairs by the same recipe. A combination ends with the tokens that
     `robtok train --dataset <pairs>` with its numbers gives, but for the pairs held out.
 
     Args:
@@ -111,10 +121,13 @@ def run_sweep(
         num_eval_pairs: The last so many pairs are held out and measured on.
 
     Returns:
-        A row per combination.
+        A row per combination, those of earlier sweeps too, in order. One that diverges is left out, with a warning,
+        and its folder renamed to `<combination>.diverged`.
 
     Raises:
         ValueError: As [`RobustnessTokenTrainer`], or if there are too few pairs.
+        FloatingPointError: If all diverge.
+        ImportError: If matplotlib is missing.
     """
     sweep_args = SweepArguments(
         sweep_num_tokens=list(num_tokens),
@@ -128,10 +141,13 @@ def run_sweep(
         raise ValueError(
             "eval_steps has no meaning for a sweep, which measures on num_eval_pairs at the end: unset it"
         )
+    if find_spec("matplotlib") is None:
+        raise ImportError("the figure of a sweep needs matplotlib: pip install 'robustness-tokens[plots]'")
+    accelerator = build_accelerator(args)
     folder = Path(args.output_dir)
     pairs, args = take_pairs(dataset, args=args, config=model.config)
     if not isinstance(pairs, AdversarialPairs):
-        pairs = _attack(model, args, pairs, num_eval_pairs)
+        pairs = _attack(model, args, pairs, num_eval_pairs, num_processes=accelerator.num_processes)
         pairs, args = take_pairs(pairs, args=args, config=model.config)
     if len(pairs) <= num_eval_pairs:
         raise ValueError(
@@ -143,28 +159,38 @@ def run_sweep(
 
     template, model_class, image_processor = model.config, type(model), model.image_processor
     base = model.unload()
-    rows: list[SweepRow] = []
-    combinations = itertools.product(
-        sweep_args.sweep_num_tokens, sweep_args.sweep_learning_rates, sweep_args.sweep_seeds
-    )
-    for count, learning_rate, seed in combinations:
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)  # of the new tokens, as `robtok train` does
-            member = model_class(_config_of(template, count), base)
-        member.image_processor = image_processor
-        member_folder = folder / f"tokens-{count}_lr-{learning_rate:g}_seed-{seed}"
-        member_args = dataclasses.replace(
-            args,
-            output_dir=str(member_folder),
-            learning_rate=learning_rate,
-            seed=seed,
-            resume_from_checkpoint=True if args.save_steps and not args.overwrite_output_dir else None,
+    wanted = [
+        Combination(*values)
+        for values in itertools.product(
+            sweep_args.sweep_num_tokens, sweep_args.sweep_learning_rates, sweep_args.sweep_seeds
         )
-        rows.append(_train(member, member_args, train_pairs, eval_pairs))
-        base = member.unload()
-        if PartialState().is_main_process:
-            write_text(folder / CSV_FILE, to_csv(rows))
-            plot_sweep([dataclasses.asdict(row) for row in rows], folder / FIGURE_FILE)
+    ]
+    finished = share_from_main(lambda: find_finished(args, wanted, template, train_pairs), accelerator)
+    rows: list[SweepRow] = []
+    # What is finished comes first, so that the CSV is never without it for longer than it takes to measure.
+    for combination in [*finished, *(one for one in wanted if one not in finished)]:
+        with torch.random.fork_rng():
+            torch.manual_seed(combination.seed)  # of the new tokens, as `robtok train` does
+            member = model_class(config_of(template, combination.num_tokens), base)
+        member.image_processor = image_processor
+        member_args = arguments_of(args, combination)
+        try:
+            log = (
+                read_finished(member, member_args)
+                if combination in finished
+                else _train(member, member_args, train_pairs)
+            )
+            row = _measure(member, member_args, eval_pairs, log, accelerator)
+        except FloatingPointError as exc:
+            share_from_main(partial(_put_aside, Path(member_args.output_dir), exc), accelerator)
+            continue
+        finally:
+            base = member.unload()
+        rows = sorted([*rows, row], key=dataclasses.astuple)
+        if combination not in finished[:-1]:
+            share_from_main(partial(_write, folder, rows), accelerator)
+    if not rows:
+        raise FloatingPointError(f"every training of the sweep diverged, see {folder}: lower sweep_learning_rates")
     return rows
 
 
@@ -178,44 +204,49 @@ def to_csv(rows: Sequence[SweepRow]) -> str:
 
 
 def _attack(
-    model: RobustnessTokenPreTrainedModel, args: RobustnessTokenTrainingArguments, dataset: Any, num_eval_pairs: int
+    model: RobustnessTokenPreTrainedModel,
+    args: RobustnessTokenTrainingArguments,
+    dataset: Any,
+    num_eval_pairs: int,
+    *,
+    num_processes: int,
 ) -> AdversarialPairs:
     """Pairs of as many images as a run sees when it sees none twice, and of those held out."""
-    images_per_step = (
-        args.per_device_train_batch_size * args.gradient_accumulation_steps * PartialState().num_processes
-    )
+    images_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * num_processes
     pairs_args = dataclasses.replace(args, output_dir=str(Path(args.output_dir) / PAIRS_FOLDER))
     num_images = args.max_steps * images_per_step + num_eval_pairs
     return make_adversarial_pairs(model, pairs_args, dataset, num_images=num_images)
 
 
-def _config_of(template: RobustnessTokenConfig, num_tokens: int) -> RobustnessTokenConfig:
-    values = {**template.to_dict(), "num_robustness_tokens": num_tokens, "training": {}}
-    config: RobustnessTokenConfig = RobustnessTokenConfig.from_dict(values)
-    return config
-
-
 def _train(
+    member: RobustnessTokenPreTrainedModel, args: RobustnessTokenTrainingArguments, pairs: AdversarialPairs
+) -> list[dict[str, float]]:
+    """Trains the model and saves its adapter; returns the log."""
+    trainer = RobustnessTokenTrainer(member, args, pairs)
+    trainer.train()
+    trainer.save_model()
+    return trainer.log_history
+
+
+def _put_aside(folder: Path, reason: FloatingPointError) -> None:
+    """Out of the way of a rerun, which would take an unfinished adapter for one to keep."""
+    aside = folder.with_name(f"{folder.name}.diverged")
+    logger.warning("The sweep goes on without %s, which is now %s: %s", folder.name, aside.name, reason)
+    if aside.exists():
+        shutil.rmtree(aside)
+    folder.rename(aside)
+
+
+def _measure(
     member: RobustnessTokenPreTrainedModel,
     args: RobustnessTokenTrainingArguments,
-    train_pairs: AdversarialPairs,
-    eval_pairs: AdversarialPairs,
+    pairs: AdversarialPairs,
+    log: Sequence[dict[str, float]],
+    accelerator: Accelerator,
 ) -> SweepRow:
-    """Trains one combination, unless that was done before, and measures it."""
-    folder = AdapterFolder(Path(args.output_dir), from_hub=False)
-    accelerator = build_accelerator(args)
-    if _is_finished(folder, member.config, args, train_pairs):
-        with torch.no_grad():
-            member.robustness_tokens.copy_(read_tokens(folder, member.config))
-        member.to(accelerator.device)
-        log = read_log(folder.path / LOG_FILE, last_step=args.max_steps)
-    else:
-        trainer = RobustnessTokenTrainer(member, args, train_pairs)
-        trainer.train()
-        trainer.save_model()
-        log = trainer.log_history
-    normalizer = Normalizer(train_pairs.info.image_mean, train_pairs.info.image_std).to(accelerator.device)
-    measured = measure_held_out(member, eval_pairs, args=args, accelerator=accelerator, normalizer=normalizer)
+    normalizer = Normalizer(pairs.info.image_mean, pairs.info.image_std).to(accelerator.device)
+    member.to(accelerator.device)
+    measured = measure_held_out(member, pairs, args=args, accelerator=accelerator, normalizer=normalizer)
     last_tenth = [row for row in log if row["step"] > 0.9 * args.max_steps]
     first, last = log[0], log[-1]
     # The first step is slower than the others, where there are others.
@@ -233,23 +264,6 @@ def _train(
     )
 
 
-def _is_finished(
-    folder: AdapterFolder,
-    config: RobustnessTokenConfig,
-    args: RobustnessTokenTrainingArguments,
-    pairs: AdversarialPairs,
-) -> bool:
-    """Whether the folder holds the tokens that this training would give."""
-    if args.overwrite_output_dir or not holds_adapter(folder.path) or not (folder.path / LOG_FILE).is_file():
-        return False
-    stored = read_config(folder)
-    expected = {**args.recipe(), "num_steps_done": args.max_steps, "dataset": describe_dataset(pairs)}
-    del expected["image_size"]  # which is the pairs' own, and not an argument
-    trained = stored.training or {}
-    return (
-        stored.base_model_fingerprint == config.base_model_fingerprint
-        and stored.num_robustness_tokens == config.num_robustness_tokens
-        and stored.similarity_axis == config.similarity_axis
-        and stored.initializer_range == config.initializer_range
-        and all(trained.get(name) == value for name, value in expected.items())
-    )
+def _write(folder: Path, rows: Sequence[SweepRow]) -> None:
+    write_text(folder / CSV_FILE, to_csv(rows))
+    plot_sweep([dataclasses.asdict(row) for row in rows], folder / FIGURE_FILE)

@@ -35,7 +35,7 @@ from .hub import holds_adapter
 from .modeling import RobustnessTokenPreTrainedModel
 from .preprocessing import Normalizer
 from .pushing import push_adapter
-from .run_folder import open_run, read_run, resume_settings
+from .run_folder import open_run, read_run, resume_settings, rounding_settings
 from .training_args import MixedPrecision, RobustnessTokenTrainingArguments
 from .training_data import (
     Batch,
@@ -146,8 +146,9 @@ class RobustnessTokenTrainer:
             transformers' `TrainOutput`: steps done, mean loss of the steps done now, and the last logged metrics.
 
         Raises:
-            ValueError: If the checkpoint does not fit, or too many images are unreadable, or the tokens are off, not
-                float32, or not what is trained.
+            ValueError: If the checkpoint does not fit, or `args.output_dir` holds those of a training before and
+                neither `args.resume_from_checkpoint` nor `overwrite_output_dir` is set, or too many images are
+                unreadable, or the tokens are off, not float32, or not what is trained.
             FloatingPointError: If the loss is not finite; the last good tokens stay in the model, and in output_dir.
             OSError: If a checkpoint or the log can't be written; the checkpoints before are as they were.
             SystemExit: After SIGTERM.
@@ -166,8 +167,9 @@ class RobustnessTokenTrainer:
                 start_trackers(accelerator, output_dir=self.output_dir, recipe=self._recipe())
                 self.model.train()
                 mean_loss = self._run(position, features, optimizer, scheduler, termination)
+                share_from_main(lambda: finish_trackers(accelerator), accelerator)
             finally:
-                finish_trackers(accelerator)
+                finish_trackers(accelerator)  # whose errors are no one's but the main process's here
                 optimizer.zero_grad()
                 self.model.train(was_training)
                 if args.dataloader_num_workers > 0:
@@ -340,10 +342,13 @@ class RobustnessTokenTrainer:
     def _log(self, row: dict[str, float], history: list[dict[str, float]], file: str) -> None:
         history.append(row)
         self.state.log_history.append(dict(row))
-        if self.accelerator.is_main_process:
+
+        def write() -> None:
             append_to_log(self.output_dir / file, row)
-        values = {name: value for name, value in row.items() if name != "step"}
-        self.accelerator.log(values, step=self.state.global_step)
+            values = {name: value for name, value in row.items() if name != "step"}
+            self.accelerator.log(values, step=self.state.global_step)
+
+        share_from_main(write, self.accelerator)
         self._notify("on_log", logs=dict(row))
 
     def _settings(self) -> dict[str, Any]:
@@ -355,6 +360,9 @@ class RobustnessTokenTrainer:
             adversarial_pairs=self._dataset_entry.get("adversarial_pairs"),
         )
 
+    def _rounding(self) -> dict[str, Any]:
+        return rounding_settings(self.model, self.args, device=self.accelerator.device)
+
     def _save_checkpoint(self, position: Position, optimizer: Any, scheduler: Any) -> None:
         share_from_main(
             lambda: save_checkpoint(
@@ -364,6 +372,7 @@ class RobustnessTokenTrainer:
                 optimizer=optimizer,
                 settings=self._settings(),
                 state={
+                    "rounding": self._rounding(),
                     "position": list(position),
                     "previous_recipe": self._previous_recipe,
                     "scheduler": {k: v for k, v in scheduler.state_dict().items() if k != "lr_lambdas"},
@@ -380,7 +389,8 @@ class RobustnessTokenTrainer:
         """Makes the output folder ready and puts a checkpoint's state back; returns its position."""
         args, accelerator, tokens = self.args, self.accelerator, self.model.robustness_tokens
         settings = self._settings()
-        run = share_from_main(lambda: read_run(args, settings=settings, shape=tuple(tokens.shape)), accelerator)
+        rounding, shape = self._rounding(), tuple(tokens.shape)
+        run = share_from_main(lambda: read_run(args, settings=settings, rounding=rounding, shape=shape), accelerator)
         step, position = 0, (0, 0)
         self._saved_step = -1
         if run.checkpoint is not None:

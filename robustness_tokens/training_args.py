@@ -23,6 +23,8 @@ _SCHEDULES_TO_MAX_STEPS = ("linear", "cosine", "cosine_with_restarts", "polynomi
 _ENDLESS_SCHEDULES = ("constant", "constant_with_warmup", "inverse_sqrt")
 
 ATTACK_ARGUMENTS = ("attack", "eps", "step_size", "num_attack_steps", "head_distance_weight")
+SPEEDUP_ARGUMENTS = ("torch_compile", "train_attn_implementation", "onednn")
+"""What changes no more of the tokens than rounding does."""
 
 _NUM_ATTACK_STEPS = 30
 _PGD_DEFAULT_EPS = 4 / 255
@@ -71,7 +73,8 @@ class DataArguments:
     split: str = field(default="train", metadata={"help": "Split of the dataset."})
     streaming: bool = field(default=False, metadata={"help": "Stream the dataset instead of downloading it."})
     eval_dataset: str | None = field(
-        default=None, metadata={"help": "Held-out images for eval_steps: Hub id, folder or parquet file."}
+        default=None,
+        metadata={"help": "Held-out images, measured every eval_steps or once at the end: Hub id, folder, parquet."},
     )
     eval_split: str = field(default="test", metadata={"help": "Its split, or a slice such as validation[:64]."})
 
@@ -152,7 +155,8 @@ class RobustnessTokenTrainingArguments:
         },
     )
     onednn: bool = field(
-        default=True, metadata={"help": "On a CPU, let oneDNN compute the attack's float32 linear layers."}
+        default=True,
+        metadata={"help": "On a CPU, let oneDNN compute the base's linear layers, of weights that it lays out once."},
     )
     logging_steps: int = field(default=1, metadata={"help": "Write the log every so many steps."})
     save_steps: int | None = field(default=None, metadata={"help": "Save a checkpoint every so many steps."})
@@ -291,7 +295,5 @@ _NOT_RECIPE = {
     "report_to",
     "resume_from_checkpoint",
     "disable_tqdm",
-    "torch_compile",
-    "train_attn_implementation",
-    "onednn",
+    *SPEEDUP_ARGUMENTS,
 }

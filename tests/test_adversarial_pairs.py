@@ -29,7 +29,7 @@ from robustness_tokens.data import build_dataloader
 from robustness_tokens.modeling import RobustnessTokenModel
 from robustness_tokens.pairs_info import INFO_FILE, PairsInfo, max_pixel_difference
 from robustness_tokens.preprocessing import Normalizer
-from robustness_tokens.push_pairs import push_adversarial_pairs
+from robustness_tokens.push_pairs import UNFINISHED_FILE, push_adversarial_pairs
 from robustness_tokens.trainer import RobustnessTokenTrainer
 from robustness_tokens.training_args import ATTACK_ARGUMENTS, DataArguments, RobustnessTokenTrainingArguments
 from robustness_tokens.training_data import load_train_dataset, take_pairs
@@ -311,6 +311,22 @@ def test_a_folder_of_something_else_is_left_alone(model: RobustnessTokenModel, t
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
+def test_a_replacement_that_was_cut_short_can_be_made_again(
+    made: dict[str, Path], model: RobustnessTokenModel, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(made["pgd"], tmp_path / "pairs"))
+    (folder / INFO_FILE).unlink()
+    (folder / ".shard-00000-of-00099.arrow.part").write_bytes(b"half")
+    with pytest.raises(ValueError, match="holds something else"):
+        make_adversarial_pairs(model, arguments(folder, **PGD), pictures(), images_per_shard=5)
+    args = arguments(folder, **PGD, overwrite_output_dir=True)
+    assert len(make_adversarial_pairs(model, args, pictures(), images_per_shard=5)) == NUM_IMAGES
+    assert {path.name for path in folder.iterdir()} == {
+        *(f"shard-0000{shard}-of-00002.arrow" for shard in (0, 1)),
+        *("state.json", "dataset_info.json", INFO_FILE),
+    }
+
+
 @pytest.mark.parametrize("through", ["tokens", "both"])
 def test_an_attacker_who_sees_the_tokens_makes_no_pairs(
     model: RobustnessTokenModel, tmp_path: Path, through: str
@@ -376,6 +392,7 @@ def test_a_pair_over_its_budget_is_damage(made: dict[str, Path]) -> None:
             "a name and numbers",
         ),
         ({"dataset": None}, "must be objects"),
+        ({"base_model_fingerprint": {"float16": 1}}, "must be objects"),
     ],
 )
 def test_a_damaged_description_is_refused(
@@ -575,6 +592,36 @@ def test_pairs_are_not_pushed_to_a_public_repo_unasked(made: dict[str, Path], hu
     assert INFO_FILE not in hub.repos["alice/pairs"].files()
     client("push_pairs_and_read_them", **push, private=False)
     assert INFO_FILE in hub.repos["alice/pairs"].files()
+
+
+def test_pairs_replace_no_other_dataset(made: dict[str, Path], hub: Hub, client: HubClient, tmp_path: Path) -> None:
+    repo: dict[str, Any] = {"repo_id": "alice/pairs", "repo_type": "dataset"}
+    (tmp_path / "rows").write_bytes(b"rows")
+    client("api", method="create_repo", token="hf_alice", **repo, private=True)
+
+    def upload(name: str) -> None:
+        file = {"path_or_fileobj": str(tmp_path / "rows"), "path_in_repo": name}
+        client("api", method="upload_file", token="hf_alice", **repo, **file)
+
+    upload("data/train-00000-of-00001.parquet")
+    before = hub.repos["alice/pairs"].commit()
+    with pytest.raises(ClientError, match=r"holds other files, such as data/train-00000-of-00001\.parquet"):
+        client("push_pairs_and_read_them", folder=str(made["pgd"]), **PUSH)
+    assert hub.repos["alice/pairs"].commit() == before
+
+    upload(UNFINISHED_FILE)  # as a push that was cut short has
+    client("push_pairs_and_read_them", folder=str(made["pgd"]), **PUSH)
+    files = hub.repos["alice/pairs"].files()
+    assert INFO_FILE in files
+    assert UNFINISHED_FILE not in files
+
+
+def test_no_pairs_are_not_pushed(model: RobustnessTokenModel, tmp_path: Path) -> None:
+    rows = [{"bytes": b"no picture", "path": None}] * 2
+    dataset = datasets.Dataset.from_dict({"image": rows}, features=datasets.Features({"image": datasets.Image()}))
+    assert len(make_adversarial_pairs(model, arguments(tmp_path, **PGD), dataset)) == 0
+    with pytest.raises(ValueError, match="holds no pair"):
+        push_adversarial_pairs(tmp_path, "alice/pairs", base_model_id="alice/base")
 
 
 def test_a_base_that_nobody_else_has_needs_a_name(made: dict[str, Path]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import subprocess
 import sys
@@ -12,8 +13,9 @@ import pytest
 import torch
 from PIL import Image
 from transformers import Dinov2Config, Dinov2Model, Dinov2WithRegistersModel
+from typer.testing import CliRunner
 
-from robustness_tokens import extract_tokens
+from robustness_tokens import RobustnessTokenModel, cli, extract_tokens
 
 
 ROOT = Path(__file__).parent.parent
@@ -79,6 +81,36 @@ def test_train_command_reads_a_yaml_file_and_refuses_a_used_folder(work: Path, t
     assert again.returncode == 1
     assert "overwrite_output_dir" in again.stderr
     assert "Traceback" not in again.stderr
+
+
+@pytest.mark.parametrize(("eval_steps", "measured_at"), [(None, [2]), (1, [1, 2])])
+def test_held_out_images_are_measured_at_the_end_at_least(
+    work: Path, tmp_path: Path, eval_steps: int | None, measured_at: list[int]
+) -> None:
+    words = [*arguments(work, tmp_path / "run"), "--eval_dataset", str(work / "images"), "--eval_split", "train[:2]"]
+    words += ["--disable_tqdm", "true"]
+    if eval_steps is not None:
+        words += ["--eval_steps", str(eval_steps)]
+    done = CliRunner().invoke(cli.app, ["train", *words], catch_exceptions=False)
+    assert done.exit_code == 0
+    with (tmp_path / "run" / "logs" / "eval_log.csv").open(newline="", encoding="utf-8") as file:
+        assert [(int(row["step"]), int(row["eval_num_images"])) for row in csv.DictReader(file)] == [
+            (step, 2) for step in measured_at
+        ]
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [("sweep", "eval_dataset has no meaning for a sweep"), ("train", "eval_steps=1 needs an eval_dataset")],
+)
+def test_what_to_measure_is_clear_before_anything_is_loaded(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, expected: str
+) -> None:
+    monkeypatch.setattr(RobustnessTokenModel, "from_base", lambda *_, **__: pytest.fail("loaded"))
+    option = ["--eval_steps", "1"] if command == "train" else ["--eval_dataset", str(work / "images")]
+    done = CliRunner().invoke(cli.app, [command, *arguments(work, tmp_path / "run"), *option])
+    assert isinstance(done.exception, ValueError)
+    assert expected in str(done.exception)
 
 
 @pytest.mark.parametrize(

@@ -1,25 +1,32 @@
 """Two processes that train together, by gloo."""
 
+import dataclasses
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import TensorBoardTracker
 from accelerate.utils import FullyShardedDataParallelPlugin
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from robustness_tokens import held_out, training_step
+from robustness_tokens import attack_once, held_out, training_step
+from robustness_tokens import trainer as trainer_module
 from robustness_tokens.acceleration import build_accelerator
 from robustness_tokens.attack_once import make_adversarial_pairs
 from robustness_tokens.checkpoints import list_checkpoints
+from robustness_tokens.modeling import RobustnessTokenModel
+from robustness_tokens.sweep import CSV_FILE, run_sweep, to_csv
 from robustness_tokens.training_args import RobustnessTokenTrainingArguments
+from tests.conftest import build_base
 from tests.training_runs import build_trainer, images, run_together, tokens_of
 
 
@@ -41,14 +48,14 @@ class StopOnTheLast(TrainerCallback):
 def train_two(rank: int, folder: Path) -> None:
     """All that is asked of two processes, in one start of them."""
     attacked: dict[str, list[list[int]]] = {"training_step": [], "held_out": []}
-    real = training_step.attack_for_training
+    real = training_step.attacked_pixel_values
 
     def watch(module: Any, name: str) -> None:
-        def watched(*args: Any, index: Tensor, **kwargs: Any) -> Tensor:
-            attacked[name].append(index.tolist())
-            return real(*args, index=index, **kwargs)
+        def watched(model: Any, batch: Any, *args: Any, **kwargs: Any) -> Tensor:
+            attacked[name].append(batch["index"].tolist())
+            return real(model, batch, *args, **kwargs)
 
-        module.attack_for_training = watched
+        module.attacked_pixel_values = watched
 
     watch(training_step, "training_step")
     watch(held_out, "held_out")
@@ -56,7 +63,7 @@ def train_two(rank: int, folder: Path) -> None:
     trainer.train()
     trainer.save_model()
     for module in (training_step, held_out):
-        module.attack_for_training = real  # type: ignore[attr-defined]
+        module.attacked_pixel_values = real  # type: ignore[attr-defined]
     found: dict[str, Any] = {"attacked": attacked, "log": trainer.log_history, "eval": trainer.eval_history}
     save_file({"tokens": tokens_of(trainer)}, folder / f"tokens-{rank}.safetensors")
 
@@ -193,6 +200,77 @@ def test_what_fails_on_the_main_process_fails_on_all(tmp_path: Path) -> None:
         occupied, adapter = json.loads((tmp_path / f"errors-{rank}.json").read_text(encoding="utf-8"))
         assert "holds something else" in occupied
         assert "holds an adapter already" in adapter
+
+
+class UnsendableError(Exception):
+    """Can't be made anew from its arguments, as some errors of trackers can't."""
+
+    def __init__(self, part: str, *, code: int) -> None:
+        super().__init__(f"{part} failed with {code}")
+
+
+def fail_at(part: str) -> Callable[..., None]:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise UnsendableError(part, code=7)
+
+    return fail
+
+
+def fail_while_writing(rank: int, folder: Path) -> None:
+    """Only the main process writes the log, and only its trackers do anything."""
+    parts = [
+        (trainer_module, "append_to_log"),
+        (TensorBoardTracker, "start"),
+        (TensorBoardTracker, "log"),
+        (TensorBoardTracker, "finish"),
+        (attack_once, "finish_folder"),
+        (attack_once, "_check_room"),
+    ]
+    errors = []
+    for owner, name in parts:
+        run = build_trainer(folder / name, report_to="tensorboard", max_steps=2)
+        pairs_args = dataclasses.replace(run.args, output_dir=str(folder / "pairs" / name))
+        with pytest.MonkeyPatch.context() as patch:
+            if rank == 0:
+                patch.setattr(owner, name, fail_at(name))
+            try:
+                if owner is attack_once:
+                    make_adversarial_pairs(run.model, pairs_args, images(2))
+                else:
+                    run.train()
+            except Exception as exc:
+                errors.append(f"{type(exc).__name__}: {exc}")
+    (folder / f"errors-{rank}.json").write_text(json.dumps(errors), encoding="utf-8")
+    run.accelerator.wait_for_everyone()
+
+
+def test_what_the_main_process_cannot_write_leaves_no_other_waiting(tmp_path: Path) -> None:
+    run_together(2, fail_while_writing, tmp_path)
+    parts = ["append_to_log", "start", "log", "finish", "finish_folder", "_check_room"]
+    main, other = (json.loads((tmp_path / f"errors-{rank}.json").read_text(encoding="utf-8")) for rank in (0, 1))
+    assert main == [f"UnsendableError: {part} failed with 7" for part in parts]
+    assert other == [f"RuntimeError: the main process failed: UnsendableError: {part} failed with 7" for part in parts]
+
+
+def sweep_together(rank: int, folder: Path) -> None:
+    model = RobustnessTokenModel.from_base(build_base("dinov2"))
+    args = RobustnessTokenTrainingArguments(
+        output_dir=str(folder), max_steps=2, per_device_train_batch_size=1, num_attack_steps=1, disable_tqdm=True
+    )
+    rows = run_sweep(model, args, images(8), num_tokens=[2], seeds=[0], num_eval_pairs=3)
+    (folder / f"rows-{rank}").write_text(to_csv(rows), encoding="utf-8")
+    group = torch.distributed.distributed_c10d._get_default_group()
+    timeout = group._get_backend(torch.device("cpu")).options._timeout
+    assert timeout >= timedelta(hours=3), "a process without a last shard waits for those that attack one"
+
+
+def test_a_process_without_a_shard_of_a_sweep_waits_for_hours(tmp_path: Path) -> None:
+    run_together(2, sweep_together, tmp_path)
+    rows = [(tmp_path / f"rows-{rank}").read_text(encoding="utf-8") for rank in (0, 1)]
+    assert len(rows[0].splitlines()) == 2
+    assert (tmp_path / CSV_FILE).read_text(encoding="utf-8") == rows[0]
+    columns = [row.splitlines()[1].rsplit(",", 1)[0] for row in rows]  # all but the time
+    assert columns[0] == columns[1]
 
 
 # Ways of distribution that bring nothing here

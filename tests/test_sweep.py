@@ -3,7 +3,7 @@
 import csv
 import dataclasses
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from robustness_tokens.training_args import (
     ModelArguments,
     RobustnessTokenTrainingArguments,
 )
+from robustness_tokens.training_log import LOG_FILE
 
 
 SIDE, MAX_STEPS, BATCH, NUM_EVAL = 16, 3, 2, 4
@@ -86,6 +87,27 @@ def test_the_csv_holds_the_rows(swept: tuple[Path, list[SweepRow]]) -> None:
     assert len({row.adversarial_cosine for row in rows}) == 4
 
 
+def test_a_combination_that_diverges_is_left_out_each_time(
+    make_base: BaseFactory, swept: tuple[Path, list[SweepRow]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pairs = load_adversarial_pairs(swept[0] / PAIRS_FOLDER)
+    grid = {**GRID, "num_tokens": (4,), "seeds": (0,)}
+    found = []
+    for _ in range(2):
+        caplog.clear()
+        both = {**grid, "learning_rates": (1e30, 0.02)}  # the first gives tokens that overflow in the base
+        rows = run_sweep(new_model(make_base("dinov2")), arguments(tmp_path), pairs, **both)
+        assert [row.learning_rate for row in rows] == [0.02]
+        assert "goes on without tokens-4_lr-1e+30_seed-0" in caplog.text
+        found.append({path.name for path in tmp_path.iterdir()})
+    expected = {"tokens-4_lr-0.02_seed-0", "tokens-4_lr-1e+30_seed-0.diverged", CSV_FILE, FIGURE_FILE}
+    assert found == [expected, expected]
+    with pytest.raises(FloatingPointError, match="every training of the sweep diverged"):
+        run_sweep(
+            new_model(make_base("dinov2")), arguments(tmp_path / "b"), pairs, **{**grid, "learning_rates": (1e30,)}
+        )
+
+
 def test_a_combination_ends_as_a_training_on_the_same_pairs(
     swept: tuple[Path, list[SweepRow]], make_base: BaseFactory, tmp_path: Path
 ) -> None:
@@ -133,6 +155,96 @@ def test_a_sweep_goes_on_with_what_is_missing(
     assert trained == ["tokens-4_lr-0.02_seed-0"]
     for row, expected in zip(rows, swept[1], strict=True):
         assert dataclasses.replace(row, seconds_per_step=0) == dataclasses.replace(expected, seconds_per_step=0)
+
+
+OTHER: dict[str, Any] = {"num_tokens": (2,), "learning_rates": (0.02,), "seeds": (0,), "num_eval_pairs": NUM_EVAL}
+
+
+def combinations(rows: Sequence[SweepRow]) -> list[tuple[int, float, int]]:
+    return [(row.num_robustness_tokens, row.learning_rate, row.seed) for row in rows]
+
+
+def test_other_combinations_are_added_to_those_before(
+    swept: tuple[Path, list[SweepRow]], make_base: BaseFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(shutil.copytree(swept[0], tmp_path / "sweep"))
+    drawn: list[Any] = []
+    monkeypatch.setattr(sweep, "plot_sweep", lambda rows, path: drawn.append(rows))
+    with monkeypatch.context() as patch:
+        patch.setattr(RobustnessTokenTrainer, "train", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run_sweep(new_model(make_base("dinov2")), arguments(folder), pictures(), **OTHER)
+    assert (folder / CSV_FILE).read_bytes() == (swept[0] / CSV_FILE).read_bytes(), "killed before it had a row"
+
+    rows = run_sweep(new_model(make_base("dinov2")), arguments(folder), pictures(), **OTHER)
+    assert combinations(rows) == [(1, 0.02, 0), (1, 0.02, 1), (2, 0.02, 0), (4, 0.02, 0), (4, 0.02, 1)]
+    assert [row for row in rows if row.num_robustness_tokens != 2] == swept[1]
+    assert (folder / CSV_FILE).read_text(encoding="utf-8") == sweep.to_csv(rows)
+    assert drawn[-1] == [dataclasses.asdict(row) for row in rows]
+
+
+def test_a_new_start_replaces_what_is_asked_for_and_keeps_the_rest(
+    swept: tuple[Path, list[SweepRow]], make_base: BaseFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(shutil.copytree(swept[0], tmp_path / "sweep"))
+    trained: list[str] = []
+    real = RobustnessTokenTrainer.train
+
+    def counted(self: RobustnessTokenTrainer) -> Any:
+        trained.append(self.output_dir.name)
+        return real(self)
+
+    monkeypatch.setattr(RobustnessTokenTrainer, "train", counted)
+    args = arguments(folder, overwrite_output_dir=True)
+    rows = run_sweep(new_model(make_base("dinov2")), args, pictures(), **OTHER | {"num_tokens": (4,)})
+    assert trained == ["tokens-4_lr-0.02_seed-0"]
+    assert combinations(rows) == combinations(swept[1])
+
+
+def test_what_was_trained_by_another_recipe_is_left_out_and_said(
+    swept: tuple[Path, list[SweepRow]],
+    make_base: BaseFactory,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    folder = Path(shutil.copytree(swept[0], tmp_path / "sweep"))
+    args = arguments(folder, invariance_weight=2.0)
+    rows = run_sweep(new_model(make_base("dinov2")), args, pictures(), **OTHER)
+    assert combinations(rows) == [(2, 0.02, 0)]
+    assert "tokens-1_lr-0.02_seed-0, tokens-1_lr-0.02_seed-1, tokens-4_lr-0.02_seed-0" in caplog.text
+
+
+def test_learning_rates_that_differ_little_have_folders_of_their_own(
+    swept: tuple[Path, list[SweepRow]], make_base: BaseFactory, tmp_path: Path
+) -> None:
+    close = (0.1, 0.1000000001)
+    rows = run_sweep(
+        new_model(make_base("dinov2")),
+        arguments(tmp_path, attack=None, eps=None, num_attack_steps=None),
+        swept[0] / PAIRS_FOLDER,
+        **OTHER | {"learning_rates": close},
+    )
+    assert [row.learning_rate for row in rows] == list(close)
+    assert len(list(tmp_path.glob("tokens-*"))) == 2
+
+
+def test_a_missing_matplotlib_is_said_before_anything_is_attacked(
+    make_base: BaseFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweep, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"robustness-tokens\[plots\]"):
+        run_sweep(new_model(make_base("dinov2")), arguments(tmp_path), pictures(), **GRID)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_log_without_the_last_step_is_no_finished_training(
+    swept: tuple[Path, list[SweepRow]], make_base: BaseFactory, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(swept[0], tmp_path / "sweep"))
+    log = folder / "tokens-1_lr-0.02_seed-0" / LOG_FILE
+    log.write_text(log.read_text(encoding="utf-8").splitlines()[0] + "\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="seed-0 holds an adapter"):
+        run_sweep(new_model(make_base("dinov2")), arguments(folder), pictures(), **GRID)
 
 
 def test_a_sweep_with_other_settings_replaces_nothing_unasked(
@@ -188,6 +300,10 @@ def test_too_few_pairs_are_refused(swept: tuple[Path, list[SweepRow]], make_base
         {"sweep_seeds": [1, 1]},
         {"sweep_seeds": [-1]},
         {"sweep_learning_rates": [-1e-3]},
+        {"sweep_learning_rates": [0.0]},
+        {"sweep_learning_rates": [float("nan")]},
+        {"sweep_num_tokens": [2.5]},
+        {"sweep_seeds": [0.5]},
         {"num_eval_pairs": 0},
     ],
 )

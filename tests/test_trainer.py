@@ -2,6 +2,8 @@ import csv
 import io
 import json
 import math
+import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -159,6 +161,23 @@ def test_training_twice_starts_a_new_log(make_trainer: TrainerFactory) -> None:
     trainer.train()
     assert [row["step"] for row in trainer.log_history] == [1, 2, 3, 4]
     assert [row["step"] for row in read_csv(trainer.output_dir)] == [1, 2, 3, 4]
+
+
+def test_training_twice_deletes_no_checkpoints_unasked(
+    make_trainer: TrainerFactory, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = make_trainer(save_steps=2)
+    tokens = trained_tokens(trainer)
+    files = {path: path.read_bytes() for path in trainer.output_dir.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=r"delete checkpoint-2, checkpoint-4 .* overwrite_output_dir=True"):
+        trainer.train()
+    assert {path: path.read_bytes() for path in trainer.output_dir.rglob("*") if path.is_file()} == files
+    assert torch.equal(trainer.model.robustness_tokens, tokens)
+    assert caplog.text == ""
+
+    make_trainer(save_steps=1, max_steps=1, overwrite_output_dir=True).train()
+    assert "deletes checkpoint-2, checkpoint-4 of an earlier run" in caplog.text
+    assert [step for step, _ in list_checkpoints(trainer.output_dir)] == [1]
 
 
 @pytest.mark.parametrize("num_images", [8, 6, 20])
@@ -324,6 +343,49 @@ def test_resuming_with_other_settings_is_refused(
     with pytest.raises(ValueError, match=named):
         resumed.train()
     assert torch.equal(resumed.model.robustness_tokens, before)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({}, None),
+        ({"onednn": False}, "onednn: True -> False"),
+        ({"train_attn_implementation": "eager"}, "train_attn_implementation: 'auto' -> 'eager'"),
+    ],
+    ids=["nothing", "onednn", "attention"],
+)
+def test_resuming_with_another_rounding_is_said(
+    make_trainer: TrainerFactory, caplog: pytest.LogCaptureFixture, changed: dict[str, Any], said: str | None
+) -> None:
+    make_trainer(max_steps=2, save_steps=2).train()
+    make_trainer(resume_from_checkpoint=True, **changed).train()
+    assert (said is None and caplog.text == "") or (said is not None and said in caplog.text)
+
+
+def test_resuming_with_the_base_in_another_attention_is_said(
+    make_trainer: TrainerFactory, caplog: pytest.LogCaptureFixture
+) -> None:
+    make_trainer(max_steps=2, save_steps=2).train()
+    resumed = make_trainer(resume_from_checkpoint=True)
+    base: Any = resumed.model.get_base_model()
+    base.set_attn_implementation("eager")
+    resumed.train()
+    assert "attn_implementation: 'sdpa' -> 'eager'" in caplog.text
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_a_compiled_run_resumes_with_the_same_bits(
+    make_trainer: TrainerFactory, interrupt: Callable[[int], None]
+) -> None:
+    settings: dict[str, Any] = {"torch_compile": True, "save_steps": 1}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)  # which says that compiling has failed
+        tokens = trained_tokens(make_trainer("whole", **settings))
+        interrupt(2)
+        with pytest.raises(KeyboardInterrupt):
+            make_trainer("cut", **settings).train()
+        torch.compiler.reset()  # as a new process compiles anew
+        assert torch.equal(trained_tokens(make_trainer("cut", resume_from_checkpoint=True, **settings)), tokens)
 
 
 def test_max_steps_may_grow_only_where_the_schedule_does_not_depend_on_it(make_trainer: TrainerFactory) -> None:
@@ -595,8 +657,19 @@ def test_every_step_takes_the_fewest_forwards(make_trainer: TrainerFactory) -> N
         lambda module, args, kwargs: sizes.append(len(kwargs["pixel_values"])), with_kwargs=True
     )
     trainer.train()
-    # The target; three attack steps and their end; clean and attacked images together; the baseline.
-    assert sizes == [4, 4, 4, 4, 4, 8, 4]
+    # The target; the clean images; three attack steps and their end; the attacked images; the baseline.
+    assert sizes == [4] * 8
+
+
+def test_clean_images_go_through_once_for_all_attacks(make_trainer: TrainerFactory) -> None:
+    trainer = make_trainer(max_steps=1, num_attack_steps=3, attack_through="both")
+    with_tokens: list[bool] = []
+    trainer.model.get_base_model().register_forward_pre_hook(
+        lambda *_: with_tokens.append(trainer.model.injector.enabled)
+    )
+    trainer.train()
+    # The target; the clean images; twice four of an attack, the attacked images and the baseline.
+    assert with_tokens == [False, True, *[False] * 4, True, False, *[True] * 4, True, False]
 
 
 # Precision
@@ -896,7 +969,7 @@ def test_an_adapter_can_be_trained_further(make_trainer: TrainerFactory, tmp_pat
 
 
 def test_the_recipe_of_earlier_training_is_kept(make_trainer: TrainerFactory) -> None:
-    trainer = make_trainer(max_steps=2, save_steps=1)
+    trainer = make_trainer(max_steps=2, save_steps=1, overwrite_output_dir=True)
     trainer.model.config.training = {"source": "elsewhere"}
     trainer.train()
     assert trainer.model.config.training["previous"] == {"source": "elsewhere"}
