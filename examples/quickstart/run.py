@@ -151,7 +151,7 @@ def main() -> None:
         "adaptive": evaluate(
             adaptive,
             adaptive_adapter,
-            # So that this attacker can make the attacks once for all of its tokens, too; the table says so.
+            # So that this attacker can make the attacks once for all of its tokens, too; table and report say so.
             own_tokens_overrides={"attack_through": "base"},
             diagnostics=False,
             eps_sweep=(),
