@@ -51,9 +51,8 @@ def main() -> None:
     model = RobustnessTokenModel.from_base(build_backbone(args, "sdpa"), num_robustness_tokens=10, **IMAGENET)
 
     with tempfile.TemporaryDirectory() as folder:
-        pairs_args = training_arguments(
-            args, Path(folder) / "pairs", num_attack_steps=1
-        )  # the pairs' size is the same
+        # One attack step: what is read has the same size.
+        pairs_args = training_arguments(args, Path(folder) / "pairs", num_attack_steps=1)
         pairs = make_adversarial_pairs(model, pairs_args, [{"images": image} for image in images])
         for precision in args.precisions:
             train(model, pairs, args, Path(folder), precision=precision, num_steps=1)  # warms up

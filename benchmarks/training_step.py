@@ -71,6 +71,7 @@ def main() -> None:
         args.num_attack_steps = 1  # each of them takes the same
         print(json.dumps(peak_memory(args, args.memory_of)))
         return
+    del args.memory_of
 
     with tempfile.TemporaryDirectory() as folder:
         steps = {name: build_step(args, name, Path(folder)) for name in (PUBLISHED, *args.variants)}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import TypedDict, Unpack
 
 import numpy as np
 import torch
@@ -53,10 +53,11 @@ def robustness_loss(
     head_distance_weight: float = 0.0,
     num_patches: int = 0,
 ) -> RobustnessLoss:
-    """The paper's two losses, in one forward pass of clean and attacked images together (paper, section 3).
+    """The paper's two losses (paper, section 3).
 
     Args:
-        features: (2B, 3, H, W) pixel values -> (2B, N, D) or (2B, D), with the tokens active.
+        features: (B, 3, H, W) pixel values -> (B, N, D) or (B, D), with the tokens active. Called with the clean, then
+            with the attacked ones.
         pixel_values: (B, 3, H, W) normalised clean images.
         attacked: (B, 3, H, W) normalised attacked images.
         target: Features of the clean images without tokens, (B, N, D) or (B, D).
@@ -67,24 +68,33 @@ def robustness_loss(
     Returns:
         The losses, with gradients to the tokens.
     """
-    clean, adversarial = features(torch.cat([pixel_values, attacked])).chunk(2)  # (2B, ...) -> (B, ...) each
-    invariance, adversarial_agreement = (
-        agreement(
-            output,
-            target,
-            similarity_axis=similarity_axis,
-            head_distance_weight=head_distance_weight,
-            num_patches=num_patches,
-        ).mean()
-        for output in (clean, adversarial)
-    )
-    loss = -(invariance_weight * invariance + adversarial_weight * adversarial_agreement)
-    with torch.no_grad():
-        cosines = [
-            cosine_similarity(output, target, similarity_axis=similarity_axis).mean()
-            for output in (clean, adversarial)
-        ]
-    return RobustnessLoss(loss, *cosines)
+    options: AgreementOptions = {
+        "similarity_axis": similarity_axis,
+        "head_distance_weight": head_distance_weight,
+        "num_patches": num_patches,
+    }
+    clean_loss, invariance = agreement_loss(features(pixel_values), target, weight=invariance_weight, **options)
+    attacked_loss, adversarial = agreement_loss(features(attacked), target, weight=adversarial_weight, **options)
+    return RobustnessLoss(clean_loss + attacked_loss, invariance, adversarial)
+
+
+def agreement_loss(
+    features: Tensor, target: Tensor, *, weight: float | Tensor, **options: Unpack[AgreementOptions]
+) -> tuple[Tensor, Tensor]:
+    """One of the two losses, which have their gradients apart: that of the clean or that of the attacked images.
+
+    Args:
+        features: (B, N, D) or (B, D), with the tokens.
+        target: Features of the clean images without, same shape.
+        weight: Of the loss, scalar.
+        options: See [`agreement`].
+
+    Returns:
+        Minus the weighted mean [`agreement`], scalar; the mean cosine, scalar without a gradient.
+    """
+    loss = -weight * agreement(features, target, **options).mean()
+    cosine = cosine_similarity(features.detach(), target, similarity_axis=options["similarity_axis"])
+    return loss, cosine.mean()
 
 
 def agreement(

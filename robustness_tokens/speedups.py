@@ -85,27 +85,27 @@ def onednn_products(base: nn.Module, *, dtype: torch.dtype = torch.float32) -> I
     torch gives float32 products to MKL, which takes twice as long as oneDNN on processors that are not Intel's; in
     bfloat16 it casts the weights, and oneDNN lays them out anew, at each call. Here both happen once, for the forward
     and for the backward pass, which keeps two more copies of these weights for the time of the context. Results differ
-    by rounding. Layers that are trained, of another class, or called in another precision are left alone.
+    by rounding. Layers that are trained, of another class, in another precision, or not on a CPU are left alone.
+
+    Within the context the base must not be changed, copied or pickled.
 
     Args:
-        base: A model on a CPU, of float32 weights.
+        base: A model.
         dtype: What it computes in: `torch.float32`, or `torch.bfloat16` under autocast.
     """
-    packed: dict[Any, type[nn.Module]] = {}
+    swapped: dict[Any, type[nn.Module]] = {}
     try:
         if _has_onednn(dtype):
             modules: list[Any] = list(base.modules())
             for module in modules:
-                swapped = _SWAPPED.get(type(module))
-                if swapped is None or any(parameter.requires_grad for parameter in module.parameters()):
-                    continue
-                if isinstance(module, nn.Linear) or _cuts_patches(module):
-                    packed[module] = type(module)
+                plain = type(module)
+                if plain in _SWAPPED and _can_be_packed(module, dtype):
                     module._packed = _PackedWeight(module, dtype)  # no buffer: it is never saved
-                    module.__class__ = swapped
+                    module.__class__ = _SWAPPED[plain]
+                    swapped[module] = plain
         yield
     finally:
-        for module, plain in packed.items():
+        for module, plain in swapped.items():
             module.__class__ = plain
             del module._packed
 
@@ -167,6 +167,16 @@ def _own_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[Non
             module.__dict__["forward"] = before
 
 
+def _can_be_packed(module: nn.Module, dtype: torch.dtype) -> bool:
+    parameters = list(module.parameters())
+    return (
+        all(type(one) is nn.Parameter and one.device.type == "cpu" and not one.requires_grad for one in parameters)
+        # A float32 product of weights in half precision would hide that somebody forgot autocast.
+        and (dtype != torch.float32 or all(one.dtype == torch.float32 for one in parameters))
+        and (isinstance(module, nn.Linear) or _cuts_patches(module))
+    )
+
+
 def _has_onednn(dtype: torch.dtype) -> bool:
     if not torch.backends.mkldnn.is_available():
         return False
@@ -177,10 +187,11 @@ class _PackedWeight:
     """A layer's weight in the layouts that oneDNN's forward and backward products take."""
 
     def __init__(self, module: Any, dtype: torch.dtype) -> None:
-        matrix = module.weight.detach().flatten(1).to(dtype)  # (outputs, inputs)
-        self.forward: Tensor = torch.ops.mkldnn._reorder_linear_weight(matrix, None)
-        self.backward: Tensor = torch.ops.mkldnn._reorder_linear_weight(matrix.t().contiguous(), None)
-        self.bias = None if module.bias is None else module.bias.detach().to(dtype)
+        with torch.inference_mode(False), torch.no_grad():  # or autograd could not save them
+            matrix = module.weight.flatten(1).to(dtype)  # (outputs, inputs)
+            self.forward: Tensor = torch.ops.mkldnn._reorder_linear_weight(matrix, None)
+            self.backward: Tensor = torch.ops.mkldnn._reorder_linear_weight(matrix.t().contiguous(), None)
+            self.bias = None if module.bias is None else module.bias.detach().to(dtype)
         self.dtype = dtype
 
 

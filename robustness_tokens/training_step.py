@@ -15,7 +15,7 @@ from torch import Tensor
 from .attacks import cosine_similarity, paper_attack, pgd_attack
 from .backbones import vision_trunk
 from .features import count_patches
-from .losses import AgreementOptions, agreement, example_generators
+from .losses import AgreementOptions, agreement, agreement_loss, example_generators
 from .modeling import RobustnessTokenPreTrainedModel
 from .preprocessing import Normalizer
 from .speedups import attention_implementation, choose_attention, onednn_products, run_compiled
@@ -179,7 +179,12 @@ def attacked_pixel_values(
 
 
 def mean_cosine(model: RobustnessTokenPreTrainedModel, features: Tensor, target: Tensor) -> Tensor:
-    """Scalar: the mean cosine of a batch's features with their targets, along the axis of the model's config."""
+    """The mean cosine of a batch, scalar.
+
+    Args:
+        model: Whose config names the axis.
+        features, target: (B, N, D) or (B, D).
+    """
     return cosine_similarity(features, target, similarity_axis=model.config.similarity_axis).mean()
 
 
@@ -203,7 +208,12 @@ def faster_base(
 ) -> Iterator[None]:
     """Within the context the base computes as `args.train_attn_implementation` and `args.onednn` say.
 
-    Contexts within one another are one.
+    A context within another of the same arguments changes nothing.
+
+    Args:
+        model: Whose base it is.
+        args: Of the training.
+        device: Where it is computed.
     """
     base, half_precision = model.get_base_model(), args.mixed_precision == "bf16"
     attention = choose_attention(args.train_attn_implementation, device=device, half_precision=half_precision)
@@ -247,11 +257,11 @@ def accumulate_gradient(
     def add_gradient(pixel_values: Tensor, target: Tensor, *, weight: Tensor, is_last: bool) -> Tensor:
         """Returns the mean cosine."""
         with nullcontext() if is_last else accelerator.no_sync(features):
-            output = features(pixel_values)
-            loss = -weight * agreement(output, target, **agreement_of(model, args, pixel_values)).mean()
+            options = agreement_of(model, args, pixel_values)
+            loss, cosine = agreement_loss(features(pixel_values), target, weight=weight, **options)
             accelerator.backward(loss)
         totals["loss"] += loss.detach()
-        return mean_cosine(model, output.detach(), target)
+        return cosine
 
     with faster_base(model, args, device):
         for batch in batches:

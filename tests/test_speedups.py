@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.profiler import profile
 
 from robustness_tokens import speedups
 from robustness_tokens.argument_parsing import parse_arguments
@@ -118,6 +119,58 @@ def test_onednn_computes_the_same_and_leaves_nothing_behind(make_model: ModelFac
         gradient = input_gradient(model, pixel_values)
     torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5)
     assert [type(module) for module in model.modules()] == classes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_product_is_onednns_forward_and_backward(
+    make_model: ModelFactory, pixel_values: Tensor, dtype: torch.dtype
+) -> None:
+    model = make_model()
+    count = sum(isinstance(module, nn.Linear | nn.Conv2d) for module in model.get_base_model().modules())
+    autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
+    with onednn_products(model.get_base_model(), dtype=dtype), autocast, profile() as found:
+        input_gradient(model, pixel_values)
+    calls = {event.key: event.count for event in found.key_averages()}
+    assert calls["mkldnn::_linear_pointwise"] == 2 * count
+
+
+def test_evaluation_in_inference_mode(make_model: ModelFactory, pixel_values: Tensor) -> None:
+    model = make_model()
+    expected = input_gradient(model, pixel_values)
+    with torch.inference_mode(), onednn_products(model.get_base_model()), torch.inference_mode(False):
+        gradient = input_gradient(model, pixel_values)
+    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        nn.Linear(4, 4, device="meta").requires_grad_(False),  # offloaded
+        nn.Linear(4, 4, dtype=torch.bfloat16).requires_grad_(False),
+        nn.Conv2d(3, 8, 4, stride=4, dtype=torch.float16).requires_grad_(False),
+    ],
+    ids=["meta", "bfloat16", "float16"],
+)
+def test_weights_that_float32_products_do_not_read_are_not_packed(module: nn.Module) -> None:
+    before = type(module)
+    with onednn_products(module, dtype=torch.float32):
+        assert type(module) is before
+
+
+def test_an_error_while_packing_is_the_one_that_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = nn.Sequential(*[nn.Linear(4, 4) for _ in range(3)]).requires_grad_(False)
+    real, packed = speedups._PackedWeight, []
+
+    def pack(module: nn.Module, dtype: torch.dtype) -> Any:
+        packed.append(module)
+        if len(packed) == 2:
+            raise MemoryError("no room for a weight")
+        return real(module, dtype)
+
+    monkeypatch.setattr(speedups, "_PackedWeight", pack)
+    with pytest.raises(MemoryError, match="no room for a weight"), onednn_products(base):
+        pass
+    assert all(type(module) is nn.Linear and "_packed" not in vars(module) for module in base)
 
 
 @pytest.mark.parametrize("packed", [torch.float32, torch.bfloat16])
