@@ -18,8 +18,9 @@ PAIRS_STEP = 0
 """The step that the noise of pairs is drawn for, whichever step of a training reads them: it comes from (seed, step,
 index), so an image has one attacked version."""
 
-# The radius of the published attack, in normalised units; times a channel's standard deviation, in pixels.
-_PAPER_EPS = 8 / 255
+PAPER_EPS_NORMALIZED = 8 / 255
+"""The radius of the published attack, in normalised units; times a channel's standard deviation, in pixels."""
+
 _ROUNDING = 1e-3  # of a 255th: 255 * (4 / 255) need not be 4
 
 
@@ -127,20 +128,33 @@ class PairsInfo:
         return f"shard-{shard:05d}-of-{self.num_shards:05d}.arrow"
 
 
+def paper_attack_eps(image_std: Sequence[float], *, on_grid: bool) -> float:
+    """The budget of the paper's attack in pixel units, after its 8-bit step.
+
+    That step rounds towards black, so it adds up to a level. From the grid to the grid only whole levels lead.
+
+    Args:
+        image_std: One standard deviation per channel that images are normalised with.
+        on_grid: Whether the images are on the 8-bit grid.
+    """
+    levels = round(255 * PAPER_EPS_NORMALIZED * max(image_std), 6) + 1
+    return (math.floor(levels) if on_grid else levels) / 255
+
+
 def max_pixel_difference(args: RobustnessTokenTrainingArguments, image_std: Sequence[float]) -> int:
     """The budget of an attack in 8-bit levels: of a 4/255 it is 4; of the paper's, on ImageNet's statistics, 2.
 
     Args:
         args: The attack.
         image_std: One standard deviation per channel, in [0, 1] image units, by which the paper's radius is stretched;
-            as it cuts down to 8 bits, towards black, its budget is the next whole level.
+            see [`paper_attack_eps`].
 
     Raises:
         ValueError: If it is less than one level.
     """
     if args.attack == "paper":
-        smallest, levels = 255 * _PAPER_EPS * min(image_std), 255 * _PAPER_EPS * max(image_std)
-        budget = math.ceil(levels - _ROUNDING)
+        smallest = 255 * PAPER_EPS_NORMALIZED * min(image_std)
+        budget = round(255 * paper_attack_eps(image_std, on_grid=True))  # as images of pairs are
     else:
         assert args.eps is not None, "the arguments set it for pgd"
         smallest = 255 * args.eps

@@ -102,7 +102,8 @@ def push_pairs_and_read_them(folder: str, repo_id: str, *, token: str, **kwargs:
     pairs = load_adversarial_pairs(repo_id)
     images = ("images", "adversarial_images")
     return [
-        {**pair, **{key: digits(pair[key]) for key in images}} for pair in map(pairs.__getitem__, range(len(pairs)))
+        {**pair, **{key: digits(pair[key]) for key in images}, "digest": pairs.digest()}
+        for pair in map(pairs.__getitem__, range(len(pairs)))
     ]
 
 

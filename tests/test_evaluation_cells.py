@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from robustness_tokens import RobustnessTokenModel
+from robustness_tokens.evaluation import cells
 from robustness_tokens.evaluation.attack_suite import Attack
 from robustness_tokens.evaluation.cells import Cell, CellStore, digest, merge
 from robustness_tokens.evaluation.outcomes import summarize, worst_outcome
@@ -90,6 +91,20 @@ def test_a_damaged_file_is_measured_again_and_said_once(
     assert len(caplog.records) == 1
 
 
+def test_a_cell_of_another_format_is_no_damage(
+    view: AttackerView, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = CellStore(tmp_path, {"seed": 0})
+    with monkeypatch.context() as patch:
+        patch.setattr(cells, "FORMAT", cells.FORMAT - 1)
+        store.save(cell(view), OUTCOME)
+    with caplog.at_level(logging.WARNING):
+        assert store.load(cell(view)) is None
+    assert not caplog.records
+    store.save(cell(view), OUTCOME)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 def test_nothing_is_stored_without_a_folder(view: AttackerView) -> None:
     store = CellStore(None, {})
     store.save(cell(view), OUTCOME)
@@ -148,6 +163,20 @@ def test_the_worst_miou_is_never_above_that_of_one_attack() -> None:
         assert low <= value <= high
     assert found["miou"][0] == pytest.approx(0.85)  # of the common class' attack
     assert found["mean_image_miou"][0] == pytest.approx(0.725)  # of the rare class'
+
+
+def test_the_worst_of_more_attacks_is_never_above_that_of_some_of_them() -> None:
+    """The worst IoU of each image need not make the worst of the data set: so parts have their say."""
+    unions = torch.tensor([[100, 1], [100, 1000]])
+    rare = {"trained.intersections": torch.tensor([[90, 0], [100, 1000]]), "trained.unions": unions}
+    common = {"trained.intersections": torch.tensor([[40, 1], [100, 1000]]), "trained.unions": unions}
+    second = {"trained.intersections": torch.tensor([[100, 1], [100, 400]]), "trained.unions": unions}
+    part = summarize(worst_outcome([common, second]), "trained", seed=0)[0][2]
+    assert part == pytest.approx((0.7 + 401 / 1001) / 2)
+    assert summarize(worst_outcome([common, second, rare]), "trained", seed=0)[0][2] > part + 0.1
+    worst = worst_outcome([common, second, rare], parts=[[common, second]])
+    assert summarize(worst, "trained", seed=0)[0][2] == part
+    assert worst["trained.image_iou"].tolist() == pytest.approx([0.45, 0.7])
 
 
 def test_summaries_are_means_with_intervals() -> None:

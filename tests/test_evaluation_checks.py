@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,17 +13,25 @@ from torch import Tensor
 
 from robustness_tokens import RobustnessTokenForImageClassification, evaluate_robustness
 from robustness_tokens.attacks import pgd_attack
-from robustness_tokens.evaluation import attack_checks, attack_suite, evaluate, knowledge_checks, probing_checks
+from robustness_tokens.evaluation import (
+    attack_checks,
+    attack_suite,
+    check_parts,
+    evaluate,
+    knowledge_checks,
+    probing_checks,
+)
 from robustness_tokens.evaluation.attack_suite import Attack, AttackBatch
 from robustness_tokens.evaluation.budgets import BUDGETS, build_attack, with_overrides
 from robustness_tokens.evaluation.cells import Cell, Series
 from robustness_tokens.evaluation.check_parts import exceeds, has_converged
 from robustness_tokens.evaluation.checks import CHECKS, run_checks
-from robustness_tokens.evaluation.measurements import Measurements
+from robustness_tokens.evaluation.measurements import Measurements, own_token_lengths
 from robustness_tokens.evaluation.outcomes import Outcome
 from robustness_tokens.evaluation.probing_checks import difference_cosines
 from robustness_tokens.evaluation.threat_models import AttackerView, EvaluatedModel, Knowledge
 from robustness_tokens.probes import ProbedModel, SegmentationHead
+from robustness_tokens.report.schema import Result
 from tests.conftest import HIDDEN_SIZE, IMAGE_SIZE, build_base
 
 
@@ -290,6 +299,28 @@ def test_the_grey_box_names_what_was_measured() -> None:
     )
 
 
+def test_what_only_classifies_is_not_missed_elsewhere() -> None:
+    found = [measured(0.4, knowledge="base", attack="feature_cosine:base")]
+    assert knowledge_checks.grey_box(measurements(*found)).value.endswith("; APGD and AutoAttack not among them")
+    check = knowledge_checks.grey_box(measurements(*found, task="features"))
+    assert check.value == "cosine at 4/255 worst case 0.400: feature_cosine:base 0.400"
+
+
+def own(view: str, *tokens: Tensor) -> Cell:
+    cell, _ = measured(0.5, knowledge="own_tokens", view=view)
+    return dataclasses.replace(cell, view=dataclasses.replace(cell.view, tokens=tokens))
+
+
+def test_every_set_of_own_tokens_counts() -> None:
+    short, long = torch.zeros(2, HIDDEN_SIZE), torch.zeros(3, HIDDEN_SIZE)
+    first, second, third = own("own_tokens_0", short), own("own_tokens_1", long), own("own_tokens_2", short)
+    ensemble = own("own_tokens_ensemble", short, long, short)
+    assert own_token_lengths([first, second, third, first, second, third]) == [2, 3, 2]
+    assert own_token_lengths([first, second, third, ensemble]) == own_token_lengths([ensemble]) == [2, 3, 2]
+    assert own_token_lengths([second]) == [3]
+    assert own_token_lengths([measured(0.5)[0]]) == []
+
+
 def test_the_paper_attack_is_no_part_of_a_comparison_at_another_eps() -> None:
     weak = measured(0.1, knowledge="base", attack="paper", eps=2 / 255)
     checked = levels(0.2, 0.5, 0.3)
@@ -323,6 +354,67 @@ def test_segmentation_is_judged_by_the_iou_over_all_pixels() -> None:
     assert attack_checks.unbounded(
         measurements(ious([[10, 0], [0, 0]], series="unbounded"), task="segmentation")
     ).passed, ".025 is about 0"
+
+
+def random_segmentation(seed: int) -> Measurements:
+    """Attacks of every level on few images, whose classes are as rare and as common as can be."""
+    generator = torch.Generator().manual_seed(seed)
+    unions = (1000 ** torch.rand(4, 3, generator=generator)).long()
+
+    def counts() -> dict[str, Any]:
+        share = torch.rand(4, 3, generator=generator) ** 2
+        return {"trained.intersections": (share * unions).long(), "trained.unions": unions}
+
+    views: tuple[tuple[Knowledge, str], ...] = (
+        ("none", "transfer"),
+        ("base", "base"),
+        ("own_tokens", "own_tokens_0"),
+        ("own_tokens", "own_tokens_1"),
+        ("full", "full"),
+    )
+    attacks = ("cross_entropy", "feature_cosine:base", "feature_mse:defended")
+    parts = [
+        measured(0.5, count=4, knowledge=level, view=view, attack=attack, **counts())
+        for level, view in views
+        for attack in attacks
+    ]
+    parts += [
+        measured(0.5, count=4, series="restarts", num_restarts=number, num_steps=1, **counts())
+        for number in (1, 5, 10)
+    ]
+    same: dict[str, Any] = {"trained.intersections": unions, "trained.unions": unions}
+    clean = outcome(0.5, count=4, **same)
+    return measurements(*parts, clean=clean, task="segmentation")
+
+
+def test_more_attacks_never_leave_a_higher_worst_case() -> None:
+    """Of the data set's mIoU too, which is no mean over the images."""
+    for seed in range(20):
+        checked = random_segmentation(seed)
+
+        def worst(checked: Measurements = checked, **wanted: Any) -> float:
+            return check_parts.worst(checked, checked.select(series="suite", **wanted), "miou")
+
+        every, full = worst(), worst(knowledge="full")
+        for level in ("none", "base", "own_tokens", "full"):
+            assert every <= worst(knowledge=level), seed
+            targeted = [pair for pair in checked.select(series="suite", knowledge=level) if pair[0].attack.target]
+            assert worst(knowledge=level) <= check_parts.worst(checked, targeted, "miou")
+            for cell, single in checked.select(series="suite", knowledge=level):
+                assert worst(knowledge=level) <= worst(knowledge=level, view=cell.view.name)
+                assert worst(knowledge=level) <= worst(knowledge=level, attack=cell.attack.name)
+                assert worst(knowledge=level, view=cell.view.name) <= check_parts.score(single, "miou")
+        reported = {result.knowledge: result.value for result in worst_cases(checked)}
+        assert (reported["full_worst_case"], reported["full"]) == (every, full)
+        assert reported["full_worst_case"] == min(reported.values())
+        by_number = re.findall(r"\d+: ([\d.]+)", attack_checks.restarts(checked).value)
+        assert len(by_number) == 3
+        assert by_number == sorted(by_number, reverse=True), seed
+
+
+def worst_cases(checked: Measurements) -> list[Result]:
+    checked.model.attack_precision = "no"
+    return [result for result in checked.results() if (result.attack, result.metric) == ("worst_case", "miou")]
 
 
 def test_an_attacker_may_leave_an_image_as_it_is() -> None:

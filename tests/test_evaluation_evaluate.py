@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from robustness_tokens import RobustnessTokenForImageClassification, RobustnessTokenModel, evaluate_robustness
-from robustness_tokens.evaluation import Attack, cells, evaluate
+from robustness_tokens.evaluation import Attack, cells, evaluate, measure
 from robustness_tokens.evaluation.budgets import BUDGETS, Budget
 from robustness_tokens.evaluation.threat_models import EvaluatedModel
 from robustness_tokens.probes import ProbedModel, SegmentationHead
@@ -371,10 +371,10 @@ def test_the_attacker_trains_own_tokens(
     assert not pick(first.results, knowledge="full_worst_case")
     training = [
         "by the package's defaults, as the recipe is not known",
-        "but with attack=pgd instead of paper",
         "but with max_steps=2 instead of 50",
+        "but with attack=pgd instead of paper",
         "but with num_attack_steps=2 instead of 30",
-        "on 4 images attacked once for all sets",
+        "on 4 images of the evaluated dataset itself attacked once for all sets",
     ]
     for result in pick(first.results, knowledge="own_tokens"):
         assert result.attack_parameters["training"] == training
@@ -414,14 +414,14 @@ def test_the_attacker_of_a_segmenter_trains_on_its_pictures(tmp_path: Path) -> N
 
 def test_what_the_checks_look_at_is_run(classifier: RobustnessTokenForImageClassification, images: Images) -> None:
     seen = []
-    real = evaluate.run_cells
+    real = measure.run_cells
 
     def spy(planned: Any, *args: Any, **kwargs: Any) -> Any:
         seen.extend(planned)
         return real(planned, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate, "run_cells", spy)
+        patch.setattr(measure, "run_cells", spy)
         run(classifier, images, diagnostics=True, eps_sweep=[], knowledge=["full"], attacks=["cross_entropy"])
     steps = [cell.attack.num_steps for cell in seen if cell.series == "steps"]
     restarts = [cell.attack.num_restarts for cell in seen if cell.series == "restarts"]

@@ -7,19 +7,25 @@ import pytest
 import torch
 from torch import Tensor
 
-from robustness_tokens import Normalizer, RobustnessTokenModel, inject_tokens
+from robustness_tokens import (
+    Normalizer,
+    RobustnessTokenModel,
+    RobustnessTokenTrainingArguments,
+    inject_tokens,
+)
 from robustness_tokens.evaluation import own_tokens
 from robustness_tokens.evaluation.own_tokens import (
+    OwnTokens,
     OwnTokensSpec,
-    describe_training,
     own_tokens_specs,
     train_own_tokens,
 )
+from robustness_tokens.evaluation.own_tokens_training import describe_training
 from robustness_tokens.evaluation.threat_models import EvaluatedModel
 from tests.conftest import HIDDEN_SIZE, IMAGE_SIZE, build_base
 
 
-RECIPE: dict[str, Any] = {
+STATED: dict[str, Any] = {
     "attack": "pgd",
     "eps": 8 / 255,
     "num_attack_steps": 2,
@@ -27,10 +33,13 @@ RECIPE: dict[str, Any] = {
     "per_device_train_batch_size": 2,
     "learning_rate": 0.05,
     "seed": 2,
-    "image_size": 224,
+}
+RECIPE: dict[str, Any] = {
+    **RobustnessTokenTrainingArguments(output_dir="", **STATED).recipe(),
+    "image_size": IMAGE_SIZE,
     "num_processes": 1,
     "num_steps_done": 2,
-    "dataset": {"num_images": 3},
+    "dataset": {"num_images": 6},
 }
 
 
@@ -62,8 +71,11 @@ def test_it_trains_by_the_recipe_and_leaves_the_model_alone(
 ) -> None:
     before = {name: value.clone() for name, value in model.model.state_dict().items()}
     specs = [OwnTokensSpec(seed=5, num_robustness_tokens=4), OwnTokensSpec(seed=6, num_robustness_tokens=3)]
-    first, second = train_own_tokens(
-        model, specs, [dataset], tmp_path, num_adversarial_pairs=num_pairs, disable_tqdm=True
+    first, second = (
+        own.tokens
+        for own in train_own_tokens(
+            model, specs, [dataset], tmp_path, num_adversarial_pairs=num_pairs, disable_tqdm=True
+        )
     )
     assert (first.shape, second.shape) == ((4, HIDDEN_SIZE), (3, HIDDEN_SIZE))
     assert not torch.equal(first[:3], second)
@@ -74,34 +86,173 @@ def test_it_trains_by_the_recipe_and_leaves_the_model_alone(
     assert len(list(tmp_path.rglob("adversarial_pairs.json"))) == (0 if num_pairs is None else 1)
 
 
+def described(
+    model: EvaluatedModel,
+    datasets: list[list[dict[str, Tensor]]],
+    folder: Path,
+    *,
+    num_pairs: int | None = None,
+    overrides: dict[str, Any] | None = None,
+    on_evaluated: bool = False,
+) -> list[str]:
+    specs = [OwnTokensSpec(seed=5, num_robustness_tokens=2, dataset=number) for number in range(len(datasets))]
+    arguments: dict[str, Any] = {"num_adversarial_pairs": num_pairs, "overrides": overrides, "disable_tqdm": True}
+    trained = train_own_tokens(model, specs, datasets, folder, **arguments)
+    again = train_own_tokens(model, specs, datasets, folder, **arguments)
+    words, stored = (
+        describe_training(model, own, overrides=overrides, on_evaluated=on_evaluated) for own in (trained, again)
+    )
+    assert words == stored
+    return words
+
+
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
         ({}, []),
-        ({"attack": "pgd", "max_steps": 2, "seed": 3, "disable_tqdm": True}, []),  # no other than the recipe
+        ({"attack": "pgd", "max_steps": 2, "seed": 3}, []),  # no other than the recipe
         (
             {"eps": 4 / 255, "max_steps": 3},
-            ["but with eps=4/255 instead of 8/255", "but with max_steps=3 instead of 2"],
+            ["but with max_steps=3 instead of 2", "but with eps=4/255 instead of 8/255"],
         ),
         ({"attack_through": "tokens"}, ["but with attack_through=tokens instead of base"]),
     ],
-    ids=["none", "same", "changed", "unnamed"],
+    ids=["none", "same", "changed", "another attacker"],
 )
 def test_it_is_said_how_own_tokens_are_trained(
-    model: EvaluatedModel, dataset: list[dict[str, Tensor]], overrides: dict[str, Any], expected: list[str]
+    model: EvaluatedModel,
+    dataset: list[dict[str, Tensor]],
+    tmp_path: Path,
+    overrides: dict[str, Any],
+    expected: list[str],
 ) -> None:
-    assert describe_training(model, [dataset], overrides=overrides) == ["by the recipe", *expected]
+    found = described(model, [dataset], tmp_path, overrides=overrides)
+    assert found == ["by the recipe", *expected, "on 6 images"]
 
 
-def test_it_is_said_what_own_tokens_are_trained_on(model: EvaluatedModel, dataset: list[dict[str, Tensor]]) -> None:
-    once = ["by the recipe", "on 4 images attacked once for all sets", "on 3 images attacked once for all sets"]
-    assert describe_training(model, [dataset, dataset[:3]], num_adversarial_pairs=4) == once
-    assert describe_training(model, [dataset], num_adversarial_pairs=4, overrides={"attack_through": "both"}) == [
+NUM_SETTINGS = len(RECIPE.keys() - {"seed", "image_size", "num_processes", "num_steps_done", "dataset"})
+
+
+@pytest.mark.parametrize(
+    ("recipe", "changes", "overrides", "expected"),
+    [
+        (
+            {},
+            {},
+            {"max_steps": 2},
+            ["by the package's defaults, as the recipe is not known", "but with max_steps=2 instead of 50"],
+        ),
+        (
+            {"attack": "pgd"},
+            {},
+            {},
+            [
+                f"by the recipe, which leaves {NUM_SETTINGS - 1} of {NUM_SETTINGS} settings to the package's defaults",
+            ],
+        ),
+        (
+            {"attack": "pgd"},
+            {"max_steps": 3},
+            {"max_steps": 3},
+            [
+                f"by the recipe, which leaves {NUM_SETTINGS - 2} of {NUM_SETTINGS} settings to the package's defaults",
+                "but with max_steps=3 instead of 50",
+            ],
+        ),
+        (
+            {**RECIPE, "max_steps": 3},
+            {"max_steps": 3, "num_steps_done": 3},
+            {},
+            ["by the recipe", "but with num_steps_done=3 instead of 2"],
+        ),
+        (
+            {**RECIPE, "num_processes": 4},
+            {},
+            {},
+            ["by the recipe", "but with num_processes=1 instead of 4", "so with 2 images per step instead of 8"],
+        ),
+        (
+            {**RECIPE, "num_processes": 4},
+            {"gradient_accumulation_steps": 4},
+            {"gradient_accumulation_steps": 4},
+            [
+                "by the recipe",
+                "but with gradient_accumulation_steps=4 instead of 1",
+                "but with num_processes=1 instead of 4",
+            ],
+        ),
+        (
+            {**RECIPE, "previous": STATED},
+            {},
+            {},
+            ["by the recipe", "but from new tokens, where the defender's had been trained before"],
+        ),
+        (
+            {**RECIPE, "image_size": [224, 196]},
+            {},
+            {},
+            ["by the recipe", f"but with image_size={IMAGE_SIZE} instead of [224, 196]"],
+        ),
+        ({**RECIPE, "image_size": "\n" * 300, "num_processes": "all", "dataset": "all"}, {}, {}, ["by the recipe"]),
+        (
+            {**RECIPE, "lr_scheduler_type": "x" * 300},
+            {},
+            {},
+            ["by the recipe", f"but with lr_scheduler_type=constant instead of {'x' * 300}"[:200]],
+        ),
+    ],
+    ids=[
+        "unknown",
+        "defaults",
+        "defaults and overrides",
+        "cut short",
+        "processes",
+        "same batch",
+        "previous",
+        "image size",
+        "nonsense",
+        "long",
+    ],
+)
+def test_what_departs_from_any_part_of_the_recipe_is_said(
+    model: EvaluatedModel,
+    recipe: dict[str, Any],
+    changes: dict[str, Any],
+    overrides: dict[str, Any],
+    expected: list[str],
+) -> None:
+    assert model.adapter is not None
+    model.adapter.config.training = recipe
+    own = OwnTokens(tokens=torch.zeros(2, HIDDEN_SIZE), training={**RECIPE, **changes})
+    assert describe_training(model, [own], overrides=overrides) == [*expected, "on 6 images"]
+
+
+def test_it_is_said_what_own_tokens_are_trained_on(
+    model: EvaluatedModel, dataset: list[dict[str, Tensor]], tmp_path: Path
+) -> None:
+    assert described(model, [dataset, dataset[:3]], tmp_path / "pairs", num_pairs=4) == [
+        "by the recipe",
+        "on 4 images attacked once for all sets, the defender on 6",
+        "on 3 images attacked once for all sets, the defender on 6",
+    ]
+    alone = train_own_tokens(
+        model,
+        [OwnTokensSpec(seed=5, num_robustness_tokens=2, dataset=1)],
+        [dataset, dataset[:3]],
+        tmp_path / "one",
+        disable_tqdm=True,
+    )
+    assert describe_training(model, alone) == ["by the recipe", "on 3 images, the defender on 6"]
+    assert described(model, [dataset], tmp_path / "own", on_evaluated=True) == [
+        "by the recipe",
+        "on 6 images of the evaluated dataset itself",
+    ]
+    both = {"attack_through": "both"}
+    assert described(model, [dataset], tmp_path / "both", num_pairs=4, overrides=both) == [
         "by the recipe",
         "but with attack_through=both instead of base",
+        "on 6 images",
     ]
-    long = describe_training(model, [dataset], overrides={"lr_scheduler_type": "x" * 300})
-    assert [len(words) for words in long] == [13, 200]
 
 
 def test_a_config_names_no_folders_or_trackers_for_the_attacker(
@@ -121,12 +272,12 @@ def test_runs_with_equal_specs_are_equal_and_not_run_again(
     spec = [OwnTokensSpec(seed=5, num_robustness_tokens=4)]
     (first,) = train_own_tokens(model, spec, [dataset], tmp_path / "a", disable_tqdm=True)
     (same,) = train_own_tokens(model, spec, [dataset], tmp_path / "b", disable_tqdm=True)
-    assert torch.equal(first, same)
+    assert torch.equal(first.tokens, same.tokens)
     others = [{"images": item["images"].flip(-1)} for item in dataset]
     (elsewhere,) = train_own_tokens(model, spec, [others], tmp_path / "a", disable_tqdm=True)
-    assert not torch.equal(first, elsewhere)
+    assert not torch.equal(first.tokens, elsewhere.tokens)
     longer = train_own_tokens(model, spec, [dataset], tmp_path / "a", overrides={"max_steps": 3}, disable_tqdm=True)
-    assert not torch.equal(first, longer[0])
+    assert not torch.equal(first.tokens, longer[0].tokens)
 
     class NoTrainer:
         def __init__(self, *args: Any) -> None:
@@ -134,7 +285,8 @@ def test_runs_with_equal_specs_are_equal_and_not_run_again(
 
     monkeypatch.setattr(own_tokens, "RobustnessTokenTrainer", NoTrainer)
     (stored,) = train_own_tokens(model, spec, [dataset], tmp_path / "a", disable_tqdm=True)
-    assert torch.equal(stored, first)
+    assert torch.equal(stored.tokens, first.tokens)
+    assert stored.training == first.training
 
 
 def test_a_classifier_that_tokens_were_injected_into_has_a_trunk_to_train_on(
@@ -143,7 +295,7 @@ def test_a_classifier_that_tokens_were_injected_into_has_a_trunk_to_train_on(
     injected = inject_tokens(build_base("vit", classifier=True), torch.zeros(2, HIDDEN_SIZE))
     model = EvaluatedModel(injected, normalizer=Normalizer([0.5] * 3, [0.25] * 3))
     overrides = {key: RECIPE[key] for key in ("attack", "eps", "num_attack_steps", "max_steps")}
-    (tokens,) = train_own_tokens(
+    (own,) = train_own_tokens(
         model,
         [OwnTokensSpec(seed=1, num_robustness_tokens=2)],
         [dataset],
@@ -151,8 +303,8 @@ def test_a_classifier_that_tokens_were_injected_into_has_a_trunk_to_train_on(
         overrides=overrides,
         disable_tqdm=True,
     )
-    assert tokens.shape == (2, HIDDEN_SIZE)
-    assert tokens.isfinite().all()
+    assert own.tokens.shape == (2, HIDDEN_SIZE)
+    assert own.tokens.isfinite().all()
 
 
 def test_without_features_there_is_nothing_to_train_on(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Literal
 
 import torch
@@ -57,10 +58,9 @@ def steps(measurements: Measurements) -> Finding:
 def restarts(measurements: Measurements) -> Finding:
     metric = main_metric(measurements)
     pairs = sorted(diagnostic(measurements, "restarts"), key=lambda pair: pair[0].attack.num_restarts or 0)
-    values = {
-        cell.attack.num_restarts or 0: worst(measurements, pairs[: number + 1], metric)
-        for number, (cell, _) in enumerate(pairs)
-    }
+    prefixes = (worst(measurements, pairs[: number + 1], metric) for number in range(len(pairs)))
+    numbers = (cell.attack.num_restarts or 0 for cell, _ in pairs)
+    values = dict(zip(numbers, itertools.accumulate(prefixes, min), strict=True))
     most = max(values)
     if most // 2 not in values:
         raise NotRunError(f"{most} restarts, but not half of them")

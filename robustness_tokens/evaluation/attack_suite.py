@@ -6,7 +6,6 @@ Shapes: B images.
 from __future__ import annotations
 
 import dataclasses
-import math
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -29,12 +28,12 @@ from ..attacks import (
     square_attack,
 )
 from ..losses import example_generators
+from ..pairs_info import PAPER_EPS_NORMALIZED
 from .threat_models import AttackerView, Task
 
 
 Objective: TypeAlias = Callable[[Tensor], Tensor]
 
-PAPER_EPS_NORMALIZED = 8 / 255
 PAPER_STEP_SIZE_NORMALIZED = 0.01
 
 
@@ -144,19 +143,6 @@ def run_attack(attack: Attack, view: AttackerView, batch: AttackBatch, *, eps: f
         raise ValueError(f"attack {attack.name!r} is for {definition.tasks}, the task is {view.model.task!r}")
     with view.model.attacked_faster():
         return definition.run(_Call(attack=attack, view=view, batch=batch, eps=eps, seed=seed))
-
-
-def paper_attack_eps(image_std: Tensor, *, on_grid: bool) -> float:
-    """The budget of the paper's attack in pixel units, after its 8-bit step.
-
-    That step rounds towards black, so it adds up to a level. From the grid to the grid only whole levels lead.
-
-    Args:
-        image_std: That images are normalised with.
-        on_grid: Whether the images are on the 8-bit grid, see [`on_8bit_grid`].
-    """
-    levels = round(255 * PAPER_EPS_NORMALIZED * image_std.max().item(), 6) + 1
-    return (math.floor(levels) if on_grid else levels) / 255
 
 
 def on_8bit_grid(images: Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
@@ -11,13 +12,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import gather_object
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..acceleration import process_state, share_from_main
 from ..files import replacing
 from .attack_suite import Attack, AttackBatch, run_attack
 from .outcomes import measure_outcome
@@ -25,6 +26,9 @@ from .threat_models import AttackerView, EvaluatedModel
 
 
 logger = logging.getLogger(__name__)
+
+FORMAT = 2
+"""Of the files: those of another are not looked for."""
 
 Series = Literal["suite", "sweep", "steps", "restarts", "single_step", "unbounded"]
 
@@ -128,7 +132,7 @@ class CellStore:
             if metadata.get("digest") != _digest(outcome):
                 raise ValueError("its numbers are not those that were written")
         except (SafetensorError, ValueError, KeyError, OverflowError) as exc:
-            if PartialState().is_main_process:
+            if process_state().is_main_process:
                 logger.warning("%s is damaged, so it is measured again and replaced: %s", path, exc)
             return None
         if metadata.get("key") != key:
@@ -144,7 +148,7 @@ class CellStore:
                 save_file({k: v.contiguous() for k, v in outcome.items()}, partial, metadata=metadata)
 
     def _key(self, cell: Cell) -> str:
-        return json.dumps({**self.settings, **cell.settings()}, sort_keys=True)
+        return json.dumps({"format": FORMAT, **self.settings, **cell.settings()}, sort_keys=True)
 
     def _path(self, cell: Cell) -> Path | None:
         if self.folder is None:
@@ -188,7 +192,7 @@ def run_cells(
     Returns:
         The outcome of each cell, of all processes together, in the order of the images.
     """
-    state = PartialState()
+    state = process_state()
     found = [store.load(cell) for cell in cells]
     # A process may see a file that another doesn't see yet.
     known = [all(flags) for flags in zip(*gather_object([[one is not None for one in found]]), strict=True)]
@@ -222,8 +226,7 @@ def run_cells(
                 progress_bar.update(share)
             progress_bar.update(cell.cost - counted)
             outcome = merge(gather_object(mine))
-            if state.is_main_process:
-                store.save(cell, outcome)
+            share_from_main(functools.partial(store.save, cell, outcome), state)
             outcomes.append(outcome)
     return outcomes
 

@@ -7,9 +7,7 @@ robustness with an ensemble of diverse parameter-free attacks", arXiv 2003.01690
 
 from __future__ import annotations
 
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
-
+from ..acceleration import process_state, share_from_main
 from ..report.schema import Check
 from . import attack_checks, knowledge_checks, probing_checks
 from .check_parts import CheckFunction
@@ -47,7 +45,5 @@ def run_checks(measurements: Measurements) -> list[Check]:
         The checks in the order of their numbers, the same on every process.
     """
     # Each process holds other images, and so would probe the model on others.
-    checks: list[Check | None] = [None] * len(CHECKS)
-    if PartialState().is_main_process:
-        checks = [check(measurements) for check in CHECKS]
-    return [check for check in broadcast_object_list(checks) if check is not None]
+    checks: list[Check] = share_from_main(lambda: [check(measurements) for check in CHECKS], process_state())
+    return checks

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
-from accelerate import PartialState
 from torch import nn
 
+from ..acceleration import process_state
 from ..data import load_image_dataset
 from ..modeling import RobustnessTokenForImageClassification, RobustnessTokenModel
 from ..probe_heads import load_head
@@ -132,7 +132,7 @@ def run_evaluation(adapter: str, args: EvaluationArguments) -> RobustnessReport:
         dataset_name=Path(args.dataset).resolve().name if Path(args.dataset).exists() else args.dataset,
         disable_tqdm=args.disable_tqdm,
     )
-    if PartialState().is_main_process:
+    if process_state().is_main_process:
         report.figures |= training_figures(adapter)
         report.save(args.output_dir)
     return report
@@ -144,5 +144,5 @@ def _load_model(
     with_own_head = args.task == "classification" and head is None
     model_class = RobustnessTokenForImageClassification if with_own_head else RobustnessTokenModel
     model = model_class.from_pretrained(adapter, base_model=base_model, attn_implementation=args.attn_implementation)
-    model.to(PartialState().device)
+    model.to(process_state().device)
     return model if head is None else ProbedModel(model, load_head(head))

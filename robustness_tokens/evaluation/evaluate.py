@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import tempfile
 import time
@@ -11,34 +10,31 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args
 
-import torch
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from .. import __version__
+from ..acceleration import process_state
 from ..configuration import FeatureView
 from ..preprocessing import Normalizer
 from ..report.schema import RobustnessReport
 from ..training_args import MixedPrecision
 from ..training_data import describe_dataset
-from .attack_suite import Attack, AttackBatch, on_8bit_grid
+from .attack_suite import Attack
 from .budgets import BUDGETS, Budget, BudgetName, with_overrides
-from .cells import CellStore, digest, merge, model_settings, run_cells
 from .checks import run_checks
 from .evaluation_data import choose_rows, load_batches, prepare_dataset
 from .figures import make_figures
-from .measurements import Measurements, sweep_curves
-from .outcomes import measure_outcome
-from .own_tokens import describe_training, own_tokens_specs, train_own_tokens
-from .plan import plan_cells
+from .measure import measure
+from .measurements import sweep_curves
+from .own_tokens import OwnTokens, own_tokens_specs, train_own_tokens
+from .own_tokens_training import describe_training
 from .threat_models import AttackerView, EvaluatedModel, Knowledge, Task, attacker_views
 
 
 ALL_KNOWLEDGE: tuple[Knowledge, ...] = get_args(Knowledge)
 SWEEP_EPS = tuple(level / 255 for level in (0, 0.5, 1, 2, 4, 8, 16, 32))
 DEFAULT_EPS = 4 / 255
-MAX_CACHE_BYTES = 2 << 30
 
 
 def evaluate_robustness(
@@ -118,7 +114,7 @@ def evaluate_robustness(
     start = time.perf_counter()
     was_training = model.training
     model.eval()
-    state = PartialState()
+    state = process_state()
     if state.num_processes > 1:
         model.to(state.device)
     try:
@@ -136,7 +132,7 @@ def evaluate_robustness(
             training = ["elsewhere, so that how is not known"]
             if "own_tokens" in knowledge and own_tokens is None:
                 theirs = [prepared] if attacker_datasets is None else attacker_datasets
-                own_tokens = _train(
+                trained = _train(
                     evaluated,
                     theirs,
                     folder / "own_tokens",
@@ -144,13 +140,11 @@ def evaluate_robustness(
                     overrides=own_tokens_overrides,
                     disable_tqdm=disable_tqdm,
                 )
+                own_tokens = [own.tokens for own in trained]
                 training = describe_training(
-                    evaluated,
-                    theirs,
-                    num_adversarial_pairs=spent.num_adversarial_pairs,
-                    overrides=own_tokens_overrides,
+                    evaluated, trained, overrides=own_tokens_overrides, on_evaluated=attacker_datasets is None
                 )
-            measurements = _measure(
+            measurements = measure(
                 evaluated,
                 batches,
                 num_images=len(rows),
@@ -194,78 +188,6 @@ def evaluate_robustness(
     )
 
 
-def _measure(
-    model: EvaluatedModel,
-    batches: Mapping[int, AttackBatch],
-    *,
-    num_images: int,
-    views: Sequence[AttackerView],
-    training: Sequence[str],
-    attacks: Sequence[str | Attack] | None,
-    eps: Sequence[float],
-    eps_sweep: Sequence[float],
-    budget: Budget,
-    diagnostics: bool,
-    seed: int,
-    batch_size: int,
-    cells_folder: Path | None,
-    disable_tqdm: bool,
-) -> Measurements:
-    _check_eps(eps, eps_sweep)
-    num_classes = _count_classes(model, batches)
-    cells = plan_cells(
-        model,
-        views,
-        budget=budget,
-        attacks=attacks,
-        eps=eps,
-        eps_sweep=eps_sweep,
-        diagnostics=diagnostics,
-        num_images=num_images,
-        batch_size=batch_size,
-        num_classes=num_classes,
-        on_grid=all(gather_object([on_8bit_grid(batch.images) for batch in batches.values()])),
-    )
-    tokens = reported_tokens(model, seed=seed)
-    batches = _with_base_features(model, batches)
-    store = CellStore(cells_folder, _settings(model, batches, batch_size=batch_size, seed=seed))
-    clean = merge(
-        gather_object(
-            [(number, measure_outcome(model, batch, batch.images, tokens)) for number, batch in batches.items()]
-        )
-    )
-    outcomes = run_cells(
-        cells, model, batches, tokens, batch_size=batch_size, seed=seed, store=store, disable_tqdm=disable_tqdm
-    )
-    return Measurements(
-        model=model,
-        batches=batches,
-        clean=clean,
-        cells=cells,
-        outcomes=outcomes,
-        eps=eps,
-        seed=seed,
-        training=training,
-    )
-
-
-def reported_tokens(model: EvaluatedModel, *, seed: int) -> dict[str, Tensor | None]:
-    """The tokens that clean and grey-box images are measured with, by name: (K, D), or `None` for the base alone.
-
-    A defence that untrained tokens, or their mean, provide just as well was not learned.
-    """
-    trained = model.tokens
-    noise = torch.randn(trained.shape, generator=torch.Generator().manual_seed(seed)).to(trained)
-    scale = 0.01 if model.adapter is None else model.adapter.config.initializer_range
-    return {
-        "trained": trained,
-        "none": None,
-        "untrained": noise * scale,
-        "zero": torch.zeros_like(trained),
-        "mean": trained.mean(dim=0, keepdim=True).expand_as(trained).contiguous(),
-    }
-
-
 def _train(
     model: EvaluatedModel,
     attacker_datasets: Sequence[Any],
@@ -274,7 +196,7 @@ def _train(
     *,
     overrides: Mapping[str, Any] | None,
     disable_tqdm: bool,
-) -> list[Tensor]:
+) -> list[OwnTokens]:
     if model.feature_view is None:
         raise ValueError(
             'knowledge "own_tokens" needs the features that tokens are trained on: give feature_view or own_tokens, '
@@ -325,65 +247,13 @@ def _default_eps(model: EvaluatedModel) -> list[float]:
     return [recipe.get("eps") or DEFAULT_EPS]
 
 
-def _check_eps(eps: Sequence[float], eps_sweep: Sequence[float]) -> None:
-    if not eps:
-        raise ValueError("eps must hold at least one budget, got none")
-    for one in (*eps, *eps_sweep):
-        if not 0 <= one <= 1:
-            raise ValueError(f"eps must lie in [0, 1], in pixel units of [0, 1] images such as 4/255, got {one}")
-
-
-@torch.no_grad()
-def _with_base_features(model: EvaluatedModel, batches: Mapping[int, AttackBatch]) -> dict[int, AttackBatch]:
-    """The batches with the base's clean features, which every measurement needs, where memory allows."""
-    if model.feature_view is None or not batches:
-        return dict(batches)
-    first = next(iter(batches.values()))
-    size = model.features(first.images[:1], None, exact=True).nbytes
-    if size * sum(len(batch.images) for batch in batches.values()) > MAX_CACHE_BYTES:
-        return dict(batches)
-    return {
-        number: dataclasses.replace(batch, base_features=model.features(batch.images, None, exact=True))
-        for number, batch in batches.items()
-    }
-
-
-@torch.no_grad()
-def _count_classes(model: EvaluatedModel, batches: Mapping[int, AttackBatch]) -> int | None:
-    if model.task != "classification":
-        return None
-    counts = gather_object([model.logits(batch.images[:1], None).shape[1] for batch in list(batches.values())[:1]])
-    return int(counts[0])
-
-
-def _settings(
-    model: EvaluatedModel, batches: Mapping[int, AttackBatch], *, batch_size: int, seed: int
-) -> dict[str, Any]:
-    """What the outcome of every cell depends on; JSON values."""
-    images = gather_object(
-        [
-            (number, digest([batch.images, batch.index] + ([] if batch.labels is None else [batch.labels])))
-            for number, batch in batches.items()
-        ]
-    )
-    return {
-        "model": model_settings(model),
-        "defended_tokens": digest([model.tokens]),
-        "images": [sha for _, sha in sorted(images)],
-        "ignore_index": next(iter(batches.values())).ignore_index if batches else None,
-        "batch_size": batch_size,
-        "seed": seed,
-        "package_version": __version__,
-    }
-
-
 @contextmanager
 def _folder(output_dir: str | os.PathLike[str] | None) -> Iterator[Path]:
     """The folder to work in, the same on every process; one that goes afterwards if none is given."""
     if output_dir is not None:
         yield Path(output_dir)
         return
-    state = PartialState()
+    state = process_state()
     with tempfile.TemporaryDirectory() as own:
         (name,) = broadcast_object_list([own])
         yield Path(name)

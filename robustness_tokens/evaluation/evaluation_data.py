@@ -9,10 +9,10 @@ from typing import Any
 
 import datasets
 import torch
-from accelerate import PartialState
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ..acceleration import process_state
 from ..data import ImageDataset, validate_images
 from ..preprocessing import ImageTransform, processor_image_size
 from ..segmentation_data import SegmentationDataset
@@ -90,7 +90,7 @@ def load_batches(
     Raises:
         ValueError: If images can't be read or are not in [0, 1], or labels are missing or of the wrong shape.
     """
-    state = PartialState()
+    state = process_state()
     batches = {}
     for number, chunk in enumerate(rows.split(batch_size)):
         if number % state.num_processes == state.process_index:

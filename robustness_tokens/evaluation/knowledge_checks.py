@@ -60,7 +60,8 @@ def grey_box(measurements: Measurements) -> Finding:
         each = (f"{attack_in_words(cell)} {in_words(score(outcome, metric), metric)}" for cell, outcome in at_eps)
         every = in_words(worst(measurements, at_eps, metric), metric)
         found.append(f"at {eps_in_words(eps)} worst case {every}: {', '.join(each)}")
-    if not any(cell.attack.name.startswith(("apgd", "auto_attack")) for cell, _ in chosen):
+    classifies = measurements.model.task == "classification"
+    if classifies and not any(cell.attack.name.startswith(("apgd", "auto_attack")) for cell, _ in chosen):
         found.append("APGD and AutoAttack not among them")
     return None, f"{metric} {'; '.join(found)}"
 

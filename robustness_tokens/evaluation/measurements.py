@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -74,7 +75,9 @@ class Measurements:
         """
         outcomes = [outcome for _, outcome in chosen]
         count = len(outcomes[0]["pixel_difference"])
-        return worst_outcome([*outcomes, {name: value[:count] for name, value in self.clean.items()}], tokens)
+        clean = {name: value[:count] for name, value in self.clean.items()}
+        parts = ([*(outcomes[row] for row in rows), clean] for rows in _parts([cell for cell, _ in chosen]))
+        return worst_outcome([*outcomes, clean], tokens, parts=parts)
 
     def results(self) -> list[Result]:
         """The numbers: clean, the worst cases, then each attack; the worst cases of the sweep over eps last."""
@@ -180,6 +183,18 @@ def _tokens_of(outcome: Outcome) -> list[TokensInPlace]:
     return [tokens for tokens in get_args(TokensInPlace) if tokens in measured]
 
 
+def _parts(cells: Sequence[Cell]) -> list[list[int]]:
+    """Rows of the cells of a level or a view, of one attack or of all that push features away: what has a worst case
+    of its own in a report. Those of a part of the cells are parts of the cells."""
+    parts: dict[tuple[str, ...], list[int]] = {}
+    for row, cell in enumerate(cells):
+        whose = ("", f"level {cell.view.knowledge}", f"view {cell.view.name}")
+        which = ("", f"attack {cell.attack.name}", *(["targeted"] if cell.attack.target else []))
+        for part in itertools.product(whose, which):
+            parts.setdefault(part, []).append(row)
+    return [list(rows) for rows in dict.fromkeys(map(tuple, parts.values())) if 1 < len(rows) < len(cells)]
+
+
 def _name(cell: Cell) -> str:
     target = f":{cell.attack.target}" if cell.attack.target else ""
     return f"{cell.attack.name}{target} ({cell.view.name})"
@@ -188,8 +203,11 @@ def _name(cell: Cell) -> str:
 def own_token_lengths(cells: Sequence[Cell]) -> list[int]:
     """How many tokens are in each set that the attacker trained and attacks through in these cells."""
     views = (cell.view for cell in cells if cell.view.knowledge == "own_tokens")
-    sets = {id(tokens): len(tokens) for view in views for tokens in view.tokens if tokens is not None}
-    return list(sets.values())
+    sets = {view.name: [len(tokens) for tokens in view.tokens if tokens is not None] for view in views}
+    # An ensemble is of all the sets that there are.
+    return max(
+        [[length for lengths in sets.values() if len(lengths) == 1 for length in lengths], *sets.values()], key=len
+    )
 
 
 def _series(cell: Cell) -> dict[str, str]:

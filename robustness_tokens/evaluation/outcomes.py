@@ -6,7 +6,8 @@ one entry per image. Shapes: n or B images, C classes, H and W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from typing import TypeAlias
 
 import torch
@@ -77,17 +78,21 @@ def measure_outcome(
     return {name: value.cpu() for name, value in outcome.items()}
 
 
-def worst_outcome(outcomes: Sequence[Outcome], tokens: str = "trained") -> dict[str, Tensor]:
+def worst_outcome(
+    outcomes: Sequence[Outcome], tokens: str = "trained", *, parts: Iterable[Sequence[Outcome]] = ()
+) -> dict[str, Tensor]:
     """The worst that any of these attacks did to each image, each metric on its own.
 
     Args:
         outcomes: Of the same n images.
         tokens: Name of the tokens that were in the model.
+        parts: Some of the outcomes each, whose worst case has an mIoU of its own: that of all is never above it.
 
     Returns:
         What was measured with these tokens, under the same names: `cosine`, `correct`, and of a segmentation
         `image_iou`, the lowest of each image, and the `intersections` and `unions` that make the lowest mIoU of the
-        data set: those of the attack that hurts an image's own IoU most, or all of one attack where that is lower.
+        data set: those of the attack that hurts an image's own IoU most, of all attacks or of a part of them, or all
+        of one attack, whichever is lowest.
     """
     worst = {}
     for metric in ("cosine", "correct"):
@@ -96,17 +101,24 @@ def worst_outcome(outcomes: Sequence[Outcome], tokens: str = "trained") -> dict[
             worst[name] = worst_case(*(outcome[name] for outcome in outcomes))
     if f"{tokens}.unions" in outcomes[0]:
         counts = [_iou_counts(outcome, tokens) for outcome in outcomes]
-        ious = torch.stack([image_ious(one) for one in counts])  # (attacks, n); NaN for all attacks or for none
-        rows, images = ious.nan_to_num(nan=0.0).argmin(dim=0), torch.arange(ious.shape[1])
-        image_by_image = IoUCounts(
-            torch.stack([one.intersections for one in counts])[rows, images],
-            torch.stack([one.unions for one in counts])[rows, images],
-        )
-        # An image's own IoU weighs its classes otherwise than the data set's does.
-        lowest = min([image_by_image, *counts], key=mean_iou)
-        worst[f"{tokens}.image_iou"] = ious[rows, images]
+        image_by_image = _image_by_image(counts)
+        of_parts = (_image_by_image([_iou_counts(outcome, tokens) for outcome in part]) for part in parts)
+        # An image's own IoU weighs its classes otherwise than the data set's does, so that neither one attack nor a
+        # part of them need leave more than what is worst for each image.
+        lowest = min(chain([image_by_image], counts, of_parts), key=mean_iou)
+        worst[f"{tokens}.image_iou"] = image_ious(image_by_image)
         worst[f"{tokens}.intersections"], worst[f"{tokens}.unions"] = lowest.intersections, lowest.unions
     return worst
+
+
+def _image_by_image(counts: Sequence[IoUCounts]) -> IoUCounts:
+    """Of each image the counts of the attack that hurts its own IoU most."""
+    ious = torch.stack([image_ious(one) for one in counts])  # (attacks, n); NaN for all attacks or for none
+    rows, images = ious.nan_to_num(nan=0.0).argmin(dim=0), torch.arange(ious.shape[1])
+    return IoUCounts(
+        torch.stack([one.intersections for one in counts])[rows, images],
+        torch.stack([one.unions for one in counts])[rows, images],
+    )
 
 
 def summarize(outcome: Outcome, tokens: str, *, seed: int) -> list[tuple[Task, Metric, float, Interval]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,13 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..acceleration import process_state, share_from_main
 from ..attack_once import make_adversarial_pairs
 from ..backbones import find_layer_stack, layer_fingerprint, vision_trunk
 from ..hub import fetch_adapter, holds_adapter, read_config, read_tokens
 from ..injection import remove_tokens
 from ..modeling import RobustnessTokenModel
-from ..report.markdown import format_setting
-from ..report.strict import MAX_NAME
 from ..trainer import RobustnessTokenTrainer
 from ..training_args import RobustnessTokenTrainingArguments
 from ..training_data import describe_dataset
@@ -42,6 +42,19 @@ class OwnTokensSpec:
     seed: int
     num_robustness_tokens: int
     dataset: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnTokens:
+    """What a training run of the attacker gave.
+
+    Attributes:
+        tokens: (K, D).
+        training: How they were trained, as in the `training` of an adapter's config.
+    """
+
+    tokens: Tensor
+    training: dict[str, Any]
 
 
 def own_tokens_specs(
@@ -84,8 +97,10 @@ def train_own_tokens(
     num_adversarial_pairs: int | None = None,
     overrides: Mapping[str, Any] | None = None,
     disable_tqdm: bool = False,
-) -> list[Tensor]:
+) -> list[OwnTokens]:
     """Trains tokens by the defender's recipe, on a copy of the base; what is there already is not trained again.
+
+    All processes call it, and train together.
 
     Args:
         model: The defended model; its base is copied and its tokens are not looked at.
@@ -98,7 +113,7 @@ def train_own_tokens(
         disable_tqdm: No progress bars.
 
     Returns:
-        For each spec its tokens, (K, D).
+        For each spec its tokens.
 
     Raises:
         ValueError: If what the features of the model are is not known, so that nothing can be trained on them.
@@ -113,11 +128,13 @@ def train_own_tokens(
     folder = output_dir / _key(model, base, values, datasets, num_adversarial_pairs)
     prepared: dict[int, Any] = {}
     trained = []
+    state = process_state()
     for spec in specs:
         run = folder / f"seed-{spec.seed}-tokens-{spec.num_robustness_tokens}-dataset-{spec.dataset}"
-        if holds_adapter(run):  # which is written when a run is over
-            adapter = fetch_adapter(run)
-            trained.append(read_tokens(adapter, read_config(adapter)))
+        # A process may see a file that another doesn't see yet, and would train alone.
+        stored = share_from_main(functools.partial(_read_run, run), state)
+        if stored is not None:
+            trained.append(stored)
             continue
         args = RobustnessTokenTrainingArguments(
             **{**values, "output_dir": str(run), "overwrite_output_dir": True, "seed": spec.seed}
@@ -133,32 +150,18 @@ def train_own_tokens(
             trainer = RobustnessTokenTrainer(attacker, args, prepared[spec.dataset])
             trainer.train()
             trainer.save_model()
-            trained.append(attacker.robustness_tokens.detach().clone())
+            tokens = attacker.robustness_tokens.detach().clone()
+            trained.append(OwnTokens(tokens=tokens, training=dict(attacker.config.training or {})))
     return trained
 
 
-def describe_training(
-    model: EvaluatedModel,
-    datasets: Sequence[Any],
-    *,
-    num_adversarial_pairs: int | None = None,
-    overrides: Mapping[str, Any] | None = None,
-) -> list[str]:
-    """How [`train_own_tokens`] trains with these arguments, in words: where it departs from the defender's recipe.
-
-    An attacker who trains otherwise than the defender may well find less than one who doesn't.
-    """
-    recipe, defaults = _recipe(model), RobustnessTokenTrainingArguments(output_dir="").recipe()
-    words = ["by the recipe" if recipe else "by the package's defaults, as the recipe is not known"]
-    values = defaults | recipe
-    for name, value in (overrides or {}).items():
-        # The others don't determine the tokens, and each set has a seed of its own.
-        if name in values and name != "seed" and value != values[name]:
-            was, instead = format_setting(name, values[name]), format_setting(name, value)
-            words.append(f"but with {name}={instead} instead of {was}"[:MAX_NAME])
-    attack_through = {**values, **(overrides or {})}["attack_through"]
-    counts = (_count_pairs(dataset, num_adversarial_pairs, attack_through) for dataset in datasets)
-    return words + [f"on {count:,} images attacked once for all sets" for count in counts if count is not None]
+def _read_run(folder: Path) -> OwnTokens | None:
+    """What a run left, or None if it isn't over: its adapter is written last."""
+    if not holds_adapter(folder):
+        return None
+    adapter = fetch_adapter(folder)
+    config = read_config(adapter)
+    return OwnTokens(tokens=read_tokens(adapter, config), training=dict(config.training or {}))
 
 
 def _count_pairs(dataset: Any, num_adversarial_pairs: int | None, attack_through: str) -> int | None:
@@ -192,13 +195,17 @@ def _base_of(model: EvaluatedModel) -> Any:
     return model.model if model.adapter is None else model.adapter.get_base_model()
 
 
+def defenders_recipe(model: EvaluatedModel) -> dict[str, Any]:
+    """All that the config of the defender's adapter says of its training."""
+    return dict((None if model.adapter is None else model.adapter.config.training) or {})
+
+
 def _recipe(model: EvaluatedModel) -> dict[str, Any]:
     """The defender's training arguments, which are in every adapter's config; the package's own if there are none."""
-    recipe = (None if model.adapter is None else model.adapter.config.training) or {}
     # And nothing else that a config from the Hub may name, such as a folder to resume from or a tracker to report to.
     known = RobustnessTokenTrainingArguments(output_dir="").recipe().keys()
     # The image size that a recipe names may be that of ready images, which take none; the image processor knows it.
-    return {key: value for key, value in recipe.items() if key in known - {"image_size"}}
+    return {key: value for key, value in defenders_recipe(model).items() if key in known - {"image_size"}}
 
 
 def _identity(dataset: Any) -> str | None:

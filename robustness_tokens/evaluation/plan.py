@@ -8,7 +8,8 @@ import logging
 import math
 from collections.abc import Sequence
 
-from .attack_suite import ATTACKS, Attack, paper_attack_eps
+from ..pairs_info import paper_attack_eps
+from .attack_suite import ATTACKS, Attack
 from .budgets import Budget, build_attack, select_attacks
 from .cells import Cell, Series
 from .threat_models import AttackerView, EvaluatedModel, Knowledge
@@ -74,7 +75,11 @@ def plan_cells(
                 continue
             if _fits(attack, view, model, num_classes=num_classes, is_named=attacks is not None):
                 is_paper = attack.name.startswith("paper")
-                every_eps = [paper_attack_eps(model.normalizer.image_std, on_grid=on_grid)] if is_paper else eps
+                every_eps = (
+                    [paper_attack_eps(model.normalizer.image_std.flatten().tolist(), on_grid=on_grid)]
+                    if is_paper
+                    else eps
+                )
                 attack = _without_surplus(attack, num_classes)
                 cells += [
                     Cell(series="suite", view=view, attack=attack, eps=one, num_images=num_images) for one in every_eps
