@@ -121,11 +121,16 @@ def plot_trade_off(rows: Sequence[Mapping[str, Any]], path: Target, *, eps: floa
     figure = _figure(8.4, 4.6)
     all_axes = figure.subplots(1, 2, sharex=True, sharey=True)
     for axes, (key, title) in zip(all_axes, panels, strict=True):
+        numbers: dict[tuple[float, float], list[str]] = {}  # several ways may end at the same point
         for number, way in enumerate(ways, start=1):
             of_way = [row for row in rows if row["way"] == way]
             clean, attacked = (float(np.mean([float(row[name]) for row in of_way])) for name in ("clean", key))
             axes.plot(clean, attacked, "o", color=_LINES[0][0], markersize=5, label=f"{number}  {way}")
-            axes.annotate(str(number), (clean, attacked), xytext=(4, 4), textcoords="offset points", fontsize=9)
+            numbers.setdefault((round(clean, 3), round(attacked, 3)), []).append(str(number))
+        for point, there in numbers.items():
+            # A longer label goes where the neighbours' are not.
+            place = {"xytext": (4, 4)} if len(there) == 1 else {"xytext": (-4, -5), "ha": "right", "va": "top"}
+            axes.annotate(", ".join(there), point, textcoords="offset points", fontsize=9, **place)
         axes.set_title(f"the attacker {title}", loc="left", fontsize=10)
         axes.set_xlabel("accuracy on clean images")
         axes.margins(0.12)
