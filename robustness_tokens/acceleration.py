@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
 from collections.abc import Callable, Mapping
@@ -9,7 +10,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import (
     DataLoaderConfiguration,
@@ -22,6 +23,8 @@ from accelerate.utils.environment import parse_flag_from_env
 
 from .training_args import RobustnessTokenTrainingArguments
 
+
+logger = logging.getLogger(__name__)
 
 LOG_FOLDER = "logs"
 
@@ -78,12 +81,21 @@ def build_accelerator(args: RobustnessTokenTrainingArguments) -> Accelerator:
     return accelerator
 
 
-def share_from_main(function: Callable[[], Any], accelerator: Accelerator) -> Any:
+def process_state() -> PartialState:
+    """What the process is among those that were launched together, where there is no Accelerator to ask.
+
+    Accelerate alone reads how long they wait for each other, and whether they shall leave GPUs be, only for an
+    Accelerator; and what it finds first it keeps.
+    """
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), **PROCESS_GROUP.to_kwargs())
+
+
+def share_from_main(function: Callable[[], Any], accelerator: Accelerator | PartialState) -> Any:
     """What a function returns on the main process, on every process: the others may have no access to its disk.
 
     Args:
         function: Called on the main process alone.
-        accelerator: From [`build_accelerator`].
+        accelerator: From [`build_accelerator`], or [`process_state`].
 
     Raises:
         Exception: On every process, what the function raised, so that none waits for another in vain; on the others
@@ -131,6 +143,15 @@ def finish_trackers(accelerator: Accelerator) -> None:
     """Ends the run in every tracker, whose last rows are written then; no other process is waited for."""
     while accelerator.trackers:
         accelerator.trackers.pop(0).finish()
+
+
+def abandon_trackers(accelerator: Accelerator) -> None:
+    """Ends what trackers are left where another error is on its way, which theirs, only logged, must not replace."""
+    while accelerator.trackers:
+        try:
+            finish_trackers(accelerator)
+        except Exception as exc:
+            logger.warning("A tracker could not be ended: %s: %s", type(exc).__name__, exc)
 
 
 def _sendable(exc: Exception) -> Exception:

@@ -8,6 +8,7 @@ beside it, which says how they were made; on the Hub the images are PNG.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -99,6 +100,22 @@ class AdversarialPairs(Dataset[dict[str, Any]]):
     def without_baseline(self) -> AdversarialPairs:
         """The same pairs for a cosine along the other axis, which the stored one says nothing of."""
         return AdversarialPairs(self.stored, self.info, with_baseline=False)
+
+    def digest(self) -> str:
+        """What tells these pairs from others, here and on the Hub; 64 hexadecimal digits.
+
+        It covers the index and the baseline cosine of every pair, which follows from all pixels of both images and is
+        quickly read, and the pixels of the first and the last pair.
+        """
+        content = hashlib.sha256()
+        columns = self.stored.select_columns(["index", "baseline_cosine"]).with_format("numpy")[:]
+        for name, dtype in (("index", "<i8"), ("baseline_cosine", "<f4")):
+            content.update(np.asarray(columns[name], dtype=dtype).tobytes())
+        for row in range(len(self))[:: max(1, len(self) - 1)]:
+            stored = self.stored[row]
+            for column in ("image", "adversarial_image"):
+                content.update(self._pixels(row, stored[column]).tobytes())
+        return content.hexdigest()
 
     def _pixels(self, row: int, stored: Any) -> np.ndarray[Any, np.dtype[np.uint8]]:
         height, width = self.info.image_size

@@ -191,8 +191,13 @@ def _start(folder: Path, info: PairsInfo, images: Dataset[Any], *, overwrite: bo
     }
     if (path := find_pairs(folder)) is None:
         found = set(folder.iterdir())
-        if found - own or (found and not overwrite):  # a replacement that was cut short left what is its own
+        if found - own:
             raise ValueError(f"output_dir {str(folder)!r} holds something else than adversarial pairs: choose another")
+        if found and not overwrite:  # a replacement that was cut short left them
+            raise ValueError(
+                f"output_dir {str(folder)!r} holds files of adversarial pairs, but no {INFO_FILE} that says how they "
+                "were made: set overwrite_output_dir=True to replace them, or choose another"
+            )
     else:
         stored = PairsInfo.from_dict(read_json(path))
         differing = _differences(dataclasses.asdict(stored), dataclasses.asdict(info))

@@ -85,7 +85,8 @@ def save_checkpoint(
         optimizer: Holds the tokens as its only parameter.
         settings: What a resumed run must have in common with this one; must be JSON.
         state: What else a resumed run needs; must be JSON.
-        save_total_limit: Keep only so many checkpoints, the newest.
+        save_total_limit: Keep only so many checkpoints, the newest; those beyond `step` go first, since a run that
+            went back to an earlier checkpoint has left them behind.
 
     Returns:
         The checkpoint's folder.
@@ -122,7 +123,8 @@ def save_checkpoint(
             "room, or mend the permissions, and go on with resume_from_checkpoint=True",
         ) from exc
     if save_total_limit is not None:
-        for _, old in list_checkpoints(output_dir)[:-save_total_limit]:
+        oldest_first = sorted(list_checkpoints(output_dir), key=lambda found: (found[0] <= step, found[0]))
+        for _, old in oldest_first[:-save_total_limit]:
             # Hidden first, so that a run killed in between leaves no half of it under its own name.
             shutil.rmtree(old.rename(output_dir / f".{old.name}.part"))
     return final

@@ -27,9 +27,23 @@ class LastGoodTokens:
         self._kept = (self._model.robustness_tokens.detach().clone(), step)
 
     @torch.no_grad()
+    def are_broken(self, pixel_values: Tensor, *, mixed_precision: MixedPrecision, accelerator: Accelerator) -> bool:
+        """Whether the tokens in the model, and not the base alone, make features that are not finite.
+
+        Args:
+            pixel_values: (B, 3, H, W) normalised images of this process.
+            mixed_precision: Of the training.
+            accelerator: Of the training; all processes are told the same.
+        """
+        broken = not _are_finite(compute_features(self._model, pixel_values, mixed_precision=mixed_precision))
+        if broken:
+            broken = _are_finite(base_features(self._model, pixel_values, mixed_precision=mixed_precision))
+        return bool(accelerator.reduce(torch.tensor(float(broken), device=pixel_values.device)) > 0)
+
+    @torch.no_grad()
     def go_back(
         self, pixel_values: Tensor, *, step: int, mixed_precision: MixedPrecision, accelerator: Accelerator
-    ) -> int:
+    ) -> int | None:
         """Puts the kept tokens back, unless those in the model are as good, and the base alone is at fault.
 
         Args:
@@ -39,15 +53,19 @@ class LastGoodTokens:
             accelerator: Of the training; all processes do the same.
 
         Returns:
-            The step after which the model had the tokens that it has now.
+            The step after which the model had the tokens that it has now; None where they are broken, and none are
+            kept, as in a run that began with them.
         """
         tokens = self._model.robustness_tokens
-        output = compute_features(self._model, pixel_values, mixed_precision=mixed_precision)
-        target = base_features(self._model, pixel_values, mixed_precision=mixed_precision)
-        broken = target.isfinite().all() and not output.isfinite().all()
-        broken_anywhere = accelerator.reduce(torch.tensor(float(broken), device=output.device))
-        if self._kept is None or (broken_anywhere == 0 and tokens.isfinite().all()):
+        broken = self.are_broken(pixel_values, mixed_precision=mixed_precision, accelerator=accelerator)
+        if not broken and tokens.isfinite().all():
             return step
+        if self._kept is None:
+            return None
         kept, step_of_kept = self._kept
         tokens.copy_(kept)
         return step_of_kept
+
+
+def _are_finite(values: Tensor) -> bool:
+    return bool(values.isfinite().all())

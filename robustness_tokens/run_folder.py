@@ -9,16 +9,22 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
+from transformers import PreTrainedModel
 
-from .checkpoints import Checkpoint, find_checkpoint, is_own_checkpoint, list_checkpoints
+from . import __version__
+from .checkpoints import STATE_FILE, Checkpoint, find_checkpoint, is_own_checkpoint, list_checkpoints
 from .configuration import RobustnessTokenConfig
 from .hub import remove_report
 from .modeling import RobustnessTokenPreTrainedModel
-from .training_args import SPEEDUP_ARGUMENTS, RobustnessTokenTrainingArguments
+from .speedups import choose_attention
+from .training_args import RobustnessTokenTrainingArguments
 from .training_log import EVAL_LOG_COLUMNS, EVAL_LOG_FILE, LOG_FILE, read_log, start_log
 
 
 logger = logging.getLogger(__name__)
+
+_STATE = {"rounding", "position", "previous_recipe", "scheduler", "callbacks"}  # what the trainer stores
 
 
 class RunSoFar(NamedTuple):
@@ -64,21 +70,34 @@ def resume_settings(
 def rounding_settings(
     model: RobustnessTokenPreTrainedModel, args: RobustnessTokenTrainingArguments, *, device: torch.device
 ) -> dict[str, Any]:
-    """What a resumed run must have in common with the one it resumes to end with the same bits; JSON.
+    """What a resumed run must have in common with the one it resumes to end with the same bits, as in effect; JSON.
 
     Args:
         model: That is trained.
         args: Of the training.
         device: That it is trained on.
     """
-    base = model.get_base_model()
+    base, on_cpu = model.get_base_model(), device.type == "cpu"
+    half_precision = args.mixed_precision == "bf16"
+    attention = choose_attention(args.train_attn_implementation, device=device, half_precision=half_precision)
     return {
-        **{name: getattr(args, name) for name in SPEEDUP_ARGUMENTS},
-        "attn_implementation": getattr(base.config, "_attn_implementation", None),
+        "torch_compile": args.torch_compile,
+        "onednn": args.onednn and on_cpu,
+        "attn_implementation": attention or _own_attention(base),
         "dtype": str(next(base.parameters()).dtype),
         "device": device.type,
+        "num_threads": torch.get_num_threads() if on_cpu else None,
         "torch": torch.__version__,
+        "package": __version__,
     }
+
+
+def _own_attention(base: nn.Module) -> str:
+    """The attention of all parts of a base, of transformers or timm."""
+    modules = list(base.modules())
+    found = {str(module.config._attn_implementation) for module in modules if isinstance(module, PreTrainedModel)}
+    found |= {"sdpa" if module.fused_attn else "eager" for module in modules if hasattr(module, "fused_attn")}
+    return ", ".join(sorted(found))
 
 
 def read_run(
@@ -97,13 +116,18 @@ def read_run(
         shape: Of the tokens, (K, D).
 
     Raises:
-        ValueError: If its checkpoint doesn't fit, or is beyond `args.max_steps`.
+        ValueError: If its checkpoint doesn't fit, or lacks what the trainer stores, or is beyond `args.max_steps`.
     """
     checkpoint = find_checkpoint(Path(args.output_dir), args.resume_from_checkpoint, settings=settings, shape=shape)
     if checkpoint is None:
         return RunSoFar(None, [], [])
     if checkpoint.step > args.max_steps:
         raise ValueError(f"{checkpoint.folder} is beyond max_steps={args.max_steps}: raise it, or start anew")
+    if missing := sorted(_STATE - set(checkpoint.state)):
+        raise ValueError(
+            f"{checkpoint.folder} has no {missing} in {STATE_FILE}: another version of this package wrote it; resume "
+            "with that version, or train anew, by overwrite_output_dir=True without resume_from_checkpoint"
+        )
     stored = checkpoint.state["rounding"]
     if differing := sorted(name for name in {*stored, *rounding} if stored.get(name) != rounding.get(name)):
         changes = ", ".join(f"{name}: {stored.get(name)!r} -> {rounding.get(name)!r}" for name in differing)

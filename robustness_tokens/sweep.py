@@ -165,7 +165,10 @@ def run_sweep(
             sweep_args.sweep_num_tokens, sweep_args.sweep_learning_rates, sweep_args.sweep_seeds
         )
     ]
-    finished = share_from_main(lambda: find_finished(args, wanted, template, train_pairs), accelerator)
+    finished = share_from_main(
+        lambda: find_finished(args, wanted, template, train_pairs, num_processes=accelerator.num_processes),
+        accelerator,
+    )
     rows: list[SweepRow] = []
     # What is finished comes first, so that the CSV is never without it for longer than it takes to measure.
     for combination in [*finished, *(one for one in wanted if one not in finished)]:
@@ -251,7 +254,7 @@ def _measure(
     first, last = log[0], log[-1]
     # The first step is slower than the others, where there are others.
     seconds, steps = last["seconds"] - first["seconds"], last["step"] - first["step"]
-    return SweepRow(
+    row = SweepRow(
         num_robustness_tokens=member.config.num_robustness_tokens,
         learning_rate=args.learning_rate,
         seed=args.seed,
@@ -262,6 +265,9 @@ def _measure(
         train_adversarial_cosine=statistics.fmean(row["adversarial_cosine"] for row in last_tenth),
         seconds_per_step=seconds / steps if steps else last["seconds"] / last["step"],
     )
+    if not all(math.isfinite(value) for value in dataclasses.astuple(row)):
+        raise FloatingPointError(f"what was measured on the pairs held out is not finite ({row})")
+    return row
 
 
 def _write(folder: Path, rows: Sequence[SweepRow]) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -15,7 +15,7 @@ from .configuration import RobustnessTokenConfig
 from .hub import AdapterFolder, holds_adapter, read_config, read_tokens
 from .modeling import RobustnessTokenPreTrainedModel
 from .training_args import RobustnessTokenTrainingArguments
-from .training_data import describe_dataset
+from .training_data import describe_dataset, describe_image_size
 from .training_log import LOG_FILE, read_log
 
 
@@ -32,7 +32,8 @@ class Combination(NamedTuple):
     @property
     def folder_name(self) -> str:
         """Where it lies in the folder of the sweep."""
-        return f"tokens-{self.num_tokens}_lr-{self.learning_rate:.15g}_seed-{self.seed}"
+        learning_rate = repr(float(self.learning_rate)).removesuffix(".0")  # no two have the same
+        return f"tokens-{self.num_tokens}_lr-{learning_rate}_seed-{self.seed}"
 
 
 def config_of(template: RobustnessTokenConfig, num_tokens: int) -> RobustnessTokenConfig:
@@ -58,6 +59,8 @@ def find_finished(
     wanted: Sequence[Combination],
     template: RobustnessTokenConfig,
     pairs: AdversarialPairs,
+    *,
+    num_processes: int,
 ) -> list[Combination]:
     """The combinations that need no training; says which of an earlier sweep's were trained otherwise.
 
@@ -66,6 +69,7 @@ def find_finished(
         wanted: What is asked for now.
         template: Of the model that gives the sweep its base.
         pairs: To train on.
+        num_processes: To train with, on which the images of a step depend.
 
     Returns:
         Those of earlier sweeps, then those wanted, unless `args.overwrite_output_dir` trains these anew.
@@ -73,6 +77,11 @@ def find_finished(
     Raises:
         ValueError: If an adapter in the folder is damaged.
     """
+    known = {
+        "num_processes": num_processes,
+        "image_size": describe_image_size(pairs.info.image_size),
+        "dataset": describe_dataset(pairs),
+    }
     found = []
     for path in sorted(Path(args.output_dir).glob("tokens-*_lr-*_seed-*")):
         if not holds_adapter(path):
@@ -86,7 +95,7 @@ def find_finished(
     others = [one for one in found if one not in wanted]
     candidates = others if args.overwrite_output_dir else [*others, *wanted]
     finished = [
-        one for one in candidates if _is_finished(config_of(template, one.num_tokens), arguments_of(args, one), pairs)
+        one for one in candidates if _is_finished(config_of(template, one.num_tokens), arguments_of(args, one), known)
     ]
     if left_out := [one.folder_name for one in others if one not in finished]:
         logger.warning(
@@ -96,20 +105,20 @@ def find_finished(
 
 
 def _is_finished(
-    config: RobustnessTokenConfig, args: RobustnessTokenTrainingArguments, pairs: AdversarialPairs
+    config: RobustnessTokenConfig, args: RobustnessTokenTrainingArguments, known: Mapping[str, Any]
 ) -> bool:
-    """Whether the folder holds the tokens that this training would give."""
+    """Whether the folder holds the tokens that this training would give; `known` is what no argument says of it."""
     folder = AdapterFolder(Path(args.output_dir), from_hub=False)
     log = read_log(folder.path / LOG_FILE, last_step=args.max_steps)
     if not holds_adapter(folder.path) or not log or log[-1]["step"] != args.max_steps:
         return False
     stored = read_config(folder)
-    expected = {**args.recipe(), "num_steps_done": args.max_steps, "dataset": describe_dataset(pairs)}
-    del expected["image_size"]  # which is the pairs' own, and not an argument
+    expected = {**args.recipe(), **known, "num_steps_done": args.max_steps}
     trained = stored.training or {}
     return (
         stored.base_model_fingerprint == config.base_model_fingerprint
         and stored.num_robustness_tokens == config.num_robustness_tokens
+        and stored.feature_view == config.feature_view
         and stored.similarity_axis == config.similarity_axis
         and stored.initializer_range == config.initializer_range
         and all(trained.get(name) == value for name, value in expected.items())

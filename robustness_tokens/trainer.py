@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, get_scheduler
 from transformers.trainer_utils import TrainOutput
 
-from .acceleration import build_accelerator, finish_trackers, share_from_main, start_trackers
+from .acceleration import abandon_trackers, build_accelerator, finish_trackers, share_from_main, start_trackers
 from .callbacks import (
     SIGTERM_EXIT_CODE,
     Termination,
@@ -43,6 +43,7 @@ from .training_data import (
     build_train_loader,
     check_patches,
     describe_dataset,
+    describe_image_size,
     find_image_shape,
     iterate_steps,
     prepare_train_dataset,
@@ -149,7 +150,8 @@ class RobustnessTokenTrainer:
             ValueError: If the checkpoint does not fit, or `args.output_dir` holds those of a training before and
                 neither `args.resume_from_checkpoint` nor `overwrite_output_dir` is set, or too many images are
                 unreadable, or the tokens are off, not float32, or not what is trained.
-            FloatingPointError: If the loss is not finite; the last good tokens stay in the model, and in output_dir.
+            FloatingPointError: If the loss is not finite, or the features with the tokens after the last step are not;
+                the last good tokens stay in the model, and in output_dir.
             OSError: If a checkpoint or the log can't be written; the checkpoints before are as they were.
             SystemExit: After SIGTERM.
         """
@@ -169,11 +171,11 @@ class RobustnessTokenTrainer:
                 mean_loss = self._run(position, features, optimizer, scheduler, termination)
                 share_from_main(lambda: finish_trackers(accelerator), accelerator)
             finally:
-                finish_trackers(accelerator)  # whose errors are no one's but the main process's here
                 optimizer.zero_grad()
                 self.model.train(was_training)
                 if args.dataloader_num_workers > 0:
                     accelerator.free_memory()  # which holds the loader, whose workers would live on
+                abandon_trackers(accelerator)  # of which some are left only if an error is on its way
         self._note_recipe(self.state.global_step)
         accelerator.wait_for_everyone()
         return TrainOutput(self.state.global_step, mean_loss, self.log_history[-1] if self.log_history else {})
@@ -230,6 +232,7 @@ class RobustnessTokenTrainer:
         num_batches = len(loader) if hasattr(self.train_dataset, "__len__") else None
         seconds_before = self.log_history[-1]["seconds"] if self.log_history else 0.0
         total_loss, first_step, start = 0.0, state.global_step, time.perf_counter()
+        checked_step = first_step
         with tqdm(
             total=args.max_steps,
             initial=state.global_step,
@@ -245,7 +248,7 @@ class RobustnessTokenTrainer:
                 try:
                     metrics = self._step(batches, features, optimizer)
                 except FloatingPointError as exc:
-                    raise self._stop(batches, exc) from exc
+                    raise self._stop(batches, exc, step=state.global_step + 1) from exc
                 scheduler.step()
                 state.global_step += 1
                 state.epoch = position[0] + (position[1] / num_batches if num_batches else 0)
@@ -257,7 +260,10 @@ class RobustnessTokenTrainer:
                 )
                 progress_bar.update()
                 self._notify("on_step_end")
-                agree(self.control, termination.requested, accelerator)
+                terminated = agree(self.control, termination.requested, accelerator)
+                if terminated or self.control.should_training_stop or state.global_step == args.max_steps:
+                    self._check_tokens(batches)  # before they are saved
+                    checked_step = state.global_step
                 if self.control.should_log:
                     seconds = seconds_before + time.perf_counter() - start
                     row = {"step": state.global_step, **metrics, "learning_rate": learning_rate, "seconds": seconds}
@@ -269,6 +275,8 @@ class RobustnessTokenTrainer:
                 if self.control.should_save:
                     self._save_checkpoint(position, optimizer, scheduler)
                 terminated = agree(self.control, termination.requested, accelerator)
+            if checked_step != state.global_step:  # what ended the run came after that
+                self._check_tokens(batches)
             if terminated:
                 if self._saved_step != state.global_step:
                     self._save_checkpoint(position, optimizer, scheduler)
@@ -303,22 +311,36 @@ class RobustnessTokenTrainer:
             raise FloatingPointError("the tokens are not finite")
         return metrics
 
-    def _stop(self, batches: Sequence[Batch], reason: FloatingPointError) -> FloatingPointError:
-        """Ends a diverged run: puts the last good tokens back and saves them; returns the error to raise."""
-        step = self.state.global_step
+    def _check_tokens(self, batches: Sequence[Batch]) -> None:
+        """Stops where the last step broke the tokens: the loss is of those before it."""
+        if self._good_tokens.are_broken(
+            self._clean_images(batches), mixed_precision=self.args.mixed_precision, accelerator=self.accelerator
+        ):
+            reason = FloatingPointError("the features with its tokens are not finite")
+            raise self._stop(batches, reason, step=self.state.global_step)
+
+    def _clean_images(self, batches: Sequence[Batch]) -> Tensor:
+        """(B, 3, H, W) normalised, of the last batch."""
+        images: Tensor = self.normalizer(batches[-1]["images"].to(self.accelerator.device))
+        return images
+
+    def _stop(self, batches: Sequence[Batch], reason: FloatingPointError, *, step: int) -> FloatingPointError:
+        """Ends a run that diverged in a step: puts the last good tokens back and saves them; returns what to raise."""
         step_of_good = self._good_tokens.go_back(
-            self.normalizer(batches[-1]["images"].to(self.accelerator.device)),
-            step=step,
+            self._clean_images(batches),
+            step=self.state.global_step,
             mixed_precision=self.args.mixed_precision,
             accelerator=self.accelerator,
         )
         kept = "the tokens are as they were before training"
-        if step_of_good > 0:
+        if step_of_good is None:
+            kept = "no tokens are saved, since those it began with are broken: resume from an earlier checkpoint"
+        elif step_of_good > 0:
             self._note_recipe(step_of_good)
             self.save_model()
             kept = f"the tokens after step {step_of_good} are in the model and saved in {self.output_dir}"
         return FloatingPointError(
-            f"training stopped at step {step + 1}, because {reason}: {kept}. "
+            f"training stopped at step {step}, because {reason}: {kept}. "
             "Try a smaller learning_rate, mixed_precision='no', or other images"
         )
 
@@ -330,8 +352,7 @@ class RobustnessTokenTrainer:
         """The arguments' recipe with what the processes, the image processor and ready images add to it."""
         recipe = {**self.args.recipe(), "num_processes": self.accelerator.num_processes}
         if self._image_shape is not None:
-            height, width = self._image_shape
-            recipe["image_size"] = height if height == width else [height, width]
+            recipe["image_size"] = describe_image_size(self._image_shape)
         return recipe
 
     def _note_recipe(self, num_steps_done: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import datasets
@@ -160,8 +160,8 @@ def describe_dataset(dataset: Any) -> dict[str, Any]:
     """What is known of a dataset that was given to [`prepare_train_dataset`], for the recipe; must be JSON."""
     known: dict[str, Any] = {"num_images": len(dataset) if hasattr(dataset, "__len__") else None}
     if isinstance(dataset, AdversarialPairs):
-        noise = {name: getattr(dataset.info, name) for name in ("seed", "step", "batch_size", "mixed_precision")}
-        return {**dataset.info.dataset, **known, "adversarial_pairs": noise}
+        made = {name: getattr(dataset.info, name) for name in ("seed", "step", "batch_size", "mixed_precision")}
+        return {**dataset.info.dataset, **known, "adversarial_pairs": {**made, "digest": dataset.digest()}}
     if isinstance(dataset, datasets.Dataset | datasets.IterableDataset):
         info = dataset.info
         known |= {"name": info.dataset_name or info.builder_name, "config": info.config_name}
@@ -182,6 +182,12 @@ def find_image_shape(dataset: Dataset[Any]) -> tuple[int, int] | None:
         return (wide.shape[-2], wide.shape[-1]) if wide.shape == tall.shape else None
     first: Tensor = dataset[0]["images"]
     return first.shape[-2], first.shape[-1]
+
+
+def describe_image_size(image_shape: Sequence[int]) -> int | list[int]:
+    """Height and width in pixels as the recipe has them: one number if they are the same."""
+    height, width = image_shape
+    return height if height == width else [height, width]
 
 
 def check_patches(base: nn.Module, image_shape: tuple[int, int]) -> None:

@@ -205,7 +205,8 @@ def test_rounding_is_undone_where_it_leaves_the_budget(clean: int) -> None:
         ({"attack": "pgd", "eps": 1.9 / 255}, [0.2], 1),
         *(({"attack": "pgd", "eps": level / 255}, [0.2], level) for level in (2, 3, 4, 8, 16)),
         ({"attack": "paper"}, [0.229, 0.224, 0.225], 2),
-        ({"attack": "paper"}, [0.5, 0.5, 0.5], 4),
+        ({"attack": "paper"}, [0.25, 0.25, 0.25], 3),  # as its last step cuts towards black, a level more
+        ({"attack": "paper"}, [0.5, 0.5, 0.5], 5),
     ],
 )
 def test_the_budget_in_levels(attack: dict[str, Any], image_std: list[float], levels: int) -> None:
@@ -317,7 +318,7 @@ def test_a_replacement_that_was_cut_short_can_be_made_again(
     folder = Path(shutil.copytree(made["pgd"], tmp_path / "pairs"))
     (folder / INFO_FILE).unlink()
     (folder / ".shard-00000-of-00099.arrow.part").write_bytes(b"half")
-    with pytest.raises(ValueError, match="holds something else"):
+    with pytest.raises(ValueError, match=f"no {INFO_FILE}.*overwrite_output_dir=True"):
         make_adversarial_pairs(model, arguments(folder, **PGD), pictures(), images_per_shard=5)
     args = arguments(folder, **PGD, overwrite_output_dir=True)
     assert len(make_adversarial_pairs(model, args, pictures(), images_per_shard=5)) == NUM_IMAGES
@@ -438,6 +439,7 @@ def test_the_trainer_takes_the_folder_and_attacks_nothing(
         "step": 0,
         "batch_size": BATCH,
         "mixed_precision": "no",
+        "digest": load_adversarial_pairs(made[attack]).digest(),
     }
     assert recipe["dataset"]["num_images"] == NUM_IMAGES
     first, last = trainer.log_history[0], trainer.log_history[-1]
@@ -558,6 +560,41 @@ def test_the_command_line_knows_a_folder_of_pairs(made: dict[str, Path]) -> None
             load_train_dataset(DataArguments(dataset=str(made["pgd"]), **unused))
 
 
+@pytest.mark.parametrize("attack", ["pgd", "paper"])
+def test_the_digest_tells_pairs_apart(made: dict[str, Path], attack: str) -> None:
+    pairs = load_adversarial_pairs(made[attack])
+    assert pairs.digest() == load_adversarial_pairs(made[attack]).digest() == pairs.without_baseline().digest()
+    rows = range(NUM_IMAGES)
+    others = [
+        load_adversarial_pairs(made["paper" if attack == "pgd" else "pgd"]),
+        pairs.select(rows[:-1]),
+        pairs.select([0, 2, 1, *rows[3:]]),
+        AdversarialPairs(pairs.stored.map(lambda row, i: _first_pixel_changed(row, i), with_indices=True), pairs.info),
+        AdversarialPairs(pairs.stored.map(lambda row, i: _cosine_changed(row, i), with_indices=True), pairs.info),
+    ]
+    assert len({pairs.digest(), *(other.digest() for other in others)}) == 1 + len(others)
+    assert pairs.select(rows).digest() == pairs.digest()
+
+
+def _first_pixel_changed(row: dict[str, Any], index: int) -> dict[str, Any]:
+    return {"image": bytes([row["image"][0] ^ 1]) + row["image"][1:]} if index == 0 else {}
+
+
+def _cosine_changed(row: dict[str, Any], index: int) -> dict[str, Any]:
+    return {"baseline_cosine": row["baseline_cosine"] + 1e-6} if index == 5 else {}
+
+
+def test_a_run_on_other_pairs_is_not_resumed(
+    made: dict[str, Path], model: RobustnessTokenModel, make_base: BaseFactory, tmp_path: Path
+) -> None:
+    other = make_adversarial_pairs(model, arguments(tmp_path / "pairs", **PGD), pictures(255 - random_pixels()))
+    train(model, arguments(tmp_path / "run", save_steps=3), made["pgd"])
+    args = arguments(tmp_path / "run", max_steps=4, resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match=r"made by another run .*adversarial_pairs: .*digest"):
+        train(new_model(make_base("dinov2")), args, other)
+    assert train(new_model(make_base("dinov2")), args, made["pgd"]).state.global_step == 4
+
+
 # On the Hub
 
 PUSH = {"repo_id": "alice/pairs", "token": "hf_alice", "base_model_id": "alice/base"}
@@ -568,6 +605,7 @@ def test_pairs_come_back_from_the_hub_bit_for_bit(made: dict[str, Path], hub: Hu
         read = client("push_pairs_and_read_them", folder=str(made["pgd"]), **PUSH)
     pairs = load_adversarial_pairs(made["pgd"])
     assert len(read) == len(pairs)
+    assert {found["digest"] for found in read} == {pairs.digest()}
     for found, pair in zip(read, map(pairs.__getitem__, range(len(pairs))), strict=True):
         assert found["index"] == pair["index"]
         assert found["baseline_cosine"] == pair["baseline_cosine"]

@@ -1,4 +1,6 @@
 import csv
+import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -292,6 +294,13 @@ def test_tensorboard_gets_the_log_and_no_token(make: Make) -> None:
         assert [value for _, value in found] == pytest.approx([row[name] for row in history], abs=1e-6)
 
 
+class Terminate(TrainerCallback):
+    """Sends SIGTERM to its own process."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
 @pytest.fixture
 def fake_trackers(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
     """Packages of the name of wandb and trackio, and what they are given."""
@@ -339,6 +348,50 @@ def test_a_tracker_is_ended_where_the_training_fails(make: Make, fake_trackers: 
         trainer.train()
     assert fake_trackers["wandb"][-1] == ("finish",)
     assert trainer.accelerator.trackers == []
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error"),
+    [
+        ({"learning_rate": 1e30}, FloatingPointError),
+        ({"callbacks": [Terminate()]}, SystemExit),
+    ],
+)
+def test_the_error_of_a_tracker_does_not_replace_that_of_the_training(
+    make: Make,
+    fake_trackers: dict[str, list[Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    kwargs: dict[str, Any],
+    error: type[BaseException],
+) -> None:
+    trainer = make(report_to=["wandb", "trackio"], **kwargs)
+
+    def refuse(self: Any) -> None:
+        raise RuntimeError("no connection")
+
+    monkeypatch.setattr(tracking.WandBTracker, "finish", refuse)
+    with pytest.raises(error):
+        trainer.train()
+    assert "no connection" in caplog.text
+    assert fake_trackers["trackio"][-1] == ("finish",), "the others are ended all the same"
+    assert trainer.accelerator.trackers == []
+    assert not trainer.model.training
+    assert trainer.model.robustness_tokens.grad is None
+
+
+def test_the_error_of_a_tracker_at_the_end_is_raised(
+    make: Make, fake_trackers: dict[str, list[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: Any) -> None:
+        raise RuntimeError("no connection")
+
+    monkeypatch.setattr(tracking.WandBTracker, "finish", refuse)
+    trainer = make(report_to=["wandb", "trackio"])
+    with pytest.raises(RuntimeError, match="no connection"):
+        trainer.train()
+    assert fake_trackers["trackio"][-1] == ("finish",)
+    assert not trainer.model.training
 
 
 def test_the_error_of_a_tracker_is_not_hidden(

@@ -100,10 +100,18 @@ def test_a_checkpoint_before_the_first_step(tmp_path: Path) -> None:
 def test_save_total_limit(tmp_path: Path, limit: int | None) -> None:
     for steps in (2, 10, 9, 100):
         save(tmp_path, steps, save_total_limit=limit)
-    # By number: 9 comes before 10, and 100 last.
-    expected = [2, 9, 10, 100] if limit is None else [10, 100][-limit:]
+    # By number, 100 last; but what is beyond a step that is saved was of a run that went another way.
+    expected = [2, 9, 10, 100] if limit is None else [9, 100][-limit:]
     assert [steps for steps, _ in list_checkpoints(tmp_path)] == expected
     assert len(list(tmp_path.iterdir())) == len(expected)
+
+
+@pytest.mark.parametrize(("limit", "kept"), [(1, [4]), (2, [2, 4]), (3, [2, 4, 8])])
+def test_the_checkpoint_just_saved_is_never_over_the_limit(tmp_path: Path, limit: int, kept: list[int]) -> None:
+    for steps in (2, 4, 6, 8):
+        save(tmp_path, steps)
+    assert save(tmp_path, 4, save_total_limit=limit).is_dir()
+    assert [steps for steps, _ in list_checkpoints(tmp_path)] == kept
 
 
 def test_saving_again_replaces(tmp_path: Path) -> None:

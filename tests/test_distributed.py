@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.tracking import TensorBoardTracker
 from accelerate.utils import FullyShardedDataParallelPlugin
 from safetensors.torch import load_file, save_file
@@ -252,6 +252,63 @@ def test_what_the_main_process_cannot_write_leaves_no_other_waiting(tmp_path: Pa
     assert other == [f"RuntimeError: the main process failed: UnsendableError: {part} failed with 7" for part in parts]
 
 
+def attack_together(rank: int, folder: Path) -> None:
+    model = RobustnessTokenModel.from_base(build_base("dinov2"))
+    args = RobustnessTokenTrainingArguments(output_dir=str(folder / "pairs"), num_attack_steps=1, disable_tqdm=True)
+    pairs = make_adversarial_pairs(model, args, images(3), images_per_shard=3)
+    assert len(pairs) == 3
+    assert _process_group_timeout() >= timedelta(hours=3), "a process without a shard waits for the one that attacks"
+    PartialState().wait_for_everyone()
+
+
+def test_a_process_without_a_shard_waits_for_hours(tmp_path: Path) -> None:
+    run_together(2, attack_together, tmp_path)
+
+
+def _process_group_timeout() -> timedelta:
+    group = torch.distributed.distributed_c10d._get_default_group()
+    timeout: timedelta = group._get_backend(torch.device("cpu")).options._timeout
+    return timeout
+
+
+def fail_to_end_a_tracker(rank: int, folder: Path) -> None:
+    """Only the main process has a tracker, and its error must not part it from the other."""
+    run = build_trainer(folder / "run", report_to="tensorboard", max_steps=2, learning_rate=1e30)
+    with pytest.MonkeyPatch.context() as patch:
+        if rank == 0:
+            patch.setattr(TensorBoardTracker, "finish", fail_at("finish"))
+        with pytest.raises(FloatingPointError):
+            run.train()
+    run.accelerator.wait_for_everyone()
+
+
+def test_a_tracker_that_fails_after_a_divergence_parts_no_processes(tmp_path: Path) -> None:
+    run_together(2, fail_to_end_a_tracker, tmp_path)
+
+
+class BreakOnTheLast(TrainerCallback):
+    """After the last step the features of one process alone are not finite."""
+
+    def __init__(self, rank: int, model: Any) -> None:
+        self.rank, self.model = rank, model
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == args.max_steps and self.rank == 1:
+            self.model.robustness_tokens.data.fill_(1e30)
+
+
+def break_together(rank: int, folder: Path) -> None:
+    run = build_trainer(folder / "run", max_steps=2)
+    run.callback_handler.add_callback(BreakOnTheLast(rank, run.model))
+    with pytest.raises(FloatingPointError, match="tokens after step 1"):
+        run.train()
+    run.accelerator.wait_for_everyone()
+
+
+def test_tokens_that_break_the_features_of_one_process_stop_all(tmp_path: Path) -> None:
+    run_together(2, break_together, tmp_path)
+
+
 def sweep_together(rank: int, folder: Path) -> None:
     model = RobustnessTokenModel.from_base(build_base("dinov2"))
     args = RobustnessTokenTrainingArguments(
@@ -259,9 +316,9 @@ def sweep_together(rank: int, folder: Path) -> None:
     )
     rows = run_sweep(model, args, images(8), num_tokens=[2], seeds=[0], num_eval_pairs=3)
     (folder / f"rows-{rank}").write_text(to_csv(rows), encoding="utf-8")
-    group = torch.distributed.distributed_c10d._get_default_group()
-    timeout = group._get_backend(torch.device("cpu")).options._timeout
-    assert timeout >= timedelta(hours=3), "a process without a last shard waits for those that attack one"
+    assert _process_group_timeout() >= timedelta(hours=3), (
+        "a process without a last shard waits for those that attack one"
+    )
 
 
 def test_a_process_without_a_shard_of_a_sweep_waits_for_hours(tmp_path: Path) -> None:

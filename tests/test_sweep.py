@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import json
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,14 +14,17 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
 from robustness_tokens import attack_once, cli, plots, sweep, training_step
 from robustness_tokens.adversarial_pairs import load_adversarial_pairs
 from robustness_tokens.argument_parsing import parse_groups
+from robustness_tokens.attack_once import make_adversarial_pairs
 from robustness_tokens.hub import AdapterFolder, read_config, read_tokens
 from robustness_tokens.modeling import RobustnessTokenModel
 from robustness_tokens.sweep import CSV_FILE, FIGURE_FILE, PAIRS_FOLDER, SweepArguments, SweepRow, run_sweep
+from robustness_tokens.sweep_members import Combination
 from robustness_tokens.trainer import RobustnessTokenTrainer
 from robustness_tokens.training_args import (
     DataArguments,
@@ -36,8 +40,8 @@ GRID: dict[str, Any] = {"num_tokens": (1, 4), "learning_rates": (0.02,), "seeds"
 BaseFactory = Callable[..., Any]
 
 
-def pictures(count: int = 20) -> datasets.Dataset:
-    pixels = np.random.default_rng(11).integers(0, 256, (count, SIDE, SIDE, 3), dtype=np.uint8)
+def pictures(count: int = 20, *, seed: int = 11, side: int = SIDE) -> datasets.Dataset:
+    pixels = np.random.default_rng(seed).integers(0, 256, (count, side, side, 3), dtype=np.uint8)
     images = [Image.fromarray(one) for one in pixels]
     return datasets.Dataset.from_dict({"image": images}, features=datasets.Features({"image": datasets.Image()}))
 
@@ -214,6 +218,61 @@ def test_what_was_trained_by_another_recipe_is_left_out_and_said(
     assert "tokens-1_lr-0.02_seed-0, tokens-1_lr-0.02_seed-1, tokens-4_lr-0.02_seed-0" in caplog.text
 
 
+@pytest.mark.parametrize("changed", [{"seed": 12}, {"side": 2 * SIDE}], ids=["other images", "another size"])
+def test_what_was_trained_on_other_pairs_is_trained_anew(
+    swept: tuple[Path, list[SweepRow]],
+    make_base: BaseFactory,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    changed: dict[str, int],
+) -> None:
+    folder = Path(shutil.copytree(swept[0], tmp_path / "sweep", ignore=shutil.ignore_patterns(PAIRS_FOLDER)))
+    side = changed.get("side", SIDE)
+    pairs = make_adversarial_pairs(
+        new_model(make_base("dinov2")), arguments(tmp_path / "pairs", image_size=side), pictures(10, **changed)
+    )
+    rows = run_sweep(new_model(make_base("dinov2")), arguments(folder, image_size=side), pairs, **OTHER)
+    assert combinations(rows) == [(2, 0.02, 0)]
+    assert "tokens-1_lr-0.02_seed-0, tokens-1_lr-0.02_seed-1, tokens-4_lr-0.02_seed-0" in caplog.text
+    with pytest.raises(ValueError, match="holds an adapter"):
+        run_sweep(new_model(make_base("dinov2")), arguments(folder, image_size=side), pairs, **GRID)
+
+
+@pytest.mark.parametrize(("name", "value"), [("num_processes", 2), ("image_size", 32), ("feature_view", "cls")])
+def test_what_differs_in_the_config_is_no_finished_training(
+    swept: tuple[Path, list[SweepRow]], make_base: BaseFactory, tmp_path: Path, name: str, value: Any
+) -> None:
+    folder = Path(shutil.copytree(swept[0], tmp_path / "sweep"))
+    path = folder / "tokens-1_lr-0.02_seed-0" / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    (config if name == "feature_view" else config["training"])[name] = value
+    path.write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"tokens-1_lr-0\.02_seed-0 holds an adapter"):
+        run_sweep(new_model(make_base("dinov2")), arguments(folder), pictures(), **GRID)
+
+
+def test_tokens_that_break_in_the_last_step_are_left_out(
+    swept: tuple[Path, list[SweepRow]], make_base: BaseFactory, tmp_path: Path
+) -> None:
+    pairs = load_adversarial_pairs(swept[0] / PAIRS_FOLDER)
+    grid = {**GRID, "num_tokens": (4,), "seeds": (0,), "learning_rates": (1e30, 0.02)}
+    rows = run_sweep(new_model(make_base("dinov2")), arguments(tmp_path, max_steps=1), pairs, **grid)
+    assert [row.learning_rate for row in rows] == [0.02]
+    assert (tmp_path / "tokens-4_lr-1e+30_seed-0.diverged").is_dir()
+
+
+def test_numbers_that_are_not_finite_are_no_result(
+    swept: tuple[Path, list[SweepRow]], make_base: BaseFactory, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = Path(shutil.copytree(swept[0], tmp_path / "sweep"))
+    path = folder / "tokens-1_lr-0.02_seed-0" / "model.safetensors"
+    tensors = {name: torch.full_like(value, 1e30) for name, value in load_file(path).items()}
+    save_file(tensors, path, metadata={"format": "pt"})
+    rows = run_sweep(new_model(make_base("dinov2")), arguments(folder), pictures(), **GRID)
+    assert rows == swept[1][1:]
+    assert "goes on without tokens-1_lr-0.02_seed-0" in caplog.text
+
+
 def test_learning_rates_that_differ_little_have_folders_of_their_own(
     swept: tuple[Path, list[SweepRow]], make_base: BaseFactory, tmp_path: Path
 ) -> None:
@@ -226,6 +285,24 @@ def test_learning_rates_that_differ_little_have_folders_of_their_own(
     )
     assert [row.learning_rate for row in rows] == list(close)
     assert len(list(tmp_path.glob("tokens-*"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("learning_rate", "name"),
+    [
+        (0.02, "0.02"),
+        (1e-5, "1e-05"),
+        (1e-3, "0.001"),
+        (1.0, "1"),
+        (1, "1"),
+        (1e30, "1e+30"),
+        (0.1, "0.1"),
+        (0.10000000000000002, "0.10000000000000002"),
+    ],
+)
+def test_the_folder_of_a_combination_names_its_learning_rate(learning_rate: float, name: str) -> None:
+    assert Combination(4, learning_rate, 0).folder_name == f"tokens-4_lr-{name}_seed-0"
+    assert float(name) == learning_rate
 
 
 def test_a_missing_matplotlib_is_said_before_anything_is_attacked(

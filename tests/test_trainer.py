@@ -1,4 +1,6 @@
+import copy
 import csv
+import dataclasses
 import io
 import json
 import math
@@ -14,13 +16,15 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.trainer_utils import TrainOutput
 
+from robustness_tokens import run_folder, training_data, training_step
 from robustness_tokens import trainer as trainer_module
-from robustness_tokens import training_data, training_step
-from robustness_tokens.checkpoints import TENSORS_FILE, list_checkpoints
+from robustness_tokens.checkpoints import STATE_FILE, TENSORS_FILE, list_checkpoints
 from robustness_tokens.modeling import RobustnessTokenModel
+from robustness_tokens.run_folder import rounding_settings
 from robustness_tokens.trainer import RobustnessTokenTrainer
 from robustness_tokens.training_args import RobustnessTokenTrainingArguments
 from robustness_tokens.training_log import LOG_COLUMNS, LOG_FILE
@@ -350,9 +354,11 @@ def test_resuming_with_other_settings_is_refused(
     [
         ({}, None),
         ({"onednn": False}, "onednn: True -> False"),
-        ({"train_attn_implementation": "eager"}, "train_attn_implementation: 'auto' -> 'eager'"),
+        ({"train_attn_implementation": "eager"}, "attn_implementation: 'sdpa' -> 'eager'"),
+        ({"train_attn_implementation": "base"}, None),  # what "auto" takes in float32
+        ({"train_attn_implementation": "sdpa"}, None),
     ],
-    ids=["nothing", "onednn", "attention"],
+    ids=["nothing", "onednn", "attention", "attention of the base", "the same attention"],
 )
 def test_resuming_with_another_rounding_is_said(
     make_trainer: TrainerFactory, caplog: pytest.LogCaptureFixture, changed: dict[str, Any], said: str | None
@@ -371,6 +377,60 @@ def test_resuming_with_the_base_in_another_attention_is_said(
     base.set_attn_implementation("eager")
     resumed.train()
     assert "attn_implementation: 'sdpa' -> 'eager'" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "said"),
+    [(run_folder, "__version__", "package: "), (torch, "get_num_threads", "num_threads: ")],
+)
+def test_resuming_with_another_package_or_number_of_threads_is_said(
+    make_trainer: TrainerFactory,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    owner: Any,
+    name: str,
+    said: str,
+) -> None:
+    make_trainer(max_steps=2, save_steps=2).train()
+    monkeypatch.setattr(owner, name, "9.9" if name == "__version__" else lambda: 99)
+    make_trainer(resume_from_checkpoint=True).train()
+    assert said in caplog.text
+
+
+def test_on_a_gpu_only_what_is_in_effect_there_changes_the_rounding(make_trainer: TrainerFactory) -> None:
+    trainer = make_trainer()
+    changed = dataclasses.replace(trainer.args, onednn=False)
+    found = {
+        device: [
+            rounding_settings(trainer.model, args, device=torch.device(device)) for args in (trainer.args, changed)
+        ]
+        for device in ("cpu", "cuda")
+    }
+    assert found["cuda"][0] == found["cuda"][1]
+    assert found["cuda"][0]["num_threads"] is None
+    assert found["cpu"][0] != found["cpu"][1]
+
+
+def test_the_attention_of_every_part_of_the_base_counts(make_trainer: TrainerFactory) -> None:
+    trainer = make_trainer()
+    base: Any = trainer.model.get_base_model()
+    inner: Any = [part for part in base.modules() if hasattr(part, "config")][-1]
+    inner.config = copy.deepcopy(inner.config)
+    inner.config._attn_implementation = "eager"
+    settings = rounding_settings(trainer.model, trainer.args, device=torch.device("cpu"))
+    assert "eager" in settings["attn_implementation"]
+
+
+@pytest.mark.parametrize("key", ["rounding", "position", "previous_recipe", "scheduler", "callbacks"])
+def test_a_checkpoint_of_another_version_is_refused_in_words(make_trainer: TrainerFactory, key: str) -> None:
+    trainer = make_trainer(max_steps=2, save_steps=2)
+    trainer.train()
+    path = trainer.output_dir / "checkpoint-2" / STATE_FILE
+    content = json.loads(path.read_text(encoding="utf-8"))
+    del content["state"][key]
+    path.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(ValueError, match=rf"checkpoint-2.*'{key}'.*overwrite_output_dir=True"):
+        make_trainer(resume_from_checkpoint=True).train()
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
@@ -566,6 +626,48 @@ def test_tokens_that_break_the_features_are_not_kept(make_trainer: TrainerFactor
     assert not (trainer.output_dir / "model.safetensors").exists()
 
 
+def test_tokens_that_the_last_step_breaks_are_not_kept(make_trainer: TrainerFactory) -> None:
+    tokens = make_trainer("start").model.robustness_tokens.detach().clone()
+    trainer = make_trainer(max_steps=1, save_steps=1, learning_rate=1e30)
+    with pytest.raises(FloatingPointError, match=r"step 1.*as they were before training"):
+        trainer.train()
+    assert torch.equal(trainer.model.robustness_tokens, tokens)
+    assert list_checkpoints(trainer.output_dir) == []
+    assert not (trainer.output_dir / "model.safetensors").exists()
+
+
+def test_tokens_of_the_step_before_are_kept_where_the_last_one_breaks(
+    make_trainer: TrainerFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens = trained_tokens(make_trainer("good", max_steps=2))
+    trainer = make_trainer("bad", max_steps=3)
+    real = trainer_module.RobustnessTokenTrainer._step
+
+    def step(self: RobustnessTokenTrainer, *args: Any) -> dict[str, float]:
+        metrics = real(self, *args)
+        if self.state.global_step == 2:
+            self.model.robustness_tokens.data.fill_(1e30)
+        return metrics
+
+    monkeypatch.setattr(trainer_module.RobustnessTokenTrainer, "_step", step)
+    with pytest.raises(FloatingPointError, match=r"step 3.*tokens after step 2"):
+        trainer.train()
+    assert torch.equal(trainer.model.robustness_tokens, tokens)
+    assert (trainer.output_dir / "model.safetensors").exists()
+
+
+def test_broken_tokens_of_a_checkpoint_are_not_said_to_be_good(make_trainer: TrainerFactory) -> None:
+    trainer = make_trainer(max_steps=1, save_steps=1)
+    trainer.train()
+    path = trainer.output_dir / "checkpoint-1" / TENSORS_FILE
+    tensors = load_file(path)
+    tensors["robustness_tokens"].fill_(1e30)
+    save_file(tensors, path)
+    with pytest.raises(FloatingPointError, match=r"those it began with are broken.*earlier checkpoint"):
+        make_trainer(max_steps=3, resume_from_checkpoint=True).train()
+    assert not (trainer.output_dir / "model.safetensors").exists()
+
+
 def test_infinite_tokens_are_not_kept(make_trainer: TrainerFactory) -> None:
     trainer = make_trainer(max_steps=1, learning_rate=1e37)
     with torch.no_grad():
@@ -658,7 +760,8 @@ def test_every_step_takes_the_fewest_forwards(make_trainer: TrainerFactory) -> N
     )
     trainer.train()
     # The target; the clean images; three attack steps and their end; the attacked images; the baseline.
-    assert sizes == [4] * 8
+    in_a_step = [4] * 8
+    assert sizes == [*in_a_step, 4], "and once, at the end of the run, clean images with the tokens that are kept"
 
 
 def test_clean_images_go_through_once_for_all_attacks(make_trainer: TrainerFactory) -> None:
@@ -668,8 +771,8 @@ def test_clean_images_go_through_once_for_all_attacks(make_trainer: TrainerFacto
         lambda *_: with_tokens.append(trainer.model.injector.enabled)
     )
     trainer.train()
-    # The target; the clean images; twice four of an attack, the attacked images and the baseline.
-    assert with_tokens == [False, True, *[False] * 4, True, False, *[True] * 4, True, False]
+    # The target; the clean images; twice four of an attack, the attacked images and the baseline; the end of the run.
+    assert with_tokens == [False, True, *[False] * 4, True, False, *[True] * 4, True, False, True]
 
 
 # Precision
