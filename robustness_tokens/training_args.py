@@ -95,7 +95,7 @@ class RobustnessTokenTrainingArguments:
         default=50, metadata={"help": "Optimiser steps (paper: 50 DINOv2, 300 DeiT-III, OpenCLIP)."}
     )
     per_device_train_batch_size: int = field(default=8, metadata={"help": "Images per process and forward."})
-    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Forwards per optimiser step."})
+    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches per optimiser step."})
     learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of Adam."})
     lr_scheduler_type: str = field(default="constant", metadata={"help": "As in transformers, such as cosine."})
     warmup_steps: int = field(default=0, metadata={"help": "Steps of linear warm-up."})
