@@ -10,14 +10,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from . import __version__
 from .checkpoints import STATE_FILE, Checkpoint, find_checkpoint, is_own_checkpoint, list_checkpoints
 from .configuration import RobustnessTokenConfig
 from .hub import remove_report
 from .modeling import RobustnessTokenPreTrainedModel
-from .speedups import choose_attention
+from .speedups import attention_configs, choose_attention, runs_in_half
 from .training_args import RobustnessTokenTrainingArguments
 from .training_log import EVAL_LOG_COLUMNS, EVAL_LOG_FILE, LOG_FILE, read_log, start_log
 
@@ -78,9 +77,10 @@ def rounding_settings(
         device: That it is trained on.
     """
     base, on_cpu = model.get_base_model(), device.type == "cpu"
-    half_precision = args.mixed_precision == "bf16"
+    half_precision = runs_in_half(args.mixed_precision, device=device)
     attention = choose_attention(args.train_attn_implementation, device=device, half_precision=half_precision)
     return {
+        "half_precision": half_precision,
         "torch_compile": args.torch_compile,
         "onednn": args.onednn and on_cpu,
         "attn_implementation": attention or _own_attention(base),
@@ -94,9 +94,8 @@ def rounding_settings(
 
 def _own_attention(base: nn.Module) -> str:
     """The attention of all parts of a base, of transformers or timm."""
-    modules = list(base.modules())
-    found = {str(module.config._attn_implementation) for module in modules if isinstance(module, PreTrainedModel)}
-    found |= {"sdpa" if module.fused_attn else "eager" for module in modules if hasattr(module, "fused_attn")}
+    found = {str(config._attn_implementation) for config in attention_configs(base)}
+    found |= {"sdpa" if module.fused_attn else "eager" for module in base.modules() if hasattr(module, "fused_attn")}
     return ", ".join(sorted(found))
 
 

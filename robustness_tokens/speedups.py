@@ -5,6 +5,7 @@ Shapes: B images, N sequence, P patches, D width.
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from torch.nn import functional as F
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from .backbones import find_layer_stack
 
@@ -24,6 +25,37 @@ AUTO, BASE = "auto", "base"
 
 # Without this each attack would try again, and fail after seconds.
 _not_compilable: WeakSet[nn.Module] = WeakSet()
+
+
+def runs_in_half(mixed_precision: str, *, device: torch.device) -> bool:
+    """Whether to compute under bfloat16 autocast: where it is asked for, and the device has instructions for it.
+
+    Without them torch computes a product in bfloat16 a hundred times slower than in float32, which is taken then; a
+    `RuntimeWarning` says so once.
+
+    Args:
+        mixed_precision: `"no"` or `"bf16"`.
+        device: That computes.
+    """
+    return mixed_precision == "bf16" and _computes_bfloat16(device.type)
+
+
+@functools.cache
+def _computes_bfloat16(device_type: str) -> bool:
+    if device_type == "cpu":
+        found: bool = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    elif device_type == "cuda":
+        found = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        return True  # Accelerate, or torch itself, refuses what can't
+    if not found:
+        warnings.warn(
+            f"mixed_precision='bf16' was asked for, but this {device_type} has no bfloat16 instructions: float32 is "
+            "used instead, which is much faster here and differs by rounding",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    return found
 
 
 def choose_attention(attn_implementation: str, *, device: torch.device, half_precision: bool) -> str | None:
@@ -39,6 +71,12 @@ def choose_attention(attn_implementation: str, *, device: torch.device, half_pre
     if attn_implementation == AUTO:
         return "eager" if device.type == "cpu" and half_precision else None
     return None if attn_implementation == BASE else attn_implementation
+
+
+def attention_configs(base: nn.Module) -> list[Any]:
+    """The configs, each once, in which the parts of a base of transformers look up how to compute attention."""
+    found: list[Any] = [module.config for module in base.modules() if hasattr(module, "config")]
+    return list({id(config): config for config in found if isinstance(config, PreTrainedConfig)}.values())
 
 
 @contextmanager
@@ -57,8 +95,8 @@ def attention_implementation(base: nn.Module, implementation: str | None) -> Ite
         return
     trunk = find_layer_stack(base)
     fused: dict[Any, Any] = {m: m.fused_attn for m in trunk.layers.modules() if hasattr(m, "fused_attn")}
-    configs = {id(m.config): m.config for m in base.modules() if isinstance(m, PreTrainedModel)}
-    before = {key: config._attn_implementation_internal for key, config in configs.items()}
+    configs = attention_configs(base)
+    before = [config._attn_implementation_internal for config in configs]
     try:
         if trunk.is_timm:
             if implementation not in ("eager", "sdpa"):
@@ -74,8 +112,8 @@ def attention_implementation(base: nn.Module, implementation: str | None) -> Ite
     finally:
         for module, was_fused in fused.items():
             module.fused_attn = was_fused
-        for key, config in configs.items():
-            config._attn_implementation_internal = before[key]
+        for config, was in zip(configs, before, strict=True):
+            config._attn_implementation_internal = was
 
 
 @contextmanager

@@ -50,7 +50,7 @@ from .training_data import (
     take_pairs,
 )
 from .training_log import EVAL_LOG_FILE, LOG_FILE, append_to_log
-from .training_step import accumulate_gradient, check_trainable, compute_features
+from .training_step import accumulate_gradient, check_trainable, compute_features, faster_base
 
 
 logger = logging.getLogger(__name__)
@@ -313,9 +313,11 @@ class RobustnessTokenTrainer:
 
     def _check_tokens(self, batches: Sequence[Batch]) -> None:
         """Stops where the last step broke the tokens: the loss is of those before it."""
-        if self._good_tokens.are_broken(
-            self._clean_images(batches), mixed_precision=self.args.mixed_precision, accelerator=self.accelerator
-        ):
+        with faster_base(self.model, self.args, self.accelerator.device):
+            are_broken = self._good_tokens.are_broken(
+                self._clean_images(batches), mixed_precision=self.args.mixed_precision, accelerator=self.accelerator
+            )
+        if are_broken:
             reason = FloatingPointError("the features with its tokens are not finite")
             raise self._stop(batches, reason, step=self.state.global_step)
 
@@ -326,12 +328,13 @@ class RobustnessTokenTrainer:
 
     def _stop(self, batches: Sequence[Batch], reason: FloatingPointError, *, step: int) -> FloatingPointError:
         """Ends a run that diverged in a step: puts the last good tokens back and saves them; returns what to raise."""
-        step_of_good = self._good_tokens.go_back(
-            self._clean_images(batches),
-            step=self.state.global_step,
-            mixed_precision=self.args.mixed_precision,
-            accelerator=self.accelerator,
-        )
+        with faster_base(self.model, self.args, self.accelerator.device):
+            step_of_good = self._good_tokens.go_back(
+                self._clean_images(batches),
+                step=self.state.global_step,
+                mixed_precision=self.args.mixed_precision,
+                accelerator=self.accelerator,
+            )
         kept = "the tokens are as they were before training"
         if step_of_good is None:
             kept = "no tokens are saved, since those it began with are broken: resume from an earlier checkpoint"

@@ -144,7 +144,9 @@ class RobustnessTokenTrainingArguments:
     dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that decode images."})
 
     seed: int = field(default=0, metadata={"help": "Of the tokens, the order of the images and the attack's noise."})
-    mixed_precision: MixedPrecision = field(default="no", metadata={"help": "Precision of the forward passes."})
+    mixed_precision: MixedPrecision = field(
+        default="no", metadata={"help": "Precision of the forward passes: no, or bf16 where the device has it."}
+    )
     torch_compile: bool = field(
         default=False, metadata={"help": "Compile the base's layers for the attack; goes on without where that fails."}
     )

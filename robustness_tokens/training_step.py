@@ -18,7 +18,7 @@ from .features import count_patches
 from .losses import AgreementOptions, agreement, agreement_loss, example_generators
 from .modeling import RobustnessTokenPreTrainedModel
 from .preprocessing import Normalizer
-from .speedups import attention_implementation, choose_attention, onednn_products, run_compiled
+from .speedups import attention_implementation, choose_attention, onednn_products, run_compiled, runs_in_half
 from .training_args import MixedPrecision, RobustnessTokenTrainingArguments
 
 
@@ -56,12 +56,13 @@ def compute_features(
     Args:
         model: With its tokens on or off.
         pixel_values: (B, 3, H, W) normalised images.
-        mixed_precision: `"bf16"` runs the model under autocast.
+        mixed_precision: `"bf16"` runs the model under autocast, where [`~speedups.runs_in_half`] says so.
 
     Returns:
         (B, N, D) or (B, D).
     """
-    with torch.autocast(pixel_values.device.type, dtype=torch.bfloat16, enabled=mixed_precision == "bf16"):
+    half_precision = runs_in_half(mixed_precision, device=pixel_values.device)
+    with torch.autocast(pixel_values.device.type, dtype=torch.bfloat16, enabled=half_precision):
         return model.get_features(pixel_values).float()
 
 
@@ -215,7 +216,7 @@ def faster_base(
         args: Of the training.
         device: Where it is computed.
     """
-    base, half_precision = model.get_base_model(), args.mixed_precision == "bf16"
+    base, half_precision = model.get_base_model(), runs_in_half(args.mixed_precision, device=device)
     attention = choose_attention(args.train_attn_implementation, device=device, half_precision=half_precision)
     dtype = torch.bfloat16 if half_precision else torch.float32
     products = onednn_products(base, dtype=dtype) if args.onednn and device.type == "cpu" else nullcontext()

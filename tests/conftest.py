@@ -29,12 +29,15 @@ from transformers import (
     ViTModel,
 )
 
+from robustness_tokens import speedups
 from robustness_tokens.modeling import RobustnessTokenModel
 from tests.hub_client import HubClient
 from tests.hub_server import run_hub
 from tests.hub_state import Hub
 
 
+# Packing weights needs the instructions; computing in bfloat16 does not.
+ONEDNN_BFLOAT16: bool = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 IMAGE_SIZE, HIDDEN_SIZE, NUM_TOKENS, NUM_LABELS = 16, 32, 3, 5
 
 FAMILIES: dict[str, tuple[Any, Any, Any]] = {
@@ -51,6 +54,12 @@ FAMILIES: dict[str, tuple[Any, Any, Any]] = {
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def bfloat16_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests in bfloat16 compute in it on every machine, however slowly."""
+    monkeypatch.setattr(speedups, "_computes_bfloat16", lambda device_type: True)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -6,11 +6,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from robustness_tokens import Normalizer, RobustnessTokenForImageClassification, RobustnessTokenModel, inject_tokens
+from robustness_tokens import (
+    Normalizer,
+    RobustnessTokenForImageClassification,
+    RobustnessTokenModel,
+    inject_tokens,
+    speedups,
+)
 from robustness_tokens.evaluation.attack_suite import Attack, AttackBatch, run_attack
 from robustness_tokens.evaluation.threat_models import EvaluatedModel, active_tokens, attacker_views
 from robustness_tokens.probes import ClassificationHead, ProbedModel, SegmentationHead
-from tests.conftest import HIDDEN_SIZE, IMAGE_SIZE, NUM_LABELS, NUM_TOKENS, build_base
+from tests.conftest import HIDDEN_SIZE, IMAGE_SIZE, NUM_LABELS, NUM_TOKENS, ONEDNN_BFLOAT16, build_base
 
 
 @pytest.fixture
@@ -91,6 +97,25 @@ def test_attacks_may_be_in_bfloat16_but_measurements_are_exact(
         assert torch.equal(half.logits(images, None, exact=True), full.logits(images, None))
 
 
+def test_attacks_are_in_float32_where_the_device_has_no_bfloat16(
+    classifier: RobustnessTokenForImageClassification, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(speedups, "_computes_bfloat16", lambda device_type: False)
+    classifier.config.training = {"mixed_precision": "bf16"}
+    for evaluated in (EvaluatedModel(classifier), EvaluatedModel(classifier, attack_precision="bf16")):
+        assert evaluated.attack_precision == "no"  # as the report has it
+        with torch.no_grad(), evaluated.attacked_faster():
+            assert classifier.get_base_model().config._attn_implementation == "sdpa"
+        with torch.no_grad():
+            assert torch.equal(evaluated.logits(images, None), evaluated.logits(images, None, exact=True))
+
+
+def test_an_unknown_precision_is_an_error(classifier: RobustnessTokenForImageClassification) -> None:
+    unknown: Any = "fp16"
+    with pytest.raises(ValueError, match=r"attack_precision must be one of \('no', 'bf16'\), got 'fp16'"):
+        EvaluatedModel(classifier, attack_precision=unknown)
+
+
 @pytest.mark.parametrize(("precision", "attention"), [("bf16", "eager"), ("no", "sdpa")])
 def test_attacks_compute_faster_and_leave_nothing_behind(
     classifier: RobustnessTokenForImageClassification, images: Tensor, precision: Any, attention: str
@@ -103,7 +128,7 @@ def test_attacks_compute_faster_and_leave_nothing_behind(
     def inside() -> None:
         assert base.config._attn_implementation == attention
         swapped = {plain for module, plain in before.items() if type(module) is not plain}
-        has_products = precision == "no" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        has_products = precision == "no" or ONEDNN_BFLOAT16
         assert swapped == ({nn.Linear, nn.Conv2d} if has_products else set())
         if precision == "no":
             with torch.no_grad():

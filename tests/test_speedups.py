@@ -17,12 +17,26 @@ from robustness_tokens.attacks import cosine_similarity, paper_attack
 from robustness_tokens.losses import robustness_loss
 from robustness_tokens.modeling import RobustnessTokenModel
 from robustness_tokens.preprocessing import Normalizer
-from robustness_tokens.speedups import attention_implementation, choose_attention, onednn_products, run_compiled
+from robustness_tokens.speedups import (
+    _computes_bfloat16,
+    attention_implementation,
+    choose_attention,
+    onednn_products,
+    run_compiled,
+    runs_in_half,
+)
 from robustness_tokens.trainer import RobustnessTokenTrainer
 from robustness_tokens.training_args import RobustnessTokenTrainingArguments
+from tests.conftest import ONEDNN_BFLOAT16
 from tests.families import BASES
 
 
+PACKED_PRECISIONS = [
+    torch.float32,
+    pytest.param(
+        torch.bfloat16, marks=pytest.mark.skipif(not ONEDNN_BFLOAT16, reason="this processor has no bfloat16")
+    ),
+]
 GOLDEN = Path(__file__).parent / "golden"
 QUICKSTART = Path(__file__).parent.parent / "examples" / "quickstart"
 IMAGENET: dict[str, Any] = {"image_mean": (0.485, 0.456, 0.406), "image_std": (0.229, 0.224, 0.225)}
@@ -121,7 +135,7 @@ def test_onednn_computes_the_same_and_leaves_nothing_behind(make_model: ModelFac
     assert [type(module) for module in model.modules()] == classes
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", PACKED_PRECISIONS)
 def test_every_product_is_onednns_forward_and_backward(
     make_model: ModelFactory, pixel_values: Tensor, dtype: torch.dtype
 ) -> None:
@@ -182,7 +196,7 @@ def test_layers_called_in_another_precision_than_packed_compute_as_before(packed
             assert torch.equal(linear(inputs), expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", PACKED_PRECISIONS)
 def test_packed_weights_are_no_part_of_the_state_and_nest(dtype: torch.dtype) -> None:
     linear = nn.Linear(8, 4).requires_grad_(False)
     before = dict(vars(linear))
@@ -425,6 +439,43 @@ def test_attention_is_eager_in_bf16_while_training_and_the_bases_own_after(
     seen.clear()
     run(model, tmp_path / "base", mixed_precision="bf16", train_attn_implementation="base")
     assert seen == {"sdpa"}
+
+
+@pytest.mark.parametrize("available", [True, False])
+def test_bf16_asks_the_processor_and_says_once_that_it_has_none(
+    monkeypatch: pytest.MonkeyPatch, available: bool
+) -> None:
+    _computes_bfloat16.cache_clear()
+    monkeypatch.setattr(speedups, "_computes_bfloat16", _computes_bfloat16)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: available)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert not runs_in_half("no", device=CPU)
+        assert not caught
+        assert [runs_in_half("bf16", device=CPU) for _ in range(2)] == [available] * 2
+    assert (
+        [str(one.message)[:70] for one in caught] == []
+        if available
+        else ["mixed_precision='bf16' was asked for, but this cpu has no bfloat16 ins"]
+    )
+    _computes_bfloat16.cache_clear()
+
+
+def test_without_bfloat16_a_training_in_it_is_one_in_float32(
+    make_model: ModelFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(speedups, "_computes_bfloat16", lambda device_type: False)
+    histories, dtypes = [], set()
+    for precision in ("no", "bf16"):
+        torch.manual_seed(3)
+        model = make_model()
+        linear = next(module for module in model.get_base_model().modules() if isinstance(module, nn.Linear))
+        linear.register_forward_hook(lambda module, args, output: dtypes.add(output.dtype))
+        history = run(model, tmp_path / precision, mixed_precision=precision).log_history
+        histories.append([{name: value for name, value in row.items() if name != "seconds"} for row in history])
+    assert histories[0] == histories[1]
+    assert dtypes == {torch.float32}
 
 
 def test_speedups_are_no_part_of_the_recipe(tmp_path: Path) -> None:

@@ -100,8 +100,8 @@ def evaluate_robustness(
         feature_view: What the features are; by default from the adapter's config.
         image_size: Side in pixels that pictures are squashed to; by default what the image processor makes.
         ignore_index: Label of the pixels that don't count.
-        attack_precision: `"bf16"` lets attacks run under autocast, by default where the tokens were trained so; what
-            is measured is always float32.
+        attack_precision: `"bf16"` lets attacks run under autocast, by default where the tokens were trained so, and
+            never where the device has no bfloat16; what is measured is always float32.
         dataset_name: For the report; by default what the dataset says.
         disable_tqdm: No progress bars.
 

@@ -20,7 +20,7 @@ from ..injection import TokenInjector, find_injector
 from ..modeling import RobustnessTokenForImageClassification, RobustnessTokenPreTrainedModel
 from ..preprocessing import Normalizer
 from ..probes import ProbedModel
-from ..speedups import AUTO, attention_implementation, choose_attention, onednn_products
+from ..speedups import AUTO, attention_implementation, choose_attention, onednn_products, runs_in_half
 from ..training_args import MixedPrecision
 
 
@@ -38,11 +38,11 @@ class EvaluatedModel:
         normalizer: [0, 1] images -> pixel values; by default from the config of the adapter.
         feature_view, similarity_axis: By default from the config of the adapter; a model that `inject_tokens` was
             called on has none, and there they are what the paper takes for its family (no features of a segmenter).
-        attack_precision: Of the forward passes of attacks; what is measured is always float32. By default what the
-            tokens were trained with, by the adapter's config.
+        attack_precision: Of the forward passes of attacks, `"no"` where the device has no bfloat16; what is measured is
+            always float32. By default what the tokens were trained with, by the adapter's config.
 
     Raises:
-        ValueError: If the model has no tokens, or something is neither given nor known.
+        ValueError: If the model has no tokens, or something is neither given nor known, or is unknown.
     """
 
     def __init__(
@@ -85,7 +85,10 @@ class EvaluatedModel:
         self.feature_view = feature_view
         self.similarity_axis: SimilarityAxis = similarity_axis or (config.similarity_axis if config else "token")
         recipe = (config.training if config else None) or {}
-        self.attack_precision: MixedPrecision = attack_precision or recipe.get("mixed_precision", "no")
+        if attack_precision not in (None, *get_args(MixedPrecision)):
+            raise ValueError(f"attack_precision must be one of {get_args(MixedPrecision)}, got {attack_precision!r}")
+        asked = attack_precision or recipe.get("mixed_precision", "no")
+        self.attack_precision: MixedPrecision = "bf16" if runs_in_half(asked, device=self.device) else "no"
 
     @property
     def tokens(self) -> Tensor:
