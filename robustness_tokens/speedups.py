@@ -6,6 +6,7 @@ Shapes: B images, N sequence, P patches, D width.
 from __future__ import annotations
 
 import functools
+import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -21,6 +22,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from .backbones import find_layer_stack
 
 
+logger = logging.getLogger(__name__)
+
 AUTO, BASE = "auto", "base"
 
 # Without this each attack would try again, and fail after seconds.
@@ -30,8 +33,8 @@ _not_compilable: WeakSet[nn.Module] = WeakSet()
 def runs_in_half(mixed_precision: str, *, device: torch.device) -> bool:
     """Whether to compute under bfloat16 autocast: where it is asked for, and the device has instructions for it.
 
-    Without them torch computes a product in bfloat16 a hundred times slower than in float32, which is taken then; a
-    `RuntimeWarning` says so once.
+    Without them torch computes a product in bfloat16 a hundred times slower than in float32, which is taken then,
+    and logged once.
 
     Args:
         mixed_precision: `"no"` or `"bf16"`.
@@ -49,11 +52,10 @@ def _computes_bfloat16(device_type: str) -> bool:
     else:
         return True  # Accelerate, or torch itself, refuses what can't
     if not found:
-        warnings.warn(
-            f"mixed_precision='bf16' was asked for, but this {device_type} has no bfloat16 instructions: float32 is "
-            "used instead, which is much faster here and differs by rounding",
-            RuntimeWarning,
-            stacklevel=3,
+        logger.warning(
+            "bf16 was asked for, but this %s has no bfloat16 instructions: float32 is used instead, which is much "
+            "faster here and differs by rounding",
+            device_type,
         )
     return found
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -9,11 +10,11 @@ import torch
 
 from robustness_tokens import RobustnessTokenModel
 from robustness_tokens.evaluation import cells
-from robustness_tokens.evaluation.attack_suite import Attack
-from robustness_tokens.evaluation.cells import Cell, CellStore, digest, merge
+from robustness_tokens.evaluation.attack_suite import Attack, AttackBatch
+from robustness_tokens.evaluation.cells import Cell, CellStore, digest, merge, run_cells
 from robustness_tokens.evaluation.outcomes import summarize, worst_outcome
 from robustness_tokens.evaluation.threat_models import AttackerView, EvaluatedModel, attacker_views
-from tests.conftest import build_base
+from tests.conftest import IMAGE_SIZE, build_base
 
 
 OUTCOME = {"trained.cosine": torch.tensor([0.5, 0.25]), "pixel_difference": torch.zeros(2)}
@@ -103,6 +104,43 @@ def test_a_cell_of_another_format_is_no_damage(
     assert not caplog.records
     store.save(cell(view), OUTCOME)
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_what_a_cell_before_covers_is_not_attacked_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    model = EvaluatedModel(RobustnessTokenModel.from_base(build_base("dinov2"), initializer_range=1.0))
+    (base_view,) = attacker_views("base", model)
+    images = torch.rand(4, 3, IMAGE_SIZE, IMAGE_SIZE)
+    batches = {
+        number: AttackBatch(images=images[2 * number :][:2], index=torch.arange(2) + 2 * number, labels=None)
+        for number in range(2)
+    }
+    tokens = {"trained": model.tokens, "none": None, "zero": torch.zeros_like(model.tokens)}
+    attacked: list[tuple[str, int]] = []
+    real = cells.run_attack
+
+    def count(attack: Attack, view: AttackerView, batch: AttackBatch, *, eps: float, seed: int) -> torch.Tensor:
+        attacked.append((f"{255 * eps:g}", len(batch.images)))
+        return real(attack, view, batch, eps=eps, seed=seed)
+
+    monkeypatch.setattr(cells, "run_attack", count)
+    suite = dataclasses.replace(cell(base_view), num_images=4)
+    some = dataclasses.replace(suite, series="sweep", num_images=2)
+    more = dataclasses.replace(some, eps=0.2)
+    store = CellStore(tmp_path, {})
+    whole, first, other = run_cells(
+        [suite, some, more], model, batches, tokens, batch_size=2, seed=0, store=store, disable_tqdm=True
+    )
+    assert attacked == [("25.5", 2), ("25.5", 2), ("51", 2)]
+    assert first.keys() == other.keys() == {name for name in whole if not name.startswith("zero.")}
+    assert all(torch.equal(first[name], whole[name][:2]) for name in first)
+    assert not torch.equal(first["trained.cosine"], other["trained.cosine"])
+    alone = run_cells([some], model, batches, tokens, batch_size=2, seed=0, store=CellStore(None, {}))
+    assert first.keys() == alone[0].keys()
+    assert all(torch.equal(first[name], alone[0][name]) for name in first)
+    attacked.clear()
+    again = run_cells([suite, some, more], model, batches, tokens, batch_size=2, seed=0, store=store)
+    assert not attacked
+    assert all(torch.equal(again[1][name], first[name]) for name in first)
 
 
 def test_nothing_is_stored_without_a_folder(view: AttackerView) -> None:

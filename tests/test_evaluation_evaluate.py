@@ -192,6 +192,11 @@ def test_the_curve_over_eps_has_a_point_per_eps_and_level(report: RobustnessRepo
     for level in ("none", "base", "own_tokens", "full", "full_worst_case", "base, none"):
         assert report.series[f"sweep/{level}/accuracy/eps"] == [0, EPS]
         assert len(report.series[f"sweep/{level}/cosine/low"]) == 2
+    swept = pick(report.results, series="sweep", knowledge="own_tokens")
+    assert swept
+    for result in swept:  # of own tokens by the first set alone, and it says so
+        assert result.attack_parameters["num_robustness_tokens"] == [2]
+        assert all("(own_tokens_0)" in attack for attack in result.attack_parameters["attacks"])
 
 
 def test_numbers_do_not_depend_on_the_batches(

@@ -58,9 +58,9 @@ BUDGETS: Mapping[str, Budget] = {
         num_draws=5,
         num_own_tokens=2,
         num_adversarial_pairs=1000,
-        num_sweep_images=100,
+        num_sweep_images=50,
         num_sweep_steps=10,
-        num_diagnostic_images=50,
+        num_diagnostic_images=30,
     ),
     "standard": Budget(
         name="standard",

@@ -177,7 +177,8 @@ def run_cells(
 ) -> list[dict[str, Tensor]]:
     """Runs the cells that are not stored; all processes call it, each with its own batches.
 
-    A batch is the same images whatever the number of processes, so the outcome doesn't depend on it.
+    A batch is the same images whatever the number of processes, so the outcome doesn't depend on it. A cell that
+    attacks some of the images as one before it attacked more of them takes its outcome from there.
 
     Args:
         cells: To run.
@@ -193,7 +194,9 @@ def run_cells(
         The outcome of each cell, of all processes together, in the order of the images.
     """
     state = process_state()
-    found = [store.load(cell) for cell in cells]
+    covered = [_find_covering(cells[:row], cell, tokens) for row, cell in enumerate(cells)]
+    # What others cover has no file.
+    found = [store.load(cell) if other is None else {} for cell, other in zip(cells, covered, strict=True)]
     # A process may see a file that another doesn't see yet.
     known = [all(flags) for flags in zip(*gather_object([[one is not None for one in found]]), strict=True)]
     outcomes: list[dict[str, Tensor]] = []
@@ -205,7 +208,10 @@ def run_cells(
         unit_scale=True,
         disable=disable_tqdm or not state.is_local_main_process,
     ) as progress_bar:
-        for cell, stored, is_known in zip(cells, found, known, strict=True):
+        for cell, other, stored, is_known in zip(cells, covered, found, known, strict=True):
+            if other is not None:
+                outcomes.append(_first_rows(outcomes[other], cell, tokens))
+                continue
             if is_known:
                 assert stored is not None
                 outcomes.append(stored)
@@ -229,6 +235,22 @@ def run_cells(
             share_from_main(functools.partial(store.save, cell, outcome), state)
             outcomes.append(outcome)
     return outcomes
+
+
+def _find_covering(cells: Sequence[Cell], cell: Cell, tokens: Mapping[str, Tensor | None]) -> int | None:
+    """The row of a cell whose outcome holds that of another cell, if there is one."""
+    wanted = set(_measured_with(cell, tokens))
+    for row, other in enumerate(cells):
+        same = (other.view.name, other.attack, other.eps) == (cell.view.name, cell.attack, cell.eps)
+        if same and other.num_images >= cell.num_images and wanted <= set(_measured_with(other, tokens)):
+            return row
+    return None
+
+
+def _first_rows(outcome: Mapping[str, Tensor], cell: Cell, tokens: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+    """Of the outcome of a cell that covers another, what the other would have measured."""
+    others = set(tokens) - set(_measured_with(cell, tokens))
+    return {name: value[: cell.num_images] for name, value in outcome.items() if name.partition(".")[0] not in others}
 
 
 def _measured_with(cell: Cell, tokens: Mapping[str, Tensor | None]) -> Sequence[str]:

@@ -38,8 +38,8 @@ class EvaluatedModel:
         normalizer: [0, 1] images -> pixel values; by default from the config of the adapter.
         feature_view, similarity_axis: By default from the config of the adapter; a model that `inject_tokens` was
             called on has none, and there they are what the paper takes for its family (no features of a segmenter).
-        attack_precision: Of the forward passes of attacks, `"no"` where the device has no bfloat16; what is measured is
-            always float32. By default what the tokens were trained with, by the adapter's config.
+        attack_precision: Of the forward passes of attacks; what is measured is always float32. By default what the
+            tokens were trained with, by the adapter's config; `"no"` wherever the device has no bfloat16.
 
     Raises:
         ValueError: If the model has no tokens, or something is neither given nor known, or is unknown.
