@@ -6,7 +6,7 @@ import argparse
 import json
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import Dinov2Config, Dinov2Model
 
 from robustness_tokens import RobustnessTokenTrainingArguments
+from robustness_tokens.speedups import has_bfloat16
 
 
 PUBLISHED = "published"
@@ -57,6 +58,15 @@ def training_arguments(args: argparse.Namespace, folder: Path, **settings: Any) 
         disable_tqdm=True,
         **settings,
     )
+
+
+def possible_here(settings: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Names of the settings that this processor computes as they say; tells which it can't."""
+    left_out = [name for name, one in settings.items() if one.get("mixed_precision") == "bf16"]
+    if not left_out or has_bfloat16("cpu"):
+        return list(settings)
+    print(f"left out, as {_processor()} has no bfloat16 instructions: {'; '.join(left_out)}")
+    return [name for name in settings if name not in left_out]
 
 
 def seconds(args: argparse.Namespace, step: Callable[[], object]) -> float:

@@ -22,6 +22,7 @@ from benchmarks.common import (
     IMAGENET,
     PUBLISHED,
     build_backbone,
+    possible_here,
     random_images,
     ratios,
     seconds,
@@ -36,7 +37,7 @@ from robustness_tokens.adversarial_pairs import AdversarialPairs
 from robustness_tokens.attack_once import make_adversarial_pairs
 
 
-PRECISIONS = {"fp32": "no", "bf16": "bf16"}
+PRECISIONS = {"fp32": {"mixed_precision": "no"}, "bf16": {"mixed_precision": "bf16"}}
 
 
 def main() -> None:
@@ -45,6 +46,7 @@ def main() -> None:
     parser.add_argument("--precisions", nargs="+", choices=list(PRECISIONS), default=list(PRECISIONS))
     args = parser.parse_args()
     torch.set_num_threads(args.num_threads)
+    args.precisions = possible_here({name: PRECISIONS[name] for name in args.precisions})
     torch.manual_seed(0)
     images = random_images(args)
     published = PublishedStep(build_backbone(args, "eager"), num_attack_steps=args.num_attack_steps)
@@ -80,7 +82,7 @@ def train(
     precision: str,
     num_steps: int,
 ) -> None:
-    settings = {"max_steps": num_steps, "mixed_precision": PRECISIONS[precision]}
+    settings = {"max_steps": num_steps, **PRECISIONS[precision]}
     RobustnessTokenTrainer(model, training_arguments(args, folder / "run", **settings), pairs).train()
 
 

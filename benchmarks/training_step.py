@@ -5,9 +5,10 @@
 
 DINOv2-S/14 at 224 px with 10 tokens and random weights. The variants take their steps in turn, round after round in
 one process, so that whatever else the machine does hits all alike; what is printed are ratios of the rounds, median
-and range. Ours are calls of `RobustnessTokenTrainer.train()` for one step, with all that it does around it. Peak
+and range. Ours are calls of `RobustnessTokenTrainer.train()` for a few steps, with all that it does around them. Peak
 memory is measured in a process per variant: resident memory at its peak, above that after imports and building the
-model. Compilation is done before the rounds, and its time printed.
+model. Compilation is done before the rounds, and its time printed. The bfloat16 variants are left out on a processor
+without such instructions.
 """
 
 from __future__ import annotations
@@ -20,16 +21,17 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from benchmarks.common import (
     IMAGENET,
     PUBLISHED,
     build_backbone,
+    possible_here,
     random_images,
     ratios,
     seconds,
@@ -56,6 +58,7 @@ MIB = 2**20
 
 def main() -> None:
     parser = work_parser(__doc__.splitlines()[0], output="training_step.json")
+    parser.add_argument("--steps", type=int, default=2, help="Of ours in a round.")
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=DEFAULT_VARIANTS)
     parser.add_argument(
         "--published_attn_implementation",
@@ -67,6 +70,7 @@ def main() -> None:
     parser.add_argument("--memory_of", help=argparse.SUPPRESS)  # what the process per variant is started with
     args = parser.parse_args()
     torch.set_num_threads(args.num_threads)
+    args.variants = possible_here({name: VARIANTS[name] for name in args.variants})
     if args.memory_of:
         args.num_attack_steps = 1  # each of them takes the same
         print(json.dumps(peak_memory(args, args.memory_of)))
@@ -75,35 +79,34 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         steps = {name: build_step(args, name, Path(folder)) for name in (PUBLISHED, *args.variants)}
-        first_seconds = {name: seconds(args, step) for name, step in steps.items()}  # compiles, and warms up
-        rounds = [{name: seconds(args, step) for name, step in steps.items()} for _ in range(args.rounds)]
+        first_seconds = {name: seconds(args, partial(step, 1)) for name, step in steps.items()}  # compiles, warms up
+        counts = {name: 1 if name == PUBLISHED else args.steps for name in steps}
+        rounds = [
+            {name: seconds(args, partial(step, counts[name])) / counts[name] for name, step in steps.items()}
+            for _ in range(args.rounds)
+        ]
     memory = {} if args.no_memory else {name: memory_in_a_process(name) for name in steps}
     write_result(args, rounds, first_seconds=first_seconds, memory=memory)
     print_table(args, rounds, first_seconds, memory)
 
 
-def build_step(args: argparse.Namespace, name: str, folder: Path) -> Callable[[], object]:
-    """What a variant does in a round; the weights and the images are the same for all."""
+def build_step(args: argparse.Namespace, name: str, folder: Path) -> Callable[[int], object]:
+    """What takes so many steps of a variant; the weights and the images are the same for all."""
     torch.manual_seed(0)
     images = random_images(args)
     backbone = build_backbone(args, args.published_attn_implementation if name == PUBLISHED else "sdpa")
     if name == PUBLISHED:
         step = PublishedStep(backbone, num_attack_steps=args.num_attack_steps)
-        return lambda: step(images)
+        return lambda count: [step(images) for _ in range(count)]
     model = RobustnessTokenModel.from_base(backbone, num_robustness_tokens=10, **IMAGENET)
     dataset = [{"images": image} for image in images]
-    return lambda: train_one_step(model, dataset, args, VARIANTS[name], folder)
+    settings = {"num_attack_steps": args.num_attack_steps, **VARIANTS[name]}
 
+    def train(count: int) -> None:
+        training_args = training_arguments(args, folder / "run", max_steps=count, **settings)
+        RobustnessTokenTrainer(model, training_args, dataset).train()
 
-def train_one_step(
-    model: RobustnessTokenModel,
-    dataset: list[dict[str, Tensor]],
-    args: argparse.Namespace,
-    settings: dict[str, Any],
-    folder: Path,
-) -> None:
-    settings = {"max_steps": 1, "num_attack_steps": args.num_attack_steps, **settings}
-    RobustnessTokenTrainer(model, training_arguments(args, folder / "run", **settings), dataset).train()
+    return train
 
 
 def peak_memory(args: argparse.Namespace, name: str) -> dict[str, float]:
@@ -112,7 +115,7 @@ def peak_memory(args: argparse.Namespace, name: str) -> dict[str, float]:
         step = build_step(args, name, Path(folder))
         before = peak_resident_mib()
         for _ in range(2):  # compilation is over in the second, but its memory counts: it is needed
-            step()
+            step(1)
     peak = peak_resident_mib()
     return {"before": before, "peak": peak, "steps": peak - before}
 

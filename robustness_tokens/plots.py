@@ -25,7 +25,7 @@ _LINES = (("#1b4965", "-"), ("#ca6702", "--"), ("#8d8d8d", ":"))
 # By the name of the curve in a report: in words, and so that the lines differ in grey too.
 _ATTACKERS = {
     "base, none": ("without tokens (knows the backbone)", "#8d8d8d", ":", "x"),
-    "none": ("knows nothing (queries, noise)", "#5a9fd4", (0, (6, 2, 1, 2, 1, 2)), "^"),
+    "none": ("knows nothing (noise)", "#5a9fd4", (0, (6, 2, 1, 2, 1, 2)), "^"),
     "base": ("knows the backbone (grey box)", "#1b4965", "-", "o"),
     "own_tokens": ("trained own tokens", "#ca6702", "--", "s"),
     "full": ("knows the tokens (white box)", "#9b2226", "-.", "D"),

@@ -40,24 +40,31 @@ def runs_in_half(mixed_precision: str, *, device: torch.device) -> bool:
         mixed_precision: `"no"` or `"bf16"`.
         device: That computes.
     """
-    return mixed_precision == "bf16" and _computes_bfloat16(device.type)
+    if mixed_precision != "bf16":
+        return False
+    if not has_bfloat16(device.type):
+        _say_that_float32_is_used(device.type)
+        return False
+    return True
 
 
 @functools.cache
-def _computes_bfloat16(device_type: str) -> bool:
+def has_bfloat16(device_type: str) -> bool:
+    """Whether devices of this type, such as `"cpu"`, have instructions for bfloat16 here."""
     if device_type == "cpu":
-        found: bool = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    elif device_type == "cuda":
-        found = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        return True  # Accelerate, or torch itself, refuses what can't
-    if not found:
-        logger.warning(
-            "bf16 was asked for, but this %s has no bfloat16 instructions: float32 is used instead, which is much "
-            "faster here and differs by rounding",
-            device_type,
-        )
-    return found
+        return bool(torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if device_type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return True  # Accelerate, or torch itself, refuses what can't
+
+
+@functools.cache
+def _say_that_float32_is_used(device_type: str) -> None:
+    logger.warning(
+        "bf16 was asked for, but this %s has no bfloat16 instructions: float32 is used instead, which is much faster "
+        "here and differs by rounding",
+        device_type,
+    )
 
 
 def choose_attention(attn_implementation: str, *, device: torch.device, half_precision: bool) -> str | None:

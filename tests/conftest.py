@@ -59,7 +59,7 @@ def seeded() -> None:
 @pytest.fixture(autouse=True)
 def bfloat16_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests in bfloat16 compute in it on every machine, however slowly."""
-    monkeypatch.setattr(speedups, "_computes_bfloat16", lambda device_type: True)
+    monkeypatch.setattr(speedups, "has_bfloat16", lambda device_type: True)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -106,6 +106,21 @@ def test_margin_has_a_gradient_where_cross_entropy_has_none() -> None:
     assert torch.equal(steep, torch.tensor([[-1.0, 1.0, 0.0]]))
 
 
+def test_a_bonus_prefers_what_is_misclassified_and_leaves_the_gradient() -> None:
+    held = torch.tensor([[0.34, 0.33, 0.33]]).log()  # right, with a cross-entropy of 1.08
+    fooled = torch.tensor([[0.45, 0.55, 1e-9]]).log()  # wrong, with one of .80
+    label = torch.tensor([0])
+    plain = cross_entropy_objective(identity, label)
+    assert plain(held) > plain(fooled)
+    preferring = cross_entropy_objective(identity, label, misclassified_bonus=10.0)
+    assert preferring(held) == plain(held)
+    torch.testing.assert_close(preferring(fooled), plain(fooled) + 10)
+    for logits in (held, fooled):
+        images = logits.clone().requires_grad_()
+        gradients = [torch.autograd.grad(one(images).sum(), images)[0] for one in (plain, preferring)]
+        assert torch.equal(*gradients)
+
+
 @pytest.mark.parametrize("factory", [cross_entropy_objective, margin_objective])
 @pytest.mark.parametrize(
     ("logits", "labels"),

@@ -111,6 +111,12 @@ def by_steps(*accuracies: float) -> Measurements:
     )
 
 
+def and_results(series: Measurements, accuracy: float) -> Measurements:
+    """And a suite whose white box leaves so much."""
+    pairs = list(zip(series.cells, series.outcomes, strict=True))
+    return measurements(*pairs, measured(accuracy))
+
+
 def by_restarts(*accuracies: float) -> Measurements:
     return measurements(
         *(
@@ -198,9 +204,23 @@ def changed(name: str, value: float, eps: float = EPS, attack: str = "cross_entr
         (attack_checks.steps, by_steps(0.5, 0.4, 0.3, 0.2, 0.2), True, "10: 50.0%, 20: 40.0%"),
         (attack_checks.steps, by_steps(0.5, 0.4, 0.3, 0.2, 0.195), False, "100: 20.0%, 200: 19.5% (200 images)"),
         (attack_checks.steps, by_steps(0.5, 0.4, 0.3, 0.2, 0.25), False, "200: 25.0%"),
+        (
+            attack_checks.steps,
+            and_results(by_steps(0.3, 0.3, 0.3, 0.2, 0.2), 0.205),
+            True,
+            "take 10, which leaves 20.5%",
+        ),
+        (
+            attack_checks.steps,
+            and_results(by_steps(0.3, 0.3, 0.3, 0.2, 0.2), 0.3),
+            False,
+            "take 10, which leaves 30.0%",
+        ),
         (attack_checks.steps, measurements(), None, "not run: needs the diagnostics"),
         (attack_checks.restarts, by_restarts(0.5, 0.4, 0.4), True, "1: 50.0%, 5: 40.0%, 10: 40.0%"),
         (attack_checks.restarts, by_restarts(0.5, 0.4, 0.3), False, "5: 40.0%, 10: 30.0%"),
+        (attack_checks.restarts, and_results(by_restarts(0.4, 0.3, 0.3), 0.305), True, "take 1, which leaves 30.5%"),
+        (attack_checks.restarts, and_results(by_restarts(0.4, 0.3, 0.3), 0.4), False, "take 1, which leaves 40.0%"),
         # The worst for each image: what one start found is not lost again.
         (attack_checks.restarts, by_restarts(0.3, 0.4, 0.35), True, "1: 30.0%, 5: 30.0%, 10: 30.0%"),
         (attack_checks.strength_order, single_step(0.5, 0.5, 0.4, 0.3, 0.2, 0.2), True, "single step 50.0%"),
@@ -221,6 +241,7 @@ def changed(name: str, value: float, eps: float = EPS, attack: str = "cross_entr
         (attack_checks.eps_sweep, by_eps(0.9, 0.5, 0.6, 0.1, knowledge="base"), None, "white box not swept"),
         (attack_checks.eps_sweep, by_eps(0.8, 0.5, 0.4, 0.1, knowledge="base"), False, "eps 0 differs"),
         (attack_checks.eps_sweep, measurements(measured(0.5, series="sweep")), None, "eps 0 not swept"),
+        (attack_checks.eps_sweep, measurements(measured(0.9, series="sweep", eps=0)), None, "eps 0 equals clean"),
         (attack_checks.eps_sweep, measurements(), None, "not run: no sweep"),
         (attack_checks.unbounded, drawn(0.01), True, "accuracy 1.0% after 100 steps"),
         (attack_checks.unbounded, drawn(0.02), False, "accuracy 2.0%"),
@@ -426,15 +447,6 @@ def test_an_attacker_may_leave_an_image_as_it_is() -> None:
     assert check.value.startswith("accuracy at 4/255 white box 40.0%")
 
 
-def test_what_the_results_took_is_beside_what_converges() -> None:
-    series = by_steps(0.5, 0.4, 0.3, 0.2, 0.2)
-    chosen = [*zip(series.cells, series.outcomes, strict=True), measured(0.5), measured(0.5, attack="margin")]
-    assert attack_checks.steps(measurements(*chosen)).value.endswith("200: 20.0% (200 images); the results take 10")
-    series = by_restarts(0.5, 0.4, 0.4)
-    chosen = [*zip(series.cells, series.outcomes, strict=True), measured(0.5)]
-    assert attack_checks.restarts(measurements(*chosen)).value.endswith("; the results take 1")
-
-
 def test_heads_of_their_own_are_no_secret(classifier: RobustnessTokenForImageClassification) -> None:
     head, other = (SegmentationHead(HIDDEN_SIZE, 4) for _ in range(2))
     for base_head, words in ((None, "with tokens;"), (other, "with tokens, each under a head of its own;")):
@@ -608,6 +620,16 @@ def test_an_attack_that_does_not_work_fails(
 ) -> None:
     monkeypatch.setattr(probing_checks, "pgd_attack", attack)
     assert probing_checks.attack_unit_test(probing(EvaluatedModel(classifier))).passed is False
+
+
+def test_the_attack_that_is_tested_computes_as_all_do(classifier: RobustnessTokenForImageClassification) -> None:
+    class Spoilt(Planted):
+        def logits(self, images: Tensor, tokens: Tensor | None, *, exact: bool = False) -> Tensor:
+            # The wrong way in whatever precision attacks compute in, and right where it is exact.
+            return super().logits(images if exact else 2 * images.detach() - images, tokens, exact=exact)
+
+    check = probing_checks.attack_unit_test(probing(Spoilt(classifier, attack_precision="bf16")))
+    assert (check.passed, check.value[:10]) == (False, "found for ")
 
 
 @pytest.mark.parametrize("grain", [8, 1e-3], ids=["fine", "constant"])

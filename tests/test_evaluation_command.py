@@ -54,6 +54,7 @@ def test_words_become_arguments() -> None:
     args = read("--dataset", "d", "--output_dir", "o", "--eps", "4/255", "8/255", "--budget", "full")
     assert args.eps == [4 / 255, 8 / 255]
     assert (args.budget, args.split, args.task) == ("full", "test", "features")
+    assert (args.num_restarts, args.num_queries) == (None, None)
     assert args.knowledge == ["none", "base", "own_tokens", "full"]
     with pytest.raises(ValueError, match="knowledge must be among"):
         read("--dataset", "d", "--output_dir", "o", "--knowledge", "all")

@@ -199,6 +199,20 @@ def test_the_curve_over_eps_has_a_point_per_eps_and_level(report: RobustnessRepo
         assert all("(own_tokens_0)" in attack for attack in result.attack_parameters["attacks"])
 
 
+def test_restarts_and_queries_are_the_users(classifier: RobustnessTokenForImageClassification, images: Images) -> None:
+    found = run(
+        classifier,
+        images,
+        knowledge=["none", "full"],
+        attacks=["cross_entropy", "square"],
+        eps_sweep=[],
+        num_restarts=2,
+        num_queries=7,
+    )
+    assert {r.attack_parameters["num_restarts"] for r in pick(found.results, attack="cross_entropy")} == {2}
+    assert {r.attack_parameters["num_queries"] for r in pick(found.results, attack="square")} == {7}
+
+
 def test_numbers_do_not_depend_on_the_batches(
     report: RobustnessReport, classifier: RobustnessTokenForImageClassification, images: Images
 ) -> None:

@@ -5,7 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
+from datasets import Image as ImageFeature
+from PIL import Image
 from torch import Tensor
+from transformers import ViTImageProcessor
 
 from robustness_tokens import (
     Normalizer,
@@ -287,6 +291,68 @@ def test_runs_with_equal_specs_are_equal_and_not_run_again(
     (stored,) = train_own_tokens(model, spec, [dataset], tmp_path / "a", disable_tqdm=True)
     assert torch.equal(stored.tokens, first.tokens)
     assert stored.training == first.training
+
+
+def test_images_that_change_in_the_middle_are_others(
+    model: EvaluatedModel, dataset: list[dict[str, Tensor]], tmp_path: Path
+) -> None:
+    spec = [OwnTokensSpec(seed=5, num_robustness_tokens=4)]
+    (first,) = train_own_tokens(model, spec, [dataset], tmp_path, disable_tqdm=True)
+    others = [
+        {"images": item["images"] if row in (0, 5) else item["images"].flip(-1)} for row, item in enumerate(dataset)
+    ]
+    (other,) = train_own_tokens(model, spec, [others], tmp_path, disable_tqdm=True)
+    assert not torch.equal(first.tokens, other.tokens)
+
+
+def test_tokens_begin_as_large_as_the_defenders(
+    model: EvaluatedModel, dataset: list[dict[str, Tensor]], tmp_path: Path
+) -> None:
+    assert model.adapter is not None
+    model.adapter.config.initializer_range = 3.0
+    spec = [OwnTokensSpec(seed=5, num_robustness_tokens=4)]
+    (own,) = train_own_tokens(
+        model, spec, [dataset], tmp_path, overrides={"learning_rate": 1e-9, "max_steps": 1}, disable_tqdm=True
+    )
+    assert own.tokens.std().item() == pytest.approx(3.0, rel=0.3)
+
+
+def test_of_many_images_some_at_random_are_attacked(
+    model: EvaluatedModel, dataset: list[dict[str, Tensor]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[Any] = []
+    real = own_tokens.make_adversarial_pairs
+
+    def spy(attacker: Any, args: Any, images: Any, **kwargs: Any) -> Any:
+        taken.extend(item["images"] for item in (images[row] for row in range(len(images))))
+        return real(attacker, args, images, **kwargs)
+
+    monkeypatch.setattr(own_tokens, "make_adversarial_pairs", spy)
+    spec = [OwnTokensSpec(seed=5, num_robustness_tokens=4)]
+    train_own_tokens(model, spec, [dataset], tmp_path, num_adversarial_pairs=3, disable_tqdm=True)
+    rows = [row for image in taken for row, item in enumerate(dataset) if torch.equal(item["images"], image)]
+    assert len(set(rows)) == 3
+    assert rows != [0, 1, 2]
+
+
+@pytest.mark.parametrize("changes", [{"eps": 0.5 / 255}, {"resize": "processor"}], ids=["eps", "shapes"])
+def test_what_stored_pairs_cannot_hold_is_attacked_while_training(
+    model: EvaluatedModel, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    pictures = Dataset.from_list([{"image": Image.new("RGB", size)} for size in ((32, 24), (24, 32), (16, 16))])
+    pictures = pictures.cast_column("image", ImageFeature())
+    assert model.adapter is not None
+    model.adapter.image_processor = ViTImageProcessor(size={"shortest_edge": IMAGE_SIZE}, do_center_crop=False)
+    spec = [OwnTokensSpec(seed=5, num_robustness_tokens=4)]
+    overrides = {**changes, "per_device_train_batch_size": 1}
+    (own,) = train_own_tokens(
+        model, spec, [pictures], tmp_path, num_adversarial_pairs=2, overrides=overrides, disable_tqdm=True
+    )
+    assert "adversarial_pairs" not in own.training["dataset"]
+    (pairs,) = train_own_tokens(
+        model, spec, [pictures], tmp_path, num_adversarial_pairs=2, overrides={}, disable_tqdm=True
+    )
+    assert "adversarial_pairs" in pairs.training["dataset"]
 
 
 def test_a_classifier_that_tokens_were_injected_into_has_a_trunk_to_train_on(

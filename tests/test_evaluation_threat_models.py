@@ -100,7 +100,7 @@ def test_attacks_may_be_in_bfloat16_but_measurements_are_exact(
 def test_attacks_are_in_float32_where_the_device_has_no_bfloat16(
     classifier: RobustnessTokenForImageClassification, images: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(speedups, "_computes_bfloat16", lambda device_type: False)
+    monkeypatch.setattr(speedups, "has_bfloat16", lambda device_type: False)
     classifier.config.training = {"mixed_precision": "bf16"}
     for evaluated in (EvaluatedModel(classifier), EvaluatedModel(classifier, attack_precision="bf16")):
         assert evaluated.attack_precision == "no"  # as the report has it

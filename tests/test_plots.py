@@ -42,7 +42,7 @@ def test_a_curve_per_attacker_with_its_band(figures: list[Any]) -> None:
     (axes,) = figures[0].get_axes()
     assert [line.get_label() for line in axes.get_lines()] == [
         "without tokens (knows the backbone)",
-        "knows nothing (queries, noise)",
+        "knows nothing (noise)",
         "knows the backbone (grey box)",
         "trained own tokens",
         "knows the tokens (white box)",

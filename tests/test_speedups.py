@@ -18,9 +18,9 @@ from robustness_tokens.losses import robustness_loss
 from robustness_tokens.modeling import RobustnessTokenModel
 from robustness_tokens.preprocessing import Normalizer
 from robustness_tokens.speedups import (
-    _computes_bfloat16,
     attention_implementation,
     choose_attention,
+    has_bfloat16,
     onednn_products,
     run_compiled,
     runs_in_half,
@@ -445,8 +445,8 @@ def test_attention_is_eager_in_bf16_while_training_and_the_bases_own_after(
 def test_bf16_asks_the_processor_and_says_once_that_it_has_none(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, available: bool
 ) -> None:
-    _computes_bfloat16.cache_clear()
-    monkeypatch.setattr(speedups, "_computes_bfloat16", _computes_bfloat16)
+    speedups._say_that_float32_is_used.cache_clear()
+    monkeypatch.setattr(speedups, "has_bfloat16", has_bfloat16.__wrapped__)  # the real one, of this module's import
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: available)
     assert not runs_in_half("no", device=CPU)
@@ -454,13 +454,12 @@ def test_bf16_asks_the_processor_and_says_once_that_it_has_none(
     assert [runs_in_half("bf16", device=CPU) for _ in range(2)] == [available] * 2
     assert len(caplog.messages) == (0 if available else 1)
     assert all("this cpu has no bfloat16 instructions: float32 is used" in one for one in caplog.messages)
-    _computes_bfloat16.cache_clear()
 
 
 def test_without_bfloat16_a_training_in_it_is_one_in_float32(
     make_model: ModelFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(speedups, "_computes_bfloat16", lambda device_type: False)
+    monkeypatch.setattr(speedups, "has_bfloat16", lambda device_type: False)
     histories, dtypes = [], set()
     for precision in ("no", "bf16"):
         torch.manual_seed(3)

@@ -90,12 +90,16 @@ def feature_mse_objective(features_fn: Callable[[Tensor], Tensor], target: Tenso
     return objective
 
 
-def cross_entropy_objective(logits_fn: Callable[[Tensor], Tensor], labels: Tensor) -> Callable[[Tensor], Tensor]:
+def cross_entropy_objective(
+    logits_fn: Callable[[Tensor], Tensor], labels: Tensor, *, misclassified_bonus: float = 0.0
+) -> Callable[[Tensor], Tensor]:
     """Cross-entropy of a classifier with the true labels.
 
     Args:
         logits_fn: Maps (B, ...) images in [0, 1] to (B, C) logits.
         labels: (B,) int64 classes.
+        misclassified_bonus: Added where the image is misclassified, which leaves the gradient as it is: an attack that
+            keeps its best iterate then keeps one that is, though another that isn't may have the larger loss.
 
     Returns:
         The objective, (B, ...) images to (B,); it raises a `ValueError` if logits and labels don't fit.
@@ -105,7 +109,8 @@ def cross_entropy_objective(logits_fn: Callable[[Tensor], Tensor], labels: Tenso
     def objective(images: Tensor) -> Tensor:
         logits = logits_fn(images)
         _check_logits(logits, labels)
-        return F.cross_entropy(logits, labels, reduction="none")  # (B,)
+        loss = F.cross_entropy(logits, labels, reduction="none")  # (B,)
+        return loss + misclassified_bonus * (logits.argmax(dim=1) != labels)
 
     return objective
 

@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 
+from .cells import Cell
 from .check_parts import (
     Finding,
     NotRunError,
@@ -23,6 +24,7 @@ from .check_parts import (
     worst,
 )
 from .measurements import Measurements
+from .outcomes import Outcome
 
 
 PIXEL_TOLERANCE = 1e-6
@@ -33,8 +35,9 @@ ABOUT_ZERO = {"accuracy": 0.01, "miou": 0.05, "cosine": 0.1}
 @check(
     9,
     "steps",
-    "White-box PGD with more and more steps: doubling the last number must change less than half a point. If it "
-    "fails, the attack has not converged and more steps would find more.",
+    "White-box PGD with more and more steps: doubling the last number must change less than half a point, and the "
+    "number that the results take must leave at most half a point more than the last on the same images. If it fails, "
+    "the attack has not converged and more steps would find more.",
 )
 def steps(measurements: Measurements) -> Finding:
     metric = main_metric(measurements)
@@ -44,8 +47,8 @@ def steps(measurements: Measurements) -> Finding:
     if most // 2 not in values:
         raise NotRunError(f"{most} steps, but not half of them")
     words = ", ".join(f"{count}: {in_words(values[count], metric)}" for count in sorted(values))
-    passed = has_converged(values[most // 2], values[most])
-    taken = _in_suite(measurements, pairs[0][0].attack.name, "num_steps")
+    suffices, taken = _in_suite(measurements, pairs[0], "num_steps", metric, least=values[most])
+    passed = suffices and has_converged(values[most // 2], values[most])
     return passed, f"{metric} by steps {words} ({images_in_words(pairs[0][1])}){taken}"
 
 
@@ -53,7 +56,8 @@ def steps(measurements: Measurements) -> Finding:
     10,
     "restarts",
     "White-box PGD with more and more random starts, the worst for each image: doubling the last number must change "
-    "less than half a point. If it fails, the attack depends on luck and more starts would find more.",
+    "less than half a point, and the number that the results take must leave at most half a point more than the last "
+    "on the same images. If it fails, the attack depends on luck and more starts would find more.",
 )
 def restarts(measurements: Measurements) -> Finding:
     metric = main_metric(measurements)
@@ -65,16 +69,39 @@ def restarts(measurements: Measurements) -> Finding:
     if most // 2 not in values:
         raise NotRunError(f"{most} restarts, but not half of them")
     words = ", ".join(f"{count}: {in_words(value, metric)}" for count, value in values.items())
-    passed = has_converged(values[most // 2], values[most])
-    taken = _in_suite(measurements, pairs[0][0].attack.name, "num_restarts")
+    suffices, taken = _in_suite(measurements, pairs[0], "num_restarts", metric, least=values[most])
+    passed = suffices and has_converged(values[most // 2], values[most])
     return passed, f"{metric} by restarts {words} ({images_in_words(pairs[0][1])}){taken}"
 
 
-def _in_suite(measurements: Measurements, attack: str, effort: Literal["num_steps", "num_restarts"]) -> str:
-    """What the results of this attack took, which may be less than what converges."""
-    chosen = measurements.select(series="suite", knowledge="full", attack=attack)
-    taken = sorted({getattr(cell.attack, effort) for cell, _ in chosen})
-    return f"; the results take {' and '.join(map(str, taken))}" if taken else ""
+def _in_suite(
+    measurements: Measurements,
+    pair: tuple[Cell, Outcome],
+    effort: Literal["num_steps", "num_restarts"],
+    metric: str,
+    *,
+    least: float,
+) -> tuple[bool, str]:
+    """Whether what the results of an attack take leaves no more than the most effort did, and what that is.
+
+    Args:
+        measurements: Whose suite.
+        pair: A cell of the attack with any effort, and its outcome.
+        effort: What was tried more of.
+        metric: That is judged.
+        least: What the most effort left of the same images.
+    """
+    cell, count = pair[0], len(pair[1]["pixel_difference"])
+    chosen = measurements.select(
+        series="suite", knowledge="full", attack=cell.attack.name, target=cell.attack.target, eps=cell.eps
+    )
+    if not chosen:
+        return True, ""
+    values = [score({name: value[:count] for name, value in outcome.items()}, metric) for _, outcome in chosen]
+    taken = sorted({getattr(one.attack, effort) for one, _ in chosen})
+    left = ", ".join(in_words(value, metric) for value in values)
+    words = f"; the results take {' and '.join(map(str, taken))}, which leaves {left}"
+    return not any(exceeds(value, least) for value in values), words
 
 
 @check(
@@ -117,7 +144,8 @@ def eps_sweep(measurements: Measurements) -> Finding:
         curve = [(cell, outcome) for cell, outcome in full if attack_in_words(cell) == attack]
         metric = "cosine" if attack.startswith("feature") else main_metric(measurements)
         values = [score(outcome, metric) for _, outcome in curve]
-        parts.append(not any(exceeds(value, min(values[:i])) for i, value in enumerate(values) if i))
+        rises = any(exceeds(value, min(values[:i])) for i, value in enumerate(values) if i)
+        parts.append(not rises if len(values) > 1 else None)
         along = ", ".join(
             f"{255 * cell.eps:g}: {in_words(v, metric)}" for (cell, _), v in zip(curve, values, strict=True)
         )

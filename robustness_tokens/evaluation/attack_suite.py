@@ -120,6 +120,9 @@ class AttackBatch:
         return dataclasses.replace(self, **parts)
 
 
+_MISCLASSIFIED = 1000.0  # more than any cross-entropy
+
+
 def run_attack(attack: Attack, view: AttackerView, batch: AttackBatch, *, eps: float, seed: int) -> Tensor:
     """Attacks a batch through the model that the attacker holds.
 
@@ -220,8 +223,15 @@ class _Call:
                 return pixel_cross_entropy_objective(
                     lambda images: model.pixel_logits(images, tokens, size), labels, ignore_index=ignore_index
                 )
-            factory = cross_entropy_objective if kind == "cross_entropy" else margin_objective
-            return factory(lambda images: model.logits(images, tokens), labels)
+
+            def logits_fn(images: Tensor) -> Tensor:
+                return model.logits(images, tokens)
+
+            if kind == "margin":
+                return margin_objective(logits_fn, labels)
+            # Made for another model, an image of larger loss carries over better than one that is just misclassified.
+            bonus = _MISCLASSIFIED if self.view.knowledge == "full" else 0.0
+            return cross_entropy_objective(logits_fn, labels, misclassified_bonus=bonus)
 
         return self.mean(objective_of)
 

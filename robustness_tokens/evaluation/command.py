@@ -68,6 +68,10 @@ class EvaluationArguments:
     )
     num_images: int | None = field(default=None, metadata={"help": "Instead of the budget's."})
     num_steps: int | None = field(default=None, metadata={"help": "Of PGD, instead of the budget's."})
+    num_restarts: int | None = field(
+        default=None, metadata={"help": "Random starts of PGD and APGD, instead of the budget's."}
+    )
+    num_queries: int | None = field(default=None, metadata={"help": "Of Square, instead of the budget's."})
     num_own_tokens: int | None = field(
         default=None, metadata={"help": "Sets of tokens that the attacker trains, instead of the budget's."}
     )
@@ -117,6 +121,8 @@ def run_evaluation(adapter: str, args: EvaluationArguments) -> RobustnessReport:
         budget=args.budget,
         num_images=args.num_images,
         num_steps=args.num_steps,
+        num_restarts=args.num_restarts,
+        num_queries=args.num_queries,
         num_own_tokens=args.num_own_tokens,
         attacker_datasets=None
         if args.attacker_dataset is None

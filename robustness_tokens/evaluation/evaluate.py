@@ -49,6 +49,8 @@ def evaluate_robustness(
     budget: BudgetName = "quick",
     num_images: int | None = None,
     num_steps: int | None = None,
+    num_restarts: int | None = None,
+    num_queries: int | None = None,
     num_own_tokens: int | None = None,
     own_tokens: Sequence[Tensor] | None = None,
     attacker_datasets: Sequence[Any] | None = None,
@@ -86,6 +88,8 @@ def evaluate_robustness(
         budget: `"quick"`, `"standard"` or `"full"`: how many images, steps and attacks.
         num_images: Instead of the budget's; at most what the dataset has are taken.
         num_steps: Of PGD, instead of the budget's.
+        num_restarts: Of PGD and APGD, instead of the budget's.
+        num_queries: Of Square, instead of the budget's.
         num_own_tokens: How many sets of tokens the attacker trains, instead of the budget's.
         own_tokens: (K, D) each, already trained by the attacker; then none are trained here.
         attacker_datasets: Images that the attacker trains on, one or more datasets; by default the evaluated one.
@@ -122,7 +126,12 @@ def evaluate_robustness(
             model, task=task, normalizer=normalizer, feature_view=feature_view, attack_precision=attack_precision
         )
         spent = with_overrides(
-            _budget(budget), num_images=num_images, num_steps=num_steps, num_own_tokens=num_own_tokens
+            _budget(budget),
+            num_images=num_images,
+            num_steps=num_steps,
+            num_restarts=num_restarts,
+            num_queries=num_queries,
+            num_own_tokens=num_own_tokens,
         )
         processor = None if evaluated.adapter is None else evaluated.adapter.image_processor
         prepared = prepare_dataset(dataset, task=evaluated.task, image_processor=processor, image_size=image_size)

@@ -15,18 +15,25 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import Subset
 
 from ..acceleration import process_state, share_from_main
 from ..attack_once import make_adversarial_pairs
 from ..backbones import find_layer_stack, layer_fingerprint, vision_trunk
+from ..configuration import RobustnessTokenConfig
 from ..hub import fetch_adapter, holds_adapter, read_config, read_tokens
 from ..injection import remove_tokens
 from ..modeling import RobustnessTokenModel
+from ..pairs_info import max_pixel_difference
 from ..trainer import RobustnessTokenTrainer
 from ..training_args import RobustnessTokenTrainingArguments
-from ..training_data import describe_dataset
+from ..training_data import describe_dataset, find_image_shape, prepare_train_dataset
 from .cells import digest
+from .evaluation_data import choose_rows
 from .threat_models import EvaluatedModel
+
+
+_NUM_DIGESTED = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,8 +148,9 @@ def train_own_tokens(
         )
         if spec.dataset not in prepared:
             prepared[spec.dataset] = dataset = datasets[spec.dataset]
-            count = _count_pairs(dataset, num_adversarial_pairs, args.attack_through)
+            count = _count_pairs(model, dataset, num_adversarial_pairs, args)
             if count is not None:
+                dataset = _some_of(dataset, count)
                 pairs_args = dataclasses.replace(args, output_dir=str(folder / f"pairs-{spec.dataset}"))
                 with _attacker(model, base, spec) as attacker:
                     prepared[spec.dataset] = make_adversarial_pairs(attacker, pairs_args, dataset, num_images=count)
@@ -164,11 +172,28 @@ def _read_run(folder: Path) -> OwnTokens | None:
     return OwnTokens(tokens=read_tokens(adapter, config), training=dict(config.training or {}))
 
 
-def _count_pairs(dataset: Any, num_adversarial_pairs: int | None, attack_through: str) -> int | None:
+def _count_pairs(
+    model: EvaluatedModel, dataset: Any, num_adversarial_pairs: int | None, args: RobustnessTokenTrainingArguments
+) -> int | None:
     """How many images of a dataset are attacked once, for all the runs on it; None if each run attacks its own."""
-    if num_adversarial_pairs is None or attack_through != "base" or not hasattr(dataset, "__len__"):
+    if num_adversarial_pairs is None or args.attack_through != "base" or not hasattr(dataset, "__len__"):
         return None
+    try:
+        max_pixel_difference(args, model.normalizer.image_std.flatten().tolist())
+    except ValueError:
+        return None  # pairs are stored in 8 bits, which can't hold so small an attack
+    processor = None if model.adapter is None else model.adapter.image_processor
+    if find_image_shape(prepare_train_dataset(dataset, args=args, image_processor=processor)) is None:
+        return None  # each picture keeps a shape of its own, and pairs have one
     return min(num_adversarial_pairs, len(dataset))
+
+
+def _some_of(dataset: Any, count: int) -> Any:
+    """A random choice, always the same, since datasets are often sorted by class."""
+    if count == len(dataset):
+        return dataset
+    rows = choose_rows(len(dataset), count, seed=0).tolist()
+    return dataset.select(rows) if hasattr(dataset, "select") else Subset(dataset, rows)
 
 
 @contextmanager
@@ -179,6 +204,7 @@ def _attacker(model: EvaluatedModel, base: Any, spec: OwnTokensSpec) -> Iterator
         attacker = RobustnessTokenModel.from_base(
             base,
             num_robustness_tokens=spec.num_robustness_tokens,
+            initializer_range=_initializer_range(model),
             feature_view=model.feature_view,
             similarity_axis=model.similarity_axis,
             image_mean=model.normalizer.image_mean.flatten().tolist(),
@@ -189,6 +215,13 @@ def _attacker(model: EvaluatedModel, base: Any, spec: OwnTokensSpec) -> Iterator
             yield attacker
         finally:
             attacker.unload()
+
+
+def _initializer_range(model: EvaluatedModel) -> float:
+    """That the defender's tokens began with."""
+    return (
+        RobustnessTokenConfig().initializer_range if model.adapter is None else model.adapter.config.initializer_range
+    )
 
 
 def _base_of(model: EvaluatedModel) -> Any:
@@ -209,12 +242,13 @@ def _recipe(model: EvaluatedModel) -> dict[str, Any]:
 
 
 def _identity(dataset: Any) -> str | None:
-    """The fingerprint of a `datasets` dataset, of another the digest of its first and last image; None of a stream."""
+    """The fingerprint of a `datasets` dataset, of another the digest of some of its images; None of a stream."""
     if isinstance(fingerprint := getattr(dataset, "_fingerprint", None), str):
         return fingerprint
     if not hasattr(dataset, "__len__") or len(dataset) == 0:
         return None
-    return digest([item["images"] for item in (dataset[0], dataset[len(dataset) - 1]) if "images" in item])
+    rows = choose_rows(len(dataset), _NUM_DIGESTED, seed=0).tolist()
+    return digest([item["images"] for item in map(dataset.__getitem__, rows) if "images" in item])
 
 
 def _key(
@@ -228,6 +262,7 @@ def _key(
     content = {
         "base": layer_fingerprint(find_layer_stack(base).layers),
         "features": [model.feature_view, model.similarity_axis],
+        "initializer_range": _initializer_range(model),
         "normalizer": repr(model.normalizer.image_mean.tolist() + model.normalizer.image_std.tolist()),
         "arguments": {key: value for key, value in values.items() if key not in ("seed", "disable_tqdm")},
         "datasets": [[describe_dataset(dataset), _identity(dataset)] for dataset in datasets],

@@ -37,8 +37,9 @@ FIGURES: dict[str, tuple[str, str, bool]] = {
         f"{metric}_by_eps.png": (
             f"{words.capitalize()} against the size of the attack",
             "The worst of the sweep's one or two attacks at each level of knowledge, from no change at all to one "
-            "that anybody sees; the results take more. Bands: 95% confidence interval. Higher is better. The numbers "
-            "are in the table of the sweep.",
+            "that anybody sees; the results take more. Who knows nothing tries noise alone; of own tokens the budgets "
+            "quick and standard take the first set. Bands: 95% confidence interval. Higher is better. The numbers are "
+            "in the table of the sweep.",
             False,
         )
         for metric, words in METRICS.items()
