@@ -61,7 +61,8 @@ def build_accelerator(args: RobustnessTokenTrainingArguments) -> Accelerator:
             'pip install "robustness-tokens[trackers]", or leave it out of report_to'
         )
     accelerator = Accelerator(
-        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
+        # Even batches would repeat images of a dataset that is smaller than a step.
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed, even_batches=False),
         step_scheduler_with_optimizer=False,
         log_with=args.trackers or None,
         project_dir=str(Path(args.output_dir) / LOG_FOLDER),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from .adversarial_pairs import (
     write_shard,
 )
 from .attacks import cosine_similarity
-from .data import BrokenImageLog, build_dataloader
+from .data import BrokenImageLog, build_dataloader, choose_rows
 from .files import read_json, write_text
 from .modeling import RobustnessTokenPreTrainedModel
 from .pairs_info import INFO_FILE, PAIRS_STEP, PairsInfo, max_pixel_difference
@@ -48,7 +48,7 @@ class PairsArguments:
         ValueError: If a value is out of range.
     """
 
-    num_images: int | None = field(default=None, metadata={"help": "Attack the first so many; all if None."})
+    num_images: int | None = field(default=None, metadata={"help": "Attack so many, chosen by the seed; all if None."})
     images_per_shard: int = field(
         default=500, metadata={"help": "Images per file; a file is what a resumed run keeps."}
     )
@@ -76,15 +76,16 @@ def make_adversarial_pairs(
     """Attacks the base on a dataset's images and writes the pairs to `args.output_dir`.
 
     An image is cut to 8 bits before it is attacked. What the attack gives is rounded to 8 bits, then projected to the
-    budget again, and measured. The noise comes from `(args.seed, 0, row)`: the pairs are those that a training would
-    make in its first step, whichever step reads them later. Run again with the same arguments, it goes on after the
-    last whole shard. Under `accelerate launch` the processes share the shards.
+    budget again, and measured. The noise comes from `(args.seed, 0, row)`, the row being that of the dataset: the
+    pairs are those that a training would make in its first step, whichever step reads them later. Run again with the
+    same arguments, it goes on after the last whole shard. Under `accelerate launch` the processes share the shards.
 
     Args:
         model: Whose base is attacked; its tokens take no part, so the pairs tell nothing of them.
         args: The attack, the images and the folder, as for a training.
         dataset: A `datasets` dataset with an image column, or a torch dataset of ready images; no stream.
-        num_images: Attack the first so many; all if None.
+        num_images: Attack so many, a random choice by `args.seed` in random order, so that a dataset sorted by class
+            gives images of all; all, in their order, if None.
         images_per_shard: Images per file.
 
     Returns:
@@ -109,10 +110,10 @@ def make_adversarial_pairs(
             "read by row: load them without streaming, a slice such as split='train[:10000]' where all are too many"
         )
     info = _describe(model, args, dataset, images, num_images, images_per_shard)
-    folder = Path(args.output_dir)
+    folder, rows = Path(args.output_dir), choose_rows(len(dataset), info.num_images, seed=args.seed)
 
     def start() -> list[int]:
-        _start(folder, info, images, overwrite=args.overwrite_output_dir)
+        _start(folder, info, images, rows, overwrite=args.overwrite_output_dir)
         missing = missing_shards(folder, info)
         _check_room(folder, info, len(missing), announce=not args.disable_tqdm)
         return missing
@@ -126,9 +127,8 @@ def make_adversarial_pairs(
         desc="Attacking, shards",
         disable=args.disable_tqdm or not accelerator.is_local_main_process,
     ):
-        rows = range(shard * images_per_shard, min((shard + 1) * images_per_shard, info.num_images))
         batches = build_dataloader(
-            Subset(images, rows),
+            Subset(images, _rows_of(shard, rows, info)),
             batch_size=info.batch_size,
             shuffle=False,
             num_workers=args.dataloader_num_workers,
@@ -182,7 +182,11 @@ def _describe(
     )
 
 
-def _start(folder: Path, info: PairsInfo, images: Dataset[Any], *, overwrite: bool) -> None:
+def _rows_of(shard: int, rows: Sequence[int], info: PairsInfo) -> Sequence[int]:
+    return rows[shard * info.images_per_shard : (shard + 1) * info.images_per_shard]
+
+
+def _start(folder: Path, info: PairsInfo, images: Dataset[Any], rows: Sequence[int], *, overwrite: bool) -> None:
     """Makes the folder ready for these pairs, or for the rest of them."""
     folder.mkdir(parents=True, exist_ok=True)
     own = {
@@ -201,11 +205,15 @@ def _start(folder: Path, info: PairsInfo, images: Dataset[Any], *, overwrite: bo
     else:
         stored = PairsInfo.from_dict(read_json(path))
         differing = _differences(dataclasses.asdict(stored), dataclasses.asdict(info))
-        if not differing and (row := _first_stored(folder, info)) is not None:
-            index, pixels = row
-            item = images[index]
-            if "images" not in item or not np.array_equal(to_pixels(item["images"][None])[0], pixels):
-                differing = [f"image {index} of the dataset"]
+        if not differing and (found_shard := _first_stored(folder, info)) is not None:
+            shard, pairs = found_shard
+            if not set(pairs["index"][:]) <= set(_rows_of(shard, rows, info)):  # by a version that took the first rows
+                differing = ["the choice of images"]
+            else:
+                index = pairs[0]["index"]
+                item, pixels = images[index], np.frombuffer(pairs[0]["image"], dtype=np.uint8)
+                if "images" not in item or not np.array_equal(to_pixels(item["images"][None]).ravel(), pixels):
+                    differing = [f"image {index} of the dataset"]
         if not differing:
             return
         if not overwrite:
@@ -229,13 +237,12 @@ def _differences(stored: Mapping[str, Any], found: Mapping[str, Any]) -> list[st
     ]
 
 
-def _first_stored(folder: Path, info: PairsInfo) -> tuple[int, np.ndarray[Any, np.dtype[np.uint8]]] | None:
-    """Index and clean pixels of a pair that is there already."""
-    for shard in set(range(info.num_shards)) - set(missing_shards(folder, info)):
-        shard_pairs = datasets.Dataset.from_file(str(folder / info.shard_name(shard)))
-        if len(shard_pairs):
-            row = shard_pairs[0]
-            return row["index"], np.frombuffer(row["image"], dtype=np.uint8).reshape(*info.image_size, 3)
+def _first_stored(folder: Path, info: PairsInfo) -> tuple[int, datasets.Dataset] | None:
+    """Number and pairs of a shard that is there already, and not empty."""
+    for shard in sorted(set(range(info.num_shards)) - set(missing_shards(folder, info))):
+        pairs = datasets.Dataset.from_file(str(folder / info.shard_name(shard)))
+        if len(pairs):
+            return shard, pairs
     return None
 
 

@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from .files import read_json
+from .files import MAX_JSON_BYTES, flush_to_disk, read_json
 from .hub import check_no_other_model, holds_adapter
 
 
@@ -93,6 +93,7 @@ def save_checkpoint(
 
     Raises:
         OSError: If it can't be written; the checkpoints before it are as they were.
+        ValueError: If `settings` and `state` are more than [`read_checkpoint`] would read; likewise.
     """
     tensors = {_TOKENS: tokens.detach().cpu().clone()}
     for index, values in optimizer.state_dict()["state"].items():
@@ -107,12 +108,15 @@ def save_checkpoint(
         # As bytes, and not by the library's own writer, which maps the file: on a full disk that kills the process.
         _write(partial / TENSORS_FILE, safetensors.torch.save(tensors))
         _write(partial / STATE_FILE, content.encode())
-        _flush_to_disk(partial)
+        _check_readable(partial / STATE_FILE, {**settings, **state}, final)
+        flush_to_disk(partial)
         if final.exists():
             final.rename(replaced)
         partial.rename(final)
-        _flush_to_disk(output_dir)
-        _remove_leftovers(output_dir)
+        flush_to_disk(output_dir)
+    except ValueError:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     except OSError as exc:
         shutil.rmtree(partial, ignore_errors=True)
         if replaced.exists() and not final.exists():
@@ -122,11 +126,15 @@ def save_checkpoint(
             f"{final} could not be written ({exc.strerror}), and the checkpoints before it are as they were: make "
             "room, or mend the permissions, and go on with resume_from_checkpoint=True",
         ) from exc
+    # It is there now, and what can't be taken away is no reason to end the run.
+    if replaced.exists():
+        _remove(replaced)
     if save_total_limit is not None:
         oldest_first = sorted(list_checkpoints(output_dir), key=lambda found: (found[0] <= step, found[0]))
         for _, old in oldest_first[:-save_total_limit]:
+            hidden = output_dir / f".{old.name}.part"
             # Hidden first, so that a run killed in between leaves no half of it under its own name.
-            shutil.rmtree(old.rename(output_dir / f".{old.name}.part"))
+            _remove(old, hidden_as=hidden)
     return final
 
 
@@ -250,9 +258,36 @@ def _is_whole(folder: Path) -> bool:
     return (folder / STATE_FILE).is_file() and (folder / TENSORS_FILE).is_file()
 
 
+def _check_readable(path: Path, entries: Mapping[str, Any], checkpoint: Path) -> None:
+    """Refuses a state that was just written, where the reader would."""
+    try:
+        read_json(path)
+    except ValueError as exc:
+        reason = str(exc)
+        if (size := path.stat().st_size) > MAX_JSON_BYTES:
+            sizes = {name: len(json.dumps(value, indent=1)) for name, value in entries.items()}
+            largest = max(sizes, key=lambda name: sizes[name])
+            reason = (
+                f"{STATE_FILE} would have {size:,} bytes, {sizes[largest]:,} of them for {largest!r}, and at most "
+                f"{MAX_JSON_BYTES:,} are read: keep less in it"
+            )
+        raise ValueError(
+            f"{checkpoint} could not be read again, so it is not kept, and the checkpoints before it are as they "
+            f"were: {reason}"
+        ) from exc
+
+
 def _remove_leftovers(output_dir: Path) -> None:
     for leftover in output_dir.glob(".checkpoint-*.part"):  # of a run that was killed
-        shutil.rmtree(leftover)
+        _remove(leftover)
+
+
+def _remove(folder: Path, *, hidden_as: Path | None = None) -> None:
+    """Deletes a folder, under another name at first, or says why it is left."""
+    try:
+        shutil.rmtree(folder if hidden_as is None else folder.rename(hidden_as))
+    except OSError as exc:
+        logger.warning("%s could not be deleted (%s): delete it by hand", folder, exc)
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -260,11 +295,3 @@ def _write(path: Path, content: bytes) -> None:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _flush_to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

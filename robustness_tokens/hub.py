@@ -20,11 +20,11 @@ from huggingface_hub.utils import (
     LocalEntryNotFoundError,
     validate_repo_id,
 )
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from .configuration import RobustnessTokenConfig
-from .files import has_cache_hash, read_json, replacing
+from .files import flush_to_disk, has_cache_hash, read_json, replacing
 from .report.schema import FIGURE_FILES, HTML_FILE, MARKDOWN_FILE, REPORT_FILE, RobustnessReport
 
 
@@ -237,15 +237,27 @@ def write_tokens(folder: Path, tokens: Tensor) -> None:
 
     Raises:
         ValueError: If they are not finite.
+        OSError: If the file can't be written; the one before is as it was.
     """
+    path = folder / TOKENS_FILE
     tokens = tokens.detach().to("cpu", torch.float32).contiguous()
     if not torch.isfinite(tokens).all():
         raise ValueError("refusing to save tokens that are not finite: the training diverged")
-    if not _holds_tokens(folder / TOKENS_FILE, tokens):
-        remove_report(folder)
-    with replacing(folder / TOKENS_FILE) as partial:
-        save_file({TOKENS_KEY: tokens}, partial, metadata={"format": "pt"})
-        partial.chmod(0o600)
+    # As bytes, and not by save_file, which maps the file: on a full disk that kills the process.
+    content = save({TOKENS_KEY: tokens}, metadata={"format": "pt"})
+    try:
+        if not _holds_tokens(path, tokens):
+            remove_report(folder)
+        with replacing(path) as partial:
+            partial.write_bytes(content)
+            partial.chmod(0o600)
+            flush_to_disk(partial)
+    except OSError as exc:
+        raise OSError(
+            exc.errno,
+            f"{path} could not be written ({exc.strerror}), and what was there is left: make room, or mend the "
+            "permissions, and save again",
+        ) from exc
 
 
 def _holds_tokens(path: Path, tokens: Tensor) -> bool:

@@ -116,7 +116,7 @@ def run_sweep(
         model: Gives its base and its settings. Its tokens are taken out: it is of no more use.
         args: Of every training, but for the number of tokens, the learning rate and the seed.
         dataset: Pairs, as [`RobustnessTokenTrainer`] takes them, or images, of which as many are attacked as the
-            steps of a run take, and those held out.
+            steps of a run take, and those held out: a random choice, by `args.seed`, of more.
         num_tokens, learning_rates, seeds: To combine.
         num_eval_pairs: The last so many pairs are held out and measured on.
 

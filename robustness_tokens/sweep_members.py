@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .adversarial_pairs import AdversarialPairs
+from .checkpoints import list_checkpoints
 from .configuration import RobustnessTokenConfig
 from .hub import AdapterFolder, holds_adapter, read_config, read_tokens
 from .modeling import RobustnessTokenPreTrainedModel
@@ -44,13 +45,15 @@ def config_of(template: RobustnessTokenConfig, num_tokens: int) -> RobustnessTok
 
 
 def arguments_of(args: RobustnessTokenTrainingArguments, combination: Combination) -> RobustnessTokenTrainingArguments:
-    """The arguments of one training of a sweep, by those of all."""
+    """The arguments of one training of a sweep, by those of all; it goes on where it was cut."""
+    folder = Path(args.output_dir) / combination.folder_name
     return dataclasses.replace(
         args,
-        output_dir=str(Path(args.output_dir) / combination.folder_name),
+        output_dir=str(folder),
         learning_rate=combination.learning_rate,
         seed=combination.seed,
-        resume_from_checkpoint=True if args.save_steps and not args.overwrite_output_dir else None,
+        # Whatever save_steps says: SIGTERM leaves a checkpoint too.
+        resume_from_checkpoint=True if list_checkpoints(folder) and not args.overwrite_output_dir else None,
     )
 
 

@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -107,13 +107,18 @@ class RobustnessTokenTrainer:
         train_dataset, args = take_pairs(train_dataset, args=args, config=model.config)
         self.model, self.args = model, args
         self.output_dir = Path(args.output_dir)
-        check_output_dir(self.output_dir, overwrite=args.overwrite_output_dir, resume_from=args.resume_from_checkpoint)
         if model.config.image_mean is None or model.config.image_std is None:
             raise ValueError("the model's config has no image_mean and image_std: give them to from_base")
         if args.eval_steps is not None and eval_dataset is None:
             raise ValueError(f"eval_steps={args.eval_steps} needs an eval_dataset: give one, or leave eval_steps out")
         self.callback_handler = build_handler(model, callbacks)
         self.accelerator = build_accelerator(args)
+        share_from_main(
+            lambda: check_output_dir(
+                self.output_dir, overwrite=args.overwrite_output_dir, resume_from=args.resume_from_checkpoint
+            ),
+            self.accelerator,
+        )
         self.train_dataset = prepare_train_dataset(
             train_dataset,
             args=args,
@@ -136,12 +141,14 @@ class RobustnessTokenTrainer:
         self.state, self.control = TrainerState(), TrainerControl()
         self._good_tokens = LastGoodTokens(model)
         self._saved_step = -1  # of the last checkpoint in output_dir
+        self._checked_step = -1  # after which the tokens were last seen to be whole
 
     def train(self) -> TrainOutput:
         """Runs the training, from the beginning or from `args.resume_from_checkpoint`.
 
         On SIGTERM, the step is finished, a checkpoint saved and the process ended with exit code 143, as a shell
-        reports of one that SIGTERM has ended: a run that was cut short is no success.
+        reports of one that SIGTERM has ended: a run that was cut short is no success. So it is after the last step,
+        until this returns.
 
         Returns:
             transformers' `TrainOutput`: steps done, mean loss of the steps done now, and the last logged metrics.
@@ -150,8 +157,8 @@ class RobustnessTokenTrainer:
             ValueError: If the checkpoint does not fit, or `args.output_dir` holds those of a training before and
                 neither `args.resume_from_checkpoint` nor `overwrite_output_dir` is set, or too many images are
                 unreadable, or the tokens are off, not float32, or not what is trained.
-            FloatingPointError: If the loss is not finite, or the features with the tokens after the last step are not;
-                the last good tokens stay in the model, and in output_dir.
+            FloatingPointError: If the loss is not finite, or the features with the tokens that are to be saved, or are
+                the last, are not; the last good tokens stay in the model, and in output_dir.
             OSError: If a checkpoint or the log can't be written; the checkpoints before are as they were.
             SystemExit: After SIGTERM.
         """
@@ -168,7 +175,7 @@ class RobustnessTokenTrainer:
                 position = self._start(optimizer, scheduler)
                 start_trackers(accelerator, output_dir=self.output_dir, recipe=self._recipe())
                 self.model.train()
-                mean_loss = self._run(position, features, optimizer, scheduler, termination)
+                mean_loss, position = self._run(position, features, optimizer, scheduler, termination)
                 share_from_main(lambda: finish_trackers(accelerator), accelerator)
             finally:
                 optimizer.zero_grad()
@@ -176,6 +183,8 @@ class RobustnessTokenTrainer:
                 if args.dataloader_num_workers > 0:
                     accelerator.free_memory()  # which holds the loader, whose workers would live on
                 abandon_trackers(accelerator)  # of which some are left only if an error is on its way
+            if agree(self.control, termination.requested, accelerator):  # while the trackers ended, say
+                self._exit_by_sigterm(position, optimizer, scheduler, termination)
         self._note_recipe(self.state.global_step)
         accelerator.wait_for_everyone()
         return TrainOutput(self.state.global_step, mean_loss, self.log_history[-1] if self.log_history else {})
@@ -223,8 +232,8 @@ class RobustnessTokenTrainer:
 
     def _run(
         self, position: Position, features: Any, optimizer: Any, scheduler: Any, termination: Termination
-    ) -> float:
-        """The loop; returns the mean loss."""
+    ) -> tuple[float, Position]:
+        """The loop; returns the mean loss and the position after it."""
         args, accelerator, state, handler = self.args, self.accelerator, self.state, self.callback_handler
         loader = build_train_loader(self.train_dataset, args=args, accelerator=accelerator)
         steps = iterate_steps(loader, args=args, accelerator=accelerator, start=position)
@@ -232,7 +241,7 @@ class RobustnessTokenTrainer:
         num_batches = len(loader) if hasattr(self.train_dataset, "__len__") else None
         seconds_before = self.log_history[-1]["seconds"] if self.log_history else 0.0
         total_loss, first_step, start = 0.0, state.global_step, time.perf_counter()
-        checked_step = first_step
+        self._checked_step = first_step
         with tqdm(
             total=args.max_steps,
             initial=state.global_step,
@@ -262,34 +271,42 @@ class RobustnessTokenTrainer:
                 self._notify("on_step_end")
                 terminated = agree(self.control, termination.requested, accelerator)
                 if terminated or self.control.should_training_stop or state.global_step == args.max_steps:
-                    self._check_tokens(batches)  # before they are saved
-                    checked_step = state.global_step
+                    self._check_tokens(batches)
                 if self.control.should_log:
                     seconds = seconds_before + time.perf_counter() - start
                     row = {"step": state.global_step, **metrics, "learning_rate": learning_rate, "seconds": seconds}
                     self._log(row, self.log_history, LOG_FILE)
+                    terminated = agree(self.control, termination.requested, accelerator)
                 if self.control.should_evaluate:
                     row = {"step": state.global_step, **self.evaluate()}
                     self._log(row, self.eval_history, EVAL_LOG_FILE)
                     self._notify("on_evaluate", metrics=dict(row))
+                    terminated = agree(self.control, termination.requested, accelerator)
                 if self.control.should_save:
+                    self._check_tokens(batches)
                     self._save_checkpoint(position, optimizer, scheduler)
-                terminated = agree(self.control, termination.requested, accelerator)
-            if checked_step != state.global_step:  # what ended the run came after that
+                    terminated = agree(self.control, termination.requested, accelerator)
+            if state.global_step > first_step:  # what ended the run may have come after that
                 self._check_tokens(batches)
             if terminated:
-                if self._saved_step != state.global_step:
-                    self._save_checkpoint(position, optimizer, scheduler)
-                termination.answered = True
-                if accelerator.is_main_process:
-                    logger.warning(
-                        "SIGTERM: saved checkpoint-%d in %s; resume_from_checkpoint=True goes on from there",
-                        state.global_step,
-                        self.output_dir,
-                    )
-                raise SystemExit(SIGTERM_EXIT_CODE)
+                self._exit_by_sigterm(position, optimizer, scheduler, termination)
             self._notify("on_train_end")
-        return total_loss / max(1, state.global_step - first_step)
+        return total_loss / max(1, state.global_step - first_step), position
+
+    def _exit_by_sigterm(
+        self, position: Position, optimizer: Any, scheduler: Any, termination: Termination
+    ) -> NoReturn:
+        """Answers SIGTERM, on all processes alike: a checkpoint, unless this step has one, and the end."""
+        if self._saved_step != self.state.global_step:
+            self._save_checkpoint(position, optimizer, scheduler)
+        termination.answered = True
+        if self.accelerator.is_main_process:
+            logger.warning(
+                "SIGTERM: saved checkpoint-%d in %s; resume_from_checkpoint=True goes on from there",
+                self.state.global_step,
+                self.output_dir,
+            )
+        raise SystemExit(SIGTERM_EXIT_CODE)
 
     def _step(self, batches: Sequence[Batch], features: Any, optimizer: Any) -> dict[str, float]:
         args, tokens, step = self.args, self.model.robustness_tokens, self.state.global_step
@@ -312,7 +329,9 @@ class RobustnessTokenTrainer:
         return metrics
 
     def _check_tokens(self, batches: Sequence[Batch]) -> None:
-        """Stops where the last step broke the tokens: the loss is of those before it."""
+        """Stops where the last step broke the tokens, whose loss is of those before it; looks once after each step."""
+        if self._checked_step == self.state.global_step:
+            return
         with faster_base(self.model, self.args, self.accelerator.device):
             are_broken = self._good_tokens.are_broken(
                 self._clean_images(batches), mixed_precision=self.args.mixed_precision, accelerator=self.accelerator
@@ -320,6 +339,7 @@ class RobustnessTokenTrainer:
         if are_broken:
             reason = FloatingPointError("the features with its tokens are not finite")
             raise self._stop(batches, reason, step=self.state.global_step)
+        self._checked_step = self.state.global_step
 
     def _clean_images(self, batches: Sequence[Batch]) -> Tensor:
         """(B, 3, H, W) normalised, of the last batch."""

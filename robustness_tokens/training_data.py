@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -111,14 +112,14 @@ def prepare_train_dataset(
             `{"images": (3, H, W) float in [0, 1]}`, whose size is taken as it is, or `AdversarialPairs`.
         args: Of the training.
         image_processor: Of the base.
-        process_index, num_processes: A stream deals its own shards out.
+        process_index, num_processes: Which process this is, of how many. A stream deals its own shards out.
 
     Returns:
         A dataset of `data`.
 
     Raises:
-        ValueError: If the dataset has no image column (the columns are listed) or no images, is several splits at
-            once, or can't be trained on as `args` say.
+        ValueError: If the dataset has no image column (the columns are listed) or no images, or fewer batches than
+            there are processes, is several splits at once, or can't be trained on as `args` say.
     """
     if isinstance(dataset, datasets.DatasetDict | datasets.IterableDatasetDict):
         raise ValueError(f"train_dataset has the splits {sorted(dataset)}: give one of them, such as dataset['train']")
@@ -132,6 +133,12 @@ def prepare_train_dataset(
         )
     if not streaming and len(dataset) == 0:
         raise ValueError("train_dataset has no rows, expected at least one image")
+    if not streaming and (num_batches := math.ceil(len(dataset) / args.per_device_train_batch_size)) < num_processes:
+        raise ValueError(
+            f"train_dataset has {len(dataset)} images, which are {num_batches} of the "
+            f"{num_processes} batches of {args.per_device_train_batch_size} that a step of {num_processes} processes "
+            "takes: start fewer processes, or set a smaller per_device_train_batch_size"
+        )
     if isinstance(dataset, AdversarialPairs):
         return dataset
     if not streaming and not isinstance(dataset, datasets.Dataset):

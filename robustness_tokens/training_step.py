@@ -260,7 +260,7 @@ def accumulate_gradient(
         with nullcontext() if is_last else accelerator.no_sync(features):
             options = agreement_of(model, args, pixel_values)
             loss, cosine = agreement_loss(features(pixel_values), target, weight=weight, **options)
-            accelerator.backward(loss)
+            loss.backward()  # accelerator.backward divides by an accumulation that its launcher was told of
         totals["loss"] += loss.detach()
         return cosine
 

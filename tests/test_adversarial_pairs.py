@@ -25,7 +25,7 @@ from robustness_tokens.adversarial_pairs import (
 )
 from robustness_tokens.attack_once import make_adversarial_pairs
 from robustness_tokens.attacks import cosine_similarity
-from robustness_tokens.data import build_dataloader
+from robustness_tokens.data import build_dataloader, choose_rows
 from robustness_tokens.modeling import RobustnessTokenModel
 from robustness_tokens.pairs_info import INFO_FILE, PairsInfo, max_pixel_difference
 from robustness_tokens.preprocessing import Normalizer
@@ -276,6 +276,49 @@ def test_a_killed_run_goes_on_after_the_last_whole_shard(
     assert indices == list(range(4, NUM_IMAGES))
     expected = stored_pixels(load_adversarial_pairs(made["pgd"]), "adversarial_image")
     assert np.array_equal(stored_pixels(pairs, "adversarial_image"), expected)
+
+
+def test_fewer_images_are_a_random_choice_with_their_own_noise(
+    made: dict[str, Path], model: RobustnessTokenModel, tmp_path: Path
+) -> None:
+    pairs = make_adversarial_pairs(model, arguments(tmp_path, **PGD), pictures(), num_images=6, images_per_shard=4)
+    rows = pairs.stored["index"][:]
+    assert rows == choose_rows(NUM_IMAGES, 6, seed=0)
+    assert sorted(rows) != list(range(6)), "a folder that is sorted by class would give the first classes alone"
+    assert np.array_equal(stored_pixels(pairs, "image"), random_pixels()[rows])
+    everything = stored_pixels(load_adversarial_pairs(made["pgd"]), "adversarial_image")
+    # A sign of a gradient next to zero may turn with the order of a sum.
+    assert (stored_pixels(pairs, "adversarial_image") != everything[rows]).mean() < 1e-3
+
+
+def test_a_killed_run_goes_on_with_the_same_choice(
+    model: RobustnessTokenModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = list(choose_rows(NUM_IMAGES, 6, seed=0))
+    real, indices = attack_once.attack_for_training, []
+
+    def killed(*args: Any, index: Tensor, **kwargs: Any) -> Tensor:
+        indices.append(index.tolist())
+        if len(indices) == 2:
+            raise KeyboardInterrupt
+        return real(*args, index=index, **kwargs)
+
+    monkeypatch.setattr(attack_once, "attack_for_training", killed)
+    with pytest.raises(KeyboardInterrupt):
+        make_adversarial_pairs(model, arguments(tmp_path, **PGD), pictures(), num_images=6, images_per_shard=4)
+    pairs = make_adversarial_pairs(model, arguments(tmp_path, **PGD), pictures(), num_images=6, images_per_shard=4)
+    assert indices == [rows[:4], rows[4:], rows[4:]]
+    assert pairs.stored["index"][:] == rows
+
+
+def test_shards_of_another_choice_are_not_taken_up(
+    model: RobustnessTokenModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:  # as before there was a choice
+        patch.setattr(attack_once, "choose_rows", lambda num_rows, num_images, seed: range(num_images))
+        make_adversarial_pairs(model, arguments(tmp_path, **PGD), pictures(), num_images=6, images_per_shard=4)
+    with pytest.raises(ValueError, match=r"made otherwise \(the choice of images\)"):
+        make_adversarial_pairs(model, arguments(tmp_path, **PGD), pictures(), num_images=6, images_per_shard=4)
 
 
 @pytest.mark.parametrize(

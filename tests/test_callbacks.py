@@ -326,6 +326,29 @@ def fake_trackers(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
     return given
 
 
+def test_sigterm_while_the_trackers_end_saves_and_exits(
+    make: Make, fake_trackers: dict[str, list[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = make("whole")
+    whole.train()
+    seen: list[int] = []
+    previous = signal.signal(signal.SIGTERM, lambda signum, frame: seen.append(signum))
+    monkeypatch.setattr(tracking.WandBTracker, "finish", lambda self: os.kill(os.getpid(), signal.SIGTERM))
+    trainer = make("cut", report_to=["wandb"])
+    try:
+        with pytest.raises(SystemExit) as exit_info:
+            trainer.train()
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    assert exit_info.value.code == 143
+    assert seen == [], "it is answered"
+    assert [step for step, _ in list_checkpoints(trainer.output_dir)] == [4]
+    assert not trainer.model.training
+    resumed = make("cut", resume_from_checkpoint=True)
+    resumed.train()
+    assert torch.equal(tokens_of(resumed), tokens_of(whole))
+
+
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
 def test_other_trackers_are_told_the_recipe_and_the_log(
     make: Make, fake_trackers: dict[str, list[Any]], name: str

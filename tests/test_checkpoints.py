@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -121,7 +122,7 @@ def test_saving_again_replaces(tmp_path: Path) -> None:
     assert load(folder, tokens=tokens, optimizer=optimizer, settings=SETTINGS) == (2, {"x": 2})
 
 
-@pytest.mark.parametrize("moment", ["_write", "_flush_to_disk"])
+@pytest.mark.parametrize("moment", ["_write", "flush_to_disk"])
 def test_a_save_that_is_cut_off_leaves_the_checkpoint_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
@@ -164,6 +165,48 @@ def test_an_error_while_replacing_puts_the_checkpoint_back(tmp_path: Path, monke
         save(tmp_path, 1)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
     assert (tmp_path / "checkpoint-1" / STATE_FILE).stat().st_ino == before
+
+
+def test_what_cannot_be_deleted_is_said_and_ends_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def busy(path: Path, ignore_errors: bool = False) -> None:
+        raise OSError(16, "Device or resource busy")
+
+    save(tmp_path, 2)
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", busy)
+        assert save(tmp_path, 2, state={"x": 2}, save_total_limit=1) == tmp_path / "checkpoint-2"
+        assert save(tmp_path, 4, save_total_limit=1) == tmp_path / "checkpoint-4"
+    assert f"{tmp_path / '.checkpoint-2.old.part'} could not be deleted" in caplog.text
+    assert f"{tmp_path / 'checkpoint-2'} could not be deleted" in caplog.text
+    assert [steps for steps, _ in list_checkpoints(tmp_path)] == [4]
+    save(tmp_path, 6, save_total_limit=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-6"]
+
+
+def nested(depth: int) -> Any:
+    return [nested(depth - 1)] if depth else 0
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "message"),
+    [
+        (
+            ["x" * 2**20],
+            r"would have 1,048,\d+ bytes, 1,048,\d+ of them for 'callbacks', and at most 1,048,576 are read",
+        ),
+        (nested(40), "nested more than 32 deep"),
+        ("\x07", "characters that are no text"),
+    ],
+    ids=["large", "deep", "no text"],
+)
+def test_what_could_not_be_read_again_is_not_kept(tmp_path: Path, callbacks: Any, message: str) -> None:
+    save(tmp_path, 2)
+    with pytest.raises(ValueError, match=rf"checkpoint-4 could not be read again.*{message}"):
+        save(tmp_path, 4, state={"position": [1, 2], "callbacks": callbacks}, save_total_limit=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
+    assert found(tmp_path) == tmp_path / "checkpoint-2"
 
 
 @pytest.mark.parametrize("missing", [STATE_FILE, TENSORS_FILE])

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import signal
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -163,6 +165,116 @@ def test_a_process_without_access_to_the_checkpoint_resumes_with_the_others(fold
     for rank in (0, 1):
         assert torch.equal(tokens(folder, f"resumed-tokens-{rank}"), tokens(folder, "tokens-0"))
     assert not (folder / "resumed-1").exists()
+
+
+class DecideLate(TrainerCallback):
+    """On the main process alone, an evaluation after the log, a save after that, and the end after that."""
+
+    def __init__(self, rank: int) -> None:
+        self.is_main = rank == 0
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_evaluate |= self.is_main and state.global_step == 2
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_save |= self.is_main
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop |= self.is_main
+
+
+def decide_late(rank: int, folder: Path) -> None:
+    run = build_trainer(folder / "run", callbacks=[DecideLate(rank)], eval_images=2, max_steps=9)
+    assert run.train().global_step == 2
+    assert [row["step"] for row in run.eval_history] == [2]
+    run.accelerator.wait_for_everyone()
+
+
+def test_what_one_process_decides_after_a_log_an_evaluation_or_a_save_holds_on_all(tmp_path: Path) -> None:
+    run_together(2, decide_late, tmp_path)
+    assert [step for step, _ in list_checkpoints(tmp_path / "run")] == [2]
+
+
+class TerminateAtTheEnd(TrainerCallback):
+    """SIGTERM to the last process, after the last step and all that it decides."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def terminate_at_the_end(rank: int, folder: Path) -> None:
+    run = build_trainer(folder / "run", callbacks=[TerminateAtTheEnd(rank)], max_steps=2)
+    with pytest.raises(SystemExit) as exit_info:
+        run.train()
+    assert exit_info.value.code == 143
+    run.accelerator.wait_for_everyone()
+
+
+def test_sigterm_to_one_process_after_the_last_step_ends_all(tmp_path: Path) -> None:
+    run_together(2, terminate_at_the_end, tmp_path)
+    assert [step for step, _ in list_checkpoints(tmp_path / "run")] == [2]
+
+
+def look_at_the_folder(rank: int, folder: Path) -> None:
+    """Only the main process sees the folder of the run, as on machines that share none."""
+    used, unused = folder / "used", folder / "unused"
+    build_trainer(unused if rank == 0 else used)
+    with pytest.raises(ValueError, match="holds an adapter or checkpoints already"):
+        build_trainer(used if rank == 0 else unused)
+    PartialState().wait_for_everyone()
+
+
+def test_only_the_folder_of_the_main_process_counts(tmp_path: Path) -> None:
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "model.safetensors").touch()
+    run_together(2, look_at_the_folder, tmp_path)
+
+
+# Six images in a step of eight: four for one process, two for the other; ten in one of sixteen: six and four.
+SMALL: dict[str, dict[str, Any]] = {
+    "six": {"num_images": 6, "max_steps": 3},
+    "ten": {"num_images": 10, "max_steps": 3, "gradient_accumulation_steps": 2},
+}
+
+
+def train_on_few(rank: int, folder: Path) -> None:
+    real, taken = training_step.attacked_pixel_values, list[int]()
+
+    def watched(model: Any, batch: Any, *args: Any, **kwargs: Any) -> Tensor:
+        taken.extend(batch["index"].tolist())
+        return real(model, batch, *args, **kwargs)
+
+    training_step.attacked_pixel_values = watched
+    found = {}
+    for name, settings in SMALL.items():
+        run = build_trainer(folder / name, **settings)
+        run.train()
+        save_file({"tokens": tokens_of(run)}, folder / f"{name}-{rank}.safetensors")
+        found[name] = list(taken)
+        taken.clear()
+    (folder / f"found-{rank}.json").write_text(json.dumps(found), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"has 4 images, which are 1 of the 2 batches of 4 that a step"):
+        build_trainer(folder / "too few", num_images=4)
+    run.accelerator.wait_for_everyone()
+
+
+def test_a_dataset_smaller_than_a_step_counts_each_image_once(tmp_path: Path) -> None:
+    run_together(2, train_on_few, tmp_path)
+    for name, settings in SMALL.items():
+        batches = 2 * settings.get("gradient_accumulation_steps", 1)
+        one = build_trainer(
+            tmp_path / f"{name} in one",
+            **settings | {"per_device_train_batch_size": 4 * batches, "gradient_accumulation_steps": 1},
+        )
+        one.train()
+        first, second = (read(tmp_path, rank)[name] for rank in (0, 1))
+        assert sorted([*first, *second]) == sorted(3 * list(range(settings["num_images"])))
+        for rank in (0, 1):
+            torch.testing.assert_close(tokens(tmp_path, f"{name}-{rank}"), tokens_of(one), rtol=0, atol=1e-5)
 
 
 class Unstorable(TrainerCallback, ExportableState):

@@ -1,8 +1,11 @@
 import json
 import os
+import resource
 import shutil
 import stat
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -287,15 +290,34 @@ def test_a_failed_write_keeps_the_last_good_tokens(tmp_path: Path, value: float)
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_a_write_that_breaks_off_leaves_the_old_file_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@contextmanager
+def full_disk() -> Iterator[None]:
+    """Writing beyond a hundred bytes is an error of the system, as on a disk without room."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_leaves_the_old_file_alone(tmp_path: Path) -> None:
+    write_tokens(tmp_path, torch.ones(2, 3))
+    path = tmp_path / "model.safetensors"
+    with full_disk(), pytest.raises(OSError, match=rf"{path} could not be written \(File too large\)"):
+        write_tokens(tmp_path, torch.zeros(2, 3))
+    assert torch.equal(load_file(path)["robustness_tokens"], torch.ones(2, 3))
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_tokens_are_on_the_disk_before_they_replace_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_tokens(tmp_path, torch.ones(2, 3))
 
-    def half_a_file(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-        Path(path).write_bytes(b"half")
-        raise OSError("disk full")
+    def fail(descriptor: int) -> None:
+        raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr("robustness_tokens.hub.save_file", half_a_file)
-    with pytest.raises(OSError, match="disk full"):
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match=r"could not be written \(Input/output error\), and what was there is left"):
         write_tokens(tmp_path, torch.zeros(2, 3))
     assert torch.equal(load_file(tmp_path / "model.safetensors")["robustness_tokens"], torch.ones(2, 3))
     assert len(list(tmp_path.iterdir())) == 1

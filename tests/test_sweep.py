@@ -3,7 +3,9 @@
 import csv
 import dataclasses
 import json
+import os
 import shutil
+import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,10 +19,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
-from robustness_tokens import attack_once, cli, plots, sweep, training_step
+from robustness_tokens import attack_once, cli, plots, sweep, trainer, training_step
 from robustness_tokens.adversarial_pairs import load_adversarial_pairs
 from robustness_tokens.argument_parsing import parse_groups
 from robustness_tokens.attack_once import make_adversarial_pairs
+from robustness_tokens.data import choose_rows
 from robustness_tokens.hub import AdapterFolder, read_config, read_tokens
 from robustness_tokens.modeling import RobustnessTokenModel
 from robustness_tokens.sweep import CSV_FILE, FIGURE_FILE, PAIRS_FOLDER, SweepArguments, SweepRow, run_sweep
@@ -78,7 +81,8 @@ def test_the_folder_holds_an_adapter_per_combination(swept: tuple[Path, list[Swe
 
 
 def test_as_many_images_are_attacked_as_a_run_sees(swept: tuple[Path, list[SweepRow]]) -> None:
-    assert len(load_adversarial_pairs(swept[0] / PAIRS_FOLDER)) == MAX_STEPS * BATCH + NUM_EVAL
+    pairs = load_adversarial_pairs(swept[0] / PAIRS_FOLDER)
+    assert pairs.stored["index"][:] == choose_rows(20, MAX_STEPS * BATCH + NUM_EVAL, seed=0)
 
 
 def test_the_csv_holds_the_rows(swept: tuple[Path, list[SweepRow]]) -> None:
@@ -159,6 +163,28 @@ def test_a_sweep_goes_on_with_what_is_missing(
     assert trained == ["tokens-4_lr-0.02_seed-0"]
     for row, expected in zip(rows, swept[1], strict=True):
         assert dataclasses.replace(row, seconds_per_step=0) == dataclasses.replace(expected, seconds_per_step=0)
+
+
+def test_a_sweep_that_sigterm_ended_goes_on(
+    swept: tuple[Path, list[SweepRow]], make_base: BaseFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs = load_adversarial_pairs(swept[0] / PAIRS_FOLDER)
+    grid = {**GRID, "num_tokens": (4,), "seeds": (0,)}
+    steps: list[int] = []
+    real = trainer.accumulate_gradient
+
+    def terminated(*args: Any, step: int, **kwargs: Any) -> dict[str, float]:
+        steps.append(step)
+        if steps == [0, 1]:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args, step=step, **kwargs)
+
+    monkeypatch.setattr(trainer, "accumulate_gradient", terminated)
+    with pytest.raises(SystemExit):
+        run_sweep(new_model(make_base("dinov2")), arguments(tmp_path), pairs, **grid)
+    (row,) = run_sweep(new_model(make_base("dinov2")), arguments(tmp_path), pairs, **grid)
+    assert steps == [0, 1, 2]
+    assert dataclasses.replace(row, seconds_per_step=0) == dataclasses.replace(swept[1][2], seconds_per_step=0)
 
 
 OTHER: dict[str, Any] = {"num_tokens": (2,), "learning_rates": (0.02,), "seeds": (0,), "num_eval_pairs": NUM_EVAL}

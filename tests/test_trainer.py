@@ -23,6 +23,7 @@ from transformers.trainer_utils import TrainOutput
 from robustness_tokens import run_folder, training_data, training_step
 from robustness_tokens import trainer as trainer_module
 from robustness_tokens.checkpoints import STATE_FILE, TENSORS_FILE, list_checkpoints
+from robustness_tokens.divergence import LastGoodTokens
 from robustness_tokens.modeling import RobustnessTokenModel
 from robustness_tokens.run_folder import rounding_settings
 from robustness_tokens.trainer import RobustnessTokenTrainer
@@ -636,24 +637,71 @@ def test_tokens_that_the_last_step_breaks_are_not_kept(make_trainer: TrainerFact
     assert not (trainer.output_dir / "model.safetensors").exists()
 
 
+@pytest.fixture
+def break_in_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """`break_in_step(n)`: the n-th step leaves finite tokens that overflow inside the base."""
+
+    def arm(number: int) -> None:
+        real = trainer_module.RobustnessTokenTrainer._step
+
+        def step(self: RobustnessTokenTrainer, *args: Any) -> dict[str, float]:
+            metrics = real(self, *args)
+            if self.state.global_step + 1 == number:
+                self.model.robustness_tokens.data.fill_(1e30)
+            return metrics
+
+        monkeypatch.setattr(trainer_module.RobustnessTokenTrainer, "_step", step)
+
+    return arm
+
+
 def test_tokens_of_the_step_before_are_kept_where_the_last_one_breaks(
-    make_trainer: TrainerFactory, monkeypatch: pytest.MonkeyPatch
+    make_trainer: TrainerFactory, break_in_step: Callable[[int], None]
 ) -> None:
     tokens = trained_tokens(make_trainer("good", max_steps=2))
     trainer = make_trainer("bad", max_steps=3)
-    real = trainer_module.RobustnessTokenTrainer._step
-
-    def step(self: RobustnessTokenTrainer, *args: Any) -> dict[str, float]:
-        metrics = real(self, *args)
-        if self.state.global_step == 2:
-            self.model.robustness_tokens.data.fill_(1e30)
-        return metrics
-
-    monkeypatch.setattr(trainer_module.RobustnessTokenTrainer, "_step", step)
+    break_in_step(3)
     with pytest.raises(FloatingPointError, match=r"step 3.*tokens after step 2"):
         trainer.train()
     assert torch.equal(trainer.model.robustness_tokens, tokens)
     assert (trainer.output_dir / "model.safetensors").exists()
+
+
+def test_no_checkpoint_holds_broken_tokens(make_trainer: TrainerFactory) -> None:
+    trainer = make_trainer(max_steps=3, save_steps=1, save_total_limit=1, learning_rate=1e30)
+    with pytest.raises(FloatingPointError, match=r"step 1.*as they were before training"):
+        trainer.train()
+    assert list_checkpoints(trainer.output_dir) == []
+
+
+def test_broken_tokens_replace_no_good_checkpoint(
+    make_trainer: TrainerFactory, monkeypatch: pytest.MonkeyPatch, break_in_step: Callable[[int], None]
+) -> None:
+    settings: dict[str, Any] = {"save_steps": 1, "save_total_limit": 1}
+    tokens = trained_tokens(make_trainer("good"))
+    broken = make_trainer(**settings)
+    break_in_step(2)
+    with pytest.raises(FloatingPointError, match=r"step 2.*tokens after step 1"):
+        broken.train()
+    assert [step for step, _ in list_checkpoints(broken.output_dir)] == [1]
+    monkeypatch.undo()
+    assert torch.equal(trained_tokens(make_trainer(resume_from_checkpoint=True, **settings)), tokens)
+
+
+@pytest.mark.parametrize(("save_steps", "looks"), [(None, [4]), (1, [1, 2, 3, 4]), (3, [3, 4])])
+def test_tokens_are_looked_at_once_for_a_save_and_at_the_end(
+    make_trainer: TrainerFactory, monkeypatch: pytest.MonkeyPatch, save_steps: int | None, looks: list[int]
+) -> None:
+    trainer, found = make_trainer(save_steps=save_steps), list[int]()
+    real = LastGoodTokens.are_broken
+
+    def look(self: LastGoodTokens, *args: Any, **kwargs: Any) -> bool:
+        found.append(trainer.state.global_step)
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(LastGoodTokens, "are_broken", look)
+    trainer.train()
+    assert found == looks
 
 
 def test_broken_tokens_of_a_checkpoint_are_not_said_to_be_good(make_trainer: TrainerFactory) -> None:
@@ -1058,6 +1106,15 @@ def test_max_grad_norm_clips(make_trainer: TrainerFactory) -> None:
     start = free.model.robustness_tokens.detach().clone()
     assert (trained_tokens(clipped) - start).abs().max() < 1e-4
     assert (trained_tokens(free) - start).abs().max() > 1e-2
+
+
+def test_an_accumulation_of_the_launcher_scales_no_gradient(
+    make_trainer: TrainerFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = trained_tokens(make_trainer("plain", max_grad_norm=0.01))
+    # As `accelerate launch` sets it from its own config.
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1000")
+    assert torch.equal(trained_tokens(make_trainer("launched", max_grad_norm=0.01)), expected)
 
 
 def test_an_adapter_can_be_trained_further(make_trainer: TrainerFactory, tmp_path: Path) -> None:
