@@ -110,7 +110,10 @@ def make_adversarial_pairs(
             "read by row: load them without streaming, a slice such as split='train[:10000]' where all are too many"
         )
     info = _describe(model, args, dataset, images, num_images, images_per_shard)
-    folder, rows = Path(args.output_dir), choose_rows(len(dataset), info.num_images, seed=args.seed)
+    folder = Path(args.output_dir)
+    rows: Sequence[int] = range(len(dataset))
+    if info.num_images < len(rows):
+        rows = choose_rows(len(rows), info.num_images, seed=args.seed)
 
     def start() -> list[int]:
         _start(folder, info, images, rows, overwrite=args.overwrite_output_dir)

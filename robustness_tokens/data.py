@@ -318,20 +318,16 @@ def collate_images(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return batch
 
 
-def choose_rows(num_rows: int, num_images: int, *, seed: int) -> Sequence[int]:
-    """A random choice of rows, in random order, so that the first few are one too.
-
-    Data sets are often sorted by class.
+def choose_rows(num_rows: int, num_images: int, *, seed: int) -> list[int]:
+    """A random choice of rows, in random order, so that the first few are one too: datasets are often sorted by class.
 
     Args:
-        num_rows: of the data set.
-        num_images: to choose; all rows, in their own order, if there are no more.
-        seed: of the choice.
+        num_rows: Of the dataset.
+        num_images: To choose; all rows if there are no more.
+        seed: Of the choice.
     """
-    if num_images >= num_rows:
-        return range(num_rows)
-    chosen: list[int] = torch.randperm(num_rows, generator=torch.Generator().manual_seed(seed))[:num_images].tolist()
-    return chosen
+    rows: list[int] = torch.randperm(num_rows, generator=torch.Generator().manual_seed(seed))[:num_images].tolist()
+    return rows
 
 
 class BrokenImageLog:

@@ -422,13 +422,13 @@ def test_images_of_different_shapes_cannot_be_stacked() -> None:
         collate_images(items)
 
 
-def test_a_choice_of_rows_is_random_and_of_all_rows_in_order() -> None:
+def test_a_choice_of_rows_is_random() -> None:
     rows = choose_rows(1000, 50, seed=0)
     assert rows == choose_rows(1000, 50, seed=0) != choose_rows(1000, 50, seed=1)
     assert rows[:20] == choose_rows(1000, 20, seed=0)
     assert len({*rows}) == 50
     assert {row // 250 for row in rows[:20]} == {0, 1, 2, 3}, "of every class of a sorted folder"
-    assert list(choose_rows(5, 5, seed=0)) == list(choose_rows(5, 9, seed=0)) == [0, 1, 2, 3, 4]
+    assert choose_rows(5, 5, seed=0) == choose_rows(5, 9, seed=0) != sorted(choose_rows(5, 5, seed=0))
 
 
 # Ready images

@@ -17,6 +17,7 @@ from robustness_tokens import (
     RobustnessTokenTrainingArguments,
     inject_tokens,
 )
+from robustness_tokens.adversarial_pairs import load_adversarial_pairs
 from robustness_tokens.evaluation import own_tokens
 from robustness_tokens.evaluation.own_tokens import (
     OwnTokens,
@@ -318,19 +319,12 @@ def test_tokens_begin_as_large_as_the_defenders(
 
 
 def test_of_many_images_some_at_random_are_attacked(
-    model: EvaluatedModel, dataset: list[dict[str, Tensor]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: EvaluatedModel, dataset: list[dict[str, Tensor]], tmp_path: Path
 ) -> None:
-    taken: list[Any] = []
-    real = own_tokens.make_adversarial_pairs
-
-    def spy(attacker: Any, args: Any, images: Any, **kwargs: Any) -> Any:
-        taken.extend(item["images"] for item in (images[row] for row in range(len(images))))
-        return real(attacker, args, images, **kwargs)
-
-    monkeypatch.setattr(own_tokens, "make_adversarial_pairs", spy)
     spec = [OwnTokensSpec(seed=5, num_robustness_tokens=4)]
     train_own_tokens(model, spec, [dataset], tmp_path, num_adversarial_pairs=3, disable_tqdm=True)
-    rows = [row for image in taken for row, item in enumerate(dataset) if torch.equal(item["images"], image)]
+    (folder,) = tmp_path.glob("*/pairs-0")
+    rows = list(load_adversarial_pairs(folder).stored["index"])
     assert len(set(rows)) == 3
     assert rows != [0, 1, 2]
 

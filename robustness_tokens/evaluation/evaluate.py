@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .. import __version__
 from ..acceleration import process_state
 from ..configuration import FeatureView
+from ..data import choose_rows
 from ..preprocessing import Normalizer
 from ..report.schema import RobustnessReport
 from ..training_args import MixedPrecision
@@ -23,7 +24,7 @@ from ..training_data import describe_dataset
 from .attack_suite import Attack
 from .budgets import BUDGETS, Budget, BudgetName, with_overrides
 from .checks import run_checks
-from .evaluation_data import choose_rows, load_batches, prepare_dataset
+from .evaluation_data import load_batches, prepare_dataset
 from .figures import make_figures
 from .measure import measure
 from .measurements import sweep_curves

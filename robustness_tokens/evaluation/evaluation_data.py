@@ -5,11 +5,11 @@ Shapes: B images, H and W pixels.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import datasets
 import torch
-from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..acceleration import process_state
@@ -59,17 +59,9 @@ def prepare_dataset(
     return ImageDataset(dataset, ImageTransform(image_size=image_size), with_labels=task == "classification")
 
 
-def choose_rows(num_rows: int, num_images: int, *, seed: int) -> Tensor:
-    """A random choice of rows, in random order, so that the first few are one too; (num_images,) int64.
-
-    Datasets are often sorted by class.
-    """
-    return torch.randperm(num_rows, generator=torch.Generator().manual_seed(seed))[:num_images]
-
-
 def load_batches(
     dataset: Dataset[dict[str, Any]],
-    rows: Tensor,
+    rows: Sequence[int],
     model: EvaluatedModel,
     *,
     batch_size: int,
@@ -79,7 +71,7 @@ def load_batches(
 
     Args:
         dataset: Of [`prepare_dataset`].
-        rows: (n,) int64 to evaluate on.
+        rows: To evaluate on.
         model: Says the device and the task.
         batch_size: Images per batch.
         ignore_index: Label of the pixels that don't count.
@@ -92,9 +84,9 @@ def load_batches(
     """
     state = process_state()
     batches = {}
-    for number, chunk in enumerate(rows.split(batch_size)):
+    for number, start in enumerate(range(0, len(rows), batch_size)):
         if number % state.num_processes == state.process_index:
-            items = [{**dataset[row], "index": row} for row in chunk.tolist()]
+            items = [{**dataset[row], "index": row} for row in rows[start : start + batch_size]]
             batches[number] = _collate(items, model, ignore_index)
     return batches
 

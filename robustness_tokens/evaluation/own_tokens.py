@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Subset
 
 from ..acceleration import process_state, share_from_main
 from ..attack_once import make_adversarial_pairs
 from ..backbones import find_layer_stack, layer_fingerprint, vision_trunk
 from ..configuration import RobustnessTokenConfig
+from ..data import choose_rows
 from ..hub import fetch_adapter, holds_adapter, read_config, read_tokens
 from ..injection import remove_tokens
 from ..modeling import RobustnessTokenModel
@@ -29,7 +29,6 @@ from ..trainer import RobustnessTokenTrainer
 from ..training_args import RobustnessTokenTrainingArguments
 from ..training_data import describe_dataset, find_image_shape, prepare_train_dataset
 from .cells import digest
-from .evaluation_data import choose_rows
 from .threat_models import EvaluatedModel
 
 
@@ -150,7 +149,6 @@ def train_own_tokens(
             prepared[spec.dataset] = dataset = datasets[spec.dataset]
             count = _count_pairs(model, dataset, num_adversarial_pairs, args)
             if count is not None:
-                dataset = _some_of(dataset, count)
                 pairs_args = dataclasses.replace(args, output_dir=str(folder / f"pairs-{spec.dataset}"))
                 with _attacker(model, base, spec) as attacker:
                     prepared[spec.dataset] = make_adversarial_pairs(attacker, pairs_args, dataset, num_images=count)
@@ -186,14 +184,6 @@ def _count_pairs(
     if find_image_shape(prepare_train_dataset(dataset, args=args, image_processor=processor)) is None:
         return None  # each picture keeps a shape of its own, and pairs have one
     return min(num_adversarial_pairs, len(dataset))
-
-
-def _some_of(dataset: Any, count: int) -> Any:
-    """A random choice, always the same, since datasets are often sorted by class."""
-    if count == len(dataset):
-        return dataset
-    rows = choose_rows(len(dataset), count, seed=0).tolist()
-    return dataset.select(rows) if hasattr(dataset, "select") else Subset(dataset, rows)
 
 
 @contextmanager
@@ -247,7 +237,7 @@ def _identity(dataset: Any) -> str | None:
         return fingerprint
     if not hasattr(dataset, "__len__") or len(dataset) == 0:
         return None
-    rows = choose_rows(len(dataset), _NUM_DIGESTED, seed=0).tolist()
+    rows = choose_rows(len(dataset), _NUM_DIGESTED, seed=0)
     return digest([item["images"] for item in map(dataset.__getitem__, rows) if "images" in item])
 
 
