@@ -35,7 +35,8 @@ from .files import read_json, write_text
 from .modeling import RobustnessTokenPreTrainedModel
 from .pairs_info import INFO_FILE, PAIRS_STEP, PairsInfo, max_pixel_difference
 from .preprocessing import Normalizer
-from .training_args import ATTACK_ARGUMENTS, RobustnessTokenTrainingArguments
+from .speedups import runs_in_half
+from .training_args import ATTACK_ARGUMENTS, MixedPrecision, RobustnessTokenTrainingArguments
 from .training_data import check_patches, describe_dataset, find_image_shape, prepare_train_dataset
 from .training_step import attack_for_training, base_features, faster_base
 
@@ -109,7 +110,8 @@ def make_adversarial_pairs(
             f"dataset is a {type(dataset).__name__}, expected images that are not attacked yet and can be counted and "
             "read by row: load them without streaming, a slice such as split='train[:10000]' where all are too many"
         )
-    info = _describe(model, args, dataset, images, num_images, images_per_shard)
+    in_half = runs_in_half(args.mixed_precision, device=accelerator.device)
+    info = _describe(model, args, dataset, images, num_images, images_per_shard, "bf16" if in_half else "no")
     folder = Path(args.output_dir)
     rows: Sequence[int] = range(len(dataset))
     if info.num_images < len(rows):
@@ -151,6 +153,7 @@ def _describe(
     images: Dataset[Any],
     num_images: int | None,
     images_per_shard: int,
+    precision: MixedPrecision,
 ) -> PairsInfo:
     config, recipe = model.config, args.recipe()
     if config.image_mean is None or config.image_std is None:
@@ -176,7 +179,7 @@ def _describe(
         seed=args.seed,
         step=PAIRS_STEP,
         batch_size=args.per_device_train_batch_size,
-        mixed_precision=args.mixed_precision,
+        mixed_precision=precision,
         resize=args.resize,
         image_size=list(image_shape),
         dataset=describe_dataset(dataset),

@@ -246,12 +246,12 @@ def write_tokens(folder: Path, tokens: Tensor) -> None:
     # As bytes, and not by save_file, which maps the file: on a full disk that kills the process.
     content = save({TOKENS_KEY: tokens}, metadata={"format": "pt"})
     try:
-        if not _holds_tokens(path, tokens):
-            remove_report(folder)
         with replacing(path) as partial:
             partial.write_bytes(content)
             partial.chmod(0o600)
             flush_to_disk(partial)
+            if not _holds_tokens(path, tokens):  # last, when nothing but the renaming is left
+                remove_report(folder)
     except OSError as exc:
         raise OSError(
             exc.errno,

@@ -37,7 +37,7 @@ class PairsInfo:
         max_pixel_difference: Budget in 8-bit levels, which no pixel of a pair exceeds.
         seed, step: Of the noise, which comes from (seed, step, index).
         batch_size: Images per forward, on which the paper's attack depends.
-        mixed_precision: Of the attack.
+        mixed_precision: That the attack was computed in: `"no"` where the device has no bfloat16.
         resize: How pictures became images.
         image_size: Height and width in pixels.
         dataset: What is known of the images' origin.

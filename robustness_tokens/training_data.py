@@ -40,6 +40,9 @@ from .training_args import DataArguments, RobustnessTokenTrainingArguments
 
 
 # datasets itself drops the namespace of a Hub id.
+# After so many in which no step was possible it never will be.
+_MAX_EMPTY_EPOCHS = 100
+
 _HUB_FILE = re.compile(r"hf://datasets/(?P<name>[^@]+)@(?P<commit>[0-9a-f]{40})/")
 
 
@@ -259,17 +262,19 @@ def iterate_steps(
         A step for which one of the processes has no image is passed over by all of them.
 
     Raises:
-        ValueError: If too many images are broken, or there are none.
+        ValueError: If too many images are broken, or none is readable, or no step was possible in many epochs.
     """
     broken_images = BrokenImageLog(args.max_broken_images)
     epoch, batches_done = start
+    num_empty_epochs = 0
     while True:
         (loader if hasattr(loader, "set_epoch") else loader.dataset).set_epoch(epoch)
-        found = batches_done > 0
+        found, num_readable = batches_done > 0, 0
         batches: list[Batch] = []
         for batch in accelerator.skip_first_batches(loader, batches_done) if batches_done else loader:
             broken_images.update(batch)
             batches.append(batch)
+            num_readable += len(batch["images"])
             batches_done += 1
             if len(batches) == args.gradient_accumulation_steps:
                 if whole := _without_empty(batches, accelerator):
@@ -279,7 +284,9 @@ def iterate_steps(
         if batches_done == len(batches) and (whole := _without_empty(batches, accelerator)):
             found = True
             yield whole, (epoch, batches_done)
-        if not found:
+        num_empty_epochs = 0 if found else num_empty_epochs + 1
+        # In another order each process may have an image.
+        if not found and (num_empty_epochs == _MAX_EMPTY_EPOCHS or not _sum(num_readable, accelerator)):
             on_processes = (
                 f" on each of {accelerator.num_processes} processes" if accelerator.num_processes > 1 else ""
             )
@@ -290,5 +297,10 @@ def iterate_steps(
 def _without_empty(batches: list[Batch], accelerator: Accelerator) -> list[Batch]:
     """The batches that hold images; none if a process has none, for which the others would wait in vain."""
     whole = [batch for batch in batches if len(batch["images"])]
-    num_without = accelerator.reduce(torch.tensor(float(not whole), device=accelerator.device), reduction="sum")
-    return whole if num_without == 0 else []
+    return whole if _sum(not whole, accelerator) == 0 else []
+
+
+def _sum(value: float, accelerator: Accelerator) -> float:
+    """Over the processes."""
+    total: Tensor = accelerator.reduce(torch.tensor(float(value), device=accelerator.device), reduction="sum")
+    return total.item()

@@ -14,6 +14,7 @@ from transformers import ViTImageProcessor
 from robustness_tokens import (
     Normalizer,
     RobustnessTokenModel,
+    RobustnessTokenTrainer,
     RobustnessTokenTrainingArguments,
     inject_tokens,
 )
@@ -316,6 +317,33 @@ def test_tokens_begin_as_large_as_the_defenders(
         model, spec, [dataset], tmp_path, overrides={"learning_rate": 1e-9, "max_steps": 1}, disable_tqdm=True
     )
     assert own.tokens.std().item() == pytest.approx(3.0, rel=0.3)
+
+
+def test_a_second_run_attacks_the_images_of_the_first(
+    model: EvaluatedModel, dataset: list[dict[str, Tensor]], tmp_path: Path
+) -> None:
+    specs = [OwnTokensSpec(seed=seed, num_robustness_tokens=4) for seed in (5, 6)]
+    at_once = train_own_tokens(model, specs, [dataset], tmp_path / "a", num_adversarial_pairs=3, disable_tqdm=True)
+    train_own_tokens(model, specs[:1], [dataset], tmp_path / "b", num_adversarial_pairs=3, disable_tqdm=True)
+    later = train_own_tokens(model, specs, [dataset], tmp_path / "b", num_adversarial_pairs=3, disable_tqdm=True)
+    assert all(torch.equal(one.tokens, other.tokens) for one, other in zip(at_once, later, strict=True))
+
+
+def test_each_process_has_a_batch_to_train_on(
+    model: EvaluatedModel, dataset: list[dict[str, Tensor]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Trainer(RobustnessTokenTrainer):
+        def __init__(self, model: Any, args: Any, images: Any) -> None:
+            sizes.append(args.per_device_train_batch_size)
+            super().__init__(model, args, images)
+
+    sizes: list[int] = []
+    monkeypatch.setattr(own_tokens, "RobustnessTokenTrainer", Trainer)
+    spec = [OwnTokensSpec(seed=5, num_robustness_tokens=4)]
+    train_own_tokens(
+        model, spec, [dataset], tmp_path, overrides={"per_device_train_batch_size": 64}, disable_tqdm=True
+    )
+    assert sizes == [6]
 
 
 def test_of_many_images_some_at_random_are_attacked(

@@ -102,6 +102,21 @@ def test_datasets_of_the_hub_are_named(dataset: Any, datasets: list[str] | None,
     assert ModelCard(card).data.get("datasets") == expected
 
 
+def test_what_leads_the_report_is_in_the_model_index_and_no_details() -> None:
+    worst: dict[str, Any] = {"attack": "worst_case", "value": 0.1, "confidence_interval": None}
+    sweep = {"attacks": ["pgd (full)"], "series": "sweep"}
+    report = make_report(
+        results=[
+            make_result(value=0.9, confidence_interval=None, **CLEAN),
+            make_result(attack_parameters={"attacks": ["pgd (full)"]}, **worst),
+            make_result(),
+            make_result(attack_parameters=sweep, eps=1 / 255, **worst),
+        ]
+    )
+    found = [(result.metric_value, (result.metric_args or {})["eps_in_pixels"]) for result in to_eval_results(report)]
+    assert found == [(0.9, 0.0), (0.1, 16 / 255)]
+
+
 def test_every_number_of_the_adapter_is_in_the_model_index() -> None:
     report = make_report(
         results=[

@@ -146,9 +146,46 @@ def test_baselines_and_metrics_have_tables_of_their_own() -> None:
         "#### Features: cosine with the clean features",
     ]
     assert text.rstrip().endswith("| -0.500 [-0.600, -0.400] |")
-    baselines = text.partition("Baselines:")[2].partition("####")[0].strip().splitlines()
+    baselines = text.partition("<summary>Baselines:")[2].partition("</details>")[0].strip().splitlines()
     assert baselines[2].endswith("| Seed | zero tokens |")
     assert baselines[4].endswith("| 3 | 10.0% |")
+
+
+def test_worst_cases_lead_and_the_rest_is_behind_a_click() -> None:
+    def worst(value: float, *, over: int, **changes: Any) -> Any:
+        parameters = {"attacks": [f"attack {number}" for number in range(over)], **changes.pop("more", {})}
+        return make_result(value=value, attack="worst_case", attack_parameters=parameters, **changes)
+
+    sweep: dict[str, Any] = {"more": {"series": "sweep"}, "over": 1, "num_images": 50}
+    results = [
+        make_result(value=0.9, confidence_interval=None, **CLEAN),
+        worst(0.02, over=14, knowledge="full_worst_case"),
+        worst(0.03, over=2),
+        make_result(value=0.04),
+        make_result(value=0.6, knowledge="base", tokens="zero"),
+        worst(0.5, eps=1 / 255, **sweep),
+        worst(0.3, eps=8 / 255, **sweep),
+        worst(0.1, eps=8 / 255, knowledge="base", tokens="none", **sweep),
+        worst(0.7, eps=8 / 255, knowledge="base", tokens="zero", **sweep),
+    ]
+    found = rendered(render_report_markdown(make_report(results=results))).partition("Classification: accuracy")[2]
+    tables = re.findall(r"<table>(.*?)</table>", found, flags=re.DOTALL)
+    assert re.findall(r"<summary>(.*?)</summary>", found) == [
+        "Every single attack",
+        "Baselines: other tokens in their place",
+        "The curve over eps: one or two attacks, fewer images",
+    ]
+    assert found.count("<details>") == found.count("</details>") == 3
+    assert found.index("<table>") < found.index("<details>")
+    rows = [[re.findall(r"<t[dh]>(.*?)</t[dh]>", row) for row in one.split("</tr>")[:-1]] for one in tables]
+    assert [row[1] for row in rows[0][1:]] == ["worst of 14 for each image", "worst of 2 for each image", "-"]
+    assert [row[-1] for row in rows[1][1:]] == ["4.0% [20.0, 30.0]"]
+    assert [row[-1] for row in rows[2][1:]] == ["60.0% [20.0, 30.0]"]
+    assert rows[3] == [
+        ["Attacker knows", "Tokens", "Images", "Seed", "1/255", "8/255"],
+        ["everything, tokens included", "with tokens", "50", "3", "50.0% [20.0, 30.0]", "30.0% [20.0, 30.0]"],
+        ["the backbone, not the tokens", "without tokens", "50", "3", "-", "10.0% [20.0, 30.0]"],
+    ]
 
 
 def test_two_numbers_of_one_attack_are_both_shown() -> None:

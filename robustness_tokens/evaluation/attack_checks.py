@@ -101,7 +101,7 @@ def _in_suite(
     taken = sorted({getattr(one.attack, effort) for one, _ in chosen})
     left = ", ".join(in_words(value, metric) for value in values)
     words = f"; the results take {' and '.join(map(str, taken))}, which leaves {left}"
-    return not any(exceeds(value, least) for value in values), words
+    return not exceeds(min(values), least), words
 
 
 @check(

@@ -27,7 +27,7 @@ from .threat_models import AttackerView, EvaluatedModel
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 2
+FORMAT = 3
 """Of the files: those of another are not looked for."""
 
 Series = Literal["suite", "sweep", "steps", "restarts", "single_step", "unbounded"]

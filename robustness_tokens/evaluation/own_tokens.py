@@ -149,9 +149,15 @@ def train_own_tokens(
             prepared[spec.dataset] = dataset = datasets[spec.dataset]
             count = _count_pairs(model, dataset, num_adversarial_pairs, args)
             if count is not None:
-                pairs_args = dataclasses.replace(args, output_dir=str(folder / f"pairs-{spec.dataset}"))
+                # Whichever set is the first that is not there yet.
+                seed = next(other.seed for other in specs if other.dataset == spec.dataset)
+                pairs_args = dataclasses.replace(args, output_dir=str(folder / f"pairs-{spec.dataset}"), seed=seed)
                 with _attacker(model, base, spec) as attacker:
                     prepared[spec.dataset] = make_adversarial_pairs(attacker, pairs_args, dataset, num_images=count)
+        if hasattr(prepared[spec.dataset], "__len__"):  # each process needs a batch
+            most = max(1, len(prepared[spec.dataset]) // state.num_processes)
+            size = min(args.per_device_train_batch_size, most)
+            args = dataclasses.replace(args, per_device_train_batch_size=size)
         with _attacker(model, base, spec) as attacker:
             trainer = RobustnessTokenTrainer(attacker, args, prepared[spec.dataset])
             trainer.train()

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import EvalResult
 
+from .groups import group_results
 from .markdown import ATTACKERS, METRICS, format_eps, plain
 
 
@@ -30,10 +31,13 @@ _METRIC_TYPES = {
 
 
 def to_eval_results(report: RobustnessReport) -> list[EvalResult]:
-    """Every number of the adapter itself, with what the attacker knew, eps in pixels, and all else it depends on.
+    """What leads the report of the adapter itself, with what the attacker knew, eps in pixels, and all else.
 
-    Numbers of the bare base and of the baselines are not the adapter's, and stay in the report.
+    Numbers of the bare base and of the baselines are not the adapter's; these, the single attacks that a worst case is
+    over, and the curve over eps stay in the report.
     """
+    pairs = dict.fromkeys((r.task, r.metric) for r in report.results)
+    groups = (group_results([r for r in report.results if (r.task, r.metric) == pair]) for pair in pairs)
     name = plain(report.dataset["name"])
     return [
         EvalResult(
@@ -46,7 +50,8 @@ def to_eval_results(report: RobustnessReport) -> list[EvalResult]:
             metric_name=_metric_name(result),
             metric_args={EVALUATED_WITH: f"{PACKAGE} {plain(report.package_version)}", **_metric_args(result)},
         )
-        for result in report.results
+        for group in groups
+        for result in group.leading
         if result.tokens == "trained"
     ]
 

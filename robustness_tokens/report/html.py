@@ -11,15 +11,14 @@ from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
+from .groups import WORST_CASE, is_sweep
 from .html_tables import (
-    WORST_CASE,
     escape_code,
     escape_text,
     format_interval,
     format_levels,
     format_number,
     format_unit,
-    is_sweep,
     render_checks,
     render_results,
 )

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from .markdown import ATTACKERS, BASELINES, METRICS, TASKS, TOKENS, format_setting, plain
+from .groups import BASELINES, WORST_CASE, group_results
+from .markdown import ATTACKERS, METRICS, TASKS, TOKENS, format_setting, plain
 
 
 if TYPE_CHECKING:
@@ -23,7 +24,6 @@ _LEVELS = {
 }
 # Look, symbol, word: of these each alone says it.
 _VERDICTS = {True: ("pass", "✓", "pass"), False: ("fail", "✗", "FAIL"), None: ("none", "○", "no verdict")}
-WORST_CASE = "worst_case"
 _MAIN = ("trained", "none")
 
 
@@ -70,25 +70,24 @@ def render_results(results: Sequence[Result]) -> str:
     pairs = {(r.task, r.metric) for r in results}
     for task, metric in sorted(pairs, key=lambda pair: (list(TASKS).index(pair[0]), list(METRICS).index(pair[1]))):
         chosen = [r for r in results if (r.task, r.metric) == (task, metric)]
-        sweep, suite = ([r for r in chosen if is_sweep(r) is wanted] for wanted in (True, False))
+        groups = group_results(chosen)
         blocks.append(f"<h3>{TASKS[task]}: {METRICS[metric]}</h3>")
         unit = "" if metric == "cosine" else ", in %"
         name = METRICS[metric].capitalize() + unit
-        main = [r for r in suite if r.tokens not in BASELINES]
-        with_worst = {r.knowledge for r in main if r.attack == WORST_CASE}
-        leading = [r for r in main if r.attack in (None, WORST_CASE) or r.knowledge not in with_worst]
-        if leading:
-            blocks.append(_results_table(leading, _MAIN, f"{name}, by what the attacker knows.", by_attacker=True))
-        if every := [r for r in main if r not in leading]:
-            table = _results_table(every, _MAIN, f"{name}, attack by attack.")
+        if groups.leading:
+            blocks.append(
+                _results_table(groups.leading, _MAIN, f"{name}, by what the attacker knows.", by_attacker=True)
+            )
+        if groups.single:
+            table = _results_table(groups.single, _MAIN, f"{name}, attack by attack.")
             blocks.append(f"<details><summary>Every single attack</summary>{table}</details>")
-        baseline_rows = {_row_key(r) for r in suite if r.tokens in BASELINES}
-        if baselines := [r for r in suite if r.tokens != "none" and _row_key(r) in baseline_rows]:
+        baseline_rows = {_row_key(r) for r in groups.baselines}
+        if baselines := [r for r in chosen if r.tokens != "none" and _row_key(r) in baseline_rows]:
             caption = f"{name}, with other tokens in place of the trained ones: was anything learned?"
             table = _results_table(baselines, ("trained", *BASELINES), caption)
             blocks.append(f"<details><summary>Baselines: other tokens in their place</summary>{table}</details>")
-        if swept := [r for r in sweep if r.tokens not in BASELINES]:
-            table = _results_table(swept, _MAIN, f"{name}, one or two attacks at growing eps, fewer images.")
+        if groups.sweep:
+            table = _results_table(groups.sweep, _MAIN, f"{name}, one or two attacks at growing eps, fewer images.")
             blocks.append(f"<details><summary>Numbers of the sweep over eps</summary>{table}</details>")
     return "\n".join(blocks)
 
@@ -163,11 +162,6 @@ def _table(caption: str, header: str, bodies: Iterable[str], *, look: str = "res
 def _row_key(result: Result) -> tuple[Any, ...]:
     parameters = tuple((name, str(value)) for name, value in result.attack_parameters.items())
     return (result.knowledge, result.attack, parameters, result.eps, result.num_images, result.seed)
-
-
-def is_sweep(result: Result) -> bool:
-    """Whether a number belongs to the curve over eps."""
-    return result.attack_parameters.get("series") == "sweep"
 
 
 def format_number(value: float, result: Result) -> str:

@@ -10,6 +10,8 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from .groups import BASELINES, WORST_CASE, group_results
+
 
 if TYPE_CHECKING:
     from .schema import Check, Result, RobustnessReport
@@ -37,7 +39,6 @@ TOKENS = {
     "mean": "mean of the tokens",
 }
 TASKS = {"classification": "Classification", "segmentation": "Segmentation", "features": "Features"}
-BASELINES = ("untrained", "zero", "mean")
 
 
 def render_report_markdown(report: RobustnessReport, *, level: int = 1) -> str:
@@ -163,20 +164,48 @@ def _render_results(results: Sequence[Result], hashes: str) -> list[str]:
     ):
         chosen = [r for r in results if (r.task, r.metric) == (task, metric)]
         blocks.append(f"{hashes}## {TASKS[task]}: {METRICS[metric]}")
-        if main := [r for r in chosen if r.tokens not in BASELINES]:
-            blocks.append(_results_table(main, ("none", "trained")))
-        if baselines := [r for r in chosen if r.tokens in BASELINES]:
-            blocks += ["Baselines: other tokens in their place.", _results_table(baselines, BASELINES)]
+        groups = group_results(chosen)
+        if groups.leading:
+            blocks.append(_results_table(groups.leading, ("none", "trained"), in_short=True))
+        if groups.single:
+            blocks += _details("Every single attack", _results_table(groups.single, ("none", "trained")))
+        if groups.baselines:
+            blocks += _details("Baselines: other tokens in their place", _results_table(groups.baselines, BASELINES))
+        if groups.sweep:
+            blocks += _details("The curve over eps: one or two attacks, fewer images", _sweep_table(groups.sweep))
     return blocks
 
 
-def _results_table(results: Sequence[Result], tokens: Sequence[str]) -> str:
-    """One row per attack, one column per kind of tokens that occurs."""
+def _details(summary: str, content: str) -> list[str]:
+    """Behind a click, where HTML is let through, as on the Hub."""
+    return [f"<details><summary>{summary}</summary>", content, "</details>"]
+
+
+def _sweep_table(results: Sequence[Result]) -> str:
+    """One row per attacker, one column per eps."""
+    columns = sorted({r.eps for r in results})
+    order = list(ATTACKERS)
+    rows: dict[tuple[str, ...], dict[float, list[str]]] = {}
+    for r in sorted(results, key=lambda r: (order.index(r.knowledge), r.tokens == "trained")):
+        row = (ATTACKERS[r.knowledge], TOKENS[r.tokens], f"{r.num_images:,}", str(r.seed))
+        rows.setdefault(row, {eps: [] for eps in columns})[r.eps].append(_with_interval(r))
+    return table(
+        ("Attacker knows", "Tokens", "Images", "Seed", *(f"{255 * eps:.4g}/255" for eps in columns)),
+        [(*row, *("; ".join(cells[eps]) or "-" for eps in columns)) for row, cells in rows.items()],
+    )
+
+
+def _results_table(results: Sequence[Result], tokens: Sequence[str], *, in_short: bool = False) -> str:
+    """One row per attack, one column per kind of tokens that occurs; in short, a worst case says over how many."""
     columns = [kind for kind in tokens if any(r.tokens == kind for r in results)]
     rows: dict[tuple[str, ...], dict[str, list[str]]] = {}
     order = list(ATTACKERS)
     for r in sorted(results, key=lambda r: (order.index(r.knowledge), r.eps)):
-        attack = "-" if r.attack is None else code(r.attack) + _parameters(r.attack_parameters)
+        attacks = r.attack_parameters.get("attacks")
+        if in_short and r.attack == WORST_CASE and isinstance(attacks, list):
+            attack = f"worst of {len(attacks)} for each image"
+        else:
+            attack = "-" if r.attack is None else code(r.attack) + _parameters(r.attack_parameters)
         eps = "0" if r.attack is None else format_eps(r.eps)
         row = (ATTACKERS[r.knowledge], attack, eps, f"{r.num_images:,}", str(r.seed))
         rows.setdefault(row, {kind: [] for kind in columns})[r.tokens].append(_with_interval(r))

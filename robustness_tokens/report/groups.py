@@ -1,0 +1,54 @@
+"""Which results of a report lead, and which are details: in every form of it alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+
+if TYPE_CHECKING:
+    from .schema import Result
+
+
+WORST_CASE = "worst_case"
+BASELINES = ("untrained", "zero", "mean")
+
+
+class ResultGroups(NamedTuple):
+    """Results of one task and metric, each in one group.
+
+    Attributes:
+        leading: Clean images, and the worst case of each attacker; every attack of one that has no worst case.
+        single: The attacks that a worst case is over.
+        baselines: With other tokens in place of the trained ones.
+        sweep: The curve over eps.
+    """
+
+    leading: list[Result]
+    single: list[Result]
+    baselines: list[Result]
+    sweep: list[Result]
+
+
+def is_sweep(result: Result) -> bool:
+    """Whether a number belongs to the curve over eps."""
+    return result.attack_parameters.get("series") == "sweep"
+
+
+def group_results(results: Sequence[Result]) -> ResultGroups:
+    """Groups the results of one task and metric.
+
+    Args:
+        results: In the order of the report, which the groups keep.
+    """
+    sweep = [r for r in results if is_sweep(r) and r.tokens not in BASELINES]
+    suite = [r for r in results if not is_sweep(r)]
+    main = [r for r in suite if r.tokens not in BASELINES]
+    with_worst = {r.knowledge for r in main if r.attack == WORST_CASE}
+    leading = [r for r in main if r.attack in (None, WORST_CASE) or r.knowledge not in with_worst]
+    return ResultGroups(
+        leading=leading,
+        single=[r for r in main if r not in leading],
+        baselines=[r for r in suite if r.tokens in BASELINES],
+        sweep=sweep,
+    )
