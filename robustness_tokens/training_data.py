@@ -39,10 +39,10 @@ from .preprocessing import ImageTransform, processor_image_size
 from .training_args import DataArguments, RobustnessTokenTrainingArguments
 
 
-# datasets itself drops the namespace of a Hub id.
 # After so many in which no step was possible it never will be.
 _MAX_EMPTY_EPOCHS = 100
 
+# datasets itself drops the namespace of a Hub id.
 _HUB_FILE = re.compile(r"hf://datasets/(?P<name>[^@]+)@(?P<commit>[0-9a-f]{40})/")
 
 
