@@ -16,6 +16,7 @@ from .checkpoints import STATE_FILE, Checkpoint, find_checkpoint, is_own_checkpo
 from .configuration import RobustnessTokenConfig
 from .hub import remove_report
 from .modeling import RobustnessTokenPreTrainedModel
+from .onednn import onednn_is_faster
 from .speedups import attention_configs, choose_attention, runs_in_half
 from .training_args import RobustnessTokenTrainingArguments
 from .training_log import EVAL_LOG_COLUMNS, EVAL_LOG_FILE, LOG_FILE, read_log, start_log
@@ -82,7 +83,7 @@ def rounding_settings(
     return {
         "half_precision": half_precision,
         "torch_compile": args.torch_compile,
-        "onednn": args.onednn and on_cpu,
+        "onednn": args.onednn and onednn_is_faster(device=device, half_precision=half_precision),
         "attn_implementation": attention or _own_attention(base),
         "dtype": str(next(base.parameters()).dtype),
         "device": device.type,

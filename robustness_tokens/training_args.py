@@ -158,7 +158,7 @@ class RobustnessTokenTrainingArguments:
     )
     onednn: bool = field(
         default=True,
-        metadata={"help": "On a CPU, let oneDNN compute the base's linear layers, of weights that it lays out once."},
+        metadata={"help": "On a CPU, let oneDNN compute the base's linear layers where it is faster."},
     )
     logging_steps: int = field(default=1, metadata={"help": "Write the log every so many steps."})
     save_steps: int | None = field(default=None, metadata={"help": "Save a checkpoint every so many steps."})

@@ -5,8 +5,8 @@ Shapes: B images of a batch, N sequence, D width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from accelerate import Accelerator
@@ -18,7 +18,7 @@ from .features import count_patches
 from .losses import AgreementOptions, agreement, agreement_loss, example_generators
 from .modeling import RobustnessTokenPreTrainedModel
 from .preprocessing import Normalizer
-from .speedups import attention_implementation, choose_attention, onednn_products, run_compiled, runs_in_half
+from .speedups import computing_faster, run_compiled, runs_in_half
 from .training_args import MixedPrecision, RobustnessTokenTrainingArguments
 
 
@@ -203,25 +203,23 @@ def agreement_of(
     }
 
 
-@contextmanager
 def faster_base(
     model: RobustnessTokenPreTrainedModel, args: RobustnessTokenTrainingArguments, device: torch.device
-) -> Iterator[None]:
-    """Within the context the base computes as `args.train_attn_implementation` and `args.onednn` say.
-
-    A context within another of the same arguments changes nothing.
+) -> AbstractContextManager[None]:
+    """A context in which the base computes as `args.train_attn_implementation` and `args.onednn` say.
 
     Args:
         model: Whose base it is.
         args: Of the training.
         device: Where it is computed.
     """
-    base, half_precision = model.get_base_model(), runs_in_half(args.mixed_precision, device=device)
-    attention = choose_attention(args.train_attn_implementation, device=device, half_precision=half_precision)
-    dtype = torch.bfloat16 if half_precision else torch.float32
-    products = onednn_products(base, dtype=dtype) if args.onednn and device.type == "cpu" else nullcontext()
-    with attention_implementation(base, attention), products:
-        yield
+    return computing_faster(
+        model.get_base_model(),
+        device=device,
+        half_precision=runs_in_half(args.mixed_precision, device=device),
+        attn_implementation=args.train_attn_implementation,
+        onednn=args.onednn,
+    )
 
 
 def accumulate_gradient(

@@ -29,7 +29,7 @@ from transformers import (
     ViTModel,
 )
 
-from robustness_tokens import speedups
+from robustness_tokens import onednn, speedups
 from robustness_tokens.modeling import RobustnessTokenModel
 from tests.hub_client import HubClient
 from tests.hub_server import run_hub
@@ -57,9 +57,12 @@ def seeded() -> None:
 
 
 @pytest.fixture(autouse=True)
-def bfloat16_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tests in bfloat16 compute in it on every machine, however slowly."""
-    monkeypatch.setattr(speedups, "has_bfloat16", lambda device_type: True)
+def same_on_every_processor() -> Iterator[None]:
+    """Tests compute in bfloat16 where they ask for it, and by oneDNN, however slow that is here."""
+    with pytest.MonkeyPatch.context() as patch:  # a test may undo its own
+        patch.setattr(speedups, "has_bfloat16", lambda device_type: True)
+        patch.setattr(onednn, "has_avx512", lambda: True)
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

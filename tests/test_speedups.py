@@ -7,39 +7,25 @@ from typing import Any
 import datasets
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.profiler import profile
 
 from robustness_tokens import speedups
 from robustness_tokens.argument_parsing import parse_arguments
-from robustness_tokens.attacks import cosine_similarity, paper_attack
-from robustness_tokens.losses import robustness_loss
 from robustness_tokens.modeling import RobustnessTokenModel
-from robustness_tokens.preprocessing import Normalizer
+from robustness_tokens.onednn import onednn_products
 from robustness_tokens.speedups import (
     attention_implementation,
     choose_attention,
     has_bfloat16,
-    onednn_products,
     run_compiled,
     runs_in_half,
 )
 from robustness_tokens.trainer import RobustnessTokenTrainer
 from robustness_tokens.training_args import RobustnessTokenTrainingArguments
-from tests.conftest import ONEDNN_BFLOAT16
 from tests.families import BASES
 
 
-PACKED_PRECISIONS = [
-    torch.float32,
-    pytest.param(
-        torch.bfloat16, marks=pytest.mark.skipif(not ONEDNN_BFLOAT16, reason="this processor has no bfloat16")
-    ),
-]
-GOLDEN = Path(__file__).parent / "golden"
 QUICKSTART = Path(__file__).parent.parent / "examples" / "quickstart"
-IMAGENET: dict[str, Any] = {"image_mean": (0.485, 0.456, 0.406), "image_std": (0.229, 0.224, 0.225)}
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 BaseFactory = Callable[..., Any]
@@ -118,164 +104,6 @@ def test_attention_is_put_back_after_an_error_and_nonsense_is_refused(make_base:
     ):
         pass
     assert base.config._attn_implementation == "sdpa"
-
-
-# oneDNN
-
-
-def test_onednn_computes_the_same_and_leaves_nothing_behind(make_model: ModelFactory, pixel_values: Tensor) -> None:
-    model = make_model()
-    expected = input_gradient(model, pixel_values)
-    classes = [type(module) for module in model.modules()]
-    with onednn_products(model.get_base_model()):
-        assert nn.Linear not in {type(module) for module in model.get_base_model().modules()}
-        assert nn.Conv2d not in {type(module) for module in model.get_base_model().modules()}
-        gradient = input_gradient(model, pixel_values)
-    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5)
-    assert [type(module) for module in model.modules()] == classes
-
-
-@pytest.mark.parametrize("dtype", PACKED_PRECISIONS)
-def test_every_product_is_onednns_forward_and_backward(
-    make_model: ModelFactory, pixel_values: Tensor, dtype: torch.dtype
-) -> None:
-    model = make_model()
-    count = sum(isinstance(module, nn.Linear | nn.Conv2d) for module in model.get_base_model().modules())
-    autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
-    with onednn_products(model.get_base_model(), dtype=dtype), autocast, profile() as found:
-        input_gradient(model, pixel_values)
-    calls = {event.key: event.count for event in found.key_averages()}
-    assert calls["mkldnn::_linear_pointwise"] == 2 * count
-
-
-def test_evaluation_in_inference_mode(make_model: ModelFactory, pixel_values: Tensor) -> None:
-    model = make_model()
-    expected = input_gradient(model, pixel_values)
-    with torch.inference_mode(), onednn_products(model.get_base_model()), torch.inference_mode(False):
-        gradient = input_gradient(model, pixel_values)
-    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    "module",
-    [
-        nn.Linear(4, 4, device="meta").requires_grad_(False),  # offloaded
-        nn.Linear(4, 4, dtype=torch.bfloat16).requires_grad_(False),
-        nn.Conv2d(3, 8, 4, stride=4, dtype=torch.float16).requires_grad_(False),
-    ],
-    ids=["meta", "bfloat16", "float16"],
-)
-def test_weights_that_float32_products_do_not_read_are_not_packed(module: nn.Module) -> None:
-    before = type(module)
-    with onednn_products(module, dtype=torch.float32):
-        assert type(module) is before
-
-
-def test_an_error_while_packing_is_the_one_that_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    base = nn.Sequential(*[nn.Linear(4, 4) for _ in range(3)]).requires_grad_(False)
-    real, packed = speedups._PackedWeight, []
-
-    def pack(module: nn.Module, dtype: torch.dtype) -> Any:
-        packed.append(module)
-        if len(packed) == 2:
-            raise MemoryError("no room for a weight")
-        return real(module, dtype)
-
-    monkeypatch.setattr(speedups, "_PackedWeight", pack)
-    with pytest.raises(MemoryError, match="no room for a weight"), onednn_products(base):
-        pass
-    assert all(type(module) is nn.Linear and "_packed" not in vars(module) for module in base)
-
-
-@pytest.mark.parametrize("packed", [torch.float32, torch.bfloat16])
-def test_layers_called_in_another_precision_than_packed_compute_as_before(packed: torch.dtype) -> None:
-    linear, inputs = nn.Linear(8, 4).requires_grad_(False), torch.randn(2, 3, 8)
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=packed == torch.float32):
-        expected = linear(inputs)
-        with onednn_products(linear, dtype=packed):
-            assert torch.equal(linear(inputs), expected)
-
-
-@pytest.mark.parametrize("dtype", PACKED_PRECISIONS)
-def test_packed_weights_are_no_part_of_the_state_and_nest(dtype: torch.dtype) -> None:
-    linear = nn.Linear(8, 4).requires_grad_(False)
-    before = dict(vars(linear))
-    with onednn_products(linear, dtype=dtype):
-        keys = set(linear.state_dict())
-        with onednn_products(linear, dtype=dtype):
-            pass
-        assert type(linear) is not nn.Linear
-    assert keys == {"weight", "bias"}
-    assert type(linear) is nn.Linear
-    assert vars(linear) == before
-
-
-def test_onednn_gives_bfloat16_what_autocast_gives(make_model: ModelFactory, pixel_values: Tensor) -> None:
-    model = make_model()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        expected = model.get_features(pixel_values)
-        with onednn_products(model.get_base_model(), dtype=torch.bfloat16):
-            output = model.get_features(pixel_values)
-    assert output.dtype == expected.dtype
-    torch.testing.assert_close(output, expected, rtol=0.02, atol=0.02)
-
-
-@pytest.mark.parametrize("padding", [0, "valid"])
-def test_patches_as_a_product(padding: Any) -> None:
-    convolution = nn.Conv2d(3, 8, (4, 2), stride=(4, 2), padding=padding).requires_grad_(False)
-    pixels = torch.randn(2, 3, 13, 9, requires_grad=True)  # a row and a column are left over
-    expected = convolution(pixels)
-    with onednn_products(convolution):
-        assert type(convolution) is not nn.Conv2d
-        output = convolution(pixels)
-    torch.testing.assert_close(output, expected)
-    gradients = [torch.autograd.grad(value.square().sum(), pixels)[0] for value in (output, expected)]
-    torch.testing.assert_close(*gradients)
-
-
-@pytest.mark.parametrize(
-    "module",
-    [
-        nn.Linear(4, 4),  # trained
-        nn.Conv2d(3, 8, 3, padding=1).requires_grad_(False),
-        nn.Conv2d(3, 8, 4, stride=2).requires_grad_(False),
-        nn.Conv2d(4, 8, 2, stride=2, groups=2).requires_grad_(False),
-        nn.Conv2d(3, 8, 2, stride=2, dilation=2).requires_grad_(False),
-        type("Other", (nn.Linear,), {})(4, 4).requires_grad_(False),
-    ],
-)
-def test_other_layers_are_left_alone(module: nn.Module) -> None:
-    before = type(module)
-    with onednn_products(module):
-        assert type(module) is before
-
-
-@pytest.mark.parametrize("folder", ["dinov2", "dinov2_reg4"])
-def test_golden_trajectory_with_onednn_and_reused_target(folder: str) -> None:
-    tensors = load_file(GOLDEN / folder / "golden.safetensors")
-    model = RobustnessTokenModel.from_base(GOLDEN / folder)
-    with torch.no_grad():
-        model.robustness_tokens.copy_(tensors["tokens"][0])
-    pixel_values = Normalizer(IMAGENET["image_mean"], IMAGENET["image_std"])(tensors["images_u8"] / 255)
-    optimizer = torch.optim.Adam([model.robustness_tokens], lr=1e-3)
-    rows = []
-    torch.manual_seed(3)
-    for batch in pixel_values.split(4):
-        with model.disable_adapter():
-            with torch.no_grad():
-                target = model.get_features(batch)
-            with onednn_products(model.get_base_model()):
-                attacked = paper_attack(model.get_features, batch, target=target, **IMAGENET)
-            with torch.no_grad():
-                baseline = cosine_similarity(model.get_features(attacked), target).mean()
-        losses = robustness_loss(model.get_features, batch, attacked, target)
-        optimizer.zero_grad()
-        losses.loss.backward()
-        optimizer.step()
-        rows.append(torch.stack([losses.invariance, losses.adversarial, baseline]).detach())
-    torch.testing.assert_close(torch.stack(rows), tensors["train_trajectory"], rtol=0, atol=1e-4)
-    tokens = model.robustness_tokens.detach()
-    torch.testing.assert_close(tokens, tensors["tokens_after_training"].view_as(tokens), rtol=0, atol=1e-4)
 
 
 # torch.compile

@@ -6,7 +6,7 @@ Shapes: B images, N sequence, K robustness tokens, D width, C classes.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -20,7 +20,7 @@ from ..injection import TokenInjector, find_injector
 from ..modeling import RobustnessTokenForImageClassification, RobustnessTokenPreTrainedModel
 from ..preprocessing import Normalizer
 from ..probes import ProbedModel
-from ..speedups import AUTO, attention_implementation, choose_attention, onednn_products, runs_in_half
+from ..speedups import computing_faster, runs_in_half
 from ..training_args import MixedPrecision
 
 
@@ -133,18 +133,10 @@ class EvaluatedModel:
             return logits
         return F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=False)
 
-    @contextmanager
-    def attacked_faster(self) -> Iterator[None]:
-        """Within the context the base computes as in training: the same but for rounding, and faster to attack."""
-        half_precision = self.attack_precision == "bf16"
-        attention = choose_attention(AUTO, device=self.device, half_precision=half_precision)
+    def attacked_faster(self) -> AbstractContextManager[None]:
+        """A context in which the base computes as in training: the same but for rounding, and faster to attack."""
         base = self.model if self.adapter is None else self.adapter.get_base_model()
-        dtype = torch.bfloat16 if half_precision else torch.float32
-        with (
-            attention_implementation(base, attention),
-            onednn_products(base, dtype=dtype) if self.device.type == "cpu" else nullcontext(),
-        ):
-            yield
+        return computing_faster(base, device=self.device, half_precision=self.attack_precision == "bf16")
 
     def _run(self, function: Callable[[Tensor], Tensor], images: Tensor, tokens: Tensor | None, exact: bool) -> Tensor:
         half = self.attack_precision == "bf16" and not exact
