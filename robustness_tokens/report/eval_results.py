@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import EvalResult
 
 from .groups import group_results
-from .markdown import ATTACKERS, METRICS, format_eps, plain
+from .markdown import format_eps, plain
+from .words import ATTACKERS, METRICS
 
 
 if TYPE_CHECKING:
@@ -36,8 +37,6 @@ def to_eval_results(report: RobustnessReport) -> list[EvalResult]:
     Numbers of the bare base and of the baselines are not the adapter's; these, the single attacks that a worst case is
     over, and the curve over eps stay in the report.
     """
-    pairs = dict.fromkeys((r.task, r.metric) for r in report.results)
-    groups = (group_results([r for r in report.results if (r.task, r.metric) == pair]) for pair in pairs)
     name = plain(report.dataset["name"])
     return [
         EvalResult(
@@ -50,7 +49,7 @@ def to_eval_results(report: RobustnessReport) -> list[EvalResult]:
             metric_name=_metric_name(result),
             metric_args={EVALUATED_WITH: f"{PACKAGE} {plain(report.package_version)}", **_metric_args(result)},
         )
-        for group in groups
+        for group in group_results(report.results).values()
         for result in group.leading
         if result.tokens == "trained"
     ]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from .words import METRICS, TASKS
+
 
 if TYPE_CHECKING:
     from .schema import Result
@@ -35,12 +37,18 @@ def is_sweep(result: Result) -> bool:
     return result.attack_parameters.get("series") == "sweep"
 
 
-def group_results(results: Sequence[Result]) -> ResultGroups:
-    """Groups the results of one task and metric.
+def group_results(results: Sequence[Result]) -> dict[tuple[str, str], ResultGroups]:
+    """By task and metric, in the order in which they are shown, the groups of their results.
 
     Args:
         results: In the order of the report, which the groups keep.
     """
+    pairs = [(task, metric) for task in TASKS for metric in METRICS]
+    of_pairs = {pair: [r for r in results if (r.task, r.metric) == pair] for pair in pairs}
+    return {pair: _group(chosen) for pair, chosen in of_pairs.items() if chosen}
+
+
+def _group(results: Sequence[Result]) -> ResultGroups:
     sweep = [r for r in results if is_sweep(r) and r.tokens not in BASELINES]
     suite = [r for r in results if not is_sweep(r)]
     main = [r for r in suite if r.tokens not in BASELINES]

@@ -22,8 +22,9 @@ from .html_tables import (
     render_checks,
     render_results,
 )
-from .markdown import METRICS, plain
+from .markdown import plain
 from .style import STYLE
+from .words import METRICS
 
 
 if TYPE_CHECKING:

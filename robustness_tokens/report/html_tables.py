@@ -7,7 +7,8 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from .groups import BASELINES, WORST_CASE, group_results
-from .markdown import ATTACKERS, METRICS, TASKS, TOKENS, format_setting, plain
+from .markdown import format_setting, plain
+from .words import ATTACKERS, METRICS, TASKS, TOKENS
 
 
 if TYPE_CHECKING:
@@ -67,10 +68,7 @@ def render_results(results: Sequence[Result]) -> str:
         "[0, 1]. A worst case takes for each image the attack that did the most, or none. Beside each number: its "
         "95% confidence interval.</p>"
     ]
-    pairs = {(r.task, r.metric) for r in results}
-    for task, metric in sorted(pairs, key=lambda pair: (list(TASKS).index(pair[0]), list(METRICS).index(pair[1]))):
-        chosen = [r for r in results if (r.task, r.metric) == (task, metric)]
-        groups = group_results(chosen)
+    for (task, metric), groups in group_results(results).items():
         blocks.append(f"<h3>{TASKS[task]}: {METRICS[metric]}</h3>")
         unit = "" if metric == "cosine" else ", in %"
         name = METRICS[metric].capitalize() + unit
@@ -82,7 +80,8 @@ def render_results(results: Sequence[Result]) -> str:
             table = _results_table(groups.single, _MAIN, f"{name}, attack by attack.")
             blocks.append(f"<details><summary>Every single attack</summary>{table}</details>")
         baseline_rows = {_row_key(r) for r in groups.baselines}
-        if baselines := [r for r in chosen if r.tokens != "none" and _row_key(r) in baseline_rows]:
+        shown = (*groups.leading, *groups.single, *groups.baselines)
+        if baselines := [r for r in shown if r.tokens != "none" and _row_key(r) in baseline_rows]:
             caption = f"{name}, with other tokens in place of the trained ones: was anything learned?"
             table = _results_table(baselines, ("trained", *BASELINES), caption)
             blocks.append(f"<details><summary>Baselines: other tokens in their place</summary>{table}</details>")

@@ -11,34 +11,11 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .groups import BASELINES, WORST_CASE, group_results
+from .words import ATTACKERS, METRICS, TASKS, TOKENS
 
 
 if TYPE_CHECKING:
     from .schema import Check, Result, RobustnessReport
-
-
-METRICS = {
-    "accuracy": "accuracy",
-    "miou": "mean IoU",
-    "mean_image_miou": "mean of the images' mean IoU",
-    "cosine": "cosine with the clean features",
-}
-ATTACKERS = {
-    "full_worst_case": "everything, worst case over all attacks",
-    "full": "everything, tokens included",
-    "own_tokens": "backbone and training recipe, own tokens",
-    "base": "the backbone, not the tokens",
-    "none": "nothing (noise, queries)",
-    None: "(clean images)",
-}
-TOKENS = {
-    "none": "without tokens",
-    "trained": "with tokens",
-    "untrained": "untrained tokens",
-    "zero": "zero tokens",
-    "mean": "mean of the tokens",
-}
-TASKS = {"classification": "Classification", "segmentation": "Segmentation", "features": "Features"}
 
 
 def render_report_markdown(report: RobustnessReport, *, level: int = 1) -> str:
@@ -158,13 +135,8 @@ def _render_results(results: Sequence[Result], hashes: str) -> list[str]:
         "A worst case takes for each image the attack that did the most, or none. In brackets: 95% confidence "
         "interval."
     ]
-    for task, metric in sorted(
-        {(r.task, r.metric) for r in results},
-        key=lambda pair: (list(TASKS).index(pair[0]), list(METRICS).index(pair[1])),
-    ):
-        chosen = [r for r in results if (r.task, r.metric) == (task, metric)]
+    for (task, metric), groups in group_results(results).items():
         blocks.append(f"{hashes}## {TASKS[task]}: {METRICS[metric]}")
-        groups = group_results(chosen)
         if groups.leading:
             blocks.append(_results_table(groups.leading, ("none", "trained"), in_short=True))
         if groups.single:
