@@ -43,7 +43,9 @@ from robustness_tokens import (
     cosine_similarity,
     paper_attack,
 )
-from robustness_tokens.data import ImageDataset, IterableImageDataset, build_dataloader, load_image_dataset
+from robustness_tokens.batches import build_dataloader
+from robustness_tokens.data import ImageDataset, IterableImageDataset
+from robustness_tokens.dataset_loading import load_image_dataset
 from robustness_tokens.hub import holds_adapter
 from robustness_tokens.losses import example_generators
 from robustness_tokens.modeling import RobustnessTokenPreTrainedModel

@@ -30,7 +30,8 @@ from .adversarial_pairs import (
     write_shard,
 )
 from .attacks import cosine_similarity
-from .data import BrokenImageLog, build_dataloader, choose_rows
+from .batches import BrokenImageLog, build_dataloader
+from .data import choose_rows
 from .files import read_json, write_text
 from .modeling import RobustnessTokenPreTrainedModel
 from .pairs_info import INFO_FILE, PAIRS_STEP, PairsInfo, max_pixel_difference

@@ -10,7 +10,7 @@ import transformers
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
 
 from .backbones import square_size
-from .preprocessing import build_image_processor, load_image_processor
+from .image_processors import build_image_processor, load_image_processor
 
 
 HUB_KWARGS = ("token", "cache_dir", "local_files_only", "force_download")

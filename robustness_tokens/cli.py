@@ -18,8 +18,8 @@ from .attack_once import PairsArguments, make_adversarial_pairs
 from .evaluation.command import EvaluationArguments, run_evaluation
 from .held_out import load_eval_dataset
 from .hub import EVALUATION_FILE, fetch_adapter, read_config, read_report, read_tokens
+from .image_processors import processor_image_size
 from .modeling import RobustnessTokenForImageClassification, RobustnessTokenModel
-from .preprocessing import processor_image_size
 from .published_tokens import import_published_tokens
 from .push_pairs import push_adversarial_pairs
 from .pushing import push_adapter

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
 from .adversarial_pairs import AdversarialPairs
-from .data import BrokenImageLog, build_dataloader, load_image_dataset
+from .batches import BrokenImageLog, build_dataloader
+from .dataset_loading import load_image_dataset
 from .losses import robustness_loss
 from .modeling import RobustnessTokenPreTrainedModel
 from .preprocessing import Normalizer

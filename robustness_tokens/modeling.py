@@ -49,10 +49,10 @@ from .hub import (
     report_of,
     write_tokens,
 )
+from .image_processors import with_normalization
 from .injection import TokenInjector, attach_tokens, remove_tokens
 from .merging import merge
 from .model_card import is_generated, render_card, update_card
-from .preprocessing import with_normalization
 from .processor_file import read_image_processor
 from .pushing import push_adapter
 from .report import RobustnessReport

@@ -18,10 +18,12 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from .backbones import find_layer_stack, layer_fingerprint
-from .data import BrokenImageLog, ImageDataset, build_dataloader, validate_images
+from .batches import BrokenImageLog, build_dataloader
+from .data import ImageDataset, validate_images
+from .image_processors import processor_image_size
 from .injection import find_injector
 from .modeling import RobustnessTokenPreTrainedModel
-from .preprocessing import ImageTransform, Normalizer, processor_image_size
+from .preprocessing import ImageTransform, Normalizer
 from .probe_heads import ClassificationHead, ProbeHead, SegmentationHead, load_head, save_head
 from .segmentation_data import SegmentationDataset
 

@@ -8,7 +8,7 @@ import transformers
 from transformers import BaseImageProcessor
 
 from .files import json_values, read_json
-from .preprocessing import load_image_processor
+from .image_processors import load_image_processor
 
 
 # Sides, patches and statistics of real image processors are far below; a picture resized to it is 200 MB of float32.

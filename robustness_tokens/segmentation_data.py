@@ -11,7 +11,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .data import ImageDataset, find_image_column
+from .data import ImageDataset
+from .dataset_loading import find_image_column
 from .preprocessing import ImageTransform
 
 

@@ -25,17 +25,13 @@ from .adversarial_pairs import (
     settle_arguments,
 )
 from .backbones import vision_trunk
+from .batches import BrokenImageLog, build_dataloader
 from .configuration import RobustnessTokenConfig
-from .data import (
-    BrokenImageLog,
-    ImageDataset,
-    IterableImageDataset,
-    TensorImageDataset,
-    build_dataloader,
-    load_image_dataset,
-)
+from .data import ImageDataset, IterableImageDataset, TensorImageDataset
+from .dataset_loading import load_image_dataset
 from .features import find_patch_size
-from .preprocessing import ImageTransform, processor_image_size
+from .image_processors import processor_image_size
+from .preprocessing import ImageTransform
 from .training_args import DataArguments, RobustnessTokenTrainingArguments
 
 

@@ -28,9 +28,9 @@ from robustness_tokens import (
     remove_tokens,
 )
 from robustness_tokens.backbones import find_layer_stack
+from robustness_tokens.image_processors import build_image_processor
 from robustness_tokens.merging import merge
 from robustness_tokens.onnx_export import export_onnx
-from robustness_tokens.preprocessing import build_image_processor
 from tests import test_families
 from tests.families import DEIT3, EVA, FAMILIES, HIDDEN_SIZE, IMAGE_SIZE, Family, images
 

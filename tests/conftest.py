@@ -57,10 +57,17 @@ def seeded() -> None:
 
 
 @pytest.fixture(autouse=True)
-def same_on_every_processor() -> Iterator[None]:
-    """Tests compute in bfloat16 where they ask for it, and by oneDNN, however slow that is here."""
+def bfloat16_everywhere() -> Iterator[None]:
+    """Tests in bfloat16 compute in it on every machine, however slowly."""
     with pytest.MonkeyPatch.context() as patch:  # a test may undo its own
         patch.setattr(speedups, "has_bfloat16", lambda device_type: True)
+        yield
+
+
+@pytest.fixture
+def onednn_everywhere() -> Iterator[None]:
+    """A test in float32 computes by oneDNN on every machine, also where that is slower; not its child processes."""
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(onednn, "has_avx512", lambda: True)
         yield
 

@@ -25,7 +25,8 @@ from robustness_tokens.adversarial_pairs import (
 )
 from robustness_tokens.attack_once import make_adversarial_pairs
 from robustness_tokens.attacks import cosine_similarity
-from robustness_tokens.data import build_dataloader, choose_rows
+from robustness_tokens.batches import build_dataloader
+from robustness_tokens.data import choose_rows
 from robustness_tokens.modeling import RobustnessTokenModel
 from robustness_tokens.pairs_info import INFO_FILE, PairsInfo, max_pixel_difference
 from robustness_tokens.preprocessing import Normalizer

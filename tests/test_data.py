@@ -15,20 +15,16 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from robustness_tokens.batches import BrokenImageLog, build_dataloader, collate_images
 from robustness_tokens.data import (
     BrokenImage,
-    BrokenImageLog,
     ImageDataset,
     IterableImageDataset,
     TensorImageDataset,
-    build_dataloader,
     choose_rows,
-    collate_images,
-    find_image_column,
-    find_label_column,
-    load_image_dataset,
     validate_images,
 )
+from robustness_tokens.dataset_loading import find_image_column, find_label_column, load_image_dataset
 from robustness_tokens.preprocessing import ImageTransform
 from robustness_tokens.training_data import describe_dataset
 
@@ -498,7 +494,9 @@ import resource, sys
 import pyarrow as pa, pyarrow.parquet as pq
 from pathlib import Path
 from PIL import Image
-from robustness_tokens.data import ImageDataset, build_dataloader, load_image_dataset
+from robustness_tokens.batches import build_dataloader
+from robustness_tokens.data import ImageDataset
+from robustness_tokens.dataset_loading import load_image_dataset
 from robustness_tokens.preprocessing import ImageTransform
 
 folder, rows = Path(sys.argv[1]), 1_000_000

@@ -9,13 +9,8 @@ from torch import Tensor
 
 from robustness_tokens import Normalizer, RobustnessTokenForImageClassification, RobustnessTokenModel
 from robustness_tokens.attacks import cosine_similarity, cross_entropy_objective
-from robustness_tokens.evaluation.attack_suite import (
-    ATTACKS,
-    Attack,
-    AttackBatch,
-    on_8bit_grid,
-    run_attack,
-)
+from robustness_tokens.evaluation.attack_call import AttackBatch
+from robustness_tokens.evaluation.attack_suite import ATTACKS, Attack, on_8bit_grid, run_attack
 from robustness_tokens.evaluation.budgets import BUDGETS, budget_attacks, build_attack
 from robustness_tokens.evaluation.threat_models import AttackerView, EvaluatedModel, attacker_views
 from robustness_tokens.pairs_info import paper_attack_eps

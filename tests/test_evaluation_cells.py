@@ -10,7 +10,8 @@ import torch
 
 from robustness_tokens import RobustnessTokenModel
 from robustness_tokens.evaluation import cells
-from robustness_tokens.evaluation.attack_suite import Attack, AttackBatch
+from robustness_tokens.evaluation.attack_call import AttackBatch
+from robustness_tokens.evaluation.attack_suite import Attack
 from robustness_tokens.evaluation.cells import Cell, CellStore, digest, merge, run_cells
 from robustness_tokens.evaluation.outcomes import summarize, worst_outcome
 from robustness_tokens.evaluation.threat_models import AttackerView, EvaluatedModel, attacker_views

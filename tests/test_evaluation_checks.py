@@ -14,14 +14,15 @@ from torch import Tensor
 from robustness_tokens import RobustnessTokenForImageClassification, evaluate_robustness
 from robustness_tokens.attacks import pgd_attack
 from robustness_tokens.evaluation import (
+    attack_call,
     attack_checks,
-    attack_suite,
     check_parts,
     evaluate,
     knowledge_checks,
     probing_checks,
 )
-from robustness_tokens.evaluation.attack_suite import Attack, AttackBatch
+from robustness_tokens.evaluation.attack_call import AttackBatch
+from robustness_tokens.evaluation.attack_suite import Attack
 from robustness_tokens.evaluation.budgets import BUDGETS, build_attack, with_overrides
 from robustness_tokens.evaluation.cells import Cell, Series
 from robustness_tokens.evaluation.check_parts import exceeds, has_converged
@@ -723,7 +724,7 @@ def test_an_attack_that_moves_without_a_budget_is_seen(
     def restless(objective: Any, images: Tensor, *, eps: float, **kwargs: Any) -> Tensor:
         return (images + 1 / 255).clamp(0, 1)
 
-    monkeypatch.setattr(attack_suite, "pgd_attack", restless)
+    monkeypatch.setattr(attack_call, "pgd_attack", restless)
     check = evaluated(classifier)[12]
     assert check.passed is False
     assert "eps 0 differs from clean" in check.value
@@ -735,7 +736,7 @@ def test_an_attack_that_breaks_its_budget_is_seen(
     def overshooting(*args: Any, eps: float, **kwargs: Any) -> Tensor:
         return pgd_attack(*args, eps=eps + 1 / 255, **kwargs)
 
-    monkeypatch.setattr(attack_suite, "pgd_attack", overshooting)
+    monkeypatch.setattr(attack_call, "pgd_attack", overshooting)
     check = evaluated(classifier)[15]
     assert check.passed is False
     assert "suite-full-cross_entropy-eps4" in check.value

@@ -13,7 +13,8 @@ from torch import Tensor
 from robustness_tokens import RobustnessTokenForImageClassification, evaluate_robustness
 from robustness_tokens.acceleration import process_state
 from robustness_tokens.evaluation import cells
-from robustness_tokens.evaluation.attack_suite import Attack, AttackBatch
+from robustness_tokens.evaluation.attack_call import AttackBatch
+from robustness_tokens.evaluation.attack_suite import Attack
 from robustness_tokens.evaluation.threat_models import AttackerView
 from robustness_tokens.report.schema import RobustnessReport
 from tests.conftest import HIDDEN_SIZE, IMAGE_SIZE, build_base

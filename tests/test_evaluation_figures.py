@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from robustness_tokens import Normalizer, inject_tokens
 from robustness_tokens.backbones import find_layer_stack
 from robustness_tokens.evaluation import figures as evaluation_figures
-from robustness_tokens.evaluation.attack_suite import Attack, AttackBatch, run_attack
+from robustness_tokens.evaluation.attack_call import AttackBatch
+from robustness_tokens.evaluation.attack_suite import Attack, run_attack
 from robustness_tokens.evaluation.cells import Cell
 from robustness_tokens.evaluation.figures import (
     LayerObservation,

@@ -13,7 +13,8 @@ from robustness_tokens import (
     inject_tokens,
     speedups,
 )
-from robustness_tokens.evaluation.attack_suite import Attack, AttackBatch, run_attack
+from robustness_tokens.evaluation.attack_call import AttackBatch
+from robustness_tokens.evaluation.attack_suite import Attack, run_attack
 from robustness_tokens.evaluation.threat_models import EvaluatedModel, active_tokens, attacker_views
 from robustness_tokens.probes import ClassificationHead, ProbedModel, SegmentationHead
 from tests.conftest import HIDDEN_SIZE, IMAGE_SIZE, NUM_LABELS, NUM_TOKENS, ONEDNN_BFLOAT16, build_base

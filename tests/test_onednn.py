@@ -45,13 +45,25 @@ def input_gradient(model: RobustnessTokenModel, pixel_values: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("device", "half_precision", "avx512", "expected"),
-    [(CPU, True, False, True), (CPU, False, True, True), (CPU, False, False, False), (CUDA, True, True, False)],
+    ("device", "half_precision", "avx512", "mkl", "expected"),
+    [
+        (CPU, True, False, True, True),
+        (CPU, False, True, True, True),
+        (CPU, False, False, True, False),
+        (CPU, False, False, False, True),  # ARM, say
+        (CUDA, True, True, True, False),
+    ],
 )
 def test_onednn_is_taken_where_it_is_faster(
-    monkeypatch: pytest.MonkeyPatch, device: torch.device, half_precision: bool, avx512: bool, expected: bool
+    monkeypatch: pytest.MonkeyPatch,
+    device: torch.device,
+    half_precision: bool,
+    avx512: bool,
+    mkl: bool,
+    expected: bool,
 ) -> None:
     monkeypatch.setattr(onednn, "has_avx512", lambda: avx512)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: mkl)
     assert onednn_is_faster(device=device, half_precision=half_precision) is expected
 
 
@@ -67,6 +79,7 @@ def test_layers_are_swapped_only_where_that_is_faster_and_asked_for(
     make_model: ModelFactory, monkeypatch: pytest.MonkeyPatch, avx512: bool, asked: bool
 ) -> None:
     monkeypatch.setattr(onednn, "has_avx512", lambda: avx512)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
     base = make_model().get_base_model()
     with computing_faster(base, device=CPU, half_precision=False, onednn=asked):
         plain = nn.Linear in {type(module) for module in base.modules()}

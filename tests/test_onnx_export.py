@@ -22,9 +22,9 @@ from transformers import (
 )
 
 from robustness_tokens import onnx_export
+from robustness_tokens.image_processors import build_image_processor
 from robustness_tokens.modeling import RobustnessTokenModel, inject_tokens
 from robustness_tokens.onnx_export import export_onnx
-from robustness_tokens.preprocessing import build_image_processor
 
 
 SIZES: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}

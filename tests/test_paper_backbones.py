@@ -27,7 +27,8 @@ from robustness_tokens import (
     extract_features,
     paper_attack,
 )
-from robustness_tokens.preprocessing import ImageTransform, build_image_processor
+from robustness_tokens.image_processors import build_image_processor
+from robustness_tokens.preprocessing import ImageTransform
 from robustness_tokens.presets import resolve_preset
 
 

@@ -11,14 +11,8 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoImageProcessor, BatchFeature, BitImageProcessorPil, ViTImageProcessorPil
 
-from robustness_tokens.preprocessing import (
-    ImageTransform,
-    Normalizer,
-    build_image_processor,
-    load_image_processor,
-    to_rgb,
-    with_normalization,
-)
+from robustness_tokens.image_processors import build_image_processor, load_image_processor, with_normalization
+from robustness_tokens.preprocessing import ImageTransform, Normalizer, to_rgb
 
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)

@@ -19,7 +19,8 @@ from transformers import PreTrainedModel
 from robustness_tokens import Normalizer, RobustnessTokenModel, inject_tokens, pgd_attack
 from robustness_tokens.attacks import cross_entropy_objective, pixel_cross_entropy_objective
 from robustness_tokens.backbones import layer_fingerprint
-from robustness_tokens.data import ImageDataset, collate_images
+from robustness_tokens.batches import collate_images
+from robustness_tokens.data import ImageDataset
 from robustness_tokens.features import extract_features
 from robustness_tokens.preprocessing import ImageTransform
 from robustness_tokens.probes import (

@@ -25,9 +25,9 @@ from transformers import (
 )
 from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
+from robustness_tokens.image_processors import build_image_processor
 from robustness_tokens.injection import find_injector
 from robustness_tokens.modeling import RobustnessTokenModel
-from robustness_tokens.preprocessing import build_image_processor
 from robustness_tokens.published_tokens import import_published_tokens, read_published_tokens
 
 

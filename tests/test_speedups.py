@@ -241,6 +241,7 @@ def test_speedups_change_rounding_alone(
     make_model: ModelFactory,
     tmp_path: Path,
     compile_with_aot_eager: list[object],
+    onednn_everywhere: None,
     settings: dict[str, Any],
     attack: str,
 ) -> None:

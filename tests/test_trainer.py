@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.trainer_utils import TrainOutput
 
-from robustness_tokens import run_folder, training_data, training_step
+from robustness_tokens import onednn, run_folder, training_data, training_step
 from robustness_tokens import trainer as trainer_module
 from robustness_tokens.checkpoints import STATE_FILE, TENSORS_FILE, list_checkpoints
 from robustness_tokens.divergence import LastGoodTokens
@@ -362,7 +362,11 @@ def test_resuming_with_other_settings_is_refused(
     ids=["nothing", "onednn", "attention", "attention of the base", "the same attention"],
 )
 def test_resuming_with_another_rounding_is_said(
-    make_trainer: TrainerFactory, caplog: pytest.LogCaptureFixture, changed: dict[str, Any], said: str | None
+    make_trainer: TrainerFactory,
+    caplog: pytest.LogCaptureFixture,
+    onednn_everywhere: None,
+    changed: dict[str, Any],
+    said: str | None,
 ) -> None:
     make_trainer(max_steps=2, save_steps=2).train()
     make_trainer(resume_from_checkpoint=True, **changed).train()
@@ -398,7 +402,23 @@ def test_resuming_with_another_package_or_number_of_threads_is_said(
     assert said in caplog.text
 
 
-def test_on_a_gpu_only_what_is_in_effect_there_changes_the_rounding(make_trainer: TrainerFactory) -> None:
+@pytest.mark.parametrize("avx512", [True, False])
+def test_onednn_changes_the_rounding_where_it_is_in_effect(
+    make_trainer: TrainerFactory, monkeypatch: pytest.MonkeyPatch, avx512: bool
+) -> None:
+    monkeypatch.setattr(onednn, "has_avx512", lambda: avx512)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    trainer = make_trainer()
+    found = [
+        rounding_settings(trainer.model, dataclasses.replace(trainer.args, onednn=asked), device=torch.device("cpu"))
+        for asked in (True, False)
+    ]
+    assert [one["onednn"] for one in found] == [avx512, False]
+
+
+def test_on_a_gpu_only_what_is_in_effect_there_changes_the_rounding(
+    make_trainer: TrainerFactory, onednn_everywhere: None
+) -> None:
     trainer = make_trainer()
     changed = dataclasses.replace(trainer.args, onednn=False)
     found = {

@@ -6,33 +6,24 @@ Shapes: B images.
 from __future__ import annotations
 
 import dataclasses
-import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from ..attacks import (
     apgd_attack,
     auto_attack,
-    cross_entropy_objective,
-    feature_cosine_objective,
-    feature_mse_objective,
-    margin_objective,
     noise_attack,
     paper_attack,
     pgd_attack,
-    pixel_cross_entropy_objective,
     square_attack,
 )
-from ..losses import example_generators
 from ..pairs_info import PAPER_EPS_NORMALIZED
+from .attack_call import AttackBatch, AttackCall
 from .threat_models import AttackerView, Task
 
-
-Objective: TypeAlias = Callable[[Tensor], Tensor]
 
 PAPER_STEP_SIZE_NORMALIZED = 0.01
 
@@ -90,39 +81,6 @@ class Attack:
         return values
 
 
-@dataclass(frozen=True, kw_only=True)
-class AttackBatch:
-    """A batch of images and what is known about them.
-
-    Attributes:
-        images: (B, 3, H, W) float in [0, 1].
-        labels: (B,) classes, or (B, H, W), or `None` where only features are evaluated.
-        index: (B,) int64, of the images in the dataset: an image's noise depends on it.
-        ignore_index: Label of pixels that don't count.
-        base_features: The base's clean features, float32, where they are kept.
-    """
-
-    images: Tensor
-    labels: Tensor | None
-    index: Tensor
-    ignore_index: int = 255
-    base_features: Tensor | None = None
-
-    def first(self, count: int) -> AttackBatch:
-        """The first images of the batch."""
-        if count >= len(self.images):
-            return self
-        parts: dict[str, Any] = {
-            field.name: value[:count]
-            for field in dataclasses.fields(self)
-            if isinstance(value := getattr(self, field.name), Tensor)
-        }
-        return dataclasses.replace(self, **parts)
-
-
-_MISCLASSIFIED = 1000.0  # more than any cross-entropy
-
-
 def run_attack(attack: Attack, view: AttackerView, batch: AttackBatch, *, eps: float, seed: int) -> Tensor:
     """Attacks a batch through the model that the attacker holds.
 
@@ -145,7 +103,7 @@ def run_attack(attack: Attack, view: AttackerView, batch: AttackBatch, *, eps: f
     if view.model.task not in definition.tasks:
         raise ValueError(f"attack {attack.name!r} is for {definition.tasks}, the task is {view.model.task!r}")
     with view.model.attacked_faster():
-        return definition.run(_Call(attack=attack, view=view, batch=batch, eps=eps, seed=seed))
+        return definition.run(AttackCall(attack=attack, view=view, batch=batch, eps=eps, seed=seed))
 
 
 def on_8bit_grid(images: Tensor) -> bool:
@@ -154,113 +112,7 @@ def on_8bit_grid(images: Tensor) -> bool:
     return bool((levels - levels.round()).abs().max() < 1e-4)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Call:
-    attack: Attack
-    view: AttackerView
-    batch: AttackBatch
-    eps: float
-    seed: int
-
-    @property
-    def stream(self) -> int:
-        """So that attacks don't start where others did."""
-        return zlib.crc32(f"{self.view.name}/{self.attack.name}/{self.attack.target}".encode())
-
-    @property
-    def images(self) -> Tensor:
-        return self.batch.images
-
-    @property
-    def labels(self) -> Tensor:
-        if self.batch.labels is None:
-            raise ValueError(f"attack {self.attack.name!r} needs labels, which the dataset doesn't have")
-        return self.batch.labels
-
-    @property
-    def generators(self) -> list[torch.Generator]:
-        return example_generators(self.seed, self.stream, self.batch.index)
-
-    @property
-    def batch_seed(self) -> int:
-        """For what draws its noise for a whole batch."""
-        return self.generators[0].initial_seed() % 2**31
-
-    def mean(self, objective_of: Callable[[Tensor | None], Objective]) -> Objective:
-        """The objective through each set of tokens that the attacker has, averaged."""
-        objectives = [objective_of(tokens) for tokens in self.view.tokens]
-        if len(objectives) == 1:
-            return objectives[0]
-        return lambda images: torch.stack([objective(images) for objective in objectives]).mean(dim=0)  # (B,)
-
-    def features_fn(self, tokens: Tensor | None) -> Callable[[Tensor], Tensor]:
-        return lambda images: self.view.model.features(images, tokens)
-
-    @torch.no_grad()
-    def target_features(self, tokens: Tensor | None) -> Tensor:
-        if self.attack.target != "base":
-            return self.view.model.features(self.images, tokens)
-        if self.batch.base_features is not None and not self.view.is_surrogate:
-            return self.batch.base_features
-        return self.view.model.features(self.images, None)
-
-    def feature_objective(self, kind: Literal["cosine", "mse"]) -> Objective:
-        def objective_of(tokens: Tensor | None) -> Objective:
-            target = self.target_features(tokens)
-            if kind == "mse":
-                return feature_mse_objective(self.features_fn(tokens), target)
-            axis = self.view.model.similarity_axis
-            return feature_cosine_objective(self.features_fn(tokens), target, similarity_axis=axis)
-
-        return self.mean(objective_of)
-
-    def label_objective(self, kind: Literal["cross_entropy", "margin"]) -> Objective:
-        model, labels = self.view.model, self.labels
-
-        def objective_of(tokens: Tensor | None) -> Objective:
-            if model.task == "segmentation":
-                size, ignore_index = labels.shape[1:], self.batch.ignore_index
-                return pixel_cross_entropy_objective(
-                    lambda images: model.pixel_logits(images, tokens, size), labels, ignore_index=ignore_index
-                )
-
-            def logits_fn(images: Tensor) -> Tensor:
-                return model.logits(images, tokens)
-
-            if kind == "margin":
-                return margin_objective(logits_fn, labels)
-            # Made for another model, an image of larger loss carries over better than one that is just misclassified.
-            bonus = _MISCLASSIFIED if self.view.knowledge == "full" else 0.0
-            return cross_entropy_objective(logits_fn, labels, misclassified_bonus=bonus)
-
-        return self.mean(objective_of)
-
-    def score(self) -> Objective:
-        """What an attacker who only sees answers goes by: of the task's own output."""
-        if self.view.model.task == "features":
-            return self.feature_objective("cosine")
-        return self.label_objective("margin")
-
-    def logits(self, images: Tensor) -> Tensor:
-        """(B, C), averaged over the sets of tokens that the attacker has."""
-        return torch.stack([self.view.model.logits(images, tokens) for tokens in self.view.tokens]).mean(dim=0)
-
-    def pgd(self, objective: Objective) -> Tensor:
-        attack = self.attack
-        assert attack.num_steps is not None
-        assert attack.num_restarts is not None
-        return pgd_attack(
-            objective,
-            self.images,
-            eps=self.eps,
-            step_size=attack.step_size,
-            num_steps=attack.num_steps,
-            num_restarts=attack.num_restarts,
-            generator=self.generators,
-        )
-
-
-def _single_step(call: _Call) -> Tensor:
+def _single_step(call: AttackCall) -> Tensor:
     features = call.view.model.task == "features"
     objective = call.feature_objective("cosine") if features else call.label_objective("cross_entropy")
     # From a random start, since a feature objective has no gradient at the clean image.
@@ -269,15 +121,15 @@ def _single_step(call: _Call) -> Tensor:
     )
 
 
-def _square(call: _Call) -> Tensor:
+def _square(call: AttackCall) -> Tensor:
     assert call.attack.num_queries is not None
     return square_attack(
         call.score(), call.images, eps=call.eps, num_queries=call.attack.num_queries, generator=call.generators
     )
 
 
-def _noise(kind: Literal["uniform", "corners"]) -> Callable[[_Call], Tensor]:
-    def run(call: _Call) -> Tensor:
+def _noise(kind: Literal["uniform", "corners"]) -> Callable[[AttackCall], Tensor]:
+    def run(call: AttackCall) -> Tensor:
         assert call.attack.num_draws is not None
         return noise_attack(
             call.score(),
@@ -291,8 +143,8 @@ def _noise(kind: Literal["uniform", "corners"]) -> Callable[[_Call], Tensor]:
     return run
 
 
-def _apgd(loss: Literal["cross_entropy", "targeted_dlr"]) -> Callable[[_Call], Tensor]:
-    def run(call: _Call) -> Tensor:
+def _apgd(loss: Literal["cross_entropy", "targeted_dlr"]) -> Callable[[AttackCall], Tensor]:
+    def run(call: AttackCall) -> Tensor:
         attack = call.attack
         assert attack.num_steps is not None
         return apgd_attack(
@@ -311,8 +163,8 @@ def _apgd(loss: Literal["cross_entropy", "targeted_dlr"]) -> Callable[[_Call], T
     return run
 
 
-def _paper(with_labels: bool) -> Callable[[_Call], Tensor]:
-    def run(call: _Call) -> Tensor:
+def _paper(with_labels: bool) -> Callable[[AttackCall], Tensor]:
+    def run(call: AttackCall) -> Tensor:
         model, (tokens, *others) = call.view.model, call.view.tokens
         if others:
             raise ValueError("the paper's attack knows one model, the attacker has several: attack through each alone")
@@ -341,7 +193,7 @@ def _paper(with_labels: bool) -> Callable[[_Call], Tensor]:
 
 @dataclass(frozen=True, kw_only=True)
 class _Definition:
-    run: Callable[[_Call], Tensor]
+    run: Callable[[AttackCall], Tensor]
     parameters: tuple[str, ...]
     tasks: tuple[Task, ...] = ("features", "classification", "segmentation")
     gradient_free: bool = False

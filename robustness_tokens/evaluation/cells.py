@@ -20,7 +20,8 @@ from tqdm.auto import tqdm
 
 from ..acceleration import process_state, share_from_main
 from ..files import replacing
-from .attack_suite import Attack, AttackBatch, run_attack
+from .attack_call import AttackBatch
+from .attack_suite import Attack, run_attack
 from .outcomes import measure_outcome
 from .threat_models import AttackerView, EvaluatedModel
 

@@ -9,7 +9,7 @@ from typing import Any, get_args
 from torch import nn
 
 from ..acceleration import process_state
-from ..data import load_image_dataset
+from ..dataset_loading import load_image_dataset
 from ..modeling import RobustnessTokenForImageClassification, RobustnessTokenModel
 from ..probe_heads import load_head
 from ..probes import ProbedModel

@@ -14,9 +14,10 @@ from torch.utils.data import Dataset
 
 from ..acceleration import process_state
 from ..data import ImageDataset, validate_images
-from ..preprocessing import ImageTransform, processor_image_size
+from ..image_processors import processor_image_size
+from ..preprocessing import ImageTransform
 from ..segmentation_data import SegmentationDataset
-from .attack_suite import AttackBatch
+from .attack_call import AttackBatch
 from .threat_models import EvaluatedModel, Task
 
 

@@ -27,7 +27,8 @@ from ..report.markdown import plain
 from ..report.schema import Metric
 from ..sweep import CSV_FILE, FIGURE_FILE
 from ..training_log import LOG_FILE, read_log
-from .attack_suite import AttackBatch, run_attack
+from .attack_call import AttackBatch
+from .attack_suite import run_attack
 from .cells import Cell
 from .measurements import Measurements
 from .plan import main_attack

@@ -12,7 +12,8 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from .. import __version__
-from .attack_suite import Attack, AttackBatch, on_8bit_grid
+from .attack_call import AttackBatch
+from .attack_suite import Attack, on_8bit_grid
 from .budgets import Budget
 from .cells import CellStore, digest, merge, model_settings, run_cells
 from .measurements import Measurements

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..report.groups import WORST_CASE
 from ..report.schema import Knowledge as ReportedKnowledge
 from ..report.schema import Result, TokensInPlace
-from .attack_suite import AttackBatch
+from .attack_call import AttackBatch
 from .cells import Cell
 from .outcomes import Outcome, summarize, worst_outcome
 from .threat_models import EvaluatedModel

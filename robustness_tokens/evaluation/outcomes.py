@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..attacks import cosine_similarity
 from ..report.schema import Metric, Task
-from .attack_suite import AttackBatch
+from .attack_call import AttackBatch
 from .metrics import (
     Interval,
     IoUCounts,

@@ -16,7 +16,7 @@ from ..attacks import (
     pixel_cross_entropy_objective,
 )
 from ..losses import example_generators
-from .attack_suite import AttackBatch, Objective
+from .attack_call import AttackBatch, Objective
 from .check_parts import Finding, NotRunError, check, eps_in_words
 from .measurements import Measurements
 from .threat_models import EvaluatedModel
