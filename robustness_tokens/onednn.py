@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 
 def onednn_is_faster(*, device: torch.device, half_precision: bool) -> bool:
-    """Whether [`onednn_products`] computes faster than torch does by itself: on a CPU, unless that is by MKL with AVX2.
+    """Whether [`onednn_products`] computes faster than torch by itself: on a CPU, unless that takes MKL with AVX2.
 
     torch gives float32 products to MKL where it has it. That leaves AVX-512 alone on processors that are not Intel's,
     and then takes twice as long as oneDNN; with AVX2 alone it is 7% faster. In bfloat16 torch takes oneDNN itself, but
