@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -34,12 +35,29 @@ def has_avx512() -> bool:
 
 
 @contextmanager
+def packed_once() -> Iterator[None]:
+    """Within the context a layer's weight is laid out once, however often [`onednn_products`] is entered and left.
+
+    Between these the copies stay, which is what a loop over them holds at its peak anyway. A weight that has changed,
+    but not behind autograd's back by `.data`, is laid out anew. A context within another changes nothing.
+    """
+    if _kept.get() is not None:
+        yield
+        return
+    token = _kept.set({})
+    try:
+        yield
+    finally:
+        _kept.reset(token)
+
+
+@contextmanager
 def onednn_products(base: nn.Module, *, dtype: torch.dtype = torch.float32) -> Iterator[None]:
     """Within the context a frozen base on a CPU computes its linear layers by oneDNN, its patches among them.
 
     Weights are cast and laid out once, for the forward and for the backward pass, which keeps two more copies of them
-    for the time of the context. Results differ by rounding. Layers that are trained, of another class, in another
-    precision, or not on a CPU are left alone.
+    for the time of the context, or of [`packed_once`]. Results differ by rounding. Layers that are trained, of another
+    class, in another precision, or not on a CPU are left alone.
 
     Within the context the base must not be changed, copied or pickled.
 
@@ -54,7 +72,7 @@ def onednn_products(base: nn.Module, *, dtype: torch.dtype = torch.float32) -> I
             for module in modules:
                 plain = type(module)
                 if plain in _SWAPPED and _can_be_packed(module, dtype):
-                    module._packed = _PackedWeight(module, dtype)  # no buffer: it is never saved
+                    module._packed = _pack(module, dtype)  # no buffer: it is never saved
                     module.__class__ = _SWAPPED[plain]
                     swapped[module] = plain
         yield
@@ -90,6 +108,22 @@ class _PackedWeight:
             self.backward: Tensor = torch.ops.mkldnn._reorder_linear_weight(matrix.t().contiguous(), None)
             self.bias = None if module.bias is None else module.bias.detach().to(dtype)
         self.dtype = dtype
+
+
+# By layer: its packed weight, of which parameters (kept, so that none takes the identity of another), in what state.
+_kept: ContextVar[dict[nn.Module, tuple[_PackedWeight, list[Tensor], Any]] | None] = ContextVar("kept", default=None)
+
+
+def _pack(module: Any, dtype: torch.dtype) -> _PackedWeight:
+    """A layer's packed weight: the one that is kept, if it is still that."""
+    kept = _kept.get()
+    parameters = list(module.parameters())
+    if kept is None or any(one.is_inference() for one in parameters):  # which don't count their changes
+        return _PackedWeight(module, dtype)
+    state = dtype, [(id(one), one.data_ptr(), one._version) for one in parameters]
+    if module not in kept or kept[module][2] != state:
+        kept[module] = _PackedWeight(module, dtype), parameters, state
+    return kept[module][0]
 
 
 # An operator of its own, since torch.compile takes oneDNN's only where the weights are constants.

@@ -33,6 +33,7 @@ from .divergence import LastGoodTokens
 from .held_out import measure_held_out, prepare_eval_dataset
 from .hub import holds_adapter
 from .modeling import RobustnessTokenPreTrainedModel
+from .onednn import packed_once
 from .preprocessing import Normalizer
 from .pushing import push_adapter
 from .run_folder import open_run, read_run, resume_settings, rounding_settings
@@ -169,7 +170,7 @@ class RobustnessTokenTrainer:
         scheduler = get_scheduler(args.lr_scheduler_type, optimizer, args.warmup_steps, args.max_steps)
         was_training = self.model.training
         self._good_tokens = LastGoodTokens(self.model)
-        with catch_sigterm() as termination:
+        with catch_sigterm() as termination, packed_once():
             try:
                 features, optimizer = accelerator.prepare(_Features(self.model, args.mixed_precision), optimizer)
                 position = self._start(optimizer, scheduler)

@@ -12,9 +12,11 @@ from robustness_tokens import onednn
 from robustness_tokens.attacks import cosine_similarity, paper_attack
 from robustness_tokens.losses import robustness_loss
 from robustness_tokens.modeling import RobustnessTokenModel
-from robustness_tokens.onednn import has_avx512, onednn_is_faster, onednn_products
+from robustness_tokens.onednn import has_avx512, onednn_is_faster, onednn_products, packed_once
 from robustness_tokens.preprocessing import Normalizer
 from robustness_tokens.speedups import computing_faster
+from robustness_tokens.trainer import RobustnessTokenTrainer
+from robustness_tokens.training_args import RobustnessTokenTrainingArguments
 from tests.conftest import ONEDNN_BFLOAT16
 
 
@@ -171,6 +173,80 @@ def test_packed_weights_are_no_part_of_the_state_and_nest(dtype: torch.dtype) ->
     assert keys == {"weight", "bias"}
     assert type(linear) is nn.Linear
     assert vars(linear) == before
+
+
+@pytest.fixture
+def packed(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
+    """The layers whose weights were laid out, each time that one was."""
+    found: list[nn.Module] = []
+    real = onednn._PackedWeight
+
+    def pack(module: nn.Module, dtype: torch.dtype) -> Any:
+        found.append(module)
+        return real(module, dtype)
+
+    monkeypatch.setattr(onednn, "_PackedWeight", pack)
+    return found
+
+
+def test_weights_are_laid_out_once_within_a_context_and_not_kept_after(packed: list[nn.Module]) -> None:
+    linear, inputs = nn.Linear(8, 4).requires_grad_(False), torch.randn(2, 8)
+    with packed_once(), packed_once():
+        for _ in range(3):
+            with onednn_products(linear):
+                output = linear(inputs)
+    assert packed == [linear]
+    torch.testing.assert_close(output, linear(inputs))
+    with packed_once(), onednn_products(linear):
+        pass
+    with onednn_products(linear):
+        pass
+    assert packed == [linear] * 3
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda linear: linear.weight.mul_(2),
+        lambda linear: linear.bias.add_(1),
+        lambda linear: setattr(linear, "weight", nn.Parameter(2 * linear.weight, requires_grad=False)),
+        lambda linear: setattr(linear.weight, "data", 2 * linear.weight),
+    ],
+    ids=["weight", "bias", "another weight", "other data"],
+)
+def test_a_changed_weight_is_laid_out_anew(packed: list[nn.Module], change: Callable[[nn.Linear], object]) -> None:
+    linear, inputs = nn.Linear(8, 4).requires_grad_(False), torch.randn(2, 8)
+    with packed_once():
+        with onednn_products(linear):
+            pass
+        change(linear)
+        with onednn_products(linear):
+            output = linear(inputs)
+    torch.testing.assert_close(output, linear(inputs))
+    assert packed == [linear] * 2
+
+
+def test_a_weight_that_counts_no_changes_is_laid_out_each_time(packed: list[nn.Module]) -> None:
+    with torch.inference_mode():
+        linear = nn.Linear(8, 4).requires_grad_(False)
+    with packed_once():
+        for _ in range(2):
+            with onednn_products(linear):
+                pass
+    assert packed == [linear] * 2
+
+
+def test_a_training_lays_each_weight_out_once(
+    make_model: ModelFactory, packed: list[nn.Module], onednn_everywhere: None, tmp_path: Path
+) -> None:
+    model = make_model()
+    args = RobustnessTokenTrainingArguments(
+        output_dir=str(tmp_path), max_steps=3, num_attack_steps=2, disable_tqdm=True, save_steps=1
+    )
+    images = [{"images": (torch.rand(3, 16, 16) * 255).round() / 255} for _ in range(4)]
+    RobustnessTokenTrainer(model, args, images).train()
+    layers = [one for one in model.get_base_model().modules() if isinstance(one, nn.Linear | nn.Conv2d)]
+    assert packed == layers
 
 
 def test_onednn_gives_bfloat16_what_autocast_gives(make_model: ModelFactory, pixel_values: Tensor) -> None:

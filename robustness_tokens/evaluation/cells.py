@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from ..acceleration import process_state, share_from_main
 from ..files import replacing
+from ..onednn import packed_once
 from .attack_call import AttackBatch
 from .attack_suite import Attack, run_attack
 from .outcomes import measure_outcome
@@ -201,14 +202,17 @@ def run_cells(
     # A process may see a file that another doesn't see yet.
     known = [all(flags) for flags in zip(*gather_object([[one is not None for one in found]]), strict=True)]
     outcomes: list[dict[str, Tensor]] = []
-    with tqdm(
-        total=sum(cell.cost for cell in cells),
-        initial=sum(cell.cost for cell, is_known in zip(cells, known, strict=True) if is_known),
-        desc="Attacking",
-        unit="pass",
-        unit_scale=True,
-        disable=disable_tqdm or not state.is_local_main_process,
-    ) as progress_bar:
+    with (
+        packed_once(),
+        tqdm(
+            total=sum(cell.cost for cell in cells),
+            initial=sum(cell.cost for cell, is_known in zip(cells, known, strict=True) if is_known),
+            desc="Attacking",
+            unit="pass",
+            unit_scale=True,
+            disable=disable_tqdm or not state.is_local_main_process,
+        ) as progress_bar,
+    ):
         for cell, other, stored, is_known in zip(cells, covered, found, known, strict=True):
             if other is not None:
                 outcomes.append(_first_rows(outcomes[other], cell, tokens))
