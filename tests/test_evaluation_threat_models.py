@@ -119,7 +119,11 @@ def test_an_unknown_precision_is_an_error(classifier: RobustnessTokenForImageCla
 
 @pytest.mark.parametrize(("precision", "attention"), [("bf16", "eager"), ("no", "sdpa")])
 def test_attacks_compute_faster_and_leave_nothing_behind(
-    classifier: RobustnessTokenForImageClassification, images: Tensor, precision: Any, attention: str
+    classifier: RobustnessTokenForImageClassification,
+    images: Tensor,
+    precision: Any,
+    attention: str,
+    onednn_everywhere: None,
 ) -> None:
     evaluated, base = EvaluatedModel(classifier, attack_precision=precision), classifier.get_base_model()
     before = {module: type(module) for module in classifier.modules()}
