@@ -102,6 +102,20 @@ def make_base() -> Callable[..., Any]:
     return build_base
 
 
+@pytest.fixture
+def make_model(make_base: Callable[..., Any]) -> Callable[..., RobustnessTokenModel]:
+    """`make_model(family="dinov2")`: such a base with three tokens."""
+    return lambda family="dinov2": RobustnessTokenModel.from_base(make_base(family), num_robustness_tokens=3)
+
+
+def input_gradient(model: RobustnessTokenModel, pixel_values: Tensor) -> Tensor:
+    """(B, 3, H, W): of a sum of the features with unequal weights."""
+    pixel_values = pixel_values.clone().requires_grad_()
+    features = model.get_features(pixel_values)
+    weights = torch.linspace(-1, 1, features.numel()).view_as(features)
+    return torch.autograd.grad((weights * features).sum(), pixel_values)[0]
+
+
 @pytest.fixture(params=list(FAMILIES))
 def family(request: pytest.FixtureRequest) -> str:
     """Each of the families in turn."""

@@ -4,20 +4,16 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.profiler import profile
 
 from robustness_tokens import onednn
-from robustness_tokens.attacks import cosine_similarity, paper_attack
-from robustness_tokens.losses import robustness_loss
 from robustness_tokens.modeling import RobustnessTokenModel
 from robustness_tokens.onednn import has_avx512, onednn_is_faster, onednn_products, packed_once
-from robustness_tokens.preprocessing import Normalizer
 from robustness_tokens.speedups import computing_faster
 from robustness_tokens.trainer import RobustnessTokenTrainer
 from robustness_tokens.training_args import RobustnessTokenTrainingArguments
-from tests.conftest import ONEDNN_BFLOAT16
+from tests.conftest import ONEDNN_BFLOAT16, input_gradient
 
 
 PACKED_PRECISIONS = [
@@ -26,24 +22,10 @@ PACKED_PRECISIONS = [
         torch.bfloat16, marks=pytest.mark.skipif(not ONEDNN_BFLOAT16, reason="this processor has no bfloat16")
     ),
 ]
-GOLDEN = Path(__file__).parent / "golden"
-IMAGENET: dict[str, Any] = {"image_mean": (0.485, 0.456, 0.406), "image_std": (0.229, 0.224, 0.225)}
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 BaseFactory = Callable[..., Any]
 ModelFactory = Callable[..., RobustnessTokenModel]
-
-
-@pytest.fixture
-def make_model(make_base: BaseFactory) -> ModelFactory:
-    return lambda family="dinov2": RobustnessTokenModel.from_base(make_base(family), num_robustness_tokens=3)
-
-
-def input_gradient(model: RobustnessTokenModel, pixel_values: Tensor) -> Tensor:
-    pixel_values = pixel_values.clone().requires_grad_()
-    features = model.get_features(pixel_values)
-    weights = torch.linspace(-1, 1, features.numel()).view_as(features)
-    return torch.autograd.grad((weights * features).sum(), pixel_values)[0]
 
 
 @pytest.mark.parametrize(
@@ -287,31 +269,3 @@ def test_other_layers_are_left_alone(module: nn.Module) -> None:
     before = type(module)
     with onednn_products(module):
         assert type(module) is before
-
-
-@pytest.mark.parametrize("folder", ["dinov2", "dinov2_reg4"])
-def test_golden_trajectory_with_onednn_and_reused_target(folder: str) -> None:
-    tensors = load_file(GOLDEN / folder / "golden.safetensors")
-    model = RobustnessTokenModel.from_base(GOLDEN / folder)
-    with torch.no_grad():
-        model.robustness_tokens.copy_(tensors["tokens"][0])
-    pixel_values = Normalizer(IMAGENET["image_mean"], IMAGENET["image_std"])(tensors["images_u8"] / 255)
-    optimizer = torch.optim.Adam([model.robustness_tokens], lr=1e-3)
-    rows = []
-    torch.manual_seed(3)
-    for batch in pixel_values.split(4):
-        with model.disable_adapter():
-            with torch.no_grad():
-                target = model.get_features(batch)
-            with onednn_products(model.get_base_model()):
-                attacked = paper_attack(model.get_features, batch, target=target, **IMAGENET)
-            with torch.no_grad():
-                baseline = cosine_similarity(model.get_features(attacked), target).mean()
-        losses = robustness_loss(model.get_features, batch, attacked, target)
-        optimizer.zero_grad()
-        losses.loss.backward()
-        optimizer.step()
-        rows.append(torch.stack([losses.invariance, losses.adversarial, baseline]).detach())
-    torch.testing.assert_close(torch.stack(rows), tensors["train_trajectory"], rtol=0, atol=1e-4)
-    tokens = model.robustness_tokens.detach()
-    torch.testing.assert_close(tokens, tensors["tokens_after_training"].view_as(tokens), rtol=0, atol=1e-4)

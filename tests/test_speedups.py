@@ -22,6 +22,7 @@ from robustness_tokens.speedups import (
 )
 from robustness_tokens.trainer import RobustnessTokenTrainer
 from robustness_tokens.training_args import RobustnessTokenTrainingArguments
+from tests.conftest import input_gradient
 from tests.families import BASES
 
 
@@ -30,18 +31,6 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 BaseFactory = Callable[..., Any]
 ModelFactory = Callable[..., RobustnessTokenModel]
-
-
-@pytest.fixture
-def make_model(make_base: BaseFactory) -> ModelFactory:
-    return lambda family="dinov2": RobustnessTokenModel.from_base(make_base(family), num_robustness_tokens=3)
-
-
-def input_gradient(model: RobustnessTokenModel, pixel_values: Tensor) -> Tensor:
-    pixel_values = pixel_values.clone().requires_grad_()
-    features = model.get_features(pixel_values)
-    weights = torch.linspace(-1, 1, features.numel()).view_as(features)
-    return torch.autograd.grad((weights * features).sum(), pixel_values)[0]
 
 
 # Attention
