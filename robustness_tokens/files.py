@@ -63,11 +63,12 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A file beside the target, renamed to it at the end, so that no reader ever sees half a file."""
+    """A file beside the target, renamed to it once it is on the disk, so that no reader ever sees half a file."""
     with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
         partial = Path(file.name)
     try:
         yield partial
+        flush_to_disk(partial)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

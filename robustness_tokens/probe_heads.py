@@ -15,13 +15,13 @@ from typing import Any, ClassVar
 
 import safetensors
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .backbones import vision_trunk
 from .features import count_patches, extract_features, find_patch_size, head_inputs
-from .files import read_json, replacing, write_text
+from .files import read_json, write_bytes, write_text
 from .segmentation_data import IGNORE_INDEX
 
 
@@ -161,9 +161,8 @@ def save_head(head: ProbeHead, folder: str | os.PathLike[str]) -> None:
         "trained_with_tokens": head.trained_with_tokens,
         "base_model_fingerprint": head.base_model_fingerprint,
     }
-    with replacing(path / HEAD_WEIGHTS_FILE) as partial:
-        save_file(tensors, partial, metadata={"format": "pt"})
-        partial.chmod(0o644)
+    # As bytes, and not by save_file, which maps the file: on a full disk that can kill the process.
+    write_bytes(path / HEAD_WEIGHTS_FILE, save(tensors, metadata={"format": "pt"}))
     write_text(path / HEAD_CONFIG_FILE, json.dumps(config, indent=2) + "\n")
 
 

@@ -16,6 +16,7 @@ from robustness_tokens.evaluation.cells import Cell, CellStore, digest, merge, r
 from robustness_tokens.evaluation.outcomes import summarize, worst_outcome
 from robustness_tokens.evaluation.threat_models import AttackerView, EvaluatedModel, attacker_views
 from tests.conftest import IMAGE_SIZE, build_base
+from tests.disks import full_disk
 
 
 OUTCOME = {"trained.cosine": torch.tensor([0.5, 0.25]), "pixel_difference": torch.zeros(2)}
@@ -40,6 +41,14 @@ def test_a_stored_cell_is_found_again_bit_for_bit(view: AttackerView, tmp_path: 
     assert found.keys() == OUTCOME.keys()
     assert all(torch.equal(found[name], value) for name, value in OUTCOME.items())
     assert len(list((tmp_path / "cells").iterdir())) == 1
+
+
+def test_a_full_disk_is_an_error_and_leaves_no_cell(view: AttackerView, tmp_path: Path) -> None:
+    store = CellStore(tmp_path, {"seed": 0})
+    with full_disk(), pytest.raises(OSError, match="File too large"):
+        store.save(cell(view), OUTCOME)
+    assert store.load(cell(view)) is None
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_cell_of_other_settings_is_not_found(view: AttackerView, tmp_path: Path) -> None:

@@ -1,11 +1,8 @@
 import json
 import os
-import resource
 import shutil
 import stat
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +25,7 @@ from robustness_tokens.hub import (
     read_tokens,
     write_tokens,
 )
+from tests.disks import full_disk
 
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -288,17 +286,6 @@ def test_a_failed_write_keeps_the_last_good_tokens(tmp_path: Path, value: float)
         write_tokens(tmp_path, torch.full((2, 3), value))
     assert torch.equal(load_file(tmp_path / "model.safetensors")["robustness_tokens"], torch.ones(2, 3))
     assert len(list(tmp_path.iterdir())) == 1
-
-
-@contextmanager
-def full_disk() -> Iterator[None]:
-    """Writing beyond a hundred bytes is an error of the system, as on a disk without room."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_a_full_disk_leaves_the_old_file_alone(tmp_path: Path) -> None:

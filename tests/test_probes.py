@@ -34,6 +34,7 @@ from robustness_tokens.probes import (
 )
 from robustness_tokens.segmentation_data import IGNORE_INDEX, SegmentationDataset
 from tests.conftest import build_base
+from tests.disks import full_disk
 from tests.families import BASES, FAMILIES, HIDDEN_SIZE, hf
 from tests.families import images as family_images
 
@@ -416,6 +417,11 @@ def test_two_heads_must_fit_each_other() -> None:
         ProbedModel(build_base("dinov2"), random_head(ClassificationHead), base_head=random_head(SegmentationHead))
 
 
+def assert_same_weights(head: ProbeHead, other: ProbeHead) -> None:
+    assert set(head.state_dict()) == set(other.state_dict())
+    assert all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in head.state_dict().items())
+
+
 @pytest.mark.parametrize("head_class", HEADS)
 def test_a_head_comes_back_from_its_two_files_bit_for_bit(head_class: type[ProbeHead], tmp_path: Path) -> None:
     head = train(with_tokens(), head_class, with_tokens=True, num_epochs=1)
@@ -423,8 +429,7 @@ def test_a_head_comes_back_from_its_two_files_bit_for_bit(head_class: type[Probe
     assert sorted(path.name for path in (tmp_path / "head").iterdir()) == ["head.json", "head.safetensors"]
     loaded = load_head(tmp_path / "head")
     assert type(loaded) is head_class
-    assert set(loaded.state_dict()) == set(head.state_dict())
-    assert all(torch.equal(tensor, head.state_dict()[name]) for name, tensor in loaded.state_dict().items())
+    assert_same_weights(loaded, head)
     assert loaded.trained_with_tokens
     assert loaded.base_model_fingerprint == layer_fingerprint(build_base("dinov2").encoder.layer)
     assert not loaded.training
@@ -477,6 +482,15 @@ def test_damaged_heads_are_refused(damage: Callable[[Path], None], message: str,
     damage(tmp_path)
     with pytest.raises(ValueError, match=message):
         load_head(tmp_path)
+
+
+def test_a_full_disk_is_an_error_and_leaves_the_head_before(tmp_path: Path) -> None:
+    before = random_head(ClassificationHead)
+    save_head(before, tmp_path)
+    with full_disk(), pytest.raises(OSError, match="File too large"):
+        save_head(random_head(ClassificationHead), tmp_path)
+    assert_same_weights(load_head(tmp_path), before)
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_a_head_that_is_not_finite_is_not_saved(tmp_path: Path) -> None:

@@ -14,12 +14,12 @@ from typing import Any, Literal
 import torch
 from accelerate.utils import gather_object
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..acceleration import process_state, share_from_main
-from ..files import replacing
+from ..files import write_bytes
 from ..onednn import packed_once
 from .attack_call import AttackBatch
 from .attack_suite import Attack, run_attack
@@ -146,8 +146,8 @@ class CellStore:
         path = self._path(cell)
         if path is not None:
             metadata = {"key": self._key(cell), "digest": _digest(outcome)}
-            with replacing(path) as partial:
-                save_file({k: v.contiguous() for k, v in outcome.items()}, partial, metadata=metadata)
+            # As bytes, and not by save_file, which maps the file: on a full disk that can kill the process.
+            write_bytes(path, save({k: v.contiguous() for k, v in outcome.items()}, metadata=metadata))
 
     def _key(self, cell: Cell) -> str:
         return json.dumps({"format": FORMAT, **self.settings, **cell.settings()}, sort_keys=True)
