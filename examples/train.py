@@ -23,9 +23,9 @@ def main() -> None:
 
     set_seed(training_args.seed)  # of the new tokens; the trainer seeds everything else itself
     model = RobustnessTokenModel.from_base(model_args.base_model, **model_args.from_base_kwargs())
-    model.print_trainable_parameters()
-
     trainer = RobustnessTokenTrainer(model, training_args, load_train_dataset(data_args), load_eval_dataset(data_args))
+    if trainer.accelerator.is_main_process:
+        model.print_trainable_parameters()
     result = trainer.train()
     trainer.save_model()
     trainer.accelerator.print(f"trained for {result.global_step} steps, adapter in {training_args.output_dir}")

@@ -50,19 +50,22 @@ def arguments(work: Path, output: Path) -> list[str]:
     ]
 
 
-def test_accelerate_launch_trains_from_end_to_end(work: Path, tmp_path: Path) -> None:
-    launch: list[str | Path] = [
-        "-m",
-        "accelerate.commands.launch",
-        "--num_processes",
-        "1",
-        ROOT / "examples" / "train.py",
-    ]
-    done = run(*launch, *arguments(work, tmp_path / "adapter"), cwd=work)
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        ("accelerate.commands.launch", "--num_processes", "1"),
+        ("torch.distributed.run", "--standalone", "--nproc_per_node", "2"),
+    ],
+    ids=["accelerate launch", "torchrun with two processes"],
+)
+def test_a_launcher_trains_from_end_to_end(work: Path, tmp_path: Path, launcher: tuple[str, ...]) -> None:
+    done = run("-m", *launcher, ROOT / "examples" / "train.py", *arguments(work, tmp_path / "adapter"), cwd=work)
     assert done.returncode == 0, done.stderr
     assert {path.name for path in (tmp_path / "adapter").iterdir() if path.is_file()} >= ADAPTER_FILES
-    assert "trainable params: 96" in done.stdout
+    assert done.stdout.count("trainable params: 96") == 1, "the main process alone speaks"
     assert "without tokens" in done.stderr, "the progress bar shows the baseline"
+    with (tmp_path / "adapter" / "logs" / "training_log.csv").open() as file:
+        assert [row["step"] for row in csv.DictReader(file)] == ["1", "2"]
 
     info = run("-m", "robustness_tokens", "info", tmp_path / "adapter", cwd=work)
     assert info.returncode == 0, info.stderr

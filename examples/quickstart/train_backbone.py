@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from transformers import BitImageProcessor, Dinov2Config, Dinov2ForImageClassification
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
+from robustness_tokens.speedups import runs_in_half
+
 
 CARD = """---
 license: mit
@@ -38,7 +40,7 @@ self-supervision) on the 60,000 training images of [Fashion-MNIST](https://githu
 The test images chose nothing: neither the epoch nor a hyper-parameter.
 
 Made by `examples/quickstart/train_backbone.py`: {epochs} epochs, batch {batch_size}, AdamW (learning rate
-{lr:g}, weight decay {weight_decay:g}, one cycle), bfloat16 autocast, random flips and shifts by one pixel,
+{lr:g}, weight decay {weight_decay:g}, one cycle), {precision}, random flips and shifts by one pixel,
 seed {seed}, {minutes:.0f} minutes on a CPU.
 
 It has no defence of its own: a small adversarial change of the image misleads it. That is what it is here for.
@@ -93,6 +95,7 @@ def main() -> None:
     torch.manual_seed(args.seed)
     images, labels = (torch.from_numpy(array.copy()) for array in load_split("train", args.source))
     normalise = Normalise()
+    in_half = runs_in_half("bf16", device=torch.device("cpu"))
     config = Dinov2Config(
         image_size=28,
         patch_size=4,
@@ -117,7 +120,7 @@ def main() -> None:
         mean_loss = 0.0
         for index in torch.randperm(len(images))[: steps_per_epoch * args.batch_size].split(args.batch_size):
             pixel_values = normalise(augment(as_rgb(images[index])))
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast("cpu", torch.bfloat16, enabled=in_half):
                 logits = model(pixel_values=pixel_values).logits
             loss = nn.functional.cross_entropy(logits.float(), labels[index].long())
             loss.backward()
@@ -145,8 +148,11 @@ def main() -> None:
     test_images, test_labels = (torch.from_numpy(array.copy()) for array in load_split("t10k", args.source))
     score = accuracy(stored, test_images, test_labels, normalise)
     print(f"stored file: {score:.2%} of {len(test_labels):,} test images")
+    precision = "bfloat16 autocast" if in_half else "float32"
     recipe = {k: getattr(args, k) for k in ("epochs", "batch_size", "lr", "weight_decay", "width", "depth", "seed")}
-    card = CARD.format(parameters=stored.num_parameters(), accuracy=score, minutes=minutes, **recipe)
+    card = CARD.format(
+        parameters=stored.num_parameters(), accuracy=score, minutes=minutes, precision=precision, **recipe
+    )
     (args.output / "README.md").write_text(card)
 
 
