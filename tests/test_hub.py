@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from robustness_tokens.files import write_text
 from robustness_tokens.hub import (
     AdapterFolder,
     cached_commit,
@@ -309,6 +310,22 @@ def test_tokens_are_on_the_disk_before_they_replace_others(tmp_path: Path, monke
         write_tokens(tmp_path, torch.zeros(2, 3))
     assert torch.equal(load_file(tmp_path / "model.safetensors")["robustness_tokens"], torch.ones(2, 3))
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_small_file_is_on_the_disk_before_it_replaces_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "file.txt"
+    write_text(path, "before")
+
+    def fail(descriptor: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        write_text(path, "after")
+    assert path.read_text() == "before"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_readers_never_see_half_a_file(adapter_folder: Path) -> None:
