@@ -55,7 +55,11 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Writes a small file, whole or not at all."""
+    """Writes a small file, whole or not at all.
+
+    Tensors too, as `safetensors.torch.save` makes bytes of them: `save_file` maps the file, which on a full disk can
+    kill the process.
+    """
     with replacing(path) as partial:
         partial.write_bytes(content)
         partial.chmod(0o644)

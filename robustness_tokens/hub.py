@@ -249,7 +249,7 @@ def write_tokens(folder: Path, tokens: Tensor) -> None:
         with replacing(path) as partial:
             partial.write_bytes(content)
             partial.chmod(0o600)
-            flush_to_disk(partial)
+            flush_to_disk(partial)  # before the report goes, which a failure must leave
             if not _holds_tokens(path, tokens):  # last, when nothing but the renaming is left
                 remove_report(folder)
     except OSError as exc:

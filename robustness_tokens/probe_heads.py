@@ -161,7 +161,6 @@ def save_head(head: ProbeHead, folder: str | os.PathLike[str]) -> None:
         "trained_with_tokens": head.trained_with_tokens,
         "base_model_fingerprint": head.base_model_fingerprint,
     }
-    # As bytes, and not by save_file, which maps the file: on a full disk that can kill the process.
     write_bytes(path / HEAD_WEIGHTS_FILE, save(tensors, metadata={"format": "pt"}))
     write_text(path / HEAD_CONFIG_FILE, json.dumps(config, indent=2) + "\n")
 

@@ -26,7 +26,7 @@ from robustness_tokens.hub import (
     read_tokens,
     write_tokens,
 )
-from tests.disks import full_disk
+from tests.disks import broken_disk, full_disk
 
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -299,30 +299,21 @@ def test_a_full_disk_leaves_the_old_file_alone(tmp_path: Path) -> None:
     assert set(tmp_path.iterdir()) == {path, report}
 
 
-def test_tokens_are_on_the_disk_before_they_replace_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokens_are_on_the_disk_before_they_replace_others(tmp_path: Path) -> None:
     write_tokens(tmp_path, torch.ones(2, 3))
-
-    def fail(descriptor: int) -> None:
-        raise OSError(5, "Input/output error")
-
-    monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match=r"could not be written \(Input/output error\), and what was there is left"):
+    path, report = tmp_path / "model.safetensors", tmp_path / "evaluation.json"
+    report.write_text("{}")  # of these tokens
+    message = r"could not be written \(Input/output error\), and what was there is left"
+    with broken_disk(), pytest.raises(OSError, match=message):
         write_tokens(tmp_path, torch.zeros(2, 3))
-    assert torch.equal(load_file(tmp_path / "model.safetensors")["robustness_tokens"], torch.ones(2, 3))
-    assert len(list(tmp_path.iterdir())) == 1
+    assert torch.equal(load_file(path)["robustness_tokens"], torch.ones(2, 3))
+    assert set(tmp_path.iterdir()) == {path, report}
 
 
-def test_a_small_file_is_on_the_disk_before_it_replaces_another(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_small_file_is_on_the_disk_before_it_replaces_another(tmp_path: Path) -> None:
     path = tmp_path / "file.txt"
     write_text(path, "before")
-
-    def fail(descriptor: int) -> None:
-        raise OSError(5, "Input/output error")
-
-    monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match="Input/output error"):
+    with broken_disk(), pytest.raises(OSError, match="Input/output error"):
         write_text(path, "after")
     assert path.read_text() == "before"
     assert list(tmp_path.iterdir()) == [path]

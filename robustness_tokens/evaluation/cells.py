@@ -146,7 +146,6 @@ class CellStore:
         path = self._path(cell)
         if path is not None:
             metadata = {"key": self._key(cell), "digest": _digest(outcome)}
-            # As bytes, and not by save_file, which maps the file: on a full disk that can kill the process.
             write_bytes(path, save({k: v.contiguous() for k, v in outcome.items()}, metadata=metadata))
 
     def _key(self, cell: Cell) -> str:
