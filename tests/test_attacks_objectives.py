@@ -188,3 +188,21 @@ def test_targets_and_labels_are_copied() -> None:
     torch.testing.assert_close(cosine(randn(2, 3)), torch.tensor([-1.0, -1.0]))
     assert not cosine(randn(2, 3)).requires_grad
     torch.testing.assert_close(entropy(randn(2, 3, seed=1)), expected)
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        feature_cosine_objective(lambda x: x.flatten(2), randn(4, 2, 9, seed=1)),
+        feature_mse_objective(identity, randn(4, 2, 3, 3, seed=1)),
+        cross_entropy_objective(lambda x: x.flatten(1), torch.tensor([1, 0, 5, 2]), misclassified_bonus=9.0),
+        margin_objective(lambda x: x.flatten(1), torch.tensor([1, 0, 5, 2])),
+        pixel_cross_entropy_objective(identity, torch.tensor([0, 1, 255]).repeat(4, 3, 1)),
+    ],
+    ids=["cosine", "mse", "cross-entropy", "margin", "pixels"],
+)
+def test_an_objective_can_be_taken_of_some_images(objective: Any) -> None:
+    images, rows = randn(4, 2, 3, 3), torch.tensor([3, 1])
+    torch.testing.assert_close(objective.select(rows)(images[rows]), objective(images)[rows])
+    again = objective.select(rows).select(torch.tensor([1]))
+    torch.testing.assert_close(again(images[[1]]), objective(images)[[1]])

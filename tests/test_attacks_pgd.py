@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from robustness_tokens.attacks import cross_entropy_objective, pgd_attack
+from robustness_tokens.attacks import Objective, cross_entropy_objective, pgd_attack
 
 
 EPS = 8 / 255
@@ -213,6 +213,58 @@ def test_every_step_costs_one_gradient(images: Tensor) -> None:
     pgd_attack(objective, images, num_steps=5, num_restarts=3)
     assert CountBackward.calls == 3 * 5
     assert evaluations == 3 * (5 + 1)
+
+
+class Counting:
+    """An objective whose image i scores the sum of its pixels times `weight` minus i, and counts who is asked."""
+
+    def __init__(self, count: int, weight: float = 1.0) -> None:
+        self.asked: list[list[int]] = []
+        self.weight = weight
+        self.objective = Objective(self._score, torch.arange(count))
+
+    def _score(self, images: Tensor, numbers: Tensor) -> Tensor:
+        self.asked.append(numbers.tolist())
+        return self.weight * images.flatten(1).sum(dim=1) - numbers
+
+
+def test_an_image_is_done_once_it_exceeds_the_threshold() -> None:
+    images, counting = torch.full((4, 10), 0.5), Counting(4)
+    settings: dict[str, Any] = {"eps": 0.4, "step_size": 0.1, "num_steps": 4, "random_start": False}
+    adversarial = pgd_attack(counting.objective, images, stop_above=4.5, **settings)
+    # Image i begins at 5 - i and gains 1 with each step.
+    assert counting.asked == [[0, 1, 2, 3], [1, 2, 3], [2, 3], [3]]
+    assert [round(image[0].item(), 4) for image in adversarial] == [0.5, 0.6, 0.7, 0.8]
+
+
+def test_what_goes_on_is_attacked_as_it_would_be_alone() -> None:
+    images, never = random_images(6, 3, 5, 5), math.inf
+    weight = torch.randn(3, 5, 5, generator=seeded(1))
+
+    def score(iterate: Tensor, offsets: Tensor) -> Tensor:
+        return (weight * iterate).flatten(1).sum(dim=1) + torch.sin(90 * iterate).flatten(1).mean(dim=1) + offsets
+
+    objective = Objective(score, torch.tensor([0.0, 9, 0, 9, 0, 9]) - score(images, torch.tensor(0.0)))
+    settings: dict[str, Any] = {"eps": EPS, "num_steps": 5, "num_restarts": 3}
+    stopped = pgd_attack(objective, images, stop_above=8, generator=seeded(4), **settings)
+    whole = pgd_attack(objective, images, stop_above=never, generator=seeded(4), **settings)
+    assert torch.allclose(stopped[::2], whole[::2], atol=1e-6)
+    assert (objective(stopped)[1::2] > 8).all()
+    assert not torch.allclose(stopped[1::2], whole[1::2], atol=1e-3)
+
+
+def test_an_attack_on_images_that_are_all_done_is_over() -> None:
+    counting = Counting(3)
+    pgd_attack(counting.objective, random_images(3, 3, 5, 5), stop_above=-100, num_restarts=4)
+    assert counting.asked == [[0, 1, 2]]
+
+
+def test_a_threshold_needs_an_objective_of_some_of_the_images(images: Tensor) -> None:
+    def objective(iterate: Tensor) -> Tensor:
+        return iterate.flatten(1).sum(dim=1) - torch.tensor([0.0, 1e3, 1e3, 1e3])[: len(iterate)]
+
+    with pytest.raises(ValueError, match=r"stop_above needs an objective .* got a function"):
+        pgd_attack(objective, images, stop_above=0)
 
 
 def test_zero_gradient_of_one_image_leaves_the_others_their_attack(weight: Tensor, images: Tensor) -> None:

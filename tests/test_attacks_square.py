@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from robustness_tokens.attacks import noise_attack, square_attack
+from robustness_tokens.attacks import Objective, noise_attack, square_attack
 
 
 EPS = 8 / 255
@@ -109,3 +109,19 @@ def test_square_refuses_what_makes_no_sense(images: Tensor, kwargs: dict[str, fl
 def test_noise_refuses_an_unknown_kind(images: Tensor) -> None:
     with pytest.raises(ValueError, match="corners"):
         noise_attack(brightness, images, kind="normal")  # type: ignore[arg-type]
+
+
+def test_square_asks_nothing_more_of_an_image_that_is_done(images: Tensor) -> None:
+    asked = []
+
+    def score(candidates: Tensor, numbers: Tensor) -> Tensor:
+        asked.append(numbers.tolist())
+        return brightness(candidates) - 1000 * numbers
+
+    objective = Objective(score, torch.tensor([0, 1, 0, 1]))
+    found = square_attack(objective, images, eps=EPS, num_queries=30, stop_above=0, generator=generators([0, 1, 2, 3]))
+    assert asked == [[0, 1, 0, 1], *[[1, 1]] * 29]
+    whole = square_attack(objective, images, eps=EPS, num_queries=30, generator=generators([0, 1, 2, 3]))
+    assert torch.equal(found[1::2], whole[1::2])
+    assert not torch.equal(found[::2], whole[::2])
+    assert ((found - images).abs() <= EPS + 1e-6).all()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 from typing import Any
 
@@ -109,10 +110,11 @@ def measured(attack: Attack, model: EvaluatedModel, view: AttackerView, batch: A
 
 def test_attacks_push_where_they_say(model: EvaluatedModel, batch: AttackBatch) -> None:
     (full,), (queries,) = attacker_views("full", model), attacker_views("none", model)
+    whole = dataclasses.replace(full, knowledge="own_tokens")  # attacked to the end
     noise = measured(small("uniform_noise", num_draws=1), model, queries, batch)
     to_base = measured(small("feature_cosine", target="base"), model, full, batch)
     to_defended = measured(small("feature_cosine", target="defended"), model, full, batch)
-    entropy = measured(small("cross_entropy"), model, full, batch)
+    entropy = measured(small("cross_entropy"), model, whole, batch)
     assert to_base["base"] < min(noise["base"], to_defended["base"])
     assert to_defended["defended"] < min(noise["defended"], to_base["defended"])
     assert entropy["loss"] > max(noise["loss"], to_base["loss"], to_defended["loss"])
@@ -136,6 +138,70 @@ def test_noise_belongs_to_the_image_and_the_seed(name: str, model: EvaluatedMode
     together = run_attack(small(name), view, batch, eps=EPS, seed=1)
     assert torch.allclose(together[rows], run_attack(small(name), view, part, eps=EPS, seed=1), atol=1e-6)
     assert not torch.allclose(together, run_attack(small(name), view, batch, eps=EPS, seed=2), atol=1e-6)
+
+
+def is_right(model: EvaluatedModel, images: Tensor, batch: AttackBatch) -> Tensor:
+    assert batch.labels is not None
+    with torch.no_grad():
+        return model.logits(images, model.tokens, exact=True).argmax(dim=1).eq(batch.labels)
+
+
+def count_images(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many images each forward pass of an attack sees."""
+    counts = []
+    real = EvaluatedModel.logits
+
+    def logits(self: EvaluatedModel, images: Tensor, tokens: Tensor | None, *, exact: bool = False) -> Tensor:
+        if not exact:
+            counts.append(len(images))
+        return real(self, images, tokens, exact=exact)
+
+    monkeypatch.setattr(EvaluatedModel, "logits", logits)
+    return counts
+
+
+@pytest.mark.parametrize(("name", "effort"), [("cross_entropy", 20), ("margin", 20), ("square", 200)])
+def test_an_attack_on_the_model_itself_ends_with_a_misclassification(
+    name: str, effort: int, model: EvaluatedModel, batch: AttackBatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attack = small(name, **({"num_queries": effort} if name == "square" else {"num_steps": effort}))
+    view = view_for(name, model)
+    whole = dataclasses.replace(view, knowledge="own_tokens")
+    counts = count_images(monkeypatch)
+    found = []
+    for one in (view, whole):
+        counts.clear()
+        adversarial = run_attack(attack, one, batch, eps=EPS, seed=0)
+        found.append((sum(counts), is_right(model, adversarial, batch)))
+    (few, ended), (all_of_them, to_the_end) = found
+    assert not ended.all()  # else nothing ends
+    assert torch.equal(ended, to_the_end)
+    assert few < all_of_them
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "margin"])
+def test_what_only_the_attacks_precision_gets_wrong_is_attacked_on(
+    name: str, model: EvaluatedModel, batch: AttackBatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = EvaluatedModel.logits
+    seen: list[int] = []
+
+    def rounded(self: EvaluatedModel, images: Tensor, tokens: Tensor | None, *, exact: bool = False) -> Tensor:
+        """Half precision errs by so much that at first every image looks misclassified."""
+        logits = real(self, images, tokens, exact=exact)
+        if exact or len(seen) > 1:
+            return logits
+        seen.append(len(images))
+        return logits.flip(1) if torch.is_grad_enabled() else -logits
+
+    view, attack = view_for(name, model), small(name, num_steps=20)
+    expected = run_attack(attack, view, batch, eps=EPS, seed=0)
+    monkeypatch.setattr(EvaluatedModel, "logits", rounded)
+    found = run_attack(attack, view, batch, eps=EPS, seed=0)
+    left = [int(is_right(model, images, batch).sum()) for images in (batch.images, expected, found)]
+    assert seen == [6, 6]
+    assert left[0] == 6
+    assert left[1] == left[2] < 6
 
 
 def test_an_ensemble_maximises_the_mean(model: EvaluatedModel, batch: AttackBatch) -> None:

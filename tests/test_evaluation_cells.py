@@ -4,16 +4,18 @@ import dataclasses
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from robustness_tokens import RobustnessTokenModel
-from robustness_tokens.evaluation import cells
+from robustness_tokens import RobustnessTokenForImageClassification, RobustnessTokenModel
+from robustness_tokens.evaluation import cell_runs, cells
 from robustness_tokens.evaluation.attack_call import AttackBatch
 from robustness_tokens.evaluation.attack_suite import Attack
-from robustness_tokens.evaluation.cells import Cell, CellStore, digest, merge, run_cells
-from robustness_tokens.evaluation.outcomes import summarize, worst_outcome
+from robustness_tokens.evaluation.cell_runs import find_standing, merge, run_cells
+from robustness_tokens.evaluation.cells import Cell, CellStore, digest
+from robustness_tokens.evaluation.outcomes import attacked_alone, measure_outcome, summarize, worst_outcome
 from robustness_tokens.evaluation.threat_models import AttackerView, EvaluatedModel, attacker_views
 from tests.conftest import IMAGE_SIZE, build_base
 from tests.disks import full_disk
@@ -126,31 +128,132 @@ def test_what_a_cell_before_covers_is_not_attacked_again(monkeypatch: pytest.Mon
     }
     tokens = {"trained": model.tokens, "none": None, "zero": torch.zeros_like(model.tokens)}
     attacked: list[tuple[str, int]] = []
-    real = cells.run_attack
+    real = cell_runs.run_attack
 
     def count(attack: Attack, view: AttackerView, batch: AttackBatch, *, eps: float, seed: int) -> torch.Tensor:
         attacked.append((f"{255 * eps:g}", len(batch.images)))
         return real(attack, view, batch, eps=eps, seed=seed)
 
-    monkeypatch.setattr(cells, "run_attack", count)
+    monkeypatch.setattr(cell_runs, "run_attack", count)
     suite = dataclasses.replace(cell(base_view), num_images=4)
     some = dataclasses.replace(suite, series="sweep", num_images=2)
     more = dataclasses.replace(some, eps=0.2)
     store = CellStore(tmp_path, {})
     whole, first, other = run_cells(
-        [suite, some, more], model, batches, tokens, batch_size=2, seed=0, store=store, disable_tqdm=True
+        [suite, some, more], model, batches, tokens, {}, batch_size=2, seed=0, store=store, disable_tqdm=True
     )
     assert attacked == [("25.5", 2), ("25.5", 2), ("51", 2)]
     assert first.keys() == other.keys() == {name for name in whole if not name.startswith("zero.")}
     assert all(torch.equal(first[name], whole[name][:2]) for name in first)
     assert not torch.equal(first["trained.cosine"], other["trained.cosine"])
-    alone = run_cells([some], model, batches, tokens, batch_size=2, seed=0, store=CellStore(None, {}))
+    alone = run_cells([some], model, batches, tokens, {}, batch_size=2, seed=0, store=CellStore(None, {}))
     assert first.keys() == alone[0].keys()
     assert all(torch.equal(first[name], alone[0][name]) for name in first)
     attacked.clear()
-    again = run_cells([suite, some, more], model, batches, tokens, batch_size=2, seed=0, store=store)
+    again = run_cells([suite, some, more], model, batches, tokens, {}, batch_size=2, seed=0, store=store)
     assert not attacked
     assert all(torch.equal(again[1][name], first[name]) for name in first)
+
+
+@pytest.fixture(scope="module")
+def classifier() -> EvaluatedModel:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        base = build_base("dinov2", classifier=True)
+        return EvaluatedModel(RobustnessTokenForImageClassification.from_base(base, initializer_range=1.0))
+
+
+def labelled_batches(model: EvaluatedModel, count: int) -> dict[int, AttackBatch]:
+    """Batches of two images, of which the model gets all right but the first."""
+    images = torch.rand(count, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        labels = model.logits(images, model.tokens).argmax(dim=1)
+    labels[0] = (labels[0] + 1) % 3
+    numbers = torch.arange(count)
+    return {
+        row: AttackBatch(images=images[rows], labels=labels[rows], index=numbers[rows])
+        for row, rows in enumerate(numbers.split(2))
+    }
+
+
+def test_an_attack_on_what_is_left_leaves_the_same_worst_case(classifier: EvaluatedModel, tmp_path: Path) -> None:
+    batches, tokens = labelled_batches(classifier, 8), {"trained": classifier.tokens}
+    clean = merge([(row, measure_outcome(classifier, one, one.images, tokens)) for row, one in batches.items()])
+    (full,) = attacker_views("full", classifier)
+    first, second = (
+        Cell(series="suite", view=full, attack=Attack(name=name, num_steps=3, num_restarts=1), eps=0.004, num_images=8)
+        for name in ("cross_entropy", "margin")
+    )
+    after = dataclasses.replace(second, standing_only=True)
+
+    def run(*chosen: Cell, folder: Path | None = None) -> list[dict[str, torch.Tensor]]:
+        store = CellStore(folder, {})
+        return run_cells(
+            chosen, classifier, batches, tokens, clean, batch_size=2, seed=0, store=store, disable_tqdm=True
+        )
+
+    whole, (entropy, margin) = run(first, second), run(first, after, folder=tmp_path)
+    standing = clean["trained.correct"] & entropy["trained.correct"]
+    assert torch.equal(margin.pop("attacked"), standing)
+    assert 1 < standing.sum() < 7  # else the test says nothing
+    for name, value in margin.items():
+        assert torch.equal(value[~standing], clean[name][~standing])
+        torch.testing.assert_close(value[standing], whole[1][name][standing], atol=1e-5, rtol=1e-5)
+    worst = [worst_outcome([*outcomes, clean])["trained.correct"] for outcomes in (whole, (entropy, margin))]
+    assert torch.equal(*worst)
+    files = {path.name for path in tmp_path.iterdir()}
+    again = run(first, after, folder=tmp_path)[1]
+    assert torch.equal(again["trained.cosine"], margin["trained.cosine"])
+    assert {path.name for path in tmp_path.iterdir()} == files
+    run(after, folder=tmp_path)  # after no attack more images are left, so that it is another measurement
+    assert len(list(tmp_path.iterdir())) == len(files) + 1
+
+
+def test_nothing_is_attacked_where_nothing_is_left(
+    classifier: EvaluatedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches, tokens = labelled_batches(classifier, 4), {"trained": classifier.tokens}
+    clean = merge([(row, measure_outcome(classifier, one, one.images, tokens)) for row, one in batches.items()])
+    clean["trained.correct"][:] = False
+    monkeypatch.setattr(cell_runs, "run_attack", None)
+    attack = Attack(name="margin", num_steps=3, num_restarts=1)
+    after = Cell(
+        series="suite",
+        view=attacker_views("full", classifier)[0],
+        attack=attack,
+        eps=0.1,
+        num_images=3,
+        standing_only=True,
+    )
+    settings: dict[str, Any] = {"batch_size": 2, "seed": 0, "store": CellStore(None, {}), "disable_tqdm": True}
+    (outcome,) = run_cells([after], classifier, batches, tokens, clean, **settings)
+    assert not outcome.pop("attacked").any()
+    assert all(torch.equal(value, clean[name][:3]) for name, value in outcome.items())
+    assert attacked_alone({**outcome, "attacked": torch.zeros(3, dtype=torch.bool)}) is None
+
+
+def stood(correct: dict[str, list[int]]) -> dict[str, torch.Tensor]:
+    return {f"{name}.correct": torch.tensor(values) == 1 for name, values in correct.items()}
+
+
+def test_an_image_stands_with_any_tokens_after_each_attack_of_its_level_and_eps(view: AttackerView) -> None:
+    clean = stood({"trained": [1, 1, 1, 0, 1], "none": [1, 1, 1, 0, 1], "zero": [1, 1, 1, 1, 1]})
+    one = stood({"trained": [0, 1, 1, 1, 1], "none": [1, 0, 1, 1, 1], "zero": [1, 1, 1, 1, 1]})
+    two = stood({"trained": [1, 1, 0, 1, 1], "none": [0, 1, 0, 1, 1], "zero": [1, 1, 1, 1, 1]})
+    this = dataclasses.replace(cell(view), num_images=4, standing_only=True)
+    other_eps, sweep = dataclasses.replace(this, eps=0.2), dataclasses.replace(this, series="sweep")
+    other_level = dataclasses.replace(this, view=dataclasses.replace(view, knowledge="base"))
+
+    def standing(before: list[Cell], names: list[str]) -> list[bool]:
+        return find_standing(this, before, [one, two][: len(before)], clean, names).tolist()
+
+    assert standing([], ["trained"]) == [True, True, True, False]
+    assert standing([this], ["trained"]) == [False, True, True, False]
+    assert standing([this, this], ["trained"]) == [False, True, False, False]
+    assert standing([this, this], ["trained", "none"]) == [False, True, False, False]
+    assert standing([this, this], ["none", "zero"]) == [True, True, True, True]
+    for other in (other_eps, other_level, sweep):
+        assert standing([other, other], ["trained"]) == standing([], ["trained"])
 
 
 def test_nothing_is_stored_without_a_folder(view: AttackerView) -> None:

@@ -85,7 +85,7 @@ def measured(
 def measurements(
     *parts: Measured, clean: Outcome | None = None, eps: Sequence[float] = (EPS,), task: str = "classification"
 ) -> Measurements:
-    model: Any = SimpleNamespace(task=task, model=None)
+    model: Any = SimpleNamespace(task=task, model=None, attack_precision="no")
     cells, outcomes = zip(*parts, strict=True) if parts else ((), ())
     return Measurements(
         model=model,
@@ -274,12 +274,12 @@ ALL_TOKENS = ("none", "trained", "untrained", "zero", "mean")
         (knowledge_checks.clean_cost, "accuracy 90.0% without, 90.0% with tokens; cosine 0.900"),
         (
             knowledge_checks.grey_box,
-            "accuracy at 4/255 worst case 40.0%: cross_entropy 40.0%; at 2/255 worst case 50.0%: paper 50.0%; "
-            "APGD and AutoAttack not among them",
+            "accuracy at 4/255 worst case 40.0%: cross_entropy 40.0%; the published attack at 2/255: paper 50.0% of "
+            "200 images; APGD and AutoAttack not among them",
         ),
         (
             knowledge_checks.own_tokens,
-            "accuracy at 4/255 worst case 30.0%: own_tokens_0 30.0%, own_tokens_ensemble 35.0%",
+            "accuracy at 4/255 worst case 25.0%: after own_tokens_0 30.0%, after own_tokens_ensemble 25.0%",
         ),
         (knowledge_checks.feature_adaptive, "at 4/255 cosine 0.100, accuracy 10.0% (away from: base and defended)"),
         (
@@ -293,9 +293,9 @@ def test_what_is_only_reported(function: CheckFunction, value: str) -> None:
     check = function(
         measurements(
             measured(0.4, knowledge="base", tokens=ALL_TOKENS),
-            measured(0.5, knowledge="base", attack="paper", eps=2 / 255, tokens=ALL_TOKENS),
+            measured(0.5, series="published", knowledge="base", attack="paper", eps=2 / 255, tokens=ALL_TOKENS),
             measured(0.3, knowledge="own_tokens", view="own_tokens_0"),
-            measured(0.35, knowledge="own_tokens", view="own_tokens_ensemble"),
+            measured(0.25, knowledge="own_tokens", view="own_tokens_ensemble"),
             measured(0.2, attack="feature_cosine:base"),
             measured(0.1, attack="feature_mse:defended"),
             clean=outcome(0.9, tokens=ALL_TOKENS),
@@ -321,6 +321,29 @@ def test_the_grey_box_names_what_was_measured() -> None:
     )
 
 
+def test_the_grey_box_says_how_many_images_were_left_to_an_attack() -> None:
+    first = torch.arange(COUNT) < COUNT // 10
+    left: dict[str, Any] = {"attacked": first, "trained.correct": (torch.arange(COUNT) > 4) | ~first}
+    none: dict[str, Any] = {"attacked": first & False}
+    checked = measurements(
+        measured(0.1, knowledge="base"),
+        measured(0.9, knowledge="base", attack="margin", **left),
+        measured(0.9, knowledge="base", attack="apgd_cross_entropy", **none),
+    )
+    assert knowledge_checks.grey_box(checked).value == (
+        "accuracy at 4/255 worst case 7.5%: cross_entropy 10.0%, margin 75.0% of the 20 images left, "
+        "apgd_cross_entropy had no image left"
+    )
+    assert attack_checks.budget(checked).value.startswith("0 of 220 attacked images")
+    found = [(r.attack, r.value, r.num_images) for r in checked.results() if r.metric == "accuracy" and r.attack]
+    assert found == [("worst_case", 0.075, 200), ("cross_entropy", 0.1, 200), ("margin", 0.75, 20)]
+
+
+def test_the_published_attack_alone_is_a_grey_box_too() -> None:
+    checked = measurements(measured(0.5, series="published", knowledge="base", attack="paper", eps=2 / 255))
+    assert "the published attack at 2/255: paper 50.0% of 200 images" in knowledge_checks.grey_box(checked).value
+
+
 def test_what_only_classifies_is_not_missed_elsewhere() -> None:
     found = [measured(0.4, knowledge="base", attack="feature_cosine:base")]
     assert knowledge_checks.grey_box(measurements(*found)).value.endswith("; APGD and AutoAttack not among them")
@@ -343,8 +366,8 @@ def test_every_set_of_own_tokens_counts() -> None:
     assert own_token_lengths([measured(0.5)[0]]) == []
 
 
-def test_the_paper_attack_is_no_part_of_a_comparison_at_another_eps() -> None:
-    weak = measured(0.1, knowledge="base", attack="paper", eps=2 / 255)
+def test_the_paper_attack_is_no_part_of_a_comparison() -> None:
+    weak = measured(0.1, series="published", knowledge="base", attack="paper")
     checked = levels(0.2, 0.5, 0.3)
     assert knowledge_checks.white_box(measurements(*zip(checked.cells, checked.outcomes, strict=True), weak)).passed, (
         "2/255 says nothing of 4/255"

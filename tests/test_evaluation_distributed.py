@@ -12,7 +12,7 @@ from torch import Tensor
 
 from robustness_tokens import RobustnessTokenForImageClassification, evaluate_robustness
 from robustness_tokens.acceleration import process_state
-from robustness_tokens.evaluation import cells
+from robustness_tokens.evaluation import cell_runs, cells
 from robustness_tokens.evaluation.attack_call import AttackBatch
 from robustness_tokens.evaluation.attack_suite import Attack
 from robustness_tokens.evaluation.threat_models import AttackerView
@@ -45,14 +45,18 @@ def evaluate(output_dir: Path | None, **changes: Any) -> RobustnessReport:
 def count_attacked(patch: pytest.MonkeyPatch) -> list[int]:
     """How many images this process attacks, from now on, each time."""
     counts: list[int] = []
-    real = cells.run_attack
+    real = cell_runs.run_attack
 
     def counted(attack: Attack, view: AttackerView, batch: AttackBatch, **arguments: Any) -> Tensor:
         counts.append(len(batch.images))
         return real(attack, view, batch, **arguments)
 
-    patch.setattr(cells, "run_attack", counted)
+    patch.setattr(cell_runs, "run_attack", counted)
     return counts
+
+
+# The attacks of a budget, most of which take the images that are left by others.
+LEFT: dict[str, Any] = {"attacks": None, "knowledge": ["base", "full"], "eps": [0.003]}
 
 
 def evaluate_as_rank(rank: int, folder: Path) -> None:
@@ -63,6 +67,7 @@ def evaluate_as_rank(rank: int, folder: Path) -> None:
         assert counts == [[4, 2], [4]][rank] * 7
     state = process_state()
     assert (state.num_processes, state.process_index) == (2, rank)
+    evaluate(folder / "left", **LEFT).save(folder / f"left-{rank}")
     trained = {"own_tokens": None, "num_own_tokens": 1, "knowledge": ["own_tokens"], "attacks": ["cross_entropy"]}
     recipe = {"attack": "pgd", "max_steps": 1, "num_attack_steps": 1, "per_device_train_batch_size": 2}
     evaluate(None, own_tokens_overrides=recipe, **trained).save(folder / f"trained-{rank}")
@@ -79,6 +84,11 @@ def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
     again = evaluate(tmp_path / "work")
     assert again.results == alone.results
     assert len(list((tmp_path / "work" / "cells").iterdir())) == 7
+    left = [RobustnessReport.load(tmp_path / f"left-{rank}") for rank in (0, 1)]
+    assert left[0].results == left[1].results == evaluate(None, **LEFT).results
+    counts = {r.num_images for r in left[0].results if "images" in r.attack_parameters}
+    assert counts
+    assert max(counts) < 10
     reports = [RobustnessReport.load(tmp_path / f"{name}-{rank}") for name in ("trained", "kept") for rank in (0, 1)]
     assert reports[0].results == reports[1].results == reports[2].results == reports[3].results != []
     assert len(list((tmp_path / "trained").rglob("model.safetensors"))) == 1

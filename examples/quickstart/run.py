@@ -41,14 +41,14 @@ HERE = Path(__file__).parent
 EPS = 16 / 255  # pixel units of [0, 1] images
 # Larger steps and a larger attack than the paper's defaults, which are made for ImageNet backbones.
 TRAINING: dict[str, Any] = {
-    "max_steps": 40,
+    "max_steps": 32,
     "per_device_train_batch_size": 32,
     "learning_rate": 5e-2,
     "lr_scheduler_type": "cosine",
     "attack": "pgd",
     "eps": EPS,
     "step_size": 4 / 255,
-    "num_attack_steps": 10,
+    "num_attack_steps": 6,
     "mixed_precision": "bf16",
     "seed": 0,
 }
@@ -57,7 +57,7 @@ TRAINING: dict[str, Any] = {
 def train(output_dir: Path, **settings: Any) -> RobustnessTokenForImageClassification:
     """Trains tokens on the embedded backbone and saves the adapter."""
     transformers.set_seed(0)
-    model = RobustnessTokenForImageClassification.from_base(HERE / "backbone", num_robustness_tokens=20)
+    model = RobustnessTokenForImageClassification.from_base(HERE / "backbone", num_robustness_tokens=10)
     args = RobustnessTokenTrainingArguments(
         output_dir=str(output_dir), overwrite_output_dir=True, **{**TRAINING, **settings}
     )

@@ -3,6 +3,7 @@
 from .autoattack import apgd_attack, auto_attack
 from .noise import noise_attack
 from .objectives import (
+    Objective,
     cosine_similarity,
     cross_entropy_objective,
     feature_cosine_objective,
@@ -16,6 +17,7 @@ from .square import square_attack
 
 
 __all__ = [
+    "Objective",
     "apgd_attack",
     "auto_attack",
     "cosine_similarity",

@@ -1,7 +1,7 @@
 """What an attack maximises: callables from images to one number per image.
 
 Each factory takes a function of [0, 1] images, which applies normalisation and model, and what it should be pushed
-away from, in the order of the batch that will be attacked.
+away from, in the order of the batch that will be attacked. What it returns can be taken of some of the images alone.
 
 Shapes: B images, N sequence, D width, C classes, H and W pixels.
 """
@@ -14,6 +14,26 @@ from typing import Literal
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+
+class Objective:
+    """A number per image, which depends on the image and on what belongs to it, such as its label.
+
+    Args:
+        function: Maps (B, ...) images in [0, 1], and what belongs to them, to (B,).
+        of_images: (B, ...) each, constants, in the order of the images.
+    """
+
+    def __init__(self, function: Callable[..., Tensor], *of_images: Tensor) -> None:
+        self.function = function
+        self.of_images = tuple(map(detached_copy, of_images))
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return self.function(images, *self.of_images)
+
+    def select(self, rows: Tensor) -> Objective:
+        """The objective of some of the images, by their (R,) int64 rows: it maps (R, ...) images to (R,)."""
+        return Objective(self.function, *(one[rows] for one in self.of_images))
 
 
 def cosine_similarity(
@@ -51,7 +71,7 @@ def feature_cosine_objective(
     target: Tensor,
     *,
     similarity_axis: Literal["token", "feature"] = "token",
-) -> Callable[[Tensor], Tensor]:
+) -> Objective:
     """Minus the mean cosine with target features, see [`cosine_similarity`]: maximising pushes features away.
 
     At images whose features are the target the gradient is rounding noise: start the attack at random.
@@ -64,11 +84,14 @@ def feature_cosine_objective(
     Returns:
         The objective, (B, ...) images to (B,).
     """
-    target = detached_copy(target)
-    return lambda images: -cosine_similarity(features_fn(images), target, similarity_axis=similarity_axis)
+
+    def objective(images: Tensor, target: Tensor) -> Tensor:
+        return -cosine_similarity(features_fn(images), target, similarity_axis=similarity_axis)
+
+    return Objective(objective, target)
 
 
-def feature_mse_objective(features_fn: Callable[[Tensor], Tensor], target: Tensor) -> Callable[[Tensor], Tensor]:
+def feature_mse_objective(features_fn: Callable[[Tensor], Tensor], target: Tensor) -> Objective:
     """Mean squared difference from target features.
 
     At images whose features are the target the gradient is zero: start the attack at random.
@@ -80,19 +103,18 @@ def feature_mse_objective(features_fn: Callable[[Tensor], Tensor], target: Tenso
     Returns:
         The objective, (B, ...) images to (B,); it raises a `ValueError` if the shapes differ.
     """
-    target = detached_copy(target)
 
-    def objective(images: Tensor) -> Tensor:
+    def objective(images: Tensor, target: Tensor) -> Tensor:
         features = features_fn(images)
         _check_same_shape(features, target)
         return (features - target).square().flatten(1).mean(dim=1)  # (B,)
 
-    return objective
+    return Objective(objective, target)
 
 
 def cross_entropy_objective(
     logits_fn: Callable[[Tensor], Tensor], labels: Tensor, *, misclassified_bonus: float = 0.0
-) -> Callable[[Tensor], Tensor]:
+) -> Objective:
     """Cross-entropy of a classifier with the true labels.
 
     Args:
@@ -104,18 +126,17 @@ def cross_entropy_objective(
     Returns:
         The objective, (B, ...) images to (B,); it raises a `ValueError` if logits and labels don't fit.
     """
-    labels = detached_copy(labels)
 
-    def objective(images: Tensor) -> Tensor:
+    def objective(images: Tensor, labels: Tensor) -> Tensor:
         logits = logits_fn(images)
         _check_logits(logits, labels)
         loss = F.cross_entropy(logits, labels, reduction="none")  # (B,)
         return loss + misclassified_bonus * (logits.argmax(dim=1) != labels)
 
-    return objective
+    return Objective(objective, labels)
 
 
-def margin_objective(logits_fn: Callable[[Tensor], Tensor], labels: Tensor) -> Callable[[Tensor], Tensor]:
+def margin_objective(logits_fn: Callable[[Tensor], Tensor], labels: Tensor) -> Objective:
     """Largest wrong logit minus the true one: above 0 where the image is misclassified.
 
     Unlike the cross-entropy it doesn't saturate where the classifier is sure.
@@ -130,9 +151,8 @@ def margin_objective(logits_fn: Callable[[Tensor], Tensor], labels: Tensor) -> C
     Source: untargeted and unclipped form of the loss f_6 of Carlini & Wagner, "Towards Evaluating the Robustness of
     Neural Networks", IEEE S&P 2017, arXiv 1608.04644.
     """
-    labels = detached_copy(labels)
 
-    def objective(images: Tensor) -> Tensor:
+    def objective(images: Tensor, labels: Tensor) -> Tensor:
         logits = logits_fn(images)
         _check_logits(logits, labels)
         if logits.shape[1] < 2:
@@ -141,12 +161,12 @@ def margin_objective(logits_fn: Callable[[Tensor], Tensor], labels: Tensor) -> C
         true = logits.gather(1, index)[:, 0]
         return logits.scatter(1, index, -torch.inf).amax(dim=1) - true  # (B,)
 
-    return objective
+    return Objective(objective, labels)
 
 
 def pixel_cross_entropy_objective(
     logits_fn: Callable[[Tensor], Tensor], labels: Tensor, *, ignore_index: int = 255
-) -> Callable[[Tensor], Tensor]:
+) -> Objective:
     """Cross-entropy of a segmentation, averaged over each image's labelled pixels.
 
     Args:
@@ -158,16 +178,14 @@ def pixel_cross_entropy_objective(
     Returns:
         The objective, (B, ...) images to (B,); it raises a `ValueError` if logits and labels don't fit.
     """
-    labels = detached_copy(labels)
-    num_labelled = (labels != ignore_index).flatten(1).sum(dim=1)  # (B,)
 
-    def objective(images: Tensor) -> Tensor:
+    def objective(images: Tensor, labels: Tensor, num_labelled: Tensor) -> Tensor:
         logits = logits_fn(images)
         _check_pixel_logits(logits, labels)
         per_pixel = F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="none")  # (B, H, W)
         return per_pixel.flatten(1).sum(dim=1) / num_labelled.clamp(min=1)  # (B,)
 
-    return objective
+    return Objective(objective, labels, (labels != ignore_index).flatten(1).sum(dim=1))
 
 
 def detached_copy(tensor: Tensor) -> Tensor:

@@ -12,6 +12,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from .objectives import Objective
+
 
 Generators: TypeAlias = torch.Generator | Sequence[torch.Generator] | None
 
@@ -27,13 +29,15 @@ def pgd_attack(
     num_steps: int = 20,
     num_restarts: int = 1,
     random_start: bool = True,
+    stop_above: float = math.inf,
     generator: Generators = None,
 ) -> Tensor:
     """Adversarial images that maximise an objective within `eps` of the originals.
 
     Every iterate of every restart counts, the last one too: each image keeps the one with its highest objective.
-    One restart costs `num_steps` gradients and `num_steps + 1` evaluations of the objective. Models are used as they
-    are: put them in eval mode first. Gradients are taken with respect to the images alone and no `.grad` is touched.
+    One restart costs `num_steps` gradients and `num_steps + 1` evaluations of the objective, less what `stop_above`
+    saves. Models are used as they are: put them in eval mode first. Gradients are taken with respect to the images
+    alone and no `.grad` is touched.
 
     Args:
         objective: Maps images (B, ...) to one number per image (B,), which is maximised. Normalisation belongs in it.
@@ -43,6 +47,9 @@ def pgd_attack(
         num_steps: Steps per restart, at least 1.
         num_restarts: Runs from fresh random starts, at least 1.
         random_start: Start uniformly in the ball, clipped to [0, 1], or else at the images themselves.
+        stop_above: An image is done once its objective exceeds this, and costs nothing more: 0 ends with a
+            misclassification where the objective is a margin. Needs an objective that can be taken of some of the
+            images, as those of this package.
         generator: Source of the random starts, on any device. A sequence holds one generator per image, so that an
             image's noise doesn't depend on how images are batched. `None` is torch's default generator.
 
@@ -74,21 +81,30 @@ def pgd_attack(
 
     images = images.detach().clone()
     lower, upper = (images - eps).clamp(min=0), (images + eps).clamp(max=1)
-    best_images, best_values = images, images.new_full((len(images),), -math.inf)
+    best_images, best_values = images.clone(), images.new_full((len(images),), -math.inf)
+    rows = torch.arange(len(images), device=images.device)  # of the images that are not done
     for _ in range(num_restarts):
         iterate = images
         if random_start:
             offset = eps * (2 * draw_noise(images, torch.rand, generator) - 1)
             iterate = torch.clamp(images + offset, lower, upper)
-        for _ in range(num_steps):
-            iterate = iterate.detach().requires_grad_()
-            values = evaluate_objective(objective, iterate)
-            gradient = input_gradient(values.sum(), iterate, source="objective")
-            best_images, best_values = _keep_best(best_images, best_values, iterate, values)
-            iterate = torch.clamp(iterate.detach() + step_size * gradient.sign(), lower, upper)
-        with torch.no_grad():
-            values = evaluate_objective(objective, iterate)
-        best_images, best_values = _keep_best(best_images, best_values, iterate, values)
+        iterate, of_rows = iterate[rows], select_rows(objective, rows, len(images))
+        for step in range(num_steps + 1):
+            if len(rows) == 0:
+                return best_images
+            is_last = step == num_steps
+            iterate = iterate.detach().requires_grad_(not is_last)
+            with torch.set_grad_enabled(not is_last):
+                values = evaluate_objective(of_rows, iterate)
+            if not is_last:
+                gradient = input_gradient(values.sum(), iterate, source="objective")
+            best_values = keep_best(best_images, best_values, rows, iterate.detach(), values.detach())
+            goes_on = values.detach() <= stop_above
+            if not is_last:
+                iterate = torch.clamp(iterate.detach() + step_size * gradient.sign(), lower[rows], upper[rows])
+            if not goes_on.all():
+                rows, iterate = rows[goes_on], iterate[goes_on]
+                of_rows = select_rows(objective, rows, len(images))
     return best_images
 
 
@@ -106,11 +122,39 @@ def evaluate_objective(objective: Callable[[Tensor], Tensor], images: Tensor) ->
     return values
 
 
-def _keep_best(best_images: Tensor, best_values: Tensor, iterate: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    values = values.detach()
-    better = values > best_values  # (B,)
-    per_pixel = better.view(-1, *[1] * (iterate.dim() - 1))  # (B, 1, ...)
-    return torch.where(per_pixel, iterate.detach(), best_images), torch.where(better, values, best_values)
+def keep_best(best_images: Tensor, best_values: Tensor, rows: Tensor, images: Tensor, values: Tensor) -> Tensor:
+    """Puts the images that score higher in the place of the best ones, in `best_images` itself.
+
+    Args:
+        best_images: (B, ...), changed.
+        best_values: (B,) their objectives.
+        rows: (R,) int64, which of them `images` are candidates for.
+        images: (R, ...).
+        values: (R,) objectives of the candidates.
+
+    Returns:
+        (B,) objectives of the best images now, in the dtype of `values`.
+    """
+    best_values = best_values.to(values.dtype)
+    better = values > best_values[rows]
+    best_images[rows[better]] = images[better]
+    return best_values.index_put((rows[better],), values[better])
+
+
+def select_rows(objective: Callable[[Tensor], Tensor], rows: Tensor, num_images: int) -> Callable[[Tensor], Tensor]:
+    """The objective of these rows of a batch alone.
+
+    Raises:
+        ValueError: If it can't be taken of some of the images.
+    """
+    if len(rows) == num_images:
+        return objective
+    if not isinstance(objective, Objective):
+        raise ValueError(
+            "stop_above needs an objective that can be taken of some of the images, got a "
+            f"{type(objective).__name__}: make it as an Objective, or with margin_objective and its like"
+        )
+    return objective.select(rows)
 
 
 def check_pixels(name: str, pixels: Tensor) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .pgd import Generators, check_pixels, check_steps, draw_noise, evaluate_objective
+from .pgd import Generators, check_pixels, check_steps, draw_noise, evaluate_objective, keep_best, select_rows
 
 
 # (share of the queries spent, by how much the squares have shrunk): table of the authors' code for 10,000 queries.
@@ -36,6 +36,7 @@ def square_attack(
     eps: float = 4 / 255,
     num_queries: int = 1000,
     initial_area: float = 0.8,
+    stop_above: float = math.inf,
     generator: Generators = None,
 ) -> Tensor:
     """Square attack in the L-infinity ball, for any score and not for classifiers alone.
@@ -49,6 +50,8 @@ def square_attack(
         eps: Radius in pixel units.
         num_queries: Q, calls of the objective, at least 1.
         initial_area: Share of the image that the first squares cover, in (0, 1].
+        stop_above: An image is done once its objective exceeds this, as for
+            [`~robustness_tokens.attacks.pgd_attack`], and asks nothing more.
         generator: Source of the noise, on any device; a sequence holds one generator per image.
 
     Returns:
@@ -72,18 +75,24 @@ def square_attack(
     stripes, noise = noise[:, : channels * width], noise[:, channels * width :]
     best = _move(images, _signs(stripes).view(count, channels, 1, width), eps)
     best_values = evaluate_objective(objective, best)
-    rows, columns = (torch.arange(size, device=images.device) for size in (height, width))
+    ys, xs = (torch.arange(size, device=images.device) for size in (height, width))
+    rows, of_rows = torch.arange(count, device=images.device), objective  # of the images that are not done
     for query, draws in enumerate(noise.split(2 + channels, dim=1), start=1):  # draws: (B, 2 + C)
+        goes_on = best_values[rows] <= stop_above
+        if not goes_on.all():
+            rows = rows[goes_on]
+            of_rows = select_rows(objective, rows, count)
+        if len(rows) == 0:
+            break
+        draws = draws[rows]
         side = _side(query / num_queries, initial_area, height, width)
         top, left = ((draws[:, i] * (size - side + 1)).long() for i, size in enumerate((height, width)))  # (B,) each
-        in_rows = (rows >= top[:, None]) & (rows < top[:, None] + side)  # (B, H)
-        in_columns = (columns >= left[:, None]) & (columns < left[:, None] + side)  # (B, W)
+        in_rows = (ys >= top[:, None]) & (ys < top[:, None] + side)  # (B, H)
+        in_columns = (xs >= left[:, None]) & (xs < left[:, None] + side)  # (B, W)
         square = (in_rows[:, :, None] & in_columns[:, None])[:, None]  # (B, 1, H, W)
-        candidate = torch.where(square, _move(images, _signs(draws[:, 2:])[:, :, None, None], eps), best)
-        values = evaluate_objective(objective, candidate)
-        better = values > best_values
-        best = torch.where(better[:, None, None, None], candidate, best)
-        best_values = torch.where(better, values, best_values)
+        candidate = torch.where(square, _move(images[rows], _signs(draws[:, 2:])[:, :, None, None], eps), best[rows])
+        values = evaluate_objective(of_rows, candidate)
+        best_values = keep_best(best, best_values, rows, candidate, values)
     return best
 
 

@@ -6,6 +6,7 @@ Shapes: B images, C classes.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from ..attacks import (
     pgd_attack,
     pixel_cross_entropy_objective,
 )
+from ..attacks.pgd import select_rows
 from ..losses import example_generators
 from .threat_models import AttackerView
 
@@ -55,10 +57,12 @@ class AttackBatch:
 
     def first(self, count: int) -> AttackBatch:
         """The first images of the batch."""
-        if count >= len(self.images):
-            return self
+        return self if count >= len(self.images) else self.select(slice(count))
+
+    def select(self, rows: Tensor | slice) -> AttackBatch:
+        """Some of the images of the batch."""
         parts: dict[str, Any] = {
-            field.name: value[:count]
+            field.name: value[rows]
             for field in dataclasses.fields(self)
             if isinstance(value := getattr(self, field.name), Tensor)
         }
@@ -151,7 +155,7 @@ class AttackCall:
             if kind == "margin":
                 return margin_objective(logits_fn, labels)
             # Made for another model, an image of larger loss carries over better than one that is just misclassified.
-            bonus = _MISCLASSIFIED if self.view.knowledge == "full" else 0.0
+            bonus = _MISCLASSIFIED if self.view.is_defended_model else 0.0
             return cross_entropy_objective(logits_fn, labels, misclassified_bonus=bonus)
 
         return self.mean(objective_of)
@@ -167,15 +171,46 @@ class AttackCall:
         return torch.stack([self.view.model.logits(images, tokens) for tokens in self.view.tokens]).mean(dim=0)
 
     def pgd(self, objective: Objective) -> Tensor:
+        return self._pgd()(objective, self.images, generator=self.generators)
+
+    def label_pgd(self, kind: Literal["cross_entropy", "margin"]) -> Tensor:
+        threshold = 0.0 if kind == "margin" else _MISCLASSIFIED / 2
+        return self.until_wrong(self._pgd(), self.label_objective(kind), threshold)
+
+    def _pgd(self) -> Callable[..., Tensor]:
         attack = self.attack
         assert attack.num_steps is not None
         assert attack.num_restarts is not None
-        return pgd_attack(
-            objective,
-            self.images,
+        return functools.partial(
+            pgd_attack,
             eps=self.eps,
             step_size=attack.step_size,
             num_steps=attack.num_steps,
             num_restarts=attack.num_restarts,
-            generator=self.generators,
         )
+
+    def until_wrong(self, attack: Callable[..., Tensor], objective: Objective, threshold: float) -> Tensor:
+        """Attacks the batch; of the model that is measured, each image until it is misclassified and no further.
+
+        An image that only the attack's own precision misclassifies, and float32 doesn't, is attacked to the end.
+
+        Args:
+            attack: Such as [`~robustness_tokens.attacks.pgd_attack`].
+            objective: Exceeds the threshold where an image is misclassified.
+            threshold: Of the objective.
+        """
+        view = self.view
+        if view.model.task != "classification" or not view.is_defended_model:
+            return attack(objective, self.images, generator=self.generators)
+        adversarial = attack(objective, self.images, stop_above=threshold, generator=self.generators)
+        with torch.no_grad():
+            right = view.model.logits(adversarial, view.tokens[0], exact=True).argmax(dim=1) == self.labels
+            rows = (right & (objective(adversarial) > threshold)).nonzero()[:, 0]
+        if len(rows):
+            generators = self.generators
+            adversarial[rows] = attack(
+                select_rows(objective, rows, len(adversarial)),
+                self.images[rows],
+                generator=[generators[row] for row in rows.tolist()],
+            )
+        return adversarial

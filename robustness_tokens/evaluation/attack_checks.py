@@ -24,7 +24,7 @@ from .check_parts import (
     worst,
 )
 from .measurements import Measurements
-from .outcomes import Outcome
+from .outcomes import Outcome, attacked_alone
 
 
 PIXEL_TOLERANCE = 1e-6
@@ -183,7 +183,10 @@ def budget(measurements: Measurements) -> Finding:
         raise NotRunError("no attack")
     violations: dict[str, int] = {}
     excess, total = -1.0, 0
-    for cell, outcome in zip(measurements.cells, measurements.outcomes, strict=True):
+    for cell, of_all in zip(measurements.cells, measurements.outcomes, strict=True):
+        outcome = attacked_alone(of_all)
+        if outcome is None:
+            continue
         difference = outcome["pixel_difference"].double()
         # What is NaN is no pixel either.
         kept = (difference <= cell.eps + PIXEL_TOLERANCE) & (outcome["lowest_pixel"] >= 0)

@@ -6,6 +6,7 @@ Shapes: B images.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -123,9 +124,8 @@ def _single_step(call: AttackCall) -> Tensor:
 
 def _square(call: AttackCall) -> Tensor:
     assert call.attack.num_queries is not None
-    return square_attack(
-        call.score(), call.images, eps=call.eps, num_queries=call.attack.num_queries, generator=call.generators
-    )
+    attack = functools.partial(square_attack, eps=call.eps, num_queries=call.attack.num_queries)
+    return call.until_wrong(attack, call.score(), threshold=0.0)
 
 
 def _noise(kind: Literal["uniform", "corners"]) -> Callable[[AttackCall], Tensor]:
@@ -212,9 +212,9 @@ ATTACKS: Mapping[str, _Definition] = {
         run=lambda call: call.pgd(call.feature_objective("mse")), parameters=("target", *_PGD), needs_features=True
     ),
     "cross_entropy": _Definition(
-        run=lambda call: call.pgd(call.label_objective("cross_entropy")), parameters=_PGD, tasks=_WITH_LABELS
+        run=lambda call: call.label_pgd("cross_entropy"), parameters=_PGD, tasks=_WITH_LABELS
     ),
-    "margin": _Definition(run=lambda call: call.pgd(call.label_objective("margin")), parameters=_PGD, tasks=_CLASSES),
+    "margin": _Definition(run=lambda call: call.label_pgd("margin"), parameters=_PGD, tasks=_CLASSES),
     "single_step": _Definition(run=_single_step, parameters=()),
     "apgd_cross_entropy": _Definition(
         run=_apgd("cross_entropy"), parameters=("num_steps", "num_restarts"), tasks=_CLASSES

@@ -28,7 +28,7 @@ class Budget:
         num_draws: Of noise.
         num_own_tokens: How many sets of tokens the attacker trains.
         num_adversarial_pairs: How many images the attacker trains them on.
-        num_sweep_images: How many images the sweep over eps takes, with `num_sweep_steps`.
+        num_sweep_images: How many images the sweep over eps takes, with `num_sweep_steps`, and the published attack.
         num_sweep_steps: Gradient steps of PGD there.
         num_diagnostic_images: How many images more steps, more restarts and the unbounded attack are tried on.
     """

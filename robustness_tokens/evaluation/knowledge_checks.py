@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from ..probes import ProbedModel
 from .attack_suite import Attack
+from .cells import Cell
 from .check_parts import (
     Finding,
     NotRunError,
@@ -13,6 +14,7 @@ from .check_parts import (
     check,
     eps_in_words,
     exceeds,
+    images_in_words,
     in_words,
     main_metric,
     score,
@@ -21,6 +23,7 @@ from .check_parts import (
     worst,
 )
 from .measurements import Measurements, own_token_lengths
+from .outcomes import Outcome, attacked_alone
 
 
 @check(
@@ -46,32 +49,48 @@ def clean_cost(measurements: Measurements) -> Finding:
 @check(
     2,
     "grey box",
-    "Only reported: every attack of the suite that was made on the base without tokens, measured on the model with "
-    "its tokens: each at its eps, and the worst for each image. What is not named was not run. Targeted APGD and "
+    "Only reported: every attack that was made on the base without tokens, measured on the model with its tokens: "
+    "each at its eps, and the worst for each image. What is not named was not run. An attack on images that are left "
+    "ran on those alone that the attacks before it left right, under the tokens or others or none. Targeted APGD and "
     "AutoAttack leave an image as it was where the base is wrong already or withstands them. Says nothing of an "
     "attacker who knows that there are tokens.",
 )
 def grey_box(measurements: Measurements) -> Finding:
     metric = main_metric(measurements)
-    chosen = suite(measurements, knowledge="base")
+    chosen = measurements.select(series="suite", knowledge="base")
+    published = measurements.select(series="published", knowledge="base")
+    if not chosen and not published:
+        raise NotRunError("no attack with knowledge 'base'")
     found = []
     for eps in dict.fromkeys(cell.eps for cell, _ in chosen):
         at_eps = [(cell, outcome) for cell, outcome in chosen if cell.eps == eps]
-        each = (f"{attack_in_words(cell)} {in_words(score(outcome, metric), metric)}" for cell, outcome in at_eps)
+        each = (_by_itself(cell, outcome, metric) for cell, outcome in at_eps)
         every = in_words(worst(measurements, at_eps, metric), metric)
         found.append(f"at {eps_in_words(eps)} worst case {every}: {', '.join(each)}")
+    for cell, outcome in published:
+        words = f"{_by_itself(cell, outcome, metric)} of {images_in_words(outcome)}"
+        found.append(f"the published attack at {eps_in_words(cell.eps)}: {words}")
     classifies = measurements.model.task == "classification"
     if classifies and not any(cell.attack.name.startswith(("apgd", "auto_attack")) for cell, _ in chosen):
         found.append("APGD and AutoAttack not among them")
     return None, f"{metric} {'; '.join(found)}"
 
 
+def _by_itself(cell: Cell, outcome: Outcome, metric: str) -> str:
+    """An attack's name and what it left of the images that it was run on."""
+    attacked = attacked_alone(outcome)
+    if attacked is None:
+        return f"{attack_in_words(cell)} had no image left"
+    left = f" of the {images_in_words(attacked)} left" if "attacked" in outcome else ""
+    return f"{attack_in_words(cell)} {in_words(score(attacked, metric), metric)}{left}"
+
+
 @check(
     3,
     "own tokens",
-    "Only reported: attacks through tokens that the attacker trained by the same recipe, each set of them and their "
-    "ensemble. The worst case takes, for each image, the attack that did the most. Where their training departs from "
-    "the recipe, an attacker who follows it may find more.",
+    "Only reported: attacks through tokens that the attacker trained by the same recipe: after the first set of them, "
+    "after one more and so on, and after their ensemble. The worst case takes, for each image, the attack that did "
+    "the most. Where their training departs from the recipe, an attacker who follows it may find more.",
 )
 def own_tokens(measurements: Measurements) -> Finding:
     metric = main_metric(measurements)
@@ -81,12 +100,13 @@ def own_tokens(measurements: Measurements) -> Finding:
         at_eps = [(cell, outcome) for cell, outcome in chosen if cell.eps == eps]
         if not at_eps:
             continue
-        views = dict.fromkeys(cell.view.name for cell, _ in at_eps)
+        views = list(dict.fromkeys(cell.view.name for cell, _ in at_eps))
         every = worst(measurements, at_eps, metric)
-        by_view = {
-            view: worst(measurements, [pair for pair in at_eps if pair[0].view.name == view], metric) for view in views
+        after = {
+            view: worst(measurements, [pair for pair in at_eps if pair[0].view.name in views[: row + 1]], metric)
+            for row, view in enumerate(views)
         }
-        each = ", ".join(f"{view} {in_words(value, metric)}" for view, value in by_view.items())
+        each = ", ".join(f"after {view} {in_words(value, metric)}" for view, value in after.items())
         found.append(f"at {eps_in_words(eps)} worst case {in_words(every, metric)}: {each}")
     if lengths := own_token_lengths([cell for cell, _ in chosen]):
         sets = ", ".join(map(str, lengths))

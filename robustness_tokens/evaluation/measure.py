@@ -15,7 +15,8 @@ from .. import __version__
 from .attack_call import AttackBatch
 from .attack_suite import Attack, on_8bit_grid
 from .budgets import Budget
-from .cells import CellStore, digest, merge, model_settings, run_cells
+from .cell_runs import merge, run_cells
+from .cells import CellStore, digest, model_settings
 from .measurements import Measurements
 from .outcomes import measure_outcome
 from .plan import plan_cells
@@ -85,7 +86,7 @@ def measure(
         )
     )
     outcomes = run_cells(
-        cells, model, batches, tokens, batch_size=batch_size, seed=seed, store=store, disable_tqdm=disable_tqdm
+        cells, model, batches, tokens, clean, batch_size=batch_size, seed=seed, store=store, disable_tqdm=disable_tqdm
     )
     return Measurements(
         model=model,

@@ -14,7 +14,7 @@ from ..report.schema import Knowledge as ReportedKnowledge
 from ..report.schema import Result, TokensInPlace
 from .attack_call import AttackBatch
 from .cells import Cell
-from .outcomes import Outcome, summarize, worst_outcome
+from .outcomes import Outcome, attacked_alone, summarize, worst_outcome
 from .threat_models import EvaluatedModel
 
 
@@ -83,23 +83,27 @@ class Measurements:
         for series in ("suite", "sweep"):
             chosen = self.select(series=series)
             levels = list(dict.fromkeys(cell.view.knowledge for cell, _ in chosen))
-            # The paper's attack has an eps of its own, where there is nothing to compare it with.
             for eps in self.eps if series == "suite" else sorted({cell.eps for cell, _ in chosen}):
                 at_eps = [(cell, outcome) for cell, outcome in chosen if cell.eps == eps]
                 if "full" in levels:
                     results += self._worst("full_worst_case", at_eps)
                 for level in reversed(levels):
                     results += self._worst(level, [pair for pair in at_eps if pair[0].view.knowledge == level])
-            # Of the sweep the worst cases are enough: it is a curve for each level.
-            for cell, outcome in chosen if series == "suite" else ():
+            # Of the sweep the worst cases are enough: it is a curve for each level. The published attack has an eps of
+            # its own, and fewer images, and is there to be compared with the paper's tables.
+            for cell, outcome in [*chosen, *self.select(series="published")] if series == "suite" else ():
                 parameters = {
                     **cell.attack.reported_parameters(cell.eps),
                     **self._precision(),
                     **self._own_tokens([cell]),
                     "view": cell.view.name,
+                    **_images(cell),
                 }
+                attacked = attacked_alone(outcome)
+                if attacked is None:
+                    continue  # none were left to it
                 results += self._results(
-                    {key: value for key, value in outcome.items() if key.partition(".")[0] in ("trained", "none")},
+                    {key: value for key, value in attacked.items() if key.partition(".")[0] in ("trained", "none")},
                     knowledge=cell.view.knowledge,
                     attack=cell.attack.name,
                     attack_parameters=parameters,
@@ -206,6 +210,10 @@ def own_token_lengths(cells: Sequence[Cell]) -> list[int]:
     return max(
         [[length for lengths in sets.values() if len(lengths) == 1 for length in lengths], *sets.values()], key=len
     )
+
+
+def _images(cell: Cell) -> dict[str, str]:
+    return {"images": "left right by the attacks before"} if cell.standing_only else {}
 
 
 def _series(cell: Cell) -> dict[str, str]:

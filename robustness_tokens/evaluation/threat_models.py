@@ -195,6 +195,11 @@ class AttackerView:
     differentiable: bool = True
     is_surrogate: bool = False
 
+    @property
+    def is_defended_model(self) -> bool:
+        """Whether it is the very model that is measured, with the tokens of its defence."""
+        return self.knowledge in ("none", "full") and not self.is_surrogate
+
 
 def attacker_views(
     knowledge: Knowledge,
