@@ -321,22 +321,36 @@ def test_the_grey_box_names_what_was_measured() -> None:
     )
 
 
-def test_the_grey_box_says_how_many_images_were_left_to_an_attack() -> None:
-    first = torch.arange(COUNT) < COUNT // 10
-    left: dict[str, Any] = {"attacked": first, "trained.correct": (torch.arange(COUNT) > 4) | ~first}
-    none: dict[str, Any] = {"attacked": first & False}
-    checked = measurements(
-        measured(0.1, knowledge="base"),
-        measured(0.9, knowledge="base", attack="margin", **left),
-        measured(0.9, knowledge="base", attack="apgd_cross_entropy", **none),
+def after_others(pair: Measured, attacked: Tensor, **changes: Any) -> Measured:
+    """An attack on some of the images, which holds the others."""
+    return dataclasses.replace(pair[0], standing_only=True), {**pair[1], "attacked": attacked, **changes}
+
+
+def test_an_attack_on_what_is_left_counts_with_those_before_it() -> None:
+    numbers = torch.arange(COUNT)
+    margin = after_others(
+        measured(0.9, knowledge="base", attack="margin"), numbers < 20, **{"trained.correct": numbers > 4}
     )
+    apgd = after_others(measured(0.9, knowledge="base", attack="apgd_cross_entropy"), numbers < 0)
+    weak = measured(0.5, knowledge="base", attack="feature_cosine:base")
+    checked = measurements(weak, measured(0.1, knowledge="base"), margin, apgd, measured(0.2))
     assert knowledge_checks.grey_box(checked).value == (
-        "accuracy at 4/255 worst case 7.5%: cross_entropy 10.0%, margin 75.0% of the 20 images left, "
-        "apgd_cross_entropy had no image left"
+        "accuracy at 4/255 worst case 7.5%: feature_cosine:base 50.0%, cross_entropy 10.0%, then margin 7.5%, then "
+        "apgd_cross_entropy 7.5%"
     )
-    assert attack_checks.budget(checked).value.startswith("0 of 220 attacked images")
-    found = [(r.attack, r.value, r.num_images) for r in checked.results() if r.metric == "accuracy" and r.attack]
-    assert found == [("worst_case", 0.075, 200), ("cross_entropy", 0.1, 200), ("margin", 0.75, 20)]
+    assert attack_checks.budget(checked).value.startswith("0 of 620 attacked images")
+    found = {r.attack: r for r in checked.results() if r.metric == "accuracy" and r.knowledge == "base"}
+    values = {name: (r.value, r.num_images) for name, r in found.items()}
+    assert values == {
+        "worst_case": (0.075, 200),
+        "feature_cosine": (0.5, 200),
+        "cross_entropy": (0.1, 200),
+        "margin": (0.075, 200),
+        "apgd_cross_entropy": (0.075, 200),
+    }
+    assert "which left it 20 images" in found["margin"].attack_parameters["after"]
+    assert "which left it 0 images" in found["apgd_cross_entropy"].attack_parameters["after"]
+    assert "after" not in found["cross_entropy"].attack_parameters
 
 
 def test_the_published_attack_alone_is_a_grey_box_too() -> None:

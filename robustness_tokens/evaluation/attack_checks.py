@@ -24,7 +24,7 @@ from .check_parts import (
     worst,
 )
 from .measurements import Measurements
-from .outcomes import Outcome, attacked_alone
+from .outcomes import Outcome
 
 
 PIXEL_TOLERANCE = 1e-6
@@ -183,15 +183,12 @@ def budget(measurements: Measurements) -> Finding:
         raise NotRunError("no attack")
     violations: dict[str, int] = {}
     excess, total = -1.0, 0
-    for cell, of_all in zip(measurements.cells, measurements.outcomes, strict=True):
-        outcome = attacked_alone(of_all)
-        if outcome is None:
-            continue
+    for cell, outcome in zip(measurements.cells, measurements.outcomes, strict=True):
         difference = outcome["pixel_difference"].double()
         # What is NaN is no pixel either.
         kept = (difference <= cell.eps + PIXEL_TOLERANCE) & (outcome["lowest_pixel"] >= 0)
         kept &= outcome["highest_pixel"] <= 1
-        total += len(kept)
+        total += int(outcome.get("attacked", torch.ones_like(kept)).sum())  # the others are as they were
         excess = max(excess, difference.max().item() - cell.eps)
         if not kept.all():
             violations[cell.name] = int((~kept).sum())

@@ -117,11 +117,7 @@ def find_standing(
     Returns:
         (n,) bool, for the cell's images.
     """
-    earlier = [
-        outcome
-        for other, outcome in zip(before, outcomes, strict=True)
-        if (other.series, other.view.knowledge, other.eps) == (cell.series, cell.view.knowledge, cell.eps)
-    ]
+    earlier = [outcome for other, outcome in zip(before, outcomes, strict=True) if other.is_beside(cell)]
     right = [
         torch.stack([outcome[f"{name}.correct"][: cell.num_images] for outcome in (clean, *earlier)]).all(dim=0)
         for name in tokens

@@ -56,6 +56,10 @@ class Cell:
         target = f"-{self.attack.target}" if self.attack.target else ""
         return f"{self.series}-{self.view.name}-{self.attack.name}{target}-eps{255 * self.eps:g}"
 
+    def is_beside(self, other: Cell) -> bool:
+        """Whether both belong to one worst case: of a level, at an eps."""
+        return (self.series, self.view.knowledge, self.eps) == (other.series, other.view.knowledge, other.eps)
+
     @property
     def cost(self) -> int:
         """Forward and backward passes of an image, roughly; a forward alone is a third."""

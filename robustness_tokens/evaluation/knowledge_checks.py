@@ -23,7 +23,7 @@ from .check_parts import (
     worst,
 )
 from .measurements import Measurements, own_token_lengths
-from .outcomes import Outcome, attacked_alone
+from .outcomes import Outcome
 
 
 @check(
@@ -50,8 +50,8 @@ def clean_cost(measurements: Measurements) -> Finding:
     2,
     "grey box",
     "Only reported: every attack that was made on the base without tokens, measured on the model with its tokens: "
-    "each at its eps, and the worst for each image. What is not named was not run. An attack on images that are left "
-    "ran on those alone that the attacks before it left right, under the tokens or others or none. Targeted APGD and "
+    'each at its eps, and the worst for each image. What is not named was not run. An attack behind "then" was run on '
+    "the images alone that those before it left right, and its number is of all of them together. Targeted APGD and "
     "AutoAttack leave an image as it was where the base is wrong already or withstands them. Says nothing of an "
     "attacker who knows that there are tokens.",
 )
@@ -64,11 +64,11 @@ def grey_box(measurements: Measurements) -> Finding:
     found = []
     for eps in dict.fromkeys(cell.eps for cell, _ in chosen):
         at_eps = [(cell, outcome) for cell, outcome in chosen if cell.eps == eps]
-        each = (_by_itself(cell, outcome, metric) for cell, outcome in at_eps)
+        each = (_reached(measurements, cell, outcome, metric) for cell, outcome in at_eps)
         every = in_words(worst(measurements, at_eps, metric), metric)
         found.append(f"at {eps_in_words(eps)} worst case {every}: {', '.join(each)}")
     for cell, outcome in published:
-        words = f"{_by_itself(cell, outcome, metric)} of {images_in_words(outcome)}"
+        words = f"{_reached(measurements, cell, outcome, metric)} of {images_in_words(outcome)}"
         found.append(f"the published attack at {eps_in_words(cell.eps)}: {words}")
     classifies = measurements.model.task == "classification"
     if classifies and not any(cell.attack.name.startswith(("apgd", "auto_attack")) for cell, _ in chosen):
@@ -76,13 +76,10 @@ def grey_box(measurements: Measurements) -> Finding:
     return None, f"{metric} {'; '.join(found)}"
 
 
-def _by_itself(cell: Cell, outcome: Outcome, metric: str) -> str:
-    """An attack's name and what it left of the images that it was run on."""
-    attacked = attacked_alone(outcome)
-    if attacked is None:
-        return f"{attack_in_words(cell)} had no image left"
-    left = f" of the {images_in_words(attacked)} left" if "attacked" in outcome else ""
-    return f"{attack_in_words(cell)} {in_words(score(attacked, metric), metric)}{left}"
+def _reached(measurements: Measurements, cell: Cell, outcome: Outcome, metric: str) -> str:
+    then = "then " if cell.standing_only else ""
+    value = score(measurements.reached(cell, outcome), metric)
+    return f"{then}{attack_in_words(cell)} {in_words(value, metric)}"
 
 
 @check(

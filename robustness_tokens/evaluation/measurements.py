@@ -14,7 +14,7 @@ from ..report.schema import Knowledge as ReportedKnowledge
 from ..report.schema import Result, TokensInPlace
 from .attack_call import AttackBatch
 from .cells import Cell
-from .outcomes import Outcome, attacked_alone, summarize, worst_outcome
+from .outcomes import Outcome, summarize, worst_outcome
 from .threat_models import EvaluatedModel
 
 
@@ -77,6 +77,20 @@ class Measurements:
         parts = ([*(outcomes[row] for row in rows), clean] for rows in _parts([cell for cell, _ in chosen]))
         return worst_outcome([*outcomes, clean], tokens, parts=parts)
 
+    def reached(self, cell: Cell, outcome: Outcome, tokens: str = "trained") -> Outcome:
+        """What an attack did; if it attacked what is left, what it and those before it at its level and eps did.
+
+        Args:
+            cell: Of the attack.
+            outcome: Of the cell.
+            tokens: Name of the tokens that were in the model.
+        """
+        if not cell.standing_only:
+            return {name: value for name, value in outcome.items() if name.startswith(f"{tokens}.")}
+        row = next(row for row, other in enumerate(self.cells) if other is cell)
+        so_far = zip(self.cells[: row + 1], self.outcomes[: row + 1], strict=True)
+        return self.worst([pair for pair in so_far if pair[0].is_beside(cell)], tokens)
+
     def results(self) -> list[Result]:
         """The numbers: clean, the worst cases, then each attack; the worst cases of the sweep over eps last."""
         results = self._results(self.clean, knowledge=None)
@@ -97,13 +111,16 @@ class Measurements:
                     **self._precision(),
                     **self._own_tokens([cell]),
                     "view": cell.view.name,
-                    **_images(cell),
+                    **_after(outcome),
                 }
-                attacked = attacked_alone(outcome)
-                if attacked is None:
-                    continue  # none were left to it
+                found = {
+                    key: value
+                    for tokens in ("trained", "none")
+                    if tokens in _tokens_of(outcome)
+                    for key, value in self.reached(cell, outcome, tokens).items()
+                }
                 results += self._results(
-                    {key: value for key, value in attacked.items() if key.partition(".")[0] in ("trained", "none")},
+                    found,
                     knowledge=cell.view.knowledge,
                     attack=cell.attack.name,
                     attack_parameters=parameters,
@@ -212,8 +229,12 @@ def own_token_lengths(cells: Sequence[Cell]) -> list[int]:
     )
 
 
-def _images(cell: Cell) -> dict[str, str]:
-    return {"images": "left right by the attacks before"} if cell.standing_only else {}
+def _after(outcome: Outcome) -> dict[str, str]:
+    """What the number of an attack on what is left stands for."""
+    if "attacked" not in outcome:
+        return {}
+    count = int(outcome["attacked"].sum())
+    return {"after": f"the attacks before it, which left it {count:,} images; the number is of all together"}
 
 
 def _series(cell: Cell) -> dict[str, str]:

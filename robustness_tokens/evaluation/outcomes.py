@@ -78,20 +78,6 @@ def measure_outcome(
     return {name: value.cpu() for name, value in outcome.items()}
 
 
-def attacked_alone(outcome: Outcome) -> Outcome | None:
-    """What was measured of the images that were attacked, or None if none were.
-
-    Args:
-        outcome: Of n images, all attacked, or those that it says were `attacked`, (n,) bool.
-    """
-    attacked = outcome.get("attacked")
-    if attacked is None:
-        return outcome
-    if not attacked.any():
-        return None
-    return {name: value[attacked] for name, value in outcome.items() if name != "attacked"}
-
-
 def worst_outcome(
     outcomes: Sequence[Outcome], tokens: str = "trained", *, parts: Iterable[Sequence[Outcome]] = ()
 ) -> dict[str, Tensor]:
