@@ -279,7 +279,7 @@ ALL_TOKENS = ("none", "trained", "untrained", "zero", "mean")
         ),
         (
             knowledge_checks.own_tokens,
-            "accuracy at 4/255 worst case 25.0%: after own_tokens_0 30.0%, after own_tokens_ensemble 25.0%",
+            "accuracy at 4/255 worst case 25.0%: own_tokens_0 30.0%, own_tokens_ensemble 25.0%",
         ),
         (knowledge_checks.feature_adaptive, "at 4/255 cosine 0.100, accuracy 10.0% (away from: base and defended)"),
         (
@@ -323,7 +323,10 @@ def test_the_grey_box_names_what_was_measured() -> None:
 
 def after_others(pair: Measured, attacked: Tensor, **changes: Any) -> Measured:
     """An attack on some of the images, which holds the others."""
-    return dataclasses.replace(pair[0], standing_only=True), {**pair[1], "attacked": attacked, **changes}
+    found = {
+        name: value for name, value in {**pair[1], "attacked": attacked, **changes}.items() if "cosine" not in name
+    }
+    return dataclasses.replace(pair[0], standing_only=True), found
 
 
 def test_an_attack_on_what_is_left_counts_with_those_before_it() -> None:
@@ -351,6 +354,30 @@ def test_an_attack_on_what_is_left_counts_with_those_before_it() -> None:
     assert "which left it 20 images" in found["margin"].attack_parameters["after"]
     assert "which left it 0 images" in found["apgd_cross_entropy"].attack_parameters["after"]
     assert "after" not in found["cross_entropy"].attack_parameters
+    cosines = {r.attack: r for r in checked.results() if r.metric == "cosine" and r.knowledge == "base"}
+    assert set(cosines) == {"worst_case", "feature_cosine", "cross_entropy"}
+    assert cosines["worst_case"].attack_parameters["attacks"] == ["cross_entropy (base)", "feature_cosine:base (base)"]
+    assert len(found["worst_case"].attack_parameters["attacks"]) == 4
+    with pytest.raises(ValueError, match=r"margin-eps4 took what .*cross_entropy-eps4 left: choose those too"):
+        checked.worst([margin])
+
+
+def test_sets_of_own_tokens_that_take_what_is_left_count_together() -> None:
+    first = measured(0.3, knowledge="own_tokens", view="own_tokens_0")
+    changes: dict[str, Any] = {"trained.correct": torch.arange(COUNT) >= 20}
+    second = after_others(
+        measured(0.9, knowledge="own_tokens", view="own_tokens_1"), torch.arange(COUNT) < 60, **changes
+    )
+    found = knowledge_checks.own_tokens(measurements(first, second)).value
+    assert found == "accuracy at 4/255 worst case 20.0%: after own_tokens_0 30.0%, after own_tokens_1 20.0%"
+
+
+def test_feature_attacks_on_what_is_left_say_nothing_of_features() -> None:
+    left = after_others(measured(0.9, attack="feature_mse:base"), torch.arange(COUNT) < 20)
+    checked = measurements(measured(0.1), measured(0.4, attack="feature_cosine:base"), left)
+    assert (
+        knowledge_checks.feature_adaptive(checked).value == "at 4/255 cosine 0.400, accuracy 40.0% (away from: base)"
+    )
 
 
 def test_the_published_attack_alone_is_a_grey_box_too() -> None:

@@ -334,6 +334,27 @@ def test_half_precision_of_the_attacks_is_reported(
     assert {result.attack_parameters["attack_precision"] for result in attacked} == {"bf16"}
 
 
+@pytest.mark.parametrize(
+    ("changes", "num_images", "in_worst_case"),
+    [({}, 4, False), ({"eps": [2 / 255]}, NUM_IMAGES, True), ({"attacks": ["paper"]}, NUM_IMAGES, False)],
+    ids=["budget", "its own eps", "named"],
+)
+def test_the_published_attack_takes_all_images_where_it_is_asked_for(
+    classifier: RobustnessTokenForImageClassification,
+    images: Images,
+    changes: dict[str, Any],
+    num_images: int,
+    in_worst_case: bool,
+) -> None:
+    found = run(classifier, images, knowledge=["base"], eps_sweep=[], **changes)
+    (paper,) = pick(found.results, attack="paper", tokens="trained", metric="accuracy")
+    assert (paper.num_images, paper.eps) == (num_images, 2 / 255)
+    worst = pick(found.results, attack="worst_case", knowledge="base", tokens="trained", metric="accuracy")
+    assert any("paper (base)" in result.attack_parameters["attacks"] for result in worst) is in_worst_case
+    (check,) = (check for check in found.checks if check.number == 2)
+    assert "paper" in check.value
+
+
 def test_images_off_the_8_bit_grid_keep_the_papers_budget_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluate, "make_figures", lambda *args: {})  # which take seconds
     model = RobustnessTokenModel.from_base(build_base("vit"), num_robustness_tokens=2)
@@ -403,7 +424,8 @@ def test_the_attacker_trains_own_tokens(
     for result in pick(first.results, knowledge="own_tokens"):
         assert result.attack_parameters["training"] == training
         if result.attack == "worst_case":
-            assert result.attack_parameters["num_robustness_tokens"] == [2, 2]
+            by_set = [2, 2] if result.metric == "accuracy" else [2]  # what is left counts for no cosine
+            assert result.attack_parameters["num_robustness_tokens"] == by_set
     (check,) = (check for check in first.checks if check.number == 3)
     assert check.value.endswith(f"; own tokens: sets of 2, 2, trained {', '.join(training)}")
     for text in (render_report_markdown(first), render_report_html(first)):

@@ -76,6 +76,7 @@ def pgd_attack(
         raise ValueError(f"num_restarts must be at least 1, got {num_restarts}")
     if num_restarts > 1 and not random_start:
         raise ValueError(f"num_restarts={num_restarts} would repeat one run without random_start=True")
+    check_can_stop(objective, stop_above)
     if step_size is None:
         step_size = 2.5 * eps / num_steps
 
@@ -142,19 +143,20 @@ def keep_best(best_images: Tensor, best_values: Tensor, rows: Tensor, images: Te
 
 
 def select_rows(objective: Callable[[Tensor], Tensor], rows: Tensor, num_images: int) -> Callable[[Tensor], Tensor]:
-    """The objective of these rows of a batch alone.
-
-    Raises:
-        ValueError: If it can't be taken of some of the images.
-    """
+    """The objective of these rows of a batch alone; of all of them it is the objective itself."""
     if len(rows) == num_images:
         return objective
-    if not isinstance(objective, Objective):
+    assert isinstance(objective, Objective)  # see check_can_stop
+    return objective.select(rows)
+
+
+def check_can_stop(objective: Callable[[Tensor], Tensor], stop_above: float) -> None:
+    """Raise a `ValueError` if images are to be done one by one, and the objective can't be taken of some of them."""
+    if stop_above < math.inf and not isinstance(objective, Objective):
         raise ValueError(
             "stop_above needs an objective that can be taken of some of the images, got a "
             f"{type(objective).__name__}: make it as an Objective, or with margin_objective and its like"
         )
-    return objective.select(rows)
 
 
 def check_pixels(name: str, pixels: Tensor) -> None:

@@ -11,7 +11,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .pgd import Generators, check_pixels, check_steps, draw_noise, evaluate_objective, keep_best, select_rows
+from .pgd import (
+    Generators,
+    check_can_stop,
+    check_pixels,
+    check_steps,
+    draw_noise,
+    evaluate_objective,
+    keep_best,
+    select_rows,
+)
 
 
 # (share of the queries spent, by how much the squares have shrunk): table of the authors' code for 10,000 queries.
@@ -65,6 +74,7 @@ def square_attack(
     """
     check_pixels("images", images)
     check_steps(eps=eps, step_size=None, num_steps=num_queries)
+    check_can_stop(objective, stop_above)
     if images.dim() != 4:
         raise ValueError(f"images must have shape (B, C, H, W), got {tuple(images.shape)}")
     if not 0 < initial_area <= 1:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from ..attacks import Objective as BatchObjective
 from ..attacks import (
     cross_entropy_objective,
     feature_cosine_objective,
@@ -23,7 +24,6 @@ from ..attacks import (
     pgd_attack,
     pixel_cross_entropy_objective,
 )
-from ..attacks.pgd import select_rows
 from ..losses import example_generators
 from .threat_models import AttackerView
 
@@ -60,7 +60,7 @@ class AttackBatch:
         return self if count >= len(self.images) else self.select(slice(count))
 
     def select(self, rows: Tensor | slice) -> AttackBatch:
-        """Some of the images of the batch."""
+        """Some of the images of the batch; (R,) int64 rows on the CPU, which index tensors of any device."""
         parts: dict[str, Any] = {
             field.name: value[rows]
             for field in dataclasses.fields(self)
@@ -192,7 +192,7 @@ class AttackCall:
     def until_wrong(self, attack: Callable[..., Tensor], objective: Objective, threshold: float) -> Tensor:
         """Attacks the batch; of the model that is measured, each image until it is misclassified and no further.
 
-        An image that only the attack's own precision misclassifies, and float32 doesn't, is attacked to the end.
+        What ended by the attack's own precision, and float32 still classifies right, is attacked to the end.
 
         Args:
             attack: Such as [`~robustness_tokens.attacks.pgd_attack`].
@@ -202,15 +202,28 @@ class AttackCall:
         view = self.view
         if view.model.task != "classification" or not view.is_defended_model:
             return attack(objective, self.images, generator=self.generators)
-        adversarial = attack(objective, self.images, stop_above=threshold, generator=self.generators)
+        assert isinstance(objective, BatchObjective)  # of one set of tokens
+        done = torch.zeros(len(self.images), dtype=torch.bool, device=self.images.device)
+        function, of_images = objective.function, objective.of_images
+
+        def watched(images: Tensor, rows: Tensor, *of_rows: Tensor) -> Tensor:
+            values: Tensor = function(images, *of_rows)
+            done[rows] |= values.detach() > threshold
+            return values
+
+        numbers = torch.arange(len(self.images), device=self.images.device)
+        adversarial = attack(
+            BatchObjective(watched, numbers, *of_images),
+            self.images,
+            stop_above=threshold,
+            generator=self.generators,
+        )
         with torch.no_grad():
             right = view.model.logits(adversarial, view.tokens[0], exact=True).argmax(dim=1) == self.labels
-            rows = (right & (objective(adversarial) > threshold)).nonzero()[:, 0]
+        rows = (right & done).nonzero()[:, 0]
         if len(rows):
             generators = self.generators
             adversarial[rows] = attack(
-                select_rows(objective, rows, len(adversarial)),
-                self.images[rows],
-                generator=[generators[row] for row in rows.tolist()],
+                objective.select(rows), self.images[rows], generator=[generators[row] for row in rows.tolist()]
             )
         return adversarial

@@ -144,11 +144,13 @@ def _attack_rows(
             name: value.clone() for name, value in clean.items() if "." not in name or name.partition(".")[0] in tokens
         }
         if len(rows):
-            part = batch.select(rows.to(batch.images.device))
+            part = batch.select(rows)
             adversarial = run_attack(cell.attack, cell.view, part, eps=cell.eps, seed=seed)
             for name, value in measure_outcome(model, part, adversarial, tokens).items():
                 outcome[name][rows] = value
     if cell.standing_only:
+        # A worst case of the cosine is of all images, right or wrong.
+        outcome = {name: value for name, value in outcome.items() if not name.endswith(".cosine")}
         outcome["attacked"] = torch.zeros(len(batch.images), dtype=torch.bool).index_fill(0, rows, True)
     return outcome
 

@@ -23,7 +23,7 @@ from .threat_models import AttackerView, EvaluatedModel
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 4
+FORMAT = 5
 """Of the files: those of another are not looked for."""
 
 Series = Literal["suite", "published", "sweep", "steps", "restarts", "single_step", "unbounded"]
@@ -41,7 +41,8 @@ class Cell:
         eps: Budget in pixel units.
         num_images: The first so many of the evaluation's images.
         standing_only: Of these attack those alone that are still right, see
-            [`~robustness_tokens.evaluation.cell_runs.find_standing`]: all that a worst case needs.
+            [`~robustness_tokens.evaluation.cell_runs.find_standing`]: all that the worst
+            case of an accuracy needs.
     """
 
     series: Series

@@ -82,7 +82,8 @@ def evaluate_robustness(
         task: `"features"`, `"classification"` or `"segmentation"`; by default what the model says.
         knowledge: Levels of the attacker: `"none"`, `"base"`, `"own_tokens"`, `"full"`.
         attacks: Names (a feature attack with its target, such as `"feature_cosine:defended"`) or `Attack`s, tried at
-            every level that they fit; by default the budget's.
+            every level that they fit, each on all images; by default the budget's, of which some take the images that
+            those before them left right.
         eps: Budgets in pixel units at which all attacks run; by default that of the adapter's training if it was
             trained with `attack="pgd"`, else 4/255.
         eps_sweep: Budgets in pixel units for the curve, on fewer images with the main attack alone; empty for none.

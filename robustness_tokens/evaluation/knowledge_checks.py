@@ -85,9 +85,10 @@ def _reached(measurements: Measurements, cell: Cell, outcome: Outcome, metric: s
 @check(
     3,
     "own tokens",
-    "Only reported: attacks through tokens that the attacker trained by the same recipe: after the first set of them, "
-    "after one more and so on, and after their ensemble. The worst case takes, for each image, the attack that did "
-    "the most. Where their training departs from the recipe, an attacker who follows it may find more.",
+    "Only reported: attacks through tokens that the attacker trained by the same recipe, each set of them and their "
+    'ensemble; behind "after" together with the sets before, which left it the images to attack. The worst case '
+    "takes, for each image, the attack that did the most. Where their training departs from the recipe, an attacker "
+    "who follows it may find more.",
 )
 def own_tokens(measurements: Measurements) -> Finding:
     metric = main_metric(measurements)
@@ -99,11 +100,14 @@ def own_tokens(measurements: Measurements) -> Finding:
             continue
         views = list(dict.fromkeys(cell.view.name for cell, _ in at_eps))
         every = worst(measurements, at_eps, metric)
-        after = {
-            view: worst(measurements, [pair for pair in at_eps if pair[0].view.name in views[: row + 1]], metric)
-            for row, view in enumerate(views)
+        together = any(cell.standing_only for cell, _ in at_eps)
+        chosen_views = {view: views[: row + 1] if together else [view] for row, view in enumerate(views)}
+        by_view = {
+            view: worst(measurements, [pair for pair in at_eps if pair[0].view.name in names], metric)
+            for view, names in chosen_views.items()
         }
-        each = ", ".join(f"after {view} {in_words(value, metric)}" for view, value in after.items())
+        after = "after " if together else ""
+        each = ", ".join(f"{after}{view} {in_words(value, metric)}" for view, value in by_view.items())
         found.append(f"at {eps_in_words(eps)} worst case {in_words(every, metric)}: {each}")
     if lengths := own_token_lengths([cell for cell, _ in chosen]):
         sets = ", ".join(map(str, lengths))
@@ -142,7 +146,7 @@ def white_box(measurements: Measurements) -> Finding:
     5,
     "adaptive feature attacks",
     "Only reported: white-box attacks that push the features away from those of clean images, seen by the base and by "
-    "the defended model; the worst for each image.",
+    "the defended model; the worst for each image of those that were run on all.",
 )
 def feature_adaptive(measurements: Measurements) -> Finding:
     metrics = list(dict.fromkeys(["cosine", main_metric(measurements)]))
@@ -152,6 +156,7 @@ def feature_adaptive(measurements: Measurements) -> Finding:
             pair
             for target in ("base", "defended")
             for pair in measurements.select(series="suite", knowledge="full", target=target, eps=eps)
+            if not pair[0].standing_only
         ]
         if not chosen:
             raise NotRunError("no white-box feature attack")

@@ -60,7 +60,7 @@ class Measurements:
             }
             return all(values[key] == value for key, value in wanted.items())
 
-        return [(cell, outcome) for cell, outcome in zip(self.cells, self.outcomes, strict=True) if fits(cell)]
+        return [pair for pair in self._pairs() if fits(pair[0])]
 
     def worst(self, chosen: Sequence[tuple[Cell, Outcome]], tokens: str = "trained") -> dict[str, Tensor]:
         """The worst of these attacks on each image, and of leaving it as it is, which an attacker may do too.
@@ -70,7 +70,13 @@ class Measurements:
         Args:
             chosen: Cells on the same images, and their outcomes.
             tokens: Name of the tokens that were in the model.
+
+        Raises:
+            ValueError: If an attack on what others left is chosen without these: it says nothing of the other images.
         """
+        for cell in (cell for cell, _ in chosen if cell.standing_only):
+            if missing := [one.name for one in self._up_to(cell) if not any(one is other for other, _ in chosen)]:
+                raise ValueError(f"{cell.name} took what {', '.join(missing)} left: choose those too")
         outcomes = [outcome for _, outcome in chosen]
         count = len(outcomes[0]["pixel_difference"])
         clean = {name: value[:count] for name, value in self.clean.items()}
@@ -87,9 +93,16 @@ class Measurements:
         """
         if not cell.standing_only:
             return {name: value for name, value in outcome.items() if name.startswith(f"{tokens}.")}
+        before = self._up_to(cell)
+        return self.worst([pair for pair in self._pairs() if any(pair[0] is one for one in before)], tokens)
+
+    def _pairs(self) -> list[tuple[Cell, Outcome]]:
+        return list(zip(self.cells, self.outcomes, strict=True))
+
+    def _up_to(self, cell: Cell) -> list[Cell]:
+        """The cells of its level and eps that were run before it, and itself."""
         row = next(row for row, other in enumerate(self.cells) if other is cell)
-        so_far = zip(self.cells[: row + 1], self.outcomes[: row + 1], strict=True)
-        return self.worst([pair for pair in so_far if pair[0].is_beside(cell)], tokens)
+        return [other for other in self.cells[: row + 1] if other.is_beside(cell)]
 
     def results(self) -> list[Result]:
         """The numbers: clean, the worst cases, then each attack; the worst cases of the sweep over eps last."""
@@ -118,6 +131,7 @@ class Measurements:
                     for tokens in ("trained", "none")
                     if tokens in _tokens_of(outcome)
                     for key, value in self.reached(cell, outcome, tokens).items()
+                    if key in outcome
                 }
                 results += self._results(
                     found,
@@ -134,19 +148,24 @@ class Measurements:
         cells, outcomes = zip(*chosen, strict=True)
         tokens = [name for name in _tokens_of(outcomes[0]) if all(name in _tokens_of(outcome) for outcome in outcomes)]
         worst = {key: value for name in tokens for key, value in self.worst(chosen, name).items()}
-        attacks = sorted({_name(cell) for cell in cells})
-        return self._results(
-            worst,
-            knowledge=knowledge,
-            attack=WORST_CASE,
-            attack_parameters={
-                "attacks": attacks,
-                **self._precision(),
-                **(self._own_tokens(cells) if knowledge == "own_tokens" else {}),
-                **_series(cells[0]),
-            },
-            eps=cells[0].eps,
-        )
+        results = []
+        for of_cosine in (False, True):
+            found = {name: value for name, value in worst.items() if name.endswith(".cosine") == of_cosine}
+            # Attacks on what others left right took no part in the worst case of the cosine.
+            part = [cell for cell in cells if not (of_cosine and cell.standing_only)]
+            results += self._results(
+                found,
+                knowledge=knowledge,
+                attack=WORST_CASE,
+                attack_parameters={
+                    "attacks": sorted({_name(cell) for cell in part}),
+                    **self._precision(),
+                    **(self._own_tokens(part) if knowledge == "own_tokens" else {}),
+                    **_series(cells[0]),
+                },
+                eps=cells[0].eps,
+            )
+        return results
 
     def _own_tokens(self, cells: Sequence[Cell]) -> dict[str, list[Any]]:
         """How many tokens the attacker guessed, in each set, and how they were trained."""

@@ -97,8 +97,8 @@ def worst_outcome(
     worst = {}
     for metric in ("cosine", "correct"):
         name = f"{tokens}.{metric}"
-        if name in outcomes[0]:
-            worst[name] = worst_case(*(outcome[name] for outcome in outcomes))
+        if measured := [outcome[name] for outcome in outcomes if name in outcome]:
+            worst[name] = worst_case(*measured)
     if f"{tokens}.unions" in outcomes[0]:
         counts = [_iou_counts(outcome, tokens) for outcome in outcomes]
         image_by_image = _image_by_image(counts)
