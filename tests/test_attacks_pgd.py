@@ -216,16 +216,15 @@ def test_every_step_costs_one_gradient(images: Tensor) -> None:
 
 
 class Counting:
-    """An objective whose image i scores the sum of its pixels times `weight` minus i, and counts who is asked."""
+    """An objective whose image i scores the sum of its pixels minus i, and counts who is asked."""
 
-    def __init__(self, count: int, weight: float = 1.0) -> None:
+    def __init__(self, count: int) -> None:
         self.asked: list[list[int]] = []
-        self.weight = weight
         self.objective = Objective(self._score, torch.arange(count))
 
     def _score(self, images: Tensor, numbers: Tensor) -> Tensor:
         self.asked.append(numbers.tolist())
-        return self.weight * images.flatten(1).sum(dim=1) - numbers
+        return images.flatten(1).sum(dim=1) - numbers
 
 
 def test_an_image_is_done_once_it_exceeds_the_threshold() -> None:

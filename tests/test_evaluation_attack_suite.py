@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -146,18 +147,15 @@ def is_right(model: EvaluatedModel, images: Tensor, batch: AttackBatch) -> Tenso
         return model.logits(images, model.tokens, exact=True).argmax(dim=1).eq(batch.labels)
 
 
-def count_images(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many images each forward pass of an attack sees."""
-    counts = []
+def change_logits(monkeypatch: pytest.MonkeyPatch, change: Callable[[Tensor], Tensor]) -> None:
+    """What attacks see of a model from now on; what is measured stays as it is."""
     real = EvaluatedModel.logits
 
     def logits(self: EvaluatedModel, images: Tensor, tokens: Tensor | None, *, exact: bool = False) -> Tensor:
-        if not exact:
-            counts.append(len(images))
-        return real(self, images, tokens, exact=exact)
+        found = real(self, images, tokens, exact=exact)
+        return found if exact else change(found)
 
     monkeypatch.setattr(EvaluatedModel, "logits", logits)
-    return counts
 
 
 @pytest.mark.parametrize(("name", "effort"), [("cross_entropy", 20), ("margin", 20), ("square", 200)])
@@ -167,7 +165,13 @@ def test_an_attack_on_the_model_itself_ends_with_a_misclassification(
     attack = small(name, **({"num_queries": effort} if name == "square" else {"num_steps": effort}))
     view = view_for(name, model)
     whole = dataclasses.replace(view, knowledge="own_tokens")
-    counts = count_images(monkeypatch)
+    counts: list[int] = []  # of the images in each forward pass
+
+    def count(logits: Tensor) -> Tensor:
+        counts.append(len(logits))
+        return logits
+
+    change_logits(monkeypatch, count)
     found = []
     for one in (view, whole):
         counts.clear()
@@ -183,20 +187,18 @@ def test_an_attack_on_the_model_itself_ends_with_a_misclassification(
 def test_what_only_the_attacks_precision_gets_wrong_is_attacked_on(
     name: str, model: EvaluatedModel, batch: AttackBatch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = EvaluatedModel.logits
     seen: list[int] = []
 
-    def rounded(self: EvaluatedModel, images: Tensor, tokens: Tensor | None, *, exact: bool = False) -> Tensor:
+    def rounded(logits: Tensor) -> Tensor:
         """Half precision errs by so much that at first every image looks misclassified."""
-        logits = real(self, images, tokens, exact=exact)
-        if exact or seen:
+        if seen:
             return logits
-        seen.append(len(images))
+        seen.append(len(logits))
         return -logits
 
     view, attack = view_for(name, model), small(name, num_steps=20)
     expected = run_attack(attack, view, batch, eps=EPS, seed=0)
-    monkeypatch.setattr(EvaluatedModel, "logits", rounded)
+    change_logits(monkeypatch, rounded)
     found = run_attack(attack, view, batch, eps=EPS, seed=0)
     left = [int(is_right(model, images, batch).sum()) for images in (batch.images, expected, found)]
     assert seen == [6]
@@ -209,18 +211,14 @@ def test_an_image_that_rounding_ended_is_attacked_on_whatever_its_batch(
     name: str, model: EvaluatedModel, batch: AttackBatch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rounding may depend on how many images there are: what ended in a part of the batch may not end in all of it."""
-    real = EvaluatedModel.logits
     counts: list[int] = []
 
-    def rounded(self: EvaluatedModel, images: Tensor, tokens: Tensor | None, *, exact: bool = False) -> Tensor:
-        logits = real(self, images, tokens, exact=exact)
-        if exact:
-            return logits
-        counts.append(len(images))
-        wrong = torch.arange(len(images)) < (1 if len(images) == 6 else 6)
+    def rounded(logits: Tensor) -> Tensor:
+        counts.append(len(logits))
+        wrong = torch.arange(len(logits)) < (1 if len(logits) == 6 else 6)
         return torch.where(wrong[:, None], -logits, logits)
 
-    monkeypatch.setattr(EvaluatedModel, "logits", rounded)
+    change_logits(monkeypatch, rounded)
     attack = small(name, **({"num_queries": 3} if name == "square" else {"num_steps": 2}))
     run_attack(attack, view_for(name, model), batch, eps=1e-4, seed=0)
     assert counts == [6, 5, 6, 6, 6]  # ended one by one; and all of them once more, to the end

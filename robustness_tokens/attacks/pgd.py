@@ -91,17 +91,16 @@ def pgd_attack(
             iterate = torch.clamp(images + offset, lower, upper)
         iterate, of_rows = iterate[rows], select_rows(objective, rows, len(images))
         for step in range(num_steps + 1):
-            if len(rows) == 0:
-                return best_images
             is_last = step == num_steps
             iterate = iterate.detach().requires_grad_(not is_last)
             with torch.set_grad_enabled(not is_last):
                 values = evaluate_objective(of_rows, iterate)
-            if not is_last:
-                gradient = input_gradient(values.sum(), iterate, source="objective")
             best_values = keep_best(best_images, best_values, rows, iterate.detach(), values.detach())
             goes_on = values.detach() <= stop_above
+            if not goes_on.any():
+                return best_images
             if not is_last:
+                gradient = input_gradient(values.sum(), iterate, source="objective")
                 iterate = torch.clamp(iterate.detach() + step_size * gradient.sign(), lower[rows], upper[rows])
             if not goes_on.all():
                 rows, iterate = rows[goes_on], iterate[goes_on]

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from ..attacks import Objective as BatchObjective
 from ..attacks import (
+    Objective,
     cross_entropy_objective,
     feature_cosine_objective,
     feature_mse_objective,
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from .attack_suite import Attack
 
 
-Objective: TypeAlias = Callable[[Tensor], Tensor]
+ObjectiveFn: TypeAlias = Callable[[Tensor], Tensor]
 
 _MISCLASSIFIED = 1000.0  # more than any cross-entropy
 
@@ -111,7 +111,7 @@ class AttackCall:
         """For what draws its noise for a whole batch."""
         return self.generators[0].initial_seed() % 2**31
 
-    def mean(self, objective_of: Callable[[Tensor | None], Objective]) -> Objective:
+    def mean(self, objective_of: Callable[[Tensor | None], ObjectiveFn]) -> ObjectiveFn:
         """The objective through each set of tokens that the attacker has, averaged."""
         objectives = [objective_of(tokens) for tokens in self.view.tokens]
         if len(objectives) == 1:
@@ -129,8 +129,8 @@ class AttackCall:
             return self.batch.base_features
         return self.view.model.features(self.images, None)
 
-    def feature_objective(self, kind: Literal["cosine", "mse"]) -> Objective:
-        def objective_of(tokens: Tensor | None) -> Objective:
+    def feature_objective(self, kind: Literal["cosine", "mse"]) -> ObjectiveFn:
+        def objective_of(tokens: Tensor | None) -> ObjectiveFn:
             target = self.target_features(tokens)
             if kind == "mse":
                 return feature_mse_objective(self.features_fn(tokens), target)
@@ -139,10 +139,10 @@ class AttackCall:
 
         return self.mean(objective_of)
 
-    def label_objective(self, kind: Literal["cross_entropy", "margin"]) -> Objective:
+    def label_objective(self, kind: Literal["cross_entropy", "margin"]) -> ObjectiveFn:
         model, labels = self.view.model, self.labels
 
-        def objective_of(tokens: Tensor | None) -> Objective:
+        def objective_of(tokens: Tensor | None) -> ObjectiveFn:
             if model.task == "segmentation":
                 size, ignore_index = labels.shape[1:], self.batch.ignore_index
                 return pixel_cross_entropy_objective(
@@ -160,7 +160,7 @@ class AttackCall:
 
         return self.mean(objective_of)
 
-    def score(self) -> Objective:
+    def score(self) -> ObjectiveFn:
         """What an attacker who only sees answers goes by: of the task's own output."""
         if self.view.model.task == "features":
             return self.feature_objective("cosine")
@@ -170,7 +170,7 @@ class AttackCall:
         """(B, C), averaged over the sets of tokens that the attacker has."""
         return torch.stack([self.view.model.logits(images, tokens) for tokens in self.view.tokens]).mean(dim=0)
 
-    def pgd(self, objective: Objective) -> Tensor:
+    def pgd(self, objective: ObjectiveFn) -> Tensor:
         return self._pgd()(objective, self.images, generator=self.generators)
 
     def label_pgd(self, kind: Literal["cross_entropy", "margin"]) -> Tensor:
@@ -189,7 +189,7 @@ class AttackCall:
             num_restarts=attack.num_restarts,
         )
 
-    def until_wrong(self, attack: Callable[..., Tensor], objective: Objective, threshold: float) -> Tensor:
+    def until_wrong(self, attack: Callable[..., Tensor], objective: ObjectiveFn, threshold: float) -> Tensor:
         """Attacks the batch; of the model that is measured, each image until it is misclassified and no further.
 
         What ended by the attack's own precision, and float32 still classifies right, is attacked to the end.
@@ -202,7 +202,7 @@ class AttackCall:
         view = self.view
         if view.model.task != "classification" or not view.is_defended_model:
             return attack(objective, self.images, generator=self.generators)
-        assert isinstance(objective, BatchObjective)  # of one set of tokens
+        assert isinstance(objective, Objective)  # of one set of tokens
         done = torch.zeros(len(self.images), dtype=torch.bool, device=self.images.device)
         function, of_images = objective.function, objective.of_images
 
@@ -213,7 +213,7 @@ class AttackCall:
 
         numbers = torch.arange(len(self.images), device=self.images.device)
         adversarial = attack(
-            BatchObjective(watched, numbers, *of_images),
+            Objective(watched, numbers, *of_images),
             self.images,
             stop_above=threshold,
             generator=self.generators,

@@ -75,7 +75,8 @@ class Measurements:
             ValueError: If an attack on what others left is chosen without these: it says nothing of the other images.
         """
         for cell in (cell for cell, _ in chosen if cell.standing_only):
-            if missing := [one.name for one in self._up_to(cell) if not any(one is other for other, _ in chosen)]:
+            before = (one for one, _ in self._up_to(cell))
+            if missing := [one.name for one in before if not any(one is other for other, _ in chosen)]:
                 raise ValueError(f"{cell.name} took what {', '.join(missing)} left: choose those too")
         outcomes = [outcome for _, outcome in chosen]
         count = len(outcomes[0]["pixel_difference"])
@@ -93,16 +94,15 @@ class Measurements:
         """
         if not cell.standing_only:
             return {name: value for name, value in outcome.items() if name.startswith(f"{tokens}.")}
-        before = self._up_to(cell)
-        return self.worst([pair for pair in self._pairs() if any(pair[0] is one for one in before)], tokens)
+        return self.worst(self._up_to(cell), tokens)
 
     def _pairs(self) -> list[tuple[Cell, Outcome]]:
         return list(zip(self.cells, self.outcomes, strict=True))
 
-    def _up_to(self, cell: Cell) -> list[Cell]:
-        """The cells of its level and eps that were run before it, and itself."""
+    def _up_to(self, cell: Cell) -> list[tuple[Cell, Outcome]]:
+        """The cells of its level and eps that were run before it, and itself, with their outcomes."""
         row = next(row for row, other in enumerate(self.cells) if other is cell)
-        return [other for other in self.cells[: row + 1] if other.is_beside(cell)]
+        return [pair for pair in self._pairs()[: row + 1] if pair[0].is_beside(cell)]
 
     def results(self) -> list[Result]:
         """The numbers: clean, the worst cases, then each attack; the worst cases of the sweep over eps last."""

@@ -80,18 +80,14 @@ def plan_cells(
                 attack = _without_surplus(attack, num_classes)
                 is_paper = attack.name.startswith("paper")
                 # To be compared with the paper's tables, unless its own eps is one that is asked for, or it is named.
-                if is_paper and attacks is None and paper_eps not in eps:
-                    cells.append(
-                        Cell(series="published", view=view, attack=attack, eps=paper_eps, num_images=num_fewer_images)
-                    )
-                    continue
+                is_aside = is_paper and attacks is None and paper_eps not in eps
                 cells += [
                     Cell(
-                        series="suite",
+                        series="published" if is_aside else "suite",
                         view=view,
                         attack=attack,
                         eps=one,
-                        num_images=num_images,
+                        num_images=num_fewer_images if is_aside else num_images,
                         standing_only=attacks is None and _comes_after(attack, view, views, model),
                     )
                     for one in ([paper_eps] if is_paper else eps)

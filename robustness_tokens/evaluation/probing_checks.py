@@ -16,7 +16,7 @@ from ..attacks import (
     pixel_cross_entropy_objective,
 )
 from ..losses import example_generators
-from .attack_call import AttackBatch, Objective
+from .attack_call import AttackBatch, ObjectiveFn
 from .check_parts import Finding, NotRunError, check, eps_in_words
 from .measurements import Measurements
 from .threat_models import EvaluatedModel
@@ -105,7 +105,7 @@ def attack_unit_test(measurements: Measurements) -> Finding:
     return found >= SMALLEST_SHARE_FOUND, words
 
 
-def input_gradients(objective: Objective, images: Tensor) -> Tensor:
+def input_gradients(objective: ObjectiveFn, images: Tensor) -> Tensor:
     """Gradient of each image's objective; zero where the objective doesn't depend on the images."""
     with torch.enable_grad():
         images = images.detach().clone().requires_grad_()
@@ -118,7 +118,7 @@ def input_gradients(objective: Objective, images: Tensor) -> Tensor:
 
 @torch.no_grad()
 def difference_cosines(
-    objective: Objective, images: Tensor, gradient: Tensor, directions: Tensor, *, step: float = DIFFERENCE_STEP
+    objective: ObjectiveFn, images: Tensor, gradient: Tensor, directions: Tensor, *, step: float = DIFFERENCE_STEP
 ) -> Tensor:
     """Cosine of gradients with central finite differences, along random directions.
 
@@ -174,7 +174,7 @@ def _output(model: EvaluatedModel, batch: AttackBatch, images: Tensor, *, exact:
     return model.logits(images, model.tokens, exact=exact)
 
 
-def _objective(model: EvaluatedModel, batch: AttackBatch, *, exact: bool) -> Objective:
+def _objective(model: EvaluatedModel, batch: AttackBatch, *, exact: bool) -> ObjectiveFn:
     """What the white box maximises; `exact` is in float64 of the float32 outputs, and else as attacks compute it."""
     tokens = model.tokens
 
