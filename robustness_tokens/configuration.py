@@ -19,13 +19,25 @@ SCHEMA_VERSION = 1
 FeatureView = Literal["cls_and_patches", "cls", "patches", "pooled"]
 SimilarityAxis = Literal["token", "feature"]
 
-# What `register_for_auto_class` lets an adapter say of the code beside it. Any other code is refused, and this package
-# never runs even that: transformers does, where the package is missing and its user passes trust_remote_code=True.
+# The code that `register_for_auto_class` writes beside an adapter, and the only code that a config may name. This
+# package never runs it: transformers does, where nothing has imported the package and trust_remote_code=True.
 AUTO_MAP = {
     "AutoConfig": "modeling.RobustnessTokenConfig",
     "AutoModel": "modeling.RobustnessTokenModel",
     "AutoModelForImageClassification": "modeling.RobustnessTokenForImageClassification",
 }
+REMOTE_CODE_FILE = "modeling.py"
+REMOTE_CODE = '''"""Loads this adapter by the package robustness-tokens: pip install robustness-tokens."""
+
+from robustness_tokens import (
+    RobustnessTokenConfig,
+    RobustnessTokenForImageClassification,
+    RobustnessTokenModel,
+)
+
+
+__all__ = ["RobustnessTokenConfig", "RobustnessTokenForImageClassification", "RobustnessTokenModel"]
+'''
 
 # What transformers itself writes into (or accepts in) every config.json; everything else must be a field of ours.
 _TRANSFORMERS_KEYS = {"architectures", "auto_map", "dtype", "model_type", "transformers_version"}

@@ -31,7 +31,14 @@ from .base_models import (
     processor_of,
     vision_class,
 )
-from .configuration import AUTO_MAP, FeatureView, RobustnessTokenConfig, SimilarityAxis
+from .configuration import (
+    AUTO_MAP,
+    REMOTE_CODE,
+    REMOTE_CODE_FILE,
+    FeatureView,
+    RobustnessTokenConfig,
+    SimilarityAxis,
+)
 from .features import default_feature_view, extract_features
 from .files import write_text
 from .hub import (
@@ -56,7 +63,6 @@ from .model_card import is_generated, render_card, update_card
 from .processor_file import read_image_processor
 from .pushing import push_adapter
 from .report import RobustnessReport
-from .source_files import source_files
 
 
 class RobustnessTokenPreTrainedModel(PreTrainedModel):
@@ -331,10 +337,10 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str | type | None = None) -> None:
-        """From now on an adapter is saved with the source of this package beside it.
+        """Makes `save_pretrained` write a file beside each adapter that imports this package.
 
-        Then the Auto class loads it with `trust_remote_code=True` where the package is not installed. Where it is
-        imported, no code of an adapter is ever run.
+        Then the Auto class loads the adapter with `trust_remote_code=True` before anything has imported the package;
+        where the package is not installed, transformers names it. Once it is imported, no code of an adapter is run.
 
         Args:
             auto_class: `"AutoModel"` or `"AutoModelForImageClassification"`, the one that fits this class; by default
@@ -418,8 +424,7 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
         config.auto_map = {}
         if self._auto_class is not None:
             config.auto_map = {auto_class: AUTO_MAP[auto_class] for auto_class in ("AutoConfig", self._auto_class)}
-            for file, source in source_files("modeling").items():
-                write_text(folder / file, source)
+            write_text(folder / REMOTE_CODE_FILE, REMOTE_CODE)
         report = report_of(folder, self.robustness_tokens)
         config_json, card_text = config.to_json_string(use_diff=False), render_card(config, name=name, report=report)
         write_tokens(folder, self.robustness_tokens)
@@ -522,7 +527,6 @@ def _check_base(base: PreTrainedModel, config: RobustnessTokenConfig) -> None:
     )
 
 
-# They may be taken by the code of an adapter (see register_for_auto_class) that was loaded before this package.
-AutoConfig.register(RobustnessTokenConfig.model_type, RobustnessTokenConfig, exist_ok=True)
-AutoModel.register(RobustnessTokenConfig, RobustnessTokenModel, exist_ok=True)
-AutoModelForImageClassification.register(RobustnessTokenConfig, RobustnessTokenForImageClassification, exist_ok=True)
+AutoConfig.register(RobustnessTokenConfig.model_type, RobustnessTokenConfig)
+AutoModel.register(RobustnessTokenConfig, RobustnessTokenModel)
+AutoModelForImageClassification.register(RobustnessTokenConfig, RobustnessTokenForImageClassification)

@@ -11,7 +11,7 @@ from pathlib import Path
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
-from .configuration import RobustnessTokenConfig
+from .configuration import REMOTE_CODE, REMOTE_CODE_FILE, RobustnessTokenConfig
 from .files import has_cache_hash
 from .hub import (
     CARD_FILE,
@@ -29,7 +29,6 @@ from .hub import (
 )
 from .model_card import render_card, update_card
 from .processor_file import read_image_processor
-from .source_files import source_files
 
 
 logger = logging.getLogger(__name__)
@@ -120,8 +119,8 @@ def push_adapter(
     contents[CARD_FILE] = update_card(_read_card(old_card), card).encode()
     operations += [CommitOperationAdd(prefix + name, content) for name, content in contents.items()]
     if config.auto_map:
-        # transformers looks for code at the root of a repo, whatever folder the adapter is in.
-        operations += [CommitOperationAdd(name, code.encode()) for name, code in source_files("modeling").items()]
+        # transformers looks for code at the root of a repo, even if the adapter is in a subfolder.
+        operations.append(CommitOperationAdd(REMOTE_CODE_FILE, REMOTE_CODE.encode()))
     try:
         return api.create_commit(
             repo_id,

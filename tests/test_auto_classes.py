@@ -1,4 +1,4 @@
-"""Adapters with the package's source beside them, for those who don't have the package (`register_for_auto_class`)."""
+"""Adapters with a file beside them that imports the package (`register_for_auto_class`)."""
 
 import ast
 import json
@@ -14,38 +14,21 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 
+import robustness_tokens
 from robustness_tokens import RobustnessTokenForImageClassification, RobustnessTokenModel
-from robustness_tokens.source_files import source_files
-from tests.test_hub import COMMIT, cache_as_repo
+from tests.test_hub import cache_as_repo
 
 
-# What a process without the package runs: its import fails there, before and after the adapter is loaded.
-WITHOUT_PACKAGE = """
-import importlib.abc, importlib.util, sys
-
-class Hidden(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "robustness_tokens":
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-sys.meta_path.insert(0, Hidden())
-
-def check_package_is_missing():
-    try:
-        import robustness_tokens
-    except ModuleNotFoundError:
-        return
-    raise SystemExit("the package is there, so this proves nothing")
-
-check_package_is_missing()
-folder, inputs, outputs, auto_class = sys.argv[1:]
+# What a process runs that knows transformers alone. Hidden: as if the package were not installed.
+LOAD = """
+import sys
+folder, inputs, outputs, auto_class, hidden = sys.argv[1:]
+if hidden == "hidden":
+    sys.modules["robustness_tokens"] = None  # any import of it fails
 import transformers
 from safetensors.torch import load_file, save_file
 model = getattr(transformers, auto_class).from_pretrained(folder, trust_remote_code=True)
-result = model(**load_file(inputs))
-save_file({"output": result[0].contiguous()}, outputs)
-model.save_pretrained(outputs + "_saved")
-check_package_is_missing()
+save_file({"output": model(**load_file(inputs))[0].contiguous()}, outputs)
 print(type(model).__module__, type(model.config).__module__)
 """
 
@@ -67,21 +50,27 @@ def unregistered() -> Iterator[None]:
         model_class._auto_class = None
 
 
-def run_without_package(name: str | Path, pixel_values: Tensor, tmp_path: Path, auto_class: str) -> tuple[Tensor, str]:
+def load_elsewhere(
+    name: str | Path, pixel_values: Tensor, tmp_path: Path, auto_class: str, *, hidden: bool = False
+) -> subprocess.CompletedProcess[str]:
     save_file({"pixel_values": pixel_values}, tmp_path / "inputs.safetensors")
     output = tmp_path / "outputs.safetensors"
-    arguments = [str(name), str(tmp_path / "inputs.safetensors"), str(output), auto_class]
-    environment = {"HF_HOME": str(tmp_path / "hf_home"), "HF_HUB_OFFLINE": "1", "PATH": "", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        [sys.executable, "-I", "-c", WITHOUT_PACKAGE, *arguments],
+    arguments = [str(name), str(tmp_path / "inputs.safetensors"), str(output), auto_class, "hidden" if hidden else ""]
+    environment = {
+        "HF_HOME": str(tmp_path / "hf_home"),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "PATH": "",
+        "PYTHONPATH": str(Path(robustness_tokens.__file__).parents[1]),
+    }
+    return subprocess.run(
+        [sys.executable, "-c", LOAD, *arguments],
         env=environment,
         cwd=tmp_path,
         capture_output=True,
         text=True,
         timeout=240,
     )
-    assert result.returncode == 0, result.stderr
-    return load_file(output)["output"], result.stdout
 
 
 def compute(model: Any, pixel_values: Tensor) -> Tensor:
@@ -93,7 +82,7 @@ def compute(model: Any, pixel_values: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     "auto_class", ["AutoModel", pytest.param("AutoModelForImageClassification", marks=pytest.mark.slow)]
 )
-def test_an_adapter_with_code_needs_no_package(
+def test_an_adapter_with_code_imports_the_package(
     base_folders: dict[str, Path],
     classifier_folders: dict[str, Path],
     pixel_values: Tensor,
@@ -106,18 +95,14 @@ def test_an_adapter_with_code_needs_no_package(
     model = model_class.from_base(folders["dinov2"], num_robustness_tokens=3, initializer_range=1.0)
     model_class.register_for_auto_class(auto_class)
     model.save_pretrained(tmp_path / "adapter")
-    output, modules = run_without_package(tmp_path / "adapter", pixel_values, tmp_path, auto_class)
-    assert torch.equal(output, compute(model, pixel_values))
-    model_package, config_package = (name.rpartition(".")[0] for name in modules.split()[-2:])
-    assert model_package == config_package
-    assert model_package.startswith("transformers_modules.adapter.")
-    # What was saved there is an adapter as any other, without code, since nobody asked for it there.
-    loaded = model_class.from_pretrained(tmp_path / "outputs.safetensors_saved")
-    assert torch.equal(compute(loaded, pixel_values), output)
+    result = load_elsewhere(tmp_path / "adapter", pixel_values, tmp_path, auto_class)
+    assert result.returncode == 0, result.stderr
+    assert torch.equal(load_file(tmp_path / "outputs.safetensors")["output"], compute(model, pixel_values))
+    assert all(name.startswith("robustness_tokens.") for name in result.stdout.split()[-2:])
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_an_adapter_on_the_hub_needs_no_package(
+def test_an_adapter_on_the_hub_imports_the_package(
     base_folders: dict[str, Path], pixel_values: Tensor, tmp_path: Path
 ) -> None:
     model = RobustnessTokenModel.from_base(base_folders["dinov2"], num_robustness_tokens=3, initializer_range=1.0)
@@ -125,35 +110,32 @@ def test_an_adapter_on_the_hub_needs_no_package(
     model.save_pretrained(tmp_path / "adapter", base_model_id="user/base")
     for name, folder in {"adapter": tmp_path / "adapter", "base": base_folders["dinov2"]}.items():
         cache_as_repo(folder, tmp_path / "hf_home" / "hub", f"user/{name}")
-    output, modules = run_without_package("user/adapter", pixel_values, tmp_path, "AutoModel")
-    assert torch.equal(output, compute(model, pixel_values))
-    assert f"transformers_modules.user.adapter.{COMMIT}.modeling" in modules
+    result = load_elsewhere("user/adapter", pixel_values, tmp_path, "AutoModel")
+    assert result.returncode == 0, result.stderr
+    assert torch.equal(load_file(tmp_path / "outputs.safetensors")["output"], compute(model, pixel_values))
 
 
-def test_the_code_is_all_that_it_imports(tmp_path: Path, base_folders: dict[str, Path]) -> None:
+def test_where_the_package_is_missing_transformers_names_it(
+    base_folders: dict[str, Path], pixel_values: Tensor, tmp_path: Path
+) -> None:
+    RobustnessTokenModel.register_for_auto_class()
+    RobustnessTokenModel.from_base(base_folders["dinov2"]).save_pretrained(tmp_path / "adapter")
+    result = load_elsewhere(tmp_path / "adapter", pixel_values, tmp_path, "AutoModel", hidden=True)
+    assert result.returncode != 0
+    assert "robustness_tokens" in result.stderr.splitlines()[-1]
+
+
+def test_the_code_is_one_file_that_imports_the_package(tmp_path: Path, base_folders: dict[str, Path]) -> None:
     RobustnessTokenModel.register_for_auto_class()
     RobustnessTokenModel.from_base(base_folders["dinov2"]).save_pretrained(tmp_path)
-    names = {path.stem for path in tmp_path.glob("*.py")}
-    assert {"modeling", "configuration", "hub", "injection"} <= names
-    assert not names & {"trainer", "cli", "data"}
-    for path in tmp_path.glob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom) and node.level:
-                assert node.level == 1
-                imported = {node.module} if node.module else {alias.name for alias in node.names}
-                assert imported <= names, f"{path.name} imports {imported}"
+    (path,) = tmp_path.glob("*.py")
+    imported = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
+    assert [node.module for node in imported] == ["robustness_tokens"]
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["auto_map"] == {
         "AutoConfig": "modeling.RobustnessTokenConfig",
         "AutoModel": "modeling.RobustnessTokenModel",
     }
-
-
-def test_modules_of_subpackages_become_flat() -> None:
-    files = source_files("attacks")
-    assert "from .attacks_pgd import pgd_attack" in files["attacks.py"]
-    assert "from .attacks_objectives import" in files["attacks_pgd.py"] + files["attacks.py"]
-    assert set(files) >= {"attacks.py", "attacks_objectives.py", "attacks_paper.py", "attacks_pgd.py"}
 
 
 def test_code_is_written_only_when_asked_for(base_folders: dict[str, Path], tmp_path: Path) -> None:
