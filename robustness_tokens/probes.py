@@ -75,7 +75,7 @@ class ProbedModel(nn.Module):
                 f"and {heads[1].task} of {heads[1].num_labels}"
             )
         self.model = model
-        base = _base_of(model)
+        base = base_of(model)
         for one in heads:
             if not ignore_base_mismatch:
                 _check_base(base, one)
@@ -92,16 +92,16 @@ class ProbedModel(nn.Module):
         Returns:
             Float32 logits: (B, C), or (B, C, H, W) of a segmentation.
         """
-        base = _base_of(self.model)
+        base = base_of(self.model)
         injector = find_injector(base)
         is_plain = injector is None or not injector.enabled
         head = self.base_head if is_plain and self.base_head is not None else self.head
-        return _resize(head(head.extract(base, pixel_values)), pixel_values.shape[-2:]).float()
+        return resize_logits(head(head.extract(base, pixel_values)), pixel_values.shape[-2:]).float()
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """Within the context the tokens are off; a base without tokens stays what it is."""
-        with _tokens_enabled(_base_of(self.model), False):
+        with tokens_enabled(base_of(self.model), False):
             yield
 
     def train(self, mode: bool = True) -> Self:
@@ -156,7 +156,7 @@ def train_probe(
         ValueError: If the data set, its labels or an argument is not as described.
         FloatingPointError: If the training diverges.
     """
-    base = _base_of(model)
+    base = base_of(model)
     if with_tokens and find_injector(base) is None:
         raise ValueError(f"with_tokens=True, but {type(base).__name__} has no robustness tokens: inject_tokens first")
     for name, value in (("num_epochs", num_epochs), ("batch_size", batch_size), ("learning_rate", learning_rate)):
@@ -175,7 +175,7 @@ def train_probe(
                 for images, labels in _labelled(loader, broken_images, head_class, num_labels)
             )
 
-    with torch.no_grad(), _tokens_enabled(base, with_tokens):
+    with torch.no_grad(), tokens_enabled(base, with_tokens):
         num_images = len(prepared) if hasattr(prepared, "__len__") else None
         first = next(next(read(shuffle=False)), None)
         if first is None:
@@ -196,7 +196,7 @@ def train_probe(
 
 def _step(head: ProbeHead, optimizer: torch.optim.Optimizer, features: Tensor, labels: Tensor) -> None:
     with torch.enable_grad():
-        logits = _resize(head(features), labels.shape[1:])
+        logits = resize_logits(head(features), labels.shape[1:])
         total = F.cross_entropy(logits, labels, ignore_index=head.ignore_index, reduction="sum")
         # The mean would be NaN where a batch has no labelled pixel.
         loss = total / (labels != head.ignore_index).sum().clamp(min=1)
@@ -293,7 +293,7 @@ def _shuffled(features: Tensor, labels: Tensor, batch_size: int, seed: int) -> I
         yield ((features[rows], labels[rows]) for rows in BatchSampler(order, batch_size, drop_last=False))
 
 
-def _resize(logits: Tensor, size: torch.Size) -> Tensor:
+def resize_logits(logits: Tensor, size: torch.Size) -> Tensor:
     """Maps (B, C, h, w) at the labels' size; logits of whole images, (B, C), as they are."""
     if logits.dim() == 2:
         return logits
@@ -301,7 +301,7 @@ def _resize(logits: Tensor, size: torch.Size) -> Tensor:
 
 
 @contextmanager
-def _tokens_enabled(base: PreTrainedModel, enabled: bool) -> Iterator[None]:
+def tokens_enabled(base: PreTrainedModel, enabled: bool) -> Iterator[None]:
     injector = find_injector(base)
     if injector is None:
         yield
@@ -314,7 +314,7 @@ def _tokens_enabled(base: PreTrainedModel, enabled: bool) -> Iterator[None]:
         injector.set_enabled(before)
 
 
-def _base_of(model: PreTrainedModel) -> PreTrainedModel:
+def base_of(model: PreTrainedModel) -> PreTrainedModel:
     return model.get_base_model() if isinstance(model, RobustnessTokenPreTrainedModel) else model
 
 
