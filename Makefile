@@ -30,9 +30,11 @@ bench: .venv/.installed  ## Run the benchmarks, shortened (a tenth of the attack
 	$(BIN)/python -m benchmarks.training_step --output outputs/benchmarks/short/training_step.json --num_attack_steps 3 --rounds 2
 	$(BIN)/python -m benchmarks.sweep_step --output outputs/benchmarks/short/sweep_step.json --num_attack_steps 3 --rounds 2
 
-quality: .venv/.installed  ## Check format, lint and types
+quality: .venv/.installed  ## Check format, lint, layers and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest -q tests/test_faces.py
 	$(BIN)/mypy
 
 format: .venv/.installed  ## Format the code and mend what lint can mend

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import Dinov2Config, Dinov2Model
 
 from robustness_tokens import RobustnessTokenTrainingArguments
-from robustness_tokens.speedups import has_bfloat16
+from robustness_tokens.models import has_bfloat16
 
 
 PUBLISHED = "published"

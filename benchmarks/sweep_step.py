@@ -33,8 +33,8 @@ from benchmarks.common import (
 )
 from benchmarks.published_step import PublishedStep
 from robustness_tokens import RobustnessTokenModel, RobustnessTokenTrainer
-from robustness_tokens.adversarial_pairs import AdversarialPairs
-from robustness_tokens.attack_once import make_adversarial_pairs
+from robustness_tokens.data import AdversarialPairs
+from robustness_tokens.training import make_adversarial_pairs
 
 
 PRECISIONS = {"fp32": {"mixed_precision": "no"}, "bf16": {"mixed_precision": "bf16"}}

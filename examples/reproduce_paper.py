@@ -43,14 +43,17 @@ from robustness_tokens import (
     cosine_similarity,
     paper_attack,
 )
-from robustness_tokens.batches import build_dataloader
-from robustness_tokens.data import ImageDataset, IterableImageDataset
-from robustness_tokens.dataset_loading import load_image_dataset
+from robustness_tokens.attacks import example_generators
+from robustness_tokens.data import (
+    ImageDataset,
+    ImageTransform,
+    IterableImageDataset,
+    build_dataloader,
+    load_image_dataset,
+)
 from robustness_tokens.hub import holds_adapter
-from robustness_tokens.losses import example_generators
-from robustness_tokens.modeling import RobustnessTokenPreTrainedModel
-from robustness_tokens.preprocessing import ImageTransform
-from robustness_tokens.presets import resolve_preset
+from robustness_tokens.models import RobustnessTokenPreTrainedModel
+from robustness_tokens.training import resolve_preset
 
 
 FEATURES = "features attacked (cosine)"

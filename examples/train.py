@@ -13,9 +13,7 @@ from __future__ import annotations
 from transformers import set_seed
 
 from robustness_tokens import RobustnessTokenModel, RobustnessTokenTrainer
-from robustness_tokens.argument_parsing import parse_arguments
-from robustness_tokens.held_out import load_eval_dataset
-from robustness_tokens.training_data import load_train_dataset
+from robustness_tokens.cli import load_eval_dataset, load_train_dataset, parse_arguments
 
 
 def main() -> None:

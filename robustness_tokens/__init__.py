@@ -1,18 +1,19 @@
 """Adversarially robust vision transformers from a frozen backbone and a handful of learned input tokens."""
 
-__version__ = "0.1.0"  # before the imports, since modules below write it into what they save
-
 from .attacks import cosine_similarity, paper_attack, pgd_attack
 from .configuration import RobustnessTokenConfig
+from .data import Normalizer
 from .evaluation import evaluate_robustness
-from .features import extract_features
-from .injection import remove_tokens
-from .losses import robustness_loss
-from .merging import extract_tokens
-from .modeling import RobustnessTokenForImageClassification, RobustnessTokenModel, inject_tokens
-from .preprocessing import Normalizer
-from .trainer import RobustnessTokenTrainer
-from .training_args import RobustnessTokenTrainingArguments
+from .models import (
+    RobustnessTokenForImageClassification,
+    RobustnessTokenModel,
+    extract_features,
+    extract_tokens,
+    inject_tokens,
+    remove_tokens,
+)
+from .training import RobustnessTokenTrainer, RobustnessTokenTrainingArguments, robustness_loss
+from .utils import __version__
 
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "RobustnessTokenModel",
     "RobustnessTokenTrainer",
     "RobustnessTokenTrainingArguments",
+    "__version__",
     "cosine_similarity",
     "evaluate_robustness",
     "extract_features",

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from transformers import PreTrainedConfig
 
-from .files import json_values
+from .utils import json_values
 
 
 SCHEMA_VERSION = 1
@@ -64,7 +64,7 @@ class RobustnessTokenConfig(PreTrainedConfig):
         base_model_revision (`str`, *optional*): Commit of the base on the Hub.
         base_model_class (`str`): The transformers class that loads the base, such as `"Dinov2Model"`.
         base_model_fingerprint (`dict[str, str]`): sha256 of the base's first and last layer by floating dtype, see
-            [`~robustness_tokens.backbones.layer_fingerprint`].
+            [`~robustness_tokens.models.layer_stack.layer_fingerprint`].
         num_robustness_tokens (`int`): K, the number of tokens.
         hidden_size (`int`): D, the width of the base.
         initializer_range (`float`): Standard deviation of the tokens before training (paper: 0.01).

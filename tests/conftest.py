@@ -17,38 +17,15 @@ import torch
 from packaging.version import Version
 from torch import Tensor
 from transformers import (
-    Dinov2Config,
-    Dinov2ForImageClassification,
-    Dinov2Model,
-    Dinov2WithRegistersConfig,
-    Dinov2WithRegistersForImageClassification,
-    Dinov2WithRegistersModel,
     PreTrainedModel,
-    ViTConfig,
-    ViTForImageClassification,
-    ViTModel,
 )
 
-from robustness_tokens import onednn, speedups
-from robustness_tokens.modeling import RobustnessTokenModel
-from tests.hub_client import HubClient
-from tests.hub_server import run_hub
-from tests.hub_state import Hub
-
-
-# Packing weights needs the instructions; computing in bfloat16 does not.
-ONEDNN_BFLOAT16: bool = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-IMAGE_SIZE, HIDDEN_SIZE, NUM_TOKENS, NUM_LABELS = 16, 32, 3, 5
-
-FAMILIES: dict[str, tuple[Any, Any, Any]] = {
-    "vit": (ViTConfig, ViTModel, ViTForImageClassification),
-    "dinov2": (Dinov2Config, Dinov2Model, Dinov2ForImageClassification),
-    "dinov2_with_registers": (
-        Dinov2WithRegistersConfig,
-        Dinov2WithRegistersModel,
-        Dinov2WithRegistersForImageClassification,
-    ),
-}
+from robustness_tokens.models import onednn, speedups
+from robustness_tokens.models.modeling import RobustnessTokenModel
+from tests.support.bases import FAMILIES, HIDDEN_SIZE, IMAGE_SIZE, NUM_TOKENS, build_base
+from tests.support.hub_client import HubClient
+from tests.support.hub_server import run_hub
+from tests.support.hub_state import Hub
 
 
 @pytest.fixture(autouse=True)
@@ -80,22 +57,6 @@ def few_threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def build_base(family: str, *, classifier: bool = False, **overrides: Any) -> Any:
-    """A tiny base, the same at each call; dropout would change its outputs if it were ever left in training mode."""
-    config_class, model_class, classifier_class = FAMILIES[family]
-    sizes: dict[str, Any] = {"image_size": IMAGE_SIZE, "patch_size": 8, "hidden_size": HIDDEN_SIZE}
-    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_labels": NUM_LABELS, "initializer_range": 0.2}
-    sizes |= {"hidden_dropout_prob": 0.3}
-    if family == "vit":
-        sizes["intermediate_size"] = 64
-    else:
-        sizes |= {"mlp_ratio": 2, "drop_path_rate": 0.3}
-    with torch.random.fork_rng():
-        torch.manual_seed(1 + list(FAMILIES).index(family))
-        model = (classifier_class if classifier else model_class)(config_class(**{**sizes, **overrides}))
-    return model.eval()
-
-
 @pytest.fixture
 def make_base() -> Callable[..., Any]:
     """`make_base(family, classifier=False, **config)`: a tiny random base in memory, equal weights at each call."""
@@ -106,14 +67,6 @@ def make_base() -> Callable[..., Any]:
 def make_model(make_base: Callable[..., Any]) -> Callable[..., RobustnessTokenModel]:
     """`make_model(family="dinov2")`: such a base with three tokens."""
     return lambda family="dinov2": RobustnessTokenModel.from_base(make_base(family), num_robustness_tokens=3)
-
-
-def input_gradient(model: RobustnessTokenModel, pixel_values: Tensor) -> Tensor:
-    """(B, 3, H, W): of a sum of the features with unequal weights."""
-    pixel_values = pixel_values.clone().requires_grad_()
-    features = model.get_features(pixel_values)
-    weights = torch.linspace(-1, 1, features.numel()).view_as(features)
-    return torch.autograd.grad((weights * features).sum(), pixel_values)[0]
 
 
 @pytest.fixture(params=list(FAMILIES))
@@ -198,7 +151,7 @@ def running_client(running_hub: Hub, tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture
 def client(running_client: HubClient) -> HubClient:
-    """Calls what `tests/hub_tasks.py` offers in new processes, whose Hub is the test's; its cache is empty."""
+    """Calls what `tests/support/hub_tasks.py` offers in new processes, whose Hub is the test's; its cache is empty."""
     running_client.wipe_cache()
     return running_client
 

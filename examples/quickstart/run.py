@@ -28,13 +28,10 @@ from robustness_tokens import (
     RobustnessTokenTrainingArguments,
     evaluate_robustness,
 )
-from robustness_tokens.batches import collate_images
-from robustness_tokens.data import ImageDataset
-from robustness_tokens.dataset_loading import load_image_dataset
-from robustness_tokens.evaluation.figures import training_figures
-from robustness_tokens.preprocessing import ImageTransform
-from robustness_tokens.presets import resolve_preset
+from robustness_tokens.data import ImageDataset, ImageTransform, collate_images, load_image_dataset
+from robustness_tokens.evaluation import training_figures
 from robustness_tokens.report import RobustnessReport
+from robustness_tokens.training import resolve_preset
 
 
 HERE = Path(__file__).parent

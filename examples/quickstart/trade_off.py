@@ -23,9 +23,9 @@ from robustness_tokens import (
     RobustnessTokenTrainer,
     RobustnessTokenTrainingArguments,
 )
-from robustness_tokens.dataset_loading import load_image_dataset
+from robustness_tokens.data import load_image_dataset
 from robustness_tokens.evaluation import evaluate_robustness
-from robustness_tokens.plots import plot_trade_off
+from robustness_tokens.report import plot_trade_off
 
 
 HERE = Path(__file__).parent

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import BitImageProcessor, Dinov2Config, Dinov2ForImageClassification
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from robustness_tokens.speedups import runs_in_half
+from robustness_tokens.models import runs_in_half
 
 
 CARD = """---

@@ -10,8 +10,7 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from robustness_tokens.hub import CONFIG_FILE, EVALUATION_FILE, AdapterFolder, read_config, read_report
-from robustness_tokens.model_card import render_card
+from robustness_tokens.hub import CONFIG_FILE, EVALUATION_FILE, AdapterFolder, read_config, read_report, render_card
 
 
 HERE = Path(__file__).parent

@@ -1,6 +1,7 @@
 """Attacks as pure functions of an objective and images; nothing here knows a model class."""
 
 from .autoattack import apgd_attack, auto_attack
+from .common import example_generators
 from .noise import noise_attack
 from .objectives import (
     Objective,
@@ -11,22 +12,25 @@ from .objectives import (
     margin_objective,
     pixel_cross_entropy_objective,
 )
-from .paper import paper_attack
+from .paper import PAPER_EPS_NORMALIZED, paper_attack, paper_attack_eps
 from .pgd import pgd_attack
 from .square import square_attack
 
 
 __all__ = [
+    "PAPER_EPS_NORMALIZED",
     "Objective",
     "apgd_attack",
     "auto_attack",
     "cosine_similarity",
     "cross_entropy_objective",
+    "example_generators",
     "feature_cosine_objective",
     "feature_mse_objective",
     "margin_objective",
     "noise_attack",
     "paper_attack",
+    "paper_attack_eps",
     "pgd_attack",
     "pixel_cross_entropy_objective",
     "square_attack",

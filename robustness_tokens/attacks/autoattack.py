@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from .pgd import check_pixels, check_steps
+from .common import check_pixels, check_steps
 
 
 ApgdLoss = Literal["cross_entropy", "targeted_dlr"]

@@ -11,7 +11,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from .pgd import Generators, check_pixels, check_steps, draw_noise, evaluate_objective
+from .common import Generators, check_pixels, check_steps, draw_noise, evaluate_objective
 
 
 NoiseKind = Literal["uniform", "corners"]

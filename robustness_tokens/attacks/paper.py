@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .common import Generators, check_pixels, check_steps, draw_noise, input_gradient
 from .objectives import detached_copy
-from .pgd import Generators, check_pixels, check_steps, draw_noise, input_gradient
 
 
 _MAX_MSE = 1e-4
+
+PAPER_EPS_NORMALIZED = 8 / 255
+"""The radius of the published attack, in normalised units; times a channel's standard deviation, in pixels."""
 
 
 @torch.inference_mode(False)
@@ -132,3 +136,16 @@ def _check_range(images: Tensor) -> None:
             f"pixel_values must be [0, 1] images normalised with image_mean and image_std, but unnormalised they go "
             f"from {lowest:g} to {highest:g}"
         )
+
+
+def paper_attack_eps(image_std: Sequence[float], *, on_grid: bool) -> float:
+    """The budget of the paper's attack in pixel units, after its 8-bit step.
+
+    That step rounds towards black, so it adds up to a level. From the grid to the grid only whole levels lead.
+
+    Args:
+        image_std: One standard deviation per channel that images are normalised with.
+        on_grid: Whether the images are on the 8-bit grid.
+    """
+    levels = round(255 * PAPER_EPS_NORMALIZED * max(image_std), 6) + 1
+    return (math.floor(levels) if on_grid else levels) / 255

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .pgd import (
+from .common import (
     Generators,
     check_can_stop,
     check_pixels,

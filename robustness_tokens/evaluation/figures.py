@@ -20,15 +20,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..backbones import LayerStack, find_layer_stack
-from ..features import find_patch_size
-from ..plots import plot_attacked_images, plot_eps_curves, plot_image_columns, plot_layer_maxima, plot_training_curves
-from ..report.markdown import plain
-from ..report.schema import Metric
-from ..sweep import CSV_FILE, FIGURE_FILE
-from ..training_log import LOG_FILE, read_log
-from .attack_call import AttackBatch
-from .attack_suite import run_attack
+from ..models import LayerStack, find_layer_stack, find_patch_size
+from ..report import (
+    Metric,
+    plain,
+    plot_attacked_images,
+    plot_eps_curves,
+    plot_image_columns,
+    plot_layer_maxima,
+    plot_training_curves,
+)
+from ..training import CSV_FILE, FIGURE_FILE, LOG_FILE, read_log
+from .attack_suite import AttackBatch, run_attack
 from .cells import Cell
 from .measurements import Measurements
 from .plan import main_attack

@@ -9,10 +9,9 @@ from typing import Any, get_args
 
 from torch import Tensor
 
-from ..report.groups import WORST_CASE
-from ..report.schema import Knowledge as ReportedKnowledge
-from ..report.schema import Result, TokensInPlace
-from .attack_call import AttackBatch
+from ..report import WORST_CASE, Result, TokensInPlace
+from ..report import Knowledge as ReportedKnowledge
+from .attack_suite import AttackBatch
 from .cells import Cell
 from .outcomes import Outcome, summarize, worst_outcome
 from .threat_models import EvaluatedModel

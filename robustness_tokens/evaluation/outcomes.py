@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ..attacks import cosine_similarity
-from ..report.schema import Metric, Task
-from .attack_call import AttackBatch
+from ..report import Metric, Task
+from .attack_suite import AttackBatch
 from .metrics import (
     Interval,
     IoUCounts,

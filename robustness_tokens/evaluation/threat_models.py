@@ -15,13 +15,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..configuration import FeatureView, SimilarityAxis
-from ..features import default_feature_view, extract_features
-from ..injection import TokenInjector, find_injector
-from ..modeling import RobustnessTokenForImageClassification, RobustnessTokenPreTrainedModel
-from ..preprocessing import Normalizer
-from ..probes import ProbedModel
-from ..speedups import computing_faster, runs_in_half
-from ..training_args import MixedPrecision
+from ..data import Normalizer
+from ..models import (
+    MixedPrecision,
+    ProbedModel,
+    RobustnessTokenForImageClassification,
+    RobustnessTokenPreTrainedModel,
+    TokenInjector,
+    computing_faster,
+    default_feature_view,
+    extract_features,
+    find_injector,
+    runs_in_half,
+)
 
 
 Task = Literal["features", "classification", "segmentation"]

@@ -1,8 +1,50 @@
 """The report of an evaluation: its schema, and how it reads."""
 
 from .html import render_report_html
-from .markdown import render_report_markdown
-from .schema import Check, Result, RobustnessReport
+from .markdown import code, format_eps, format_setting, headline, plain, render_report_markdown, table
+from .plots import (
+    plot_attacked_images,
+    plot_eps_curves,
+    plot_image_columns,
+    plot_layer_maxima,
+    plot_sweep,
+    plot_trade_off,
+    plot_training_curves,
+)
+from .schema import Check, Knowledge, Metric, Result, Task, TokensInPlace
+from .words import ATTACKERS, METRICS, WORST_CASE, group_results
+from .writing import FIGURE_FILES, HTML_FILE, MARKDOWN_FILE, REPORT_FILE, RobustnessReport
 
 
-__all__ = ["Check", "Result", "RobustnessReport", "render_report_html", "render_report_markdown"]
+__all__ = [
+    "ATTACKERS",
+    "FIGURE_FILES",
+    "HTML_FILE",
+    "MARKDOWN_FILE",
+    "METRICS",
+    "REPORT_FILE",
+    "WORST_CASE",
+    "Check",
+    "Knowledge",
+    "Metric",
+    "Result",
+    "RobustnessReport",
+    "Task",
+    "TokensInPlace",
+    "code",
+    "format_eps",
+    "format_setting",
+    "group_results",
+    "headline",
+    "plain",
+    "plot_attacked_images",
+    "plot_eps_curves",
+    "plot_image_columns",
+    "plot_layer_maxima",
+    "plot_sweep",
+    "plot_trade_off",
+    "plot_training_curves",
+    "render_report_html",
+    "render_report_markdown",
+    "table",
+]

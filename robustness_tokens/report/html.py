@@ -7,29 +7,167 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
-from typing import TYPE_CHECKING
+from typing import Any
 
-from .groups import WORST_CASE, is_sweep
-from .html_tables import (
-    escape_code,
-    escape_text,
-    format_interval,
-    format_levels,
-    format_number,
-    format_unit,
-    render_checks,
-    render_results,
-)
-from .markdown import plain
-from .style import STYLE
-from .words import METRICS
+from .markdown import format_setting, plain
+from .schema import Check, ReportContent, Result
+from .words import ATTACKERS, BASELINES, METRICS, TASKS, TOKENS, WORST_CASE, group_results, is_sweep
 
 
-if TYPE_CHECKING:
-    from .schema import Result, RobustnessReport
+STYLE = """
+:root {
+  color-scheme: light dark;
+  --page: #f6f7f9; --card: #ffffff; --text: #1c2430; --muted: #566173; --line: #dde2e9; --head: #eef1f5;
+  --accent: #1b4965; --pass: #17603a; --pass-back: #dff3e6; --fail: #9b1c1c; --fail-back: #fbe3e3;
+  --none: #4a5568; --none-back: #e9edf2;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --page: #12161c; --card: #1a2029; --text: #e4e8ee; --muted: #9aa6b6; --line: #2e3744; --head: #222a35;
+    --accent: #8ec5e8; --pass: #8fe0b0; --pass-back: #173626; --fail: #ffb0b0; --fail-back: #471d20;
+    --none: #c0c9d6; --none-back: #2b3441;
+  }
+}
+* { box-sizing: border-box; }
+html { -webkit-text-size-adjust: 100%; }
+body {
+  margin: 0; background: var(--page); color: var(--text); line-height: 1.5; overflow-wrap: anywhere;
+  font-family: system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", "Liberation Sans", Arial, sans-serif;
+}
+main { max-width: 68rem; margin: 0 auto; padding: 2rem 1.25rem 4rem; }
+h1 { font-size: 1.75rem; line-height: 1.2; margin: 0 0 .5rem; letter-spacing: -.01em; }
+h2 { font-size: 1.3rem; line-height: 1.25; margin: 3rem 0 .75rem; letter-spacing: -.005em; }
+h3 { font-size: 1.05rem; margin: 2rem 0 .5rem; }
+p { margin: 0 0 .75rem; max-width: 46rem; }
+code { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace; font-size: .88em; }
+.muted, caption, figcaption { color: var(--muted); }
+.lead { font-size: 1.05rem; }
+.eyebrow {
+  margin: 0 0 .4rem; color: var(--muted); font-size: .78rem; font-weight: 600; letter-spacing: .07em;
+  text-transform: uppercase;
+}
 
+.stats { display: grid; grid-template-columns: repeat(auto-fit, minmax(15rem, 1fr)); gap: .9rem; margin: 1.5rem 0 0; }
+.stat {
+  background: var(--card); border: 1px solid var(--line); border-radius: .6rem; padding: 1rem 1.1rem;
+}
+.stat.strongest { border: 2px solid var(--accent); padding: calc(1rem - 1px) calc(1.1rem - 1px); }
+.stat dt { font-weight: 650; line-height: 1.3; }
+.stat dd { margin: 0; line-height: 1.4; font-size: .88rem; color: var(--muted); font-variant-numeric: tabular-nums; }
+.stat dd.value { margin: .25rem 0 .1rem; font-size: 2.1rem; line-height: 1.25; font-weight: 650; color: var(--text); }
+.stat dd.who { margin-top: .5rem; }
+.stat dd.value small { font-size: 1.1rem; font-weight: 500; color: var(--muted); }
+
+.scroll { overflow-x: auto; background: var(--card); border: 1px solid var(--line); border-radius: .6rem; }
+.scroll:focus-visible, summary:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
+table { border-collapse: collapse; width: 100%; font-size: .9rem; line-height: 1.4; }
+caption > span {
+  display: inline-block; position: sticky; left: .85rem; max-width: min(46rem, calc(100vw - 4.5rem));
+}
+caption { text-align: left; padding: .75rem .85rem; font-size: .88rem; }
+th, td { padding: .5rem .85rem; text-align: left; vertical-align: baseline; border-top: 1px solid var(--line); }
+thead th { background: var(--head); font-size: .8rem; font-weight: 600; color: var(--muted); vertical-align: bottom; }
+tbody th { font-weight: 600; }
+.level th { background: var(--head); padding-top: .6rem; padding-bottom: .45rem; }
+.num { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
+td.value { font-weight: 600; padding-right: .3rem; }
+td.interval { color: var(--muted); padding-left: .3rem; font-size: .85em; }
+th.pair { text-align: right; white-space: nowrap; }
+tbody th[scope=row] { font-weight: 500; min-width: 14rem; }
+tr.strongest > * { border-top: 2px solid var(--accent); border-bottom: 2px solid var(--accent); }
+tbody tr.strongest > th { font-weight: 700; }
+tr.strongest details { font-weight: 400; }
+.parameters { display: block; color: var(--muted); font-size: .8rem; font-weight: 400; max-width: 30rem; }
+
+.checks td:last-child { min-width: 15rem; }
+.checks th[scope=row] { min-width: 9rem; font-weight: 600; }
+.found { display: block; font-weight: 500; }
+.how { display: block; color: var(--muted); font-size: .85rem; }
+.verdict {
+  display: inline-block; white-space: nowrap; border-radius: 1rem; padding: .08rem .6rem; font-size: .82rem;
+  font-weight: 650; border: 1px solid transparent;
+}
+.pass { color: var(--pass); background: var(--pass-back); }
+.fail { color: var(--fail); background: var(--fail-back); border-color: currentColor; }
+.none { color: var(--none); background: var(--none-back); }
+.counts .verdict { white-space: normal; }
+.counts { display: flex; flex-wrap: wrap; gap: .5rem; margin: 0 0 1rem; padding: 0; list-style: none; }
+
+details { margin-top: .3rem; }
+main > details, section > details { margin-top: 1rem; }
+summary { cursor: pointer; color: var(--muted); font-size: .85rem; }
+details ul { margin: .3rem 0 0; padding-left: 1.1rem; color: var(--muted); font-size: .8rem; font-weight: 400; }
+details .scroll { margin-top: .6rem; }
+
+.figures { display: grid; gap: 1.25rem; grid-template-columns: repeat(2, minmax(0, 1fr)); }
+figure {
+  margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: .6rem; overflow: hidden;
+  display: flex; flex-direction: column;
+}
+figure.wide { grid-column: 1 / -1; }
+figure.alone img { max-width: min(100%, 40rem); }
+figure .paper {
+  flex: 1; display: grid; align-content: center; background: #ffffff; padding: .9rem; overflow-x: auto;
+}
+figure img { display: block; margin: 0 auto; max-width: 100%; height: auto; }
+figcaption { padding: .8rem 1rem 1rem; font-size: .88rem; border-top: 1px solid var(--line); }
+figcaption b { display: block; color: var(--text); font-size: .95rem; }
+
+dl.facts { display: grid; grid-template-columns: minmax(7rem, max-content) 1fr; gap: .3rem 1.25rem; margin: 0 0 1rem; }
+dl.facts dt { color: var(--muted); }
+dl.facts dd { margin: 0; }
+.limits { padding-left: 1.2rem; max-width: 46rem; }
+.limits li { margin-bottom: .45rem; }
+
+@media (max-width: 46rem) {
+  main { padding: 1.25rem 1rem 3rem; }
+  h1 { font-size: 1.4rem; }
+  .figures { grid-template-columns: minmax(0, 1fr); }
+  th, td { padding: .45rem .6rem; }
+  figure .paper { padding: .5rem; }
+  figure.wide:not(.alone) img { max-width: none; width: 44rem; }
+  .checks, .checks caption, .checks tbody { display: block; }
+  .checks thead { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
+  .checks tr {
+    display: grid; grid-template-columns: 1.9rem 1fr auto; align-items: baseline; padding: .55rem .6rem;
+    border-top: 1px solid var(--line);
+  }
+  .checks th, .checks td { border: 0; padding: 0; }
+  .checks td:first-child { text-align: left; }
+  .checks td:last-child { grid-column: 2 / -1; padding-top: .2rem; }
+  dl.facts { grid-template-columns: 1fr; gap: 0; }
+  dl.facts dd { margin-bottom: .5rem; }
+}
+@media print {
+  :root {
+    color-scheme: light;
+    --page: #ffffff; --card: #ffffff; --text: #000000; --muted: #444444; --line: #bbbbbb; --head: #f0f0f0;
+    --accent: #1b4965; --pass: #17603a; --pass-back: #ffffff; --fail: #9b1c1c; --fail-back: #ffffff;
+    --none: #444444; --none-back: #ffffff;
+  }
+  body { font-size: 10pt; }
+  main { max-width: none; padding: 0; }
+  .scroll { overflow: visible; }
+  .verdict { border-color: currentColor; }
+  figure, .stat, tr { break-inside: avoid; }
+  h2, h3, .level { break-after: avoid; }
+  thead { display: table-header-group; }
+}
+"""
+
+_LEVELS = {
+    "full_worst_case": "Knows everything: worst case over all levels",
+    "full": "Knows everything, tokens included (white box)",
+    "own_tokens": "Knows the backbone and the recipe, trained own tokens",
+    "base": "Knows the backbone, not the tokens (grey box)",
+    "none": "Knows nothing (noise, queries, transfer)",
+    None: "Clean images, no attacker",
+}
+# Look, symbol, word: of these each alone says it.
+_VERDICTS = {True: ("pass", "✓", "pass"), False: ("fail", "✗", "FAIL"), None: ("none", "○", "no verdict")}
+_MAIN = ("trained", "none")
 
 # File name of a figure -> title, explanation, whether it takes the whole width.
 FIGURES: dict[str, tuple[str, str, bool]] = {
@@ -76,7 +214,175 @@ FIGURES: dict[str, tuple[str, str, bool]] = {
 }
 
 
-def render_report_html(report: RobustnessReport) -> str:
+def render_checks(checks: Sequence[Check]) -> str:
+    """The checks in their order, with how many passed."""
+    if not checks:
+        return "<p>No check was run: the numbers below are claims, not findings.</p>"
+    outcomes = [check.passed for check in checks]
+    words = {True: "passed", False: "failed", None: "without a verdict"}
+    counts = "".join(
+        f"<li>{_verdict(outcome, f'{outcomes.count(outcome)} {words[outcome]}')}</li>"
+        for outcome in (False, True, None)
+        if outcome in outcomes
+    )
+    rows = "".join(
+        f'<tr><td class="num">{check.number}</td><th scope="row">{escape_text(check.name)}</th>'
+        f"<td>{_verdict(check.passed)}</td>"
+        f'<td><span class="found">{escape_text(check.value)}</span>'
+        f'<span class="how">{escape_text(check.explanation)}</span></td>'
+        "</tr>\n"
+        for check in sorted(checks, key=lambda check: check.number)
+    )
+    header = '<th scope="col" class="num">#</th>' + "".join(
+        f'<th scope="col">{name}</th>' for name in ("Check", "Verdict", "What was found, and how")
+    )
+    caption = "Questions that an evaluation must answer before its numbers count."
+    return f'<ul class="counts">{counts}</ul>\n{_table(caption, header, [rows], look="checks")}'
+
+
+def _verdict(passed: bool | None, words: str | None = None) -> str:
+    look, symbol, word = _VERDICTS[passed]
+    return f'<span class="verdict {look}"><span aria-hidden="true">{symbol}</span> {words or word}</span>'
+
+
+def render_results(results: Sequence[Result]) -> str:
+    """For each metric a table of attackers, and behind a click every attack, the baselines and the sweep."""
+    if not results:
+        return "<p>Nothing was measured.</p>"
+    blocks = [
+        "<p>A number is worth what the attacker knew. eps is the largest change of a pixel (L-inf norm) of images in "
+        "[0, 1]. A worst case takes for each image the attack that did the most, or none. Beside each number: its "
+        "95% confidence interval.</p>"
+    ]
+    for (task, metric), groups in group_results(results).items():
+        blocks.append(f"<h3>{TASKS[task]}: {METRICS[metric]}</h3>")
+        unit = "" if metric == "cosine" else ", in %"
+        name = METRICS[metric].capitalize() + unit
+        if groups.leading:
+            blocks.append(
+                _results_table(groups.leading, _MAIN, f"{name}, by what the attacker knows.", by_attacker=True)
+            )
+        if groups.single:
+            table = _results_table(groups.single, _MAIN, f"{name}, attack by attack.")
+            blocks.append(f"<details><summary>Every single attack</summary>{table}</details>")
+        baseline_rows = {_row_key(r) for r in groups.baselines}
+        shown = (*groups.leading, *groups.single, *groups.baselines)
+        if baselines := [r for r in shown if r.tokens != "none" and _row_key(r) in baseline_rows]:
+            caption = f"{name}, with other tokens in place of the trained ones: was anything learned?"
+            table = _results_table(baselines, ("trained", *BASELINES), caption)
+            blocks.append(f"<details><summary>Baselines: other tokens in their place</summary>{table}</details>")
+        if groups.sweep:
+            table = _results_table(groups.sweep, _MAIN, f"{name}, one or two attacks at growing eps, fewer images.")
+            blocks.append(f"<details><summary>Numbers of the sweep over eps</summary>{table}</details>")
+    return "\n".join(blocks)
+
+
+def _results_table(
+    results: Sequence[Result], tokens: Sequence[str], caption: str, *, by_attacker: bool = False
+) -> str:
+    """A row per attack; the level of knowledge is in the row's name or over all rows of the level."""
+    kinds = [kind for kind in tokens if any(r.tokens == kind for r in results)]
+    header = f'<th scope="col">{"The attacker" if by_attacker else "Attack"}</th>'
+    header += "".join(f'<th scope="colgroup" colspan="2" class="pair">{TOKENS[kind]}</th>' for kind in kinds)
+    header += "".join(f'<th scope="col" class="num">{name}</th>' for name in ("eps, L-inf", "Images", "Seed"))
+    bodies = []
+    for level in ATTACKERS:
+        rows: dict[tuple[Any, ...], list[Result]] = {}
+        for r in (r for r in results if r.knowledge == level):
+            rows.setdefault(_row_key(r), []).append(r)
+        if not rows:
+            continue
+        shown = [_result_row(group, kinds, _LEVELS[level] if by_attacker else None) for group in rows.values()]
+        if not by_attacker:
+            span = 4 + 2 * len(kinds)
+            shown.insert(0, f'<tr class="level"><th scope="rowgroup" colspan="{span}">{_LEVELS[level]}</th></tr>\n')
+        bodies.append("".join(shown))
+    return _table(caption, header, bodies, look="attackers" if by_attacker else "attacks")
+
+
+def _result_row(group: Sequence[Result], kinds: Sequence[str], level: str | None) -> str:
+    """One attack, under each kind of tokens. Several numbers of one kind get a line each."""
+    first = group[0]
+    cells = [f'<th scope="row">{_attack(first) if level is None else level + _detail(first)}</th>']
+    for kind in kinds:
+        of_kind = [r for r in group if r.tokens == kind]
+        values = "<br>".join(format_number(r.value, r) for r in of_kind) or "&ndash;"
+        intervals = "<br>".join(format_interval(r) for r in of_kind)
+        cells.append(f'<td class="num value">{values}</td><td class="num interval">{intervals}</td>')
+    eps = "0" if first.attack is None else format_levels(first.eps)
+    cells += [f'<td class="num">{cell}</td>' for cell in (eps, f"{first.num_images:,}", first.seed)]
+    look = ' class="strongest"' if level is not None and first.knowledge == "full_worst_case" else ""
+    return f"<tr{look}>{''.join(cells)}</tr>\n"
+
+
+def _attack(result: Result) -> str:
+    if result.attack is None:
+        return "no attack"
+    if result.attack == WORST_CASE:
+        return f"worst case{_detail(result)}"
+    return escape_code(result.attack) + _detail(result)
+
+
+def _detail(result: Result) -> str:
+    """The hyper-parameters in small print; of a worst case, the attacks that it is over."""
+    parameters = {k: v for k, v in result.attack_parameters.items() if k != "series" and v is not None}
+    attacks, over = parameters.get("attacks"), ""
+    if result.attack == WORST_CASE and isinstance(attacks, list):
+        del parameters["attacks"]
+        items = "".join(f"<li>{escape_text(attack)}</li>" for attack in attacks)
+        count = f"{len(attacks)} attack{'s' * (len(attacks) != 1)}"
+        over = f"<details><summary>worst of {count} on each image</summary><ul>{items}</ul></details>"
+    settings = ", ".join(f"{plain(name)} = {format_setting(name, value)}" for name, value in parameters.items())
+    return over + (f'<span class="parameters">{escape_text(settings)}</span>' if settings else "")
+
+
+def _table(caption: str, header: str, bodies: Iterable[str], *, look: str = "results") -> str:
+    rows = "".join(f"<tbody>\n{body}</tbody>\n" for body in bodies)
+    return (
+        f'<div class="scroll" tabindex="0" role="region" aria-label="Table: {caption}"><table class="{look}">'
+        f"<caption><span>{caption}</span></caption>\n<thead><tr>{header}</tr></thead>\n{rows}</table></div>"
+    )
+
+
+def _row_key(result: Result) -> tuple[Any, ...]:
+    parameters = tuple((name, str(value)) for name, value in result.attack_parameters.items())
+    return (result.knowledge, result.attack, parameters, result.eps, result.num_images, result.seed)
+
+
+def format_number(value: float, result: Result) -> str:
+    """A value of a result's metric: a cosine as it is, all others in %."""
+    return f"{value:.3f}" if result.metric == "cosine" else f"{100 * value:.1f}"
+
+
+def format_unit(result: Result) -> str:
+    """What goes behind a number of this metric."""
+    return "" if result.metric == "cosine" else "%"
+
+
+def format_interval(result: Result) -> str:
+    """The confidence interval, or nothing."""
+    if result.confidence_interval is None:
+        return ""
+    low, high = result.confidence_interval
+    return f"[{format_number(low, result)}, {format_number(high, result)}]"
+
+
+def format_levels(eps: float) -> str:
+    """A size in pixel units as people say it: `"4/255"`."""
+    return f"{255 * eps:.4g}/255"
+
+
+def escape_text(text: object) -> str:
+    """A text that is shown as it is, on one line."""
+    return escape(plain(text))
+
+
+def escape_code(text: object) -> str:
+    """A name or id, likewise."""
+    return f"<code>{escape_text(text)}</code>"
+
+
+def render_report_html(report: ReportContent) -> str:
     """The report as HTML: what the strongest attacker left, the checks, the numbers, the figures, the limits.
 
     Args:
@@ -131,7 +437,7 @@ def render_report_html(report: RobustnessReport) -> str:
 """
 
 
-def _headline(report: RobustnessReport) -> str:
+def _headline(report: ReportContent) -> str:
     """The worst case beside the grey box and clean images, of the first metric that was reported."""
     ours = [r for r in report.results if r.tokens == "trained" and not is_sweep(r)]
     if not ours:
@@ -197,7 +503,7 @@ def _figures(figures: dict[str, bytes]) -> str:
     return f'<div class="figures">\n{"".join(shown)}</div>'
 
 
-def _facts(report: RobustnessReport) -> str:
+def _facts(report: ReportContent) -> str:
     dataset = report.dataset
     split = "not named" if dataset["split"] is None else escape_code(dataset["split"])
     facts = {

@@ -8,17 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from .groups import BASELINES, WORST_CASE, group_results
-from .words import ATTACKERS, METRICS, TASKS, TOKENS
-
-
-if TYPE_CHECKING:
-    from .schema import Check, Result, RobustnessReport
+from .schema import Check, ReportContent, Result
+from .words import ATTACKERS, BASELINES, METRICS, TASKS, TOKENS, WORST_CASE, group_results
 
 
-def render_report_markdown(report: RobustnessReport, *, level: int = 1) -> str:
+def render_report_markdown(report: ReportContent, *, level: int = 1) -> str:
     """The report as Markdown: the checks first, then the numbers, the strongest attacker's first.
 
     Args:
@@ -44,7 +40,7 @@ def render_report_markdown(report: RobustnessReport, *, level: int = 1) -> str:
     return "\n\n".join(blocks) + "\n"
 
 
-def headline(report: RobustnessReport) -> str | None:
+def headline(report: ReportContent) -> str | None:
     """One sentence: the report's first worst case beside the same on clean images; None if it holds no worst case."""
     worst = [r for r in report.results if r.knowledge == "full_worst_case" and r.tokens == "trained"]
     if not worst:

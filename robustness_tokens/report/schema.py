@@ -4,25 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
-from .. import files
-from .html import FIGURES, render_report_html
-from .markdown import render_report_markdown
-from .strict import MAX_INT, MAX_NAME, check_choice, check_int, check_keys, check_number, check_parameters, check_text
+from ..utils import MAX_INT, MAX_NAME, check_choice, check_int, check_keys, check_number, check_parameters, check_text
 
 
 SCHEMA_VERSION = 1
-REPORT_FILE = "evaluation.json"
-MARKDOWN_FILE = "evaluation.md"
-HTML_FILE = "report.html"
-FIGURES_FOLDER = "figures"
-FIGURE_FILES = tuple(f"{FIGURES_FOLDER}/{name}" for name in FIGURES)
 
 Task = Literal["features", "classification", "segmentation"]
 Metric = Literal["cosine", "accuracy", "miou", "mean_image_miou"]
@@ -133,7 +122,7 @@ class Check:
 
 
 @dataclass(kw_only=True)
-class RobustnessReport:
+class ReportContent:
     """What an evaluation found.
 
     Args:
@@ -225,52 +214,6 @@ class RobustnessReport:
                 "checks": [_read(f"checks[{i}]", Check, entry) for i, entry in _numbered(content["checks"], "checks")],
             }
         )
-
-    def save(self, folder: str | os.PathLike[str]) -> None:
-        """Writes evaluation.json and, for people, evaluation.md, report.html and figures/.
-
-        Each file is written whole or not at all.
-
-        Args:
-            folder: Made if it doesn't exist; best the adapter's own, so that the report travels with it.
-
-        Raises:
-            ValueError: If the JSON is larger than [`load`] would read, or a figure's name is no plain `name.png`.
-        """
-        for name in self.figures:
-            if not re.fullmatch(r"\w[\w-]*\.png", name, flags=re.ASCII):
-                raise ValueError(f"figures must be named by letters, digits, _ and -, and .png, got {name!r:.200}")
-        text = self.to_json_string()
-        if (size := len(text.encode())) > files.MAX_JSON_BYTES:
-            raise ValueError(
-                f"the report has {size:,} bytes as JSON, expected at most {files.MAX_JSON_BYTES:,}: keep fewer "
-                "results or shorter series"
-            )
-        path = Path(folder)
-        path.mkdir(parents=True, exist_ok=True)
-        files.write_text(path / MARKDOWN_FILE, render_report_markdown(self))
-        files.write_text(path / HTML_FILE, render_report_html(self))
-        for file in FIGURE_FILES:
-            (path / file).unlink(missing_ok=True)  # of an earlier report
-        for name, content in self.figures.items():
-            (path / FIGURES_FOLDER).mkdir(exist_ok=True)
-            files.write_bytes(path / FIGURES_FOLDER / name, content)
-        files.write_text(path / REPORT_FILE, text)
-
-    @classmethod
-    def load(cls, folder: str | os.PathLike[str]) -> Self:
-        """Reads the evaluation.json of a folder, without the figures.
-
-        Raises:
-            ValueError: If it is missing or damaged, or of a newer schema.
-        """
-        path = Path(folder) / REPORT_FILE
-        if not path.is_file():
-            raise ValueError(f"{folder} holds no {REPORT_FILE}: write one with `robtok evaluate`")
-        try:
-            return cls.from_dict(files.read_json(path))
-        except ValueError as exc:
-            raise ValueError(f"{path}: {exc}") from exc
 
 
 def _numbered(entries: object, name: str) -> list[tuple[int, Any]]:

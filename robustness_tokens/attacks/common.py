@@ -1,0 +1,142 @@
+"""What the attacks share: checks of their arguments, noise, the best iterate, the gradient of the images."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .objectives import Objective
+
+
+Generators: TypeAlias = torch.Generator | Sequence[torch.Generator] | None
+
+
+def example_generators(seed: int, step: int, index: Tensor) -> list[torch.Generator]:
+    """One CPU generator per example, from (seed, step, global index): noise that no batching or process changes.
+
+    Args:
+        seed, step: Of the run.
+        index: (B,) int64 global example indices.
+    """
+    seeds = (np.random.SeedSequence([seed, step, i]).generate_state(1, np.uint64)[0] for i in index.tolist())
+    return [torch.Generator().manual_seed(int(value >> np.uint64(1))) for value in seeds]
+
+
+def evaluate_objective(objective: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    """The objective's values, (B,); raises a `ValueError` unless they are one finite number per image."""
+    values = objective(images)
+    if values.shape != (len(images),):
+        raise ValueError(
+            f"objective must return one number per image, shape ({len(images)},), got shape {tuple(values.shape)}: "
+            "reduce every dimension but the first"
+        )
+    finite = values.isfinite()
+    if not finite.all():
+        raise ValueError(f"objective must be finite, got {values[~finite][0]:g} for image {(~finite).nonzero()[0, 0]}")
+    return values
+
+
+def keep_best(best_images: Tensor, best_values: Tensor, rows: Tensor, images: Tensor, values: Tensor) -> Tensor:
+    """Puts the images that score higher in the place of the best ones, in `best_images` itself.
+
+    Args:
+        best_images: (B, ...), changed.
+        best_values: (B,) their objectives.
+        rows: (R,) int64, which of them `images` are candidates for.
+        images: (R, ...).
+        values: (R,) objectives of the candidates.
+
+    Returns:
+        (B,) objectives of the best images now, in the dtype of `values`.
+    """
+    best_values = best_values.to(values.dtype)
+    better = values > best_values[rows]
+    best_images[rows[better]] = images[better]
+    return best_values.index_put((rows[better],), values[better])
+
+
+def select_rows(objective: Callable[[Tensor], Tensor], rows: Tensor, num_images: int) -> Callable[[Tensor], Tensor]:
+    """The objective of these rows of a batch alone; of all of them it is the objective itself."""
+    if len(rows) == num_images:
+        return objective
+    assert isinstance(objective, Objective)  # see check_can_stop
+    return objective.select(rows)
+
+
+def check_can_stop(objective: Callable[[Tensor], Tensor], stop_above: float) -> None:
+    """Raise a `ValueError` if images are to be done one by one, and the objective can't be taken of some of them."""
+    if stop_above < math.inf and not isinstance(objective, Objective):
+        raise ValueError(
+            "stop_above needs an objective that can be taken of some of the images, got a "
+            f"{type(objective).__name__}: make it as an Objective, or with margin_objective and its like"
+        )
+
+
+def check_pixels(name: str, pixels: Tensor) -> None:
+    """Raise a `ValueError` unless this is a batch in a precision that can hold a budget."""
+    # Half precision is coarser than 8 bits near 1 (bfloat16) or breaks the budget by rounding (float16).
+    if pixels.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"{name} must be float32 or float64, got {pixels.dtype}: convert first (8-bit images: `.float() / 255`); "
+            "a model in half precision can cast inside its own function"
+        )
+    if pixels.dim() == 0 or pixels.numel() == 0:
+        raise ValueError(f"{name} must hold at least one image, shape (B, ...), got shape {tuple(pixels.shape)}")
+
+
+def check_steps(*, eps: float, step_size: float | None, num_steps: int) -> None:
+    """Raise a `ValueError` unless budget and steps make sense."""
+    if not 0 <= eps < math.inf:
+        raise ValueError(f"eps must be a finite number of at least 0, got {eps}")
+    if step_size is not None and not 0 < step_size < math.inf:
+        raise ValueError(f"step_size must be a finite number above 0, got {step_size}")
+    if num_steps < 1:
+        raise ValueError(f"num_steps must be at least 1, got {num_steps}: without a step there is no attack")
+
+
+def draw_noise(like: Tensor, sample: Callable[..., Tensor], generator: Generators) -> Tensor:
+    """Noise of the shape, dtype and device of `like`.
+
+    Args:
+        like: (B, ...) floating tensor.
+        sample: `torch.rand` or `torch.randn`.
+        generator: One generator for all, one per example, or `None` for torch's default; on any device.
+
+    Returns:
+        (B, ...) noise.
+
+    Raises:
+        ValueError: If a sequence of generators doesn't hold one per example.
+    """
+    if generator is None:
+        return sample(like.shape, dtype=like.dtype, device=like.device)
+    if isinstance(generator, torch.Generator):
+        return sample(like.shape, generator=generator, dtype=like.dtype, device=generator.device).to(like.device)
+    if len(generator) != len(like):
+        raise ValueError(f"generator must hold one generator per image, {len(like)}, got {len(generator)}")
+    noise = [sample(like.shape[1:], generator=one, dtype=like.dtype, device=one.device) for one in generator]
+    return torch.stack(noise).to(like.device)  # (B, ...)
+
+
+def input_gradient(value: Tensor, images: Tensor, *, source: str) -> Tensor:
+    """Gradient of a scalar with respect to the images and nothing else; `source` names what was differentiated.
+
+    Raises:
+        ValueError: If there is no gradient, or it is not a number somewhere.
+    """
+    gradient = None
+    if value.requires_grad:
+        (gradient,) = torch.autograd.grad(value, images, allow_unused=True)
+    if gradient is None:
+        raise ValueError(
+            f"{source} has no gradient with respect to the images: compute it from the tensor it is given, without "
+            "detach, no_grad or rounding"
+        )
+    if gradient.isnan().any():
+        raise ValueError(f"{source} has a gradient with respect to the images that is NaN")
+    return gradient

@@ -1,0 +1,82 @@
+"""Pictures -> images in [0, 1] -> batches."""
+
+from .adversarial_pairs import (
+    ATTACK_ARGUMENTS,
+    INFO_FILE,
+    PAIR_FEATURES,
+    PAIRS_SPLIT,
+    PAIRS_STEP,
+    AdversarialPairs,
+    PairsInfo,
+    check_base,
+    find_pairs,
+    finish_folder,
+    load_adversarial_pairs,
+    missing_shards,
+    round_to_budget,
+    to_images,
+    to_pixels,
+    write_shard,
+)
+from .batches import BrokenImageLog, build_dataloader, collate_images
+from .image_datasets import (
+    IGNORE_INDEX,
+    ImageDataset,
+    IterableImageDataset,
+    SegmentationDataset,
+    TensorImageDataset,
+    choose_rows,
+    validate_images,
+)
+from .image_processors import (
+    build_image_processor,
+    load_image_processor,
+    processor_image_size,
+    read_image_processor,
+    with_normalization,
+)
+from .loading import load_image_dataset
+from .prepare import describe_dataset, describe_image_size, find_image_shape
+from .preprocessing import ImageTransform, Normalizer, ResizeMode
+
+
+__all__ = [
+    "ATTACK_ARGUMENTS",
+    "IGNORE_INDEX",
+    "INFO_FILE",
+    "PAIRS_SPLIT",
+    "PAIRS_STEP",
+    "PAIR_FEATURES",
+    "AdversarialPairs",
+    "BrokenImageLog",
+    "ImageDataset",
+    "ImageTransform",
+    "IterableImageDataset",
+    "Normalizer",
+    "PairsInfo",
+    "ResizeMode",
+    "SegmentationDataset",
+    "TensorImageDataset",
+    "build_dataloader",
+    "build_image_processor",
+    "check_base",
+    "choose_rows",
+    "collate_images",
+    "describe_dataset",
+    "describe_image_size",
+    "find_image_shape",
+    "find_pairs",
+    "finish_folder",
+    "load_adversarial_pairs",
+    "load_image_dataset",
+    "load_image_processor",
+    "missing_shards",
+    "processor_image_size",
+    "read_image_processor",
+    "round_to_budget",
+    "to_images",
+    "to_pixels",
+    "validate_images",
+    "with_normalization",
+    "write_shard",
+]

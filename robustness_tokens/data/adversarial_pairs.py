@@ -1,0 +1,393 @@
+"""Clean images and their attacked versions as a dataset: attacked once, read by every training after.
+
+While training, the paper's attacker sees the base alone, so a pair depends on the image, the base, the attack and the
+noise's seed, and on no token. A folder of pairs is what `datasets.load_from_disk` reads, with `adversarial_pairs.json`
+beside it, which says how they were made; on the Hub the images are PNG.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from datasets.arrow_writer import ArrowWriter
+from datasets.fingerprint import Hasher
+from huggingface_hub import hf_hub_download
+from huggingface_hub.utils import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ..configuration import RobustnessTokenConfig
+from ..utils import read_json, write_text
+
+
+SCHEMA_VERSION = 1
+INFO_FILE = "adversarial_pairs.json"
+PAIRS_STEP = 0
+"""The step that the noise of pairs is drawn for, whichever step of a training reads them: it comes from (seed, step,
+index), so an image has one attacked version."""
+
+PAIRS_SPLIT = "train"
+
+PAIR_FEATURES = datasets.Features(
+    {
+        "index": datasets.Value("int64"),  # the image's row in the dataset that was attacked
+        "image": datasets.Value("binary"),  # (H, W, 3) uint8, raw: read in a tenth of the time that a PNG takes
+        "adversarial_image": datasets.Value("binary"),
+        "baseline_cosine": datasets.Value("float32"),  # between the base's features of the two
+    }
+)
+
+ATTACK_ARGUMENTS = ("attack", "eps", "step_size", "num_attack_steps", "head_distance_weight")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairsInfo:
+    """How pairs were made: what `adversarial_pairs.json` holds.
+
+    Attributes:
+        schema_version, package_version: Of what wrote it.
+        base_model, base_model_revision, base_model_class, base_model_fingerprint: The model that was attacked, as in
+            `RobustnessTokenConfig`.
+        feature_view, similarity_axis, image_mean, image_std: Of the attacked features, likewise.
+        attack: The arguments of the attack, by their names in `RobustnessTokenTrainingArguments`.
+        max_pixel_difference: Budget in 8-bit levels, which no pixel of a pair exceeds.
+        seed, step: Of the noise, which comes from (seed, step, index).
+        batch_size: Images per forward, on which the paper's attack depends.
+        mixed_precision: That the attack was computed in: `"no"` where the device has no bfloat16.
+        resize: How pictures became images.
+        image_size: Height and width in pixels.
+        dataset: What is known of the images' origin.
+        num_images: That were to be attacked; broken ones have no pair.
+        images_per_shard: Per file.
+    """
+
+    schema_version: int = SCHEMA_VERSION
+    package_version: str
+    base_model: str
+    base_model_revision: str | None
+    base_model_class: str
+    base_model_fingerprint: dict[str, str]
+    feature_view: str
+    similarity_axis: str
+    image_mean: list[float]
+    image_std: list[float]
+    attack: dict[str, Any]
+    max_pixel_difference: int
+    seed: int
+    step: int
+    batch_size: int
+    mixed_precision: str
+    resize: str
+    image_size: list[int]
+    dataset: dict[str, Any]
+    num_images: int
+    images_per_shard: int
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> PairsInfo:
+        """Reads strictly.
+
+        Raises:
+            ValueError: If keys are missing or unknown, a value is not what it must be, or the schema is newer.
+        """
+        version = values.get("schema_version")
+        if type(version) is not int or version < 1:
+            raise ValueError(f"schema_version must be a whole number of at least 1, got {version!r}")
+        if version > SCHEMA_VERSION:
+            raise ValueError(
+                f"the pairs have schema_version {version}, this package reads up to {SCHEMA_VERSION}: "
+                "pip install --upgrade robustness-tokens"
+            )
+        known = {field.name for field in dataclasses.fields(cls)}
+        if set(values) != known:
+            raise ValueError(
+                f"{INFO_FILE} has missing keys {sorted(known - set(values))} and unknown keys "
+                f"{sorted(set(values) - known)}: it is damaged, or was not written by robustness_tokens"
+            )
+        info = cls(**values)
+        sizes = [info.max_pixel_difference, info.num_images, info.images_per_shard, info.batch_size]
+        if not isinstance(info.image_size, list) or len(info.image_size) != 2:
+            raise ValueError(f"{INFO_FILE}: image_size must be height and width, got {info.image_size!r}")
+        if not all(type(size) is int and size >= 1 for size in [*sizes, *info.image_size]):
+            raise ValueError(
+                f"{INFO_FILE}: max_pixel_difference, num_images, images_per_shard, batch_size and image_size must be "
+                f"whole numbers of at least 1, got {[*sizes, *info.image_size]}"
+            )
+        if not isinstance(info.attack, dict) or set(info.attack) != set(ATTACK_ARGUMENTS):
+            raise ValueError(f"{INFO_FILE}: attack must hold {sorted(ATTACK_ARGUMENTS)}, got {info.attack!r}")
+        name, *numbers = (info.attack[argument] for argument in ATTACK_ARGUMENTS)
+        if type(name) is not str or not all(number is None or type(number) in (int, float) for number in numbers):
+            raise ValueError(f"{INFO_FILE}: attack must hold a name and numbers, got {info.attack!r}")
+        digests = info.base_model_fingerprint
+        if not all(isinstance(value, dict) for value in (digests, info.dataset)) or not all(
+            isinstance(digest, str) for digest in digests.values()
+        ):
+            raise ValueError(f"{INFO_FILE}: base_model_fingerprint, of texts, and dataset must be objects")
+        return info
+
+    def to_json(self) -> str:
+        """What [`from_dict`] reads, as text."""
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+    @property
+    def bytes_per_pair(self) -> int:
+        """What a pair takes on a disk, but for the frame of the file."""
+        return 2 * 3 * math.prod(self.image_size) + 64
+
+    @property
+    def num_shards(self) -> int:
+        """How many files there are."""
+        return math.ceil(self.num_images / self.images_per_shard)
+
+    def shard_name(self, shard: int) -> str:
+        """Name of a file of the folder."""
+        return f"shard-{shard:05d}-of-{self.num_shards:05d}.arrow"
+
+
+class AdversarialPairs(Dataset[dict[str, Any]]):
+    """Pairs, read one at a time, in the data loader's workers if it has any; nothing is held in memory.
+
+    An item is {"images", "adversarial_images": (3, H, W) float32 in [0, 1] on the 8-bit grid, "baseline_cosine":
+    float, "index": the image's row in the dataset that was attacked}.
+
+    Args:
+        dataset: With the columns of `PAIR_FEATURES`, the images raw or PNG.
+        info: How the pairs were made.
+        with_baseline: False leaves "baseline_cosine" out.
+
+    Attributes:
+        stored: The rows as they are stored.
+
+    Raises:
+        ValueError: If there are other columns.
+    """
+
+    def __init__(self, dataset: datasets.Dataset, info: PairsInfo, *, with_baseline: bool = True) -> None:
+        if set(dataset.column_names) != set(PAIR_FEATURES):
+            raise ValueError(f"dataset has the columns {dataset.column_names}, expected {sorted(PAIR_FEATURES)}")
+        self.info, self._with_baseline = info, with_baseline
+        self._is_raw = dataset.features["image"] == PAIR_FEATURES["image"]
+        for column in () if self._is_raw else ("image", "adversarial_image"):
+            dataset = dataset.cast_column(column, datasets.Image(decode=False))
+        self.stored = dataset.with_format(None)
+
+    def __len__(self) -> int:
+        return len(self.stored)
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        stored = self.stored[int(row)]
+        clean, adversarial = (self._pixels(row, stored[column]) for column in ("image", "adversarial_image"))
+        difference = int(np.abs(clean.astype(np.int16) - adversarial).max())
+        if difference > self.info.max_pixel_difference:
+            raise ValueError(
+                f"pair {row} differs by {difference}/255, more than the {self.info.max_pixel_difference}/255 of its "
+                "attack: the dataset is damaged, make it anew"
+            )
+        baseline = {"baseline_cosine": float(stored["baseline_cosine"])} if self._with_baseline else {}
+        return {
+            "images": to_images(clean),
+            "adversarial_images": to_images(adversarial),
+            **baseline,
+            "index": int(stored["index"]),
+        }
+
+    def select(self, rows: Sequence[int]) -> AdversarialPairs:
+        """The pairs of these rows."""
+        return AdversarialPairs(self.stored.select(rows), self.info, with_baseline=self._with_baseline)
+
+    def without_baseline(self) -> AdversarialPairs:
+        """The same pairs for a cosine along the other axis, which the stored one says nothing of."""
+        return AdversarialPairs(self.stored, self.info, with_baseline=False)
+
+    def digest(self) -> str:
+        """What tells these pairs from others, here and on the Hub; 64 hexadecimal digits.
+
+        It covers the index and the baseline cosine of every pair, which follows from all pixels of both images and is
+        quickly read, and the pixels of the first and the last pair.
+        """
+        content = hashlib.sha256()
+        columns = self.stored.select_columns(["index", "baseline_cosine"]).with_format("numpy")[:]
+        for name, dtype in (("index", "<i8"), ("baseline_cosine", "<f4")):
+            content.update(np.asarray(columns[name], dtype=dtype).tobytes())
+        for row in range(len(self))[:: max(1, len(self) - 1)]:
+            stored = self.stored[row]
+            for column in ("image", "adversarial_image"):
+                content.update(self._pixels(row, stored[column]).tobytes())
+        return content.hexdigest()
+
+    def _pixels(self, row: int, stored: Any) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        height, width = self.info.image_size
+        if self._is_raw:
+            if len(stored) == height * width * 3:
+                return np.frombuffer(stored, dtype=np.uint8).reshape(height, width, 3)
+            found = f"{len(stored)} bytes"
+        else:
+            with Image.open(BytesIO(stored["bytes"]), formats=["png"]) as picture:
+                if picture.size == (width, height) and picture.mode == "RGB":
+                    return np.asarray(picture)
+                found = f"{picture.mode} of size {picture.size}"
+        raise ValueError(
+            f"pair {row} holds an image of {found}, expected RGB of {width} x {height} pixels: make it anew"
+        )
+
+
+def to_images(pixels: np.ndarray[Any, np.dtype[np.uint8]]) -> Tensor:
+    """(..., H, W, 3) uint8 -> (..., 3, H, W) float32 in [0, 1]."""
+    return torch.from_numpy(pixels.copy()).movedim(-1, -3).contiguous().float() / 255
+
+
+def to_pixels(images: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """(B, 3, H, W) float in [0, 1] -> (B, H, W, 3) uint8, rounded."""
+    return (images * 255).round().to(torch.uint8).movedim(1, -1).contiguous().cpu().numpy()
+
+
+def round_to_budget(
+    adversarial: Tensor, clean: np.ndarray[Any, np.dtype[np.uint8]], levels: int
+) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Adversarial images in 8 bits, projected after rounding, which may have pushed them over their budget.
+
+    Args:
+        adversarial: (B, 3, H, W) float, [0, 1] but for rounding errors.
+        clean: (B, H, W, 3) uint8.
+        levels: The budget, in 8-bit levels.
+
+    Returns:
+        (B, H, W, 3) uint8, no pixel further than `levels` from the clean one.
+    """
+    rounded = to_pixels(adversarial.clamp(0, 1)).astype(np.int16)
+    projected = np.clip(rounded, clean.astype(np.int16) - levels, clean.astype(np.int16) + levels)
+    return projected.astype(np.uint8)  # between a clean and a rounded pixel, so from 0 to 255
+
+
+def find_pairs(
+    name_or_path: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+) -> Path | None:
+    """The `adversarial_pairs.json` of a folder or of a dataset on the Hub; None if it has none, so holds no pairs."""
+    folder = Path(name_or_path).expanduser()
+    if folder.exists():
+        path = folder / INFO_FILE
+        return path if path.is_file() else None
+    options: dict[str, Any] = {"revision": revision, "token": token, "cache_dir": cache_dir}
+    try:
+        return Path(hf_hub_download(os.fspath(name_or_path), INFO_FILE, repo_type="dataset", **options))
+    except (EntryNotFoundError, RepositoryNotFoundError, HFValidationError):
+        return None
+
+
+def load_adversarial_pairs(
+    name_or_path: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+) -> AdversarialPairs:
+    """Pairs that `robtok attack` made, memory-mapped.
+
+    Args:
+        name_or_path: Folder, or dataset on the Hub.
+        revision, token, cache_dir: Of a dataset on the Hub.
+
+    Raises:
+        ValueError: If there are no pairs, or they are not all there, or their description is damaged.
+    """
+    path = find_pairs(name_or_path, revision=revision, token=token, cache_dir=cache_dir)
+    if path is None:
+        raise ValueError(f"{os.fspath(name_or_path)!r} holds no adversarial pairs: it has no {INFO_FILE}")
+    info = PairsInfo.from_dict(read_json(path))
+    if path.parent == Path(name_or_path).expanduser():
+        missing = missing_shards(path.parent, info)
+        if missing or not (path.parent / "state.json").is_file():
+            raise ValueError(
+                f"{path.parent} holds {info.num_shards - len(missing)} of {info.num_shards} shards: run the attack "
+                "again with the same arguments, and it makes the others"
+            )
+        dataset = datasets.load_from_disk(str(path.parent))
+    else:
+        # The commit of the description, so that it is that of the images.
+        options = {"revision": path.parent.name, "token": token, "cache_dir": cache_dir}
+        dataset = datasets.load_dataset(os.fspath(name_or_path), split=PAIRS_SPLIT, **options)
+    return AdversarialPairs(dataset, info)
+
+
+def missing_shards(folder: Path, info: PairsInfo) -> list[int]:
+    """Numbers of the shards that a folder of pairs lacks."""
+    return [shard for shard in range(info.num_shards) if not (folder / info.shard_name(shard)).is_file()]
+
+
+def write_shard(path: Path, batches: Iterable[Mapping[str, list[Any]]]) -> None:
+    """Writes a shard aside and renames it, so that it is whole if it is there."""
+    partial = path.with_name(f".{path.name}.part")
+    with ArrowWriter(path=str(partial), features=PAIR_FEATURES) as writer:
+        for batch in batches:
+            writer.write_batch(dict(batch))
+        writer.finalize()
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def finish_folder(folder: Path, info: PairsInfo) -> None:
+    """Adds the two files that make the shards a dataset for `datasets.load_from_disk`."""
+    datasets.DatasetInfo(description=f"Adversarial pairs, see {INFO_FILE}", features=PAIR_FEATURES).write_to_directory(
+        str(folder)
+    )
+    state = {
+        "_data_files": [{"filename": info.shard_name(shard)} for shard in range(info.num_shards)],
+        "_fingerprint": Hasher.hash(info.to_json()),
+        "_format_columns": None,
+        "_format_kwargs": {},
+        "_format_type": None,
+        "_output_all_columns": False,
+        "_split": PAIRS_SPLIT,
+    }
+    write_text(folder / "state.json", json.dumps(state, indent=2))
+
+
+def check_base(info: PairsInfo, config: RobustnessTokenConfig) -> None:
+    """Refuses pairs that were made for another base, or for other features of it.
+
+    Raises:
+        ValueError: With what differs.
+    """
+    found = config.base_model_fingerprint or {}
+    shared = sorted(set(found) & set(info.base_model_fingerprint))
+    if not shared:
+        raise ValueError(
+            f"cannot tell whether the pairs were made for {config.base_model_name_or_path!r}: they hold fingerprints "
+            f"for {sorted(info.base_model_fingerprint)}, the model's config for {sorted(found)}: load the base in "
+            "float32"
+        )
+    if differing := [name for name in shared if found[name] != info.base_model_fingerprint[name]]:
+        name = differing[0]
+        raise ValueError(
+            f"the pairs were made for {info.base_model_class} {info.base_model!r}, but the model's base is "
+            f"{config.base_model_class} {config.base_model_name_or_path!r}, with other weights ({name} fingerprint "
+            f"{found[name][:12]}, not {info.base_model_fingerprint[name][:12]}): make pairs for it by robtok attack"
+        )
+    names = ["feature_view", "image_mean", "image_std"]
+    if info.attack["attack"] != "paper":  # whose cosine is along dim 1, whatever the axis of the loss
+        names.append("similarity_axis")
+    for name in names:
+        stored, value = getattr(info, name), getattr(config, name)
+        if stored != (list(value) if isinstance(value, tuple) else value):
+            raise ValueError(
+                f"the pairs were made with {name}={stored!r}, the model has {value!r}: give from_base the same, or "
+                "make pairs for it by robtok attack"
+            )

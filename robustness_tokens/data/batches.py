@@ -1,0 +1,134 @@
+"""Items of a data set to batches, in workers; broken images are left out and counted."""
+
+import logging
+import signal
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler
+
+from .image_datasets import BrokenImage
+
+
+logger = logging.getLogger(__name__)
+
+
+def collate_images(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Stacks items to a batch, without the broken ones.
+
+    Args:
+        items: of `ImageDataset`, `IterableImageDataset`, `TensorImageDataset` or `AdversarialPairs`.
+
+    Returns:
+        {"images": (B, C, H, W), "index": (B,) int64, "labels": (B,) int64, or (B, H, W) where pixels have them, if the
+        items have any, "broken_images": a tuple of `BrokenImage`}; B counts whole images, and if there are none,
+        "images" is (0, 3, 0, 0). Adversarial pairs have "adversarial_images" (B, C, H, W) too, and "baseline_cosine"
+        (B,) where their items do.
+
+    Raises:
+        ValueError: images of different shapes.
+    """
+    broken = tuple(item["broken_image"] for item in items if "broken_image" in item)
+    whole = [item for item in items if "broken_image" not in item]
+    shapes = sorted({tuple(item["images"].shape) for item in whole})
+    if len(shapes) > 1:
+        raise ValueError(
+            f"images of one batch have shapes {shapes}, expected one: let the transform crop or squash them, "
+            "as ImageTransform(resize='squash') does."
+        )
+    batch: dict[str, Any] = {
+        "images": torch.stack([item["images"] for item in whole]) if whole else torch.empty(0, 3, 0, 0),
+        "index": torch.tensor([item["index"] for item in whole], dtype=torch.int64),
+    }
+    if all("labels" in item for item in items):
+        labels = [torch.as_tensor(item["labels"], dtype=torch.int64) for item in whole]
+        batch["labels"] = torch.stack(labels) if labels else torch.empty(0, dtype=torch.int64)
+    if whole and all("adversarial_images" in item for item in whole):
+        batch["adversarial_images"] = torch.stack([item["adversarial_images"] for item in whole])
+        if all("baseline_cosine" in item for item in whole):
+            batch["baseline_cosine"] = torch.tensor([item["baseline_cosine"] for item in whole])
+    batch["broken_images"] = broken
+    return batch
+
+
+class BrokenImageLog:
+    """Counts the broken images of the batches of one process, each row once, up to a limit.
+
+    Args:
+        max_broken_images: how many are skipped before it is an error.
+    """
+
+    def __init__(self, max_broken_images: int = 10) -> None:
+        if max_broken_images < 0:
+            raise ValueError(f"max_broken_images={max_broken_images}, expected at least 0.")
+        self.max_broken_images = max_broken_images
+        self.broken_images: dict[int, BrokenImage] = {}
+
+    def update(self, batch: Mapping[str, Any]) -> None:
+        """Warns of a batch's broken images and counts them.
+
+        Args:
+            batch: of `collate_images`.
+
+        Raises:
+            ValueError: more than `max_broken_images` so far.
+        """
+        for image in batch["broken_images"]:
+            if image.index not in self.broken_images:
+                self.broken_images[image.index] = image
+                logger.warning("Skipped a broken image, %s", image)
+        if len(self.broken_images) > self.max_broken_images:
+            listed = "\n".join(f"  {image}" for image in self.broken_images.values())
+            raise ValueError(
+                f"{len(self.broken_images)} broken images, more than max_broken_images={self.max_broken_images}. "
+                f"Mend or remove these rows, or raise max_broken_images:\n{listed}"
+            )
+
+
+def build_dataloader(
+    dataset: Dataset[dict[str, Any]],
+    *,
+    batch_size: int,
+    shuffle: bool,
+    seed: int = 0,
+    num_workers: int = 0,
+    drop_last: bool = False,
+) -> DataLoader[dict[str, Any]]:
+    """Makes a data loader whose batches are those of `collate_images`.
+
+    Args:
+        dataset: of items as `ImageDataset` makes them.
+        batch_size: images per batch, broken ones included.
+        shuffle: a new order every epoch; streams are shuffled beforehand, by `dataset.shuffle(seed, buffer_size)`.
+        seed: of the order.
+        num_workers: processes that read and decode; 0 does it in this one.
+        drop_last: leave out a last batch that is not full.
+
+    Raises:
+        ValueError: `shuffle` with a stream.
+    """
+    if shuffle and isinstance(dataset, IterableDataset):
+        raise ValueError("shuffle=True with a stream: shuffle it before, by dataset.shuffle(seed=, buffer_size=).")
+    # Two generators: the loader draws its workers' seeds from its own, and how many depends on num_workers, which from
+    # a shared one would change the order, and from torch's default one the noise of whatever else draws from it.
+    order = torch.Generator().manual_seed(seed)
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        sampler=RandomSampler(dataset, generator=order) if shuffle else None,  # type: ignore[arg-type]
+        generator=torch.Generator().manual_seed(seed),
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+        worker_init_fn=_outlive_one_sigterm if num_workers > 0 else None,
+        drop_last=drop_last,
+        collate_fn=collate_images,
+    )
+
+
+def _outlive_one_sigterm(worker_id: int) -> None:
+    """A scheduler sends SIGTERM to workers too, and a loader without one can't finish the step that is to be saved.
+
+    The second ends it: that of the loader, or of the interpreter at its end.
+    """
+    signal.signal(signal.SIGTERM, lambda signum, frame: signal.signal(signal.SIGTERM, signal.SIG_DFL))

@@ -1,0 +1,6 @@
+"""The checks that a report must pass before its numbers count."""
+
+from .run import run_checks
+
+
+__all__ = ["run_checks"]

@@ -1,0 +1,236 @@
+"""Probes: what frozen features are worth, with and without tokens, read by one and the same linear head.
+
+Shapes: B images, H and W pixels, F what a head reads, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+import datasets
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import BatchSampler, Dataset, IterableDataset, RandomSampler
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from ..data import (
+    BrokenImageLog,
+    ImageDataset,
+    ImageTransform,
+    Normalizer,
+    SegmentationDataset,
+    build_dataloader,
+    processor_image_size,
+    validate_images,
+)
+from ..models import (
+    ProbeHead,
+    RobustnessTokenPreTrainedModel,
+    SegmentationHead,
+    base_of,
+    find_injector,
+    find_layer_stack,
+    layer_fingerprint,
+    resize_logits,
+    tokens_enabled,
+)
+
+
+HeadT = TypeVar("HeadT", bound=ProbeHead)
+Batch = tuple[Tensor, Tensor]
+"""What a head reads, (B, F) or (B, F, h, w), and the labels, (B,) or (B, H, W)."""
+
+
+def train_probe(
+    model: PreTrainedModel,
+    dataset: Any,
+    *,
+    head_class: type[HeadT],
+    num_labels: int,
+    with_tokens: bool = False,
+    normalizer: Normalizer | None = None,
+    image_size: int | None = None,
+    num_epochs: int = 10,
+    batch_size: int = 64,
+    learning_rate: float = 3e-3,
+    weight_decay: float = 0.0,
+    seed: int = 0,
+    num_workers: int = 0,
+    max_cache_bytes: int = 2 << 30,
+    disable_tqdm: bool = False,
+) -> HeadT:
+    """Trains a linear head on frozen features, by AdamW with a cosine schedule on the cross-entropy.
+
+    Features are computed once and kept in memory where they and their labels take at most `max_cache_bytes` (twice
+    that while they are put together); otherwise they are computed again in every epoch, in the same order.
+
+    Args:
+        model: A `RobustnessTokenModel`, a model that `inject_tokens` was called on, or a base; it is left as it is.
+        dataset: A map-style `datasets` data set: pictures with class labels, or for segmentation the columns "image"
+            and "mask". Or any torch data set (an `ImageDataset` or `SegmentationDataset` with other columns) of
+            {"images": (3, H, W) float in [0, 1], "index": int, "labels": class, or (H, W) classes of the pixels}; a
+            stream comes shuffled.
+        head_class: `ClassificationHead` or `SegmentationHead`.
+        num_labels: C; labels go from 0 to C - 1, and 255 marks a pixel that doesn't count.
+        with_tokens: Train on features with the tokens in place; by default without.
+        normalizer: Of the images; needed where `model` is no `RobustnessTokenModel`, which has its own.
+        image_size: Side in pixels that pictures are squashed to; by default what the image processor makes.
+        num_epochs, batch_size, learning_rate, weight_decay: Of the head's training.
+        seed: Of the head's first weights and the order of the images.
+        num_workers: Processes that read and decode pictures.
+        max_cache_bytes: 0 never keeps features.
+        disable_tqdm: No progress bars.
+
+    Returns:
+        The head, on the model's device, frozen and in eval mode.
+
+    Raises:
+        ValueError: If the data set, its labels or an argument is not as described.
+        FloatingPointError: If the training diverges.
+    """
+    base = base_of(model)
+    if with_tokens and find_injector(base) is None:
+        raise ValueError(f"with_tokens=True, but {type(base).__name__} has no robustness tokens: inject_tokens first")
+    for name, value in (("num_epochs", num_epochs), ("batch_size", batch_size), ("learning_rate", learning_rate)):
+        if not value > 0:
+            raise ValueError(f"{name} must be above 0, got {value}")
+    prepared = _prepare(model, dataset, head_class, image_size)
+    normalizer = (normalizer or _normalizer_of(model)).to(base.device)
+
+    def read(*, shuffle: bool) -> Iterator[Iterator[Batch]]:
+        """One pass after the other over the data set."""
+        loader = build_dataloader(prepared, batch_size=batch_size, shuffle=shuffle, seed=seed, num_workers=num_workers)
+        broken_images = BrokenImageLog()
+        while True:
+            yield (
+                (head_class.extract(base, normalizer(images.to(base.device))), labels)
+                for images, labels in _labelled(loader, broken_images, head_class, num_labels)
+            )
+
+    with torch.no_grad(), tokens_enabled(base, with_tokens):
+        num_images = len(prepared) if hasattr(prepared, "__len__") else None
+        first = next(next(read(shuffle=False)), None)
+        if first is None:
+            raise ValueError("dataset has no images, expected at least one")
+        cached = _cache(next(read(shuffle=False)), num_images, max_cache_bytes, disable_tqdm)
+        is_stream = isinstance(prepared, IterableDataset)
+        epochs = read(shuffle=not is_stream) if cached is None else _shuffled(*cached, batch_size, seed)
+        head = _build_head(head_class, base, first[0].shape[1], num_labels, with_tokens, seed)
+        optimizer = torch.optim.AdamW(head.parameters(), lr=learning_rate, weight_decay=weight_decay)
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=num_epochs)
+        head.train()
+        for _ in tqdm(range(num_epochs), desc=f"Training the {head.task} head", disable=disable_tqdm):
+            for features, labels in next(epochs):
+                _step(head, optimizer, features.to(base.device), labels.to(base.device))
+            scheduler.step()
+    return head.eval().requires_grad_(False)
+
+
+def _step(head: ProbeHead, optimizer: torch.optim.Optimizer, features: Tensor, labels: Tensor) -> None:
+    with torch.enable_grad():
+        logits = resize_logits(head(features), labels.shape[1:])
+        total = F.cross_entropy(logits, labels, ignore_index=head.ignore_index, reduction="sum")
+        # The mean would be NaN where a batch has no labelled pixel.
+        loss = total / (labels != head.ignore_index).sum().clamp(min=1)
+        optimizer.zero_grad()
+        loss.backward()
+    if not loss.isfinite():
+        raise FloatingPointError(
+            f"the loss of the head is {loss.item()}: lower learning_rate={optimizer.defaults['lr']}"
+        )
+    optimizer.step()
+
+
+def _build_head(
+    head_class: type[HeadT], base: PreTrainedModel, in_features: int, num_labels: int, with_tokens: bool, seed: int
+) -> HeadT:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        head = head_class(
+            in_features,
+            num_labels,
+            base_model_fingerprint=layer_fingerprint(find_layer_stack(base).layers),
+            trained_with_tokens=with_tokens,
+        )
+    return head.to(base.device)
+
+
+def _prepare(
+    model: PreTrainedModel, dataset: Any, head_class: type[ProbeHead], image_size: int | None
+) -> Dataset[Any]:
+    """The data set as one of torch, whose items are images in [0, 1] with labels."""
+    if not isinstance(dataset, datasets.Dataset):
+        if not isinstance(dataset, Dataset):
+            raise ValueError(
+                f"dataset is a {type(dataset).__name__}, expected a datasets.Dataset (one split) or a torch dataset"
+            )
+        if image_size is not None:
+            raise ValueError(f"image_size={image_size} can't be applied to a {type(dataset).__name__} of ready images")
+        return dataset
+    if image_size is None:
+        if (processor := getattr(model, "image_processor", None)) is None:
+            raise ValueError(f"image_size is needed, in pixels: {type(model).__name__} has no image processor to say")
+        image_size = processor_image_size(processor)
+    if issubclass(head_class, SegmentationHead):
+        return SegmentationDataset(dataset, image_size=image_size)
+    return ImageDataset(dataset, ImageTransform(image_size=image_size))
+
+
+def _labelled(
+    loader: Any, broken_images: BrokenImageLog, head_class: type[ProbeHead], num_labels: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Images (B, 3, H, W) and labels (B,) or (B, H, W), checked, of the batches that have whole images."""
+    for batch in loader:
+        broken_images.update(batch)
+        images = batch["images"]
+        if len(images) == 0:
+            continue
+        validate_images(images)
+        if "labels" not in batch:
+            raise ValueError(f"dataset has no labels for {head_class.task}: its items need 'labels'")
+        labels = batch["labels"]
+        expected = (len(images), *(images.shape[-2:] if issubclass(head_class, SegmentationHead) else ()))
+        if labels.shape != expected:
+            raise ValueError(f"labels must have shape {expected} for {head_class.task}, got {tuple(labels.shape)}")
+        counted = labels[labels != head_class.ignore_index]
+        if counted.numel() and not (counted.min() >= 0 and counted.max() < num_labels):
+            raise ValueError(
+                f"labels go from {counted.min()} to {counted.max()}, expected 0 to {num_labels - 1}: num_labels is "
+                f"{num_labels}, and {head_class.ignore_index} marks what doesn't count"
+            )
+        yield images, labels
+
+
+def _cache(batches: Iterator[Batch], num_images: int | None, max_bytes: int, disable_tqdm: bool) -> Batch | None:
+    """All features and labels, on the CPU; None where they take more than `max_bytes`, or will by the look of it."""
+    features: list[Tensor] = []
+    labels: list[Tensor] = []
+    used = seen = 0
+    with tqdm(total=num_images, desc="Computing features", unit="image", disable=disable_tqdm) as progress_bar:
+        for batch_features, batch_labels in batches:
+            used += batch_features.nbytes + batch_labels.nbytes
+            seen += len(batch_labels)
+            if used * max(1.0, (num_images or 0) / seen) > max_bytes:
+                return None
+            features.append(batch_features.cpu())
+            labels.append(batch_labels)
+            progress_bar.update(len(batch_labels))
+    return torch.cat(features), torch.cat(labels)
+
+
+def _shuffled(features: Tensor, labels: Tensor, batch_size: int, seed: int) -> Iterator[Iterator[Batch]]:
+    """Passes over what is in memory, in the order that `build_dataloader` would give."""
+    order = RandomSampler(range(len(labels)), generator=torch.Generator().manual_seed(seed))
+    while True:
+        yield ((features[rows], labels[rows]) for rows in BatchSampler(order, batch_size, drop_last=False))
+
+
+def _normalizer_of(model: PreTrainedModel) -> Normalizer:
+    if not isinstance(model, RobustnessTokenPreTrainedModel):
+        raise ValueError(f"normalizer is needed: {type(model).__name__} doesn't say how its images are normalised")
+    assert model.config.image_mean is not None
+    assert model.config.image_std is not None
+    return Normalizer(model.config.image_mean, model.config.image_std)

@@ -1,0 +1,53 @@
+"""An adapter as files, on the disk and on the Hub, and its card."""
+
+from .adapter_folder import (
+    CARD_FILE,
+    CONFIG_FILE,
+    EVALUATION_FILE,
+    PROCESSOR_FILE,
+    AdapterFolder,
+    cached_commit,
+    check_base_is_repo_id,
+    check_no_other_model,
+    fetch_adapter,
+    holds_adapter,
+    is_repo_id,
+    read_config,
+    read_report,
+    read_tokens,
+    remove_report,
+    report_of,
+    write_tokens,
+)
+from .card import render_card
+from .card_update import is_generated, update_card
+from .eval_results import to_eval_results
+from .push_pairs import push_adversarial_pairs
+from .pushing import push_adapter
+
+
+__all__ = [
+    "CARD_FILE",
+    "CONFIG_FILE",
+    "EVALUATION_FILE",
+    "PROCESSOR_FILE",
+    "AdapterFolder",
+    "cached_commit",
+    "check_base_is_repo_id",
+    "check_no_other_model",
+    "fetch_adapter",
+    "holds_adapter",
+    "is_generated",
+    "is_repo_id",
+    "push_adapter",
+    "push_adversarial_pairs",
+    "read_config",
+    "read_report",
+    "read_tokens",
+    "remove_report",
+    "render_card",
+    "report_of",
+    "to_eval_results",
+    "update_card",
+    "write_tokens",
+]

@@ -1,0 +1,302 @@
+"""The adapter folder, on disk and on the Hub: strict reading, careful writing, private by default.
+
+An adapter is `config.json`, `model.safetensors`, `preprocessor_config.json`, `README.md`, and perhaps
+`evaluation.json`. Only safetensors and JSON are read; nothing is unpickled, nothing downloaded is executed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import safetensors
+import torch
+from huggingface_hub import snapshot_download, try_to_load_from_cache
+from huggingface_hub.utils import (
+    HFValidationError,
+    LocalEntryNotFoundError,
+    validate_repo_id,
+)
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from ..configuration import RobustnessTokenConfig
+from ..report import FIGURE_FILES, HTML_FILE, MARKDOWN_FILE, REPORT_FILE, RobustnessReport
+from ..utils import flush_to_disk, has_cache_hash, read_json, replacing
+
+
+CONFIG_FILE = "config.json"
+TOKENS_FILE = "model.safetensors"
+PROCESSOR_FILE = "preprocessor_config.json"
+CARD_FILE = "README.md"
+EVALUATION_FILE = REPORT_FILE
+# For people, beside it; they stay on this machine, since the card on the Hub says the same.
+RENDERED_FILES = (MARKDOWN_FILE, HTML_FILE, *FIGURE_FILES)
+ADAPTER_FILES = (CONFIG_FILE, TOKENS_FILE, PROCESSOR_FILE, CARD_FILE, EVALUATION_FILE)
+TOKENS_KEY = "robustness_tokens"
+
+_MAX_SAFETENSORS_HEADER_BYTES = 1 << 16
+
+
+@dataclass(frozen=True)
+class AdapterFolder:
+    """An adapter on disk: where it lies, and whether it came from the Hub (then its config is less trusted)."""
+
+    path: Path
+    from_hub: bool
+    commit: str | None = None
+
+
+def fetch_adapter(
+    name_or_path: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    subfolder: str = "",
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+    force_download: bool = False,
+) -> AdapterFolder:
+    """The folder of an adapter, downloaded from the Hub (only an adapter's files) unless it is a local folder.
+
+    Args:
+        name_or_path: Local folder or Hub repo id.
+        revision: Branch, tag, commit or `refs/pr/N`.
+        subfolder: Folder of the adapter inside the repo.
+        token, cache_dir, local_files_only, force_download: As in `huggingface_hub.snapshot_download`.
+
+    Raises:
+        ValueError: If there is no adapter, or a revision of a local folder is asked for; errors of the Hub pass
+            through.
+    """
+    subfolder = normalize_subfolder(subfolder)
+    if os.path.isdir(name_or_path):
+        if revision is not None:
+            raise ValueError(
+                f"{str(name_or_path)!r} is a folder here, which has no revision {revision!r}: leave revision= out, or "
+                "work in another folder if the Hub repo of that name is meant"
+            )
+        folder = AdapterFolder(Path(name_or_path) / subfolder, from_hub=False)
+    else:
+        repo_id = str(name_or_path)
+        if not is_repo_id(repo_id):
+            raise ValueError(f"{repo_id!r} is neither a local folder nor the id of a Hub repo")
+        options: dict[str, Any] = {
+            "token": token,
+            "cache_dir": cache_dir,
+            "local_files_only": local_files_only,
+            "force_download": force_download,
+        }
+        prefix = f"{subfolder}/" if subfolder else ""
+        try:
+            # Alone at first: it tells an adapter from a model with gigabytes of weights.
+            snapshot = _download(repo_id, [prefix + CONFIG_FILE], revision=revision, **options)
+            _check_files(snapshot / subfolder, [CONFIG_FILE], repo_id)
+            _read_config_dict(snapshot / subfolder / CONFIG_FILE)
+            snapshot = _download(repo_id, [prefix + file for file in ADAPTER_FILES], revision=snapshot.name, **options)
+        except LocalEntryNotFoundError as exc:
+            raise ValueError(
+                f"{name_or_path} is no folder here and not in the cache, and the Hub can't be reached: {exc}"
+            ) from exc
+        folder = AdapterFolder(snapshot / subfolder, from_hub=True, commit=snapshot.name)
+    _check_files(folder.path, [CONFIG_FILE, TOKENS_FILE, PROCESSOR_FILE], name_or_path)
+    return folder
+
+
+def normalize_subfolder(subfolder: str) -> str:
+    """`"a/b"` of `"./a/b/"`, empty for the root of the repo; `ValueError` if it leads out of the repo."""
+    path = PurePosixPath(subfolder)
+    if path.is_absolute() or ".." in path.parts:
+        raise ValueError(f"subfolder must be a folder inside the repo, such as 'small', got {subfolder!r}")
+    return "/".join(path.parts)
+
+
+def _download(repo_id: str, files: Iterable[str], *, revision: str | None, **options: Any) -> Path:
+    """The snapshot of a repo with those of the files that it has, each whole and unchanged.
+
+    huggingface_hub looks at sizes alone: here a file must have the hash by which the cache names it.
+    """
+    snapshot = Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(files), **options))
+    damaged = [file for file in files if (snapshot / file).is_file() and not has_cache_hash(snapshot / file)]
+    if damaged and (options["force_download"] or options["local_files_only"]):
+        raise ValueError(
+            f"{repo_id}: {' and '.join(damaged)} came damaged over the network, or was damaged in the cache "
+            f"({snapshot}): load it again, with force_download=True"
+        )
+    if damaged:
+        return _download(repo_id, damaged, revision=snapshot.name, **{**options, "force_download": True})
+    return snapshot
+
+
+def _check_files(folder: Path, files: Iterable[str], name: str | os.PathLike[str]) -> None:
+    if missing := [file for file in files if not (folder / file).is_file()]:
+        raise ValueError(f"{name} is not a robustness-token adapter: it has no {' and no '.join(missing)}")
+
+
+def read_config(folder: AdapterFolder) -> RobustnessTokenConfig:
+    """Reads config.json strictly. Whoever loads the base that it names first calls [`check_base_is_repo_id`].
+
+    Raises:
+        ValueError: If it is damaged, or of a newer schema.
+    """
+    path = folder.path / CONFIG_FILE
+    config_dict = _read_config_dict(path)
+    try:
+        config: RobustnessTokenConfig = RobustnessTokenConfig.from_dict(config_dict)
+    except ValueError as exc:
+        raise ValueError(f"{path}: {exc}") from exc
+    return config
+
+
+def _read_config_dict(path: Path) -> dict[str, Any]:
+    config_dict = read_json(path)
+    if config_dict.get("model_type") != RobustnessTokenConfig.model_type:
+        raise ValueError(
+            f"{path} has model_type {config_dict.get('model_type')!r}, expected "
+            f"{RobustnessTokenConfig.model_type!r}: it is the config of another model, not of an adapter (new tokens "
+            "on that model: RobustnessTokenModel.from_base)"
+        )
+    return config_dict
+
+
+def check_base_is_repo_id(name: str) -> None:
+    """Raises `ValueError` unless a config that came from the Hub names its base by a plain repo id, and no folder."""
+    if not is_repo_id(name):
+        raise ValueError(
+            f"the adapter came from the Hub, and its config names the base {name!r}, which is no repo id: "
+            "pass base_model= to say where the base is"
+        )
+    if os.path.isdir(name):
+        raise ValueError(
+            f"the adapter came from the Hub, and its config names the base {name!r}, which is a folder here as well: "
+            "pass base_model= with its whole path if that is the base, or work in another folder"
+        )
+
+
+def read_tokens(folder: AdapterFolder, config: RobustnessTokenConfig) -> Tensor:
+    """Reads the tokens, strictly: one finite float32 tensor of the shape that the config announces.
+
+    Returns:
+        (K, D) float32.
+
+    Raises:
+        ValueError: If the file is damaged or holds anything else.
+    """
+    path, shape = folder.path / TOKENS_FILE, (config.num_robustness_tokens, config.hidden_size)
+    largest = 4 * shape[0] * shape[1] + _MAX_SAFETENSORS_HEADER_BYTES
+    if (size := path.stat().st_size) > largest:
+        raise ValueError(f"{path} has {size:,} bytes; tokens of shape {shape} need at most {largest:,}")
+    try:
+        tensors = load_file(path)
+    except (safetensors.SafetensorError, ValueError, KeyError, OverflowError) as exc:
+        raise ValueError(f"{path} is not a valid safetensors file: {exc}") from exc
+    if set(tensors) != {TOKENS_KEY}:
+        raise ValueError(f"{path} must hold one tensor, {TOKENS_KEY!r}, got {sorted(tensors)}")
+    tokens = tensors[TOKENS_KEY]
+    if tuple(tokens.shape) != shape or tokens.dtype != torch.float32:
+        raise ValueError(
+            f"{path} must hold float32 tokens of shape {shape} as config.json says, "
+            f"got {tokens.dtype} of shape {tuple(tokens.shape)}"
+        )
+    if not torch.isfinite(tokens).all():
+        raise ValueError(f"{path} holds tokens that are not finite: the file is damaged, or its training diverged")
+    return tokens
+
+
+def read_report(folder: AdapterFolder) -> RobustnessReport | None:
+    """Reads evaluation.json, strictly; None if the adapter has none.
+
+    Raises:
+        ValueError: If it is damaged.
+    """
+    if not (folder.path / EVALUATION_FILE).is_file():
+        return None
+    path = folder.path / EVALUATION_FILE
+    try:
+        return RobustnessReport.from_dict(read_json(path))
+    except ValueError as exc:
+        raise ValueError(f"{path}: {exc}") from exc
+
+
+def report_of(folder: Path, tokens: Tensor) -> RobustnessReport | None:
+    """The report that lies in a folder, if it is about these tokens; `ValueError` if it is damaged."""
+    return read_report(AdapterFolder(folder, from_hub=False)) if _holds_tokens(folder / TOKENS_FILE, tokens) else None
+
+
+def remove_report(folder: Path) -> None:
+    """Takes away what tells of other tokens than the folder is going to hold."""
+    for file in (EVALUATION_FILE, *RENDERED_FILES):
+        (folder / file).unlink(missing_ok=True)
+
+
+def write_tokens(folder: Path, tokens: Tensor) -> None:
+    """Writes the tokens as float32, readable by their owner alone (they are the secret of the defence).
+
+    Raises:
+        ValueError: If they are not finite.
+        OSError: If the file can't be written; the one before is as it was.
+    """
+    path = folder / TOKENS_FILE
+    tokens = tokens.detach().to("cpu", torch.float32).contiguous()
+    if not torch.isfinite(tokens).all():
+        raise ValueError("refusing to save tokens that are not finite: the training diverged")
+    # As bytes, and not by save_file, which maps the file: on a full disk that kills the process.
+    content = save({TOKENS_KEY: tokens}, metadata={"format": "pt"})
+    try:
+        with replacing(path) as partial:
+            partial.write_bytes(content)
+            partial.chmod(0o600)
+            flush_to_disk(partial)  # before the report goes, which a failure must leave
+            if not _holds_tokens(path, tokens):  # last, when nothing but the renaming is left
+                remove_report(folder)
+    except OSError as exc:
+        raise OSError(
+            exc.errno,
+            f"{path} could not be written ({exc.strerror}), and what was there is left: make room, or mend the "
+            "permissions, and save again",
+        ) from exc
+
+
+def _holds_tokens(path: Path, tokens: Tensor) -> bool:
+    try:
+        stored = load_file(path)
+    except (safetensors.SafetensorError, OSError):
+        return False
+    return set(stored) == {TOKENS_KEY} and torch.equal(stored[TOKENS_KEY], tokens.detach().cpu())
+
+
+def holds_adapter(folder: str | os.PathLike[str]) -> bool:
+    """Whether a folder holds an adapter's files that saving would overwrite."""
+    return any((Path(folder) / file).exists() for file in (CONFIG_FILE, TOKENS_FILE))
+
+
+def is_repo_id(name: str) -> bool:
+    """Whether the Hub could have a repo of this name."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def check_no_other_model(folder: Path) -> None:
+    """Raises `ValueError` if saving would overwrite the config and the weights of another model, such as the base."""
+    if not (folder / CONFIG_FILE).exists():
+        return
+    model_type = read_json(folder / CONFIG_FILE).get("model_type")
+    if model_type != RobustnessTokenConfig.model_type:
+        raise ValueError(
+            f"save_directory {str(folder)!r} holds another model, of model_type {model_type!r}: saving would "
+            "overwrite its weights with the tokens; choose another folder"
+        )
+
+
+def cached_commit(repo_id: str, *, revision: str | None = None, cache_dir: str | Path | None = None) -> str | None:
+    """The commit of a repo as it lies in the local cache, so the one just loaded; None for a path or no name."""
+    if os.path.isdir(repo_id) or not is_repo_id(repo_id):
+        return None
+    cached = try_to_load_from_cache(repo_id, CONFIG_FILE, revision=revision, cache_dir=cache_dir)
+    return Path(cached).parent.name if isinstance(cached, str) else None

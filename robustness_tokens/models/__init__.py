@@ -1,0 +1,84 @@
+"""A frozen base with tokens in it."""
+
+from .features import (
+    check_patches,
+    count_patches,
+    default_feature_view,
+    extract_features,
+    find_patch_size,
+    head_inputs,
+)
+from .heads import (
+    ClassificationHead,
+    ProbedModel,
+    ProbeHead,
+    SegmentationHead,
+    base_of,
+    load_head,
+    resize_logits,
+    tokens_enabled,
+)
+from .injection import TokenInjector, find_injector, remove_tokens
+from .layer_stack import LayerStack, find_layer_stack, layer_fingerprint, vision_trunk
+from .merging import extract_tokens
+from .modeling import (
+    RobustnessTokenForImageClassification,
+    RobustnessTokenModel,
+    RobustnessTokenPreTrainedModel,
+    inject_tokens,
+)
+from .onednn import onednn_is_faster, packed_once
+from .published_tokens import import_published_tokens
+from .speedups import (
+    AUTO,
+    BASE,
+    MixedPrecision,
+    attention_configs,
+    choose_attention,
+    computing_faster,
+    has_bfloat16,
+    run_compiled,
+    runs_in_half,
+)
+
+
+__all__ = [
+    "AUTO",
+    "BASE",
+    "ClassificationHead",
+    "LayerStack",
+    "MixedPrecision",
+    "ProbeHead",
+    "ProbedModel",
+    "RobustnessTokenForImageClassification",
+    "RobustnessTokenModel",
+    "RobustnessTokenPreTrainedModel",
+    "SegmentationHead",
+    "TokenInjector",
+    "attention_configs",
+    "base_of",
+    "check_patches",
+    "choose_attention",
+    "computing_faster",
+    "count_patches",
+    "default_feature_view",
+    "extract_features",
+    "extract_tokens",
+    "find_injector",
+    "find_layer_stack",
+    "find_patch_size",
+    "has_bfloat16",
+    "head_inputs",
+    "import_published_tokens",
+    "inject_tokens",
+    "layer_fingerprint",
+    "load_head",
+    "onednn_is_faster",
+    "packed_once",
+    "remove_tokens",
+    "resize_logits",
+    "run_compiled",
+    "runs_in_half",
+    "tokens_enabled",
+    "vision_trunk",
+]

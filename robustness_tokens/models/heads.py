@@ -1,0 +1,357 @@
+"""The linear heads of a probe, and their two files: safetensors and JSON, read strictly.
+
+Shapes: B images, P patches in a grid of h rows and w columns, D width, F what a head reads, C classes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import safetensors
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from ..data import IGNORE_INDEX
+from ..utils import read_json, write_bytes, write_text
+from .features import count_patches, extract_features, find_patch_size, head_inputs
+from .injection import find_injector
+from .layer_stack import find_layer_stack, layer_fingerprint, vision_trunk
+from .modeling import RobustnessTokenPreTrainedModel
+
+
+HEAD_CONFIG_FILE = "head.json"
+HEAD_WEIGHTS_FILE = "head.safetensors"
+
+_SCHEMA_VERSION = 1
+_MAX_HEADER_BYTES = 1 << 16
+
+
+class ProbeHead(nn.Module, ABC):
+    """A linear head; see [`ClassificationHead`] and [`SegmentationHead`].
+
+    Args:
+        in_features: F, width of what it reads.
+        num_labels: C, number of classes.
+        base_model_fingerprint: Of the base that it is trained on, see `backbones.layer_fingerprint`; empty where
+            nobody knows.
+        trained_with_tokens: Whether robustness tokens were in the base while it was trained.
+
+    Raises:
+        ValueError: If a size is not positive.
+    """
+
+    task: ClassVar[str]
+    ignore_index: ClassVar[int]
+
+    def __init__(
+        self,
+        in_features: int,
+        num_labels: int,
+        *,
+        base_model_fingerprint: Mapping[str, str] | None = None,
+        trained_with_tokens: bool = False,
+    ) -> None:
+        super().__init__()
+        for name, value in (("in_features", in_features), ("num_labels", num_labels)):
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+        self.in_features, self.num_labels = in_features, num_labels
+        self.base_model_fingerprint = dict(base_model_fingerprint or {})
+        self.trained_with_tokens = trained_with_tokens
+
+    @staticmethod
+    @abstractmethod
+    def extract(base: PreTrainedModel, pixel_values: Tensor) -> Tensor:
+        """What the head reads of normalised images (B, 3, H, W), in float32: (B, F), or (B, F, h, w) maps."""
+
+    @abstractmethod
+    def forward(self, features: Tensor) -> Tensor:
+        """Logits of what [`extract`] gave: (B, C), or (B, C, h, w) maps."""
+
+
+class ClassificationHead(ProbeHead):
+    """A linear layer on the CLS token and the mean of the patches, as DINOv2's own; without CLS on the mean alone.
+
+    F is 2 D, or D in families that have no CLS token.
+
+    Source: Oquab et al., "DINOv2", arXiv 2304.07193, and its released linear heads.
+    """
+
+    task = "classification"
+    ignore_index = -100  # no class at all: every label counts
+
+    def __init__(self, in_features: int, num_labels: int, **provenance: Any) -> None:
+        super().__init__(in_features, num_labels, **provenance)
+        self.linear = nn.Linear(in_features, num_labels)
+        _initialize(self.linear)
+
+    @staticmethod
+    def extract(base: PreTrainedModel, pixel_values: Tensor) -> Tensor:
+        features = _cls_and_patches(base, pixel_values)
+        return head_inputs(features, count_patches(vision_trunk(base), pixel_values))  # (B, 2 D) or (B, D)
+
+    def forward(self, features: Tensor) -> Tensor:
+        logits: Tensor = self.linear(features)
+        return logits
+
+
+class SegmentationHead(ProbeHead):
+    """Batch norm and a 1x1 convolution on the grid of patches, as DINOv2's and the paper's; F is D.
+
+    Its logits are upsampled bilinearly to the labels' size by whoever uses it.
+
+    Raises:
+        ValueError: If a class would be `IGNORE_INDEX`.
+    """
+
+    task = "segmentation"
+    ignore_index = IGNORE_INDEX
+
+    def __init__(self, in_features: int, num_labels: int, **provenance: Any) -> None:
+        super().__init__(in_features, num_labels, **provenance)
+        if num_labels > IGNORE_INDEX:
+            raise ValueError(
+                f"num_labels must be at most {IGNORE_INDEX}, the label of ignored pixels, got {num_labels}"
+            )
+        self.norm = nn.BatchNorm2d(in_features)
+        self.convolution = nn.Conv2d(in_features, num_labels, kernel_size=1)
+        _initialize(self.convolution)
+
+    @staticmethod
+    def extract(base: PreTrainedModel, pixel_values: Tensor) -> Tensor:
+        patches = _cls_and_patches(base, pixel_values)[:, -count_patches(vision_trunk(base), pixel_values) :]
+        patch_size = find_patch_size(vision_trunk(base))
+        assert patch_size is not None  # the patches were counted by it
+        rows, columns = pixel_values.shape[-2] // patch_size[0], pixel_values.shape[-1] // patch_size[1]
+        return patches.transpose(1, 2).unflatten(2, (rows, columns))  # (B, P, D) -> (B, D, h, w)
+
+    def forward(self, features: Tensor) -> Tensor:
+        logits: Tensor = self.convolution(self.norm(features))
+        return logits
+
+
+_HEAD_CLASSES: dict[str, type[ProbeHead]] = {head.task: head for head in (ClassificationHead, SegmentationHead)}
+
+
+def save_head(head: ProbeHead, folder: str | os.PathLike[str]) -> None:
+    """Writes head.json and head.safetensors.
+
+    Args:
+        head: Of a probe.
+        folder: Made if needed; the two files are overwritten.
+
+    Raises:
+        ValueError: If a weight is not finite. Nothing is written then.
+    """
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in head.state_dict().items()}
+    _check_finite(tensors, "refusing to save a head")
+    path = Path(folder)
+    path.mkdir(parents=True, exist_ok=True)
+    config = {
+        "schema_version": _SCHEMA_VERSION,
+        "task": head.task,
+        "in_features": head.in_features,
+        "num_labels": head.num_labels,
+        "trained_with_tokens": head.trained_with_tokens,
+        "base_model_fingerprint": head.base_model_fingerprint,
+    }
+    write_bytes(path / HEAD_WEIGHTS_FILE, save(tensors, metadata={"format": "pt"}))
+    write_text(path / HEAD_CONFIG_FILE, json.dumps(config, indent=2) + "\n")
+
+
+def load_head(folder: str | os.PathLike[str]) -> ProbeHead:
+    """Reads a head that [`save_head`] wrote.
+
+    Args:
+        folder: Where head.json and head.safetensors lie.
+
+    Returns:
+        The head, frozen and in eval mode.
+
+    Raises:
+        ValueError: If a file is missing, damaged, of a newer schema, or the two don't fit each other.
+    """
+    path = Path(folder)
+    if missing := [name for name in (HEAD_CONFIG_FILE, HEAD_WEIGHTS_FILE) if not (path / name).is_file()]:
+        raise ValueError(f"{path} holds no head of a probe: it has no {' and no '.join(missing)}")
+    config = _check_config(read_json(path / HEAD_CONFIG_FILE), path / HEAD_CONFIG_FILE)
+    head_class = _HEAD_CLASSES[config.pop("task")]
+    with torch.device("meta"):  # no memory before the file is known to be as large as the config says
+        head = head_class(**config)
+    head.load_state_dict(_read_weights(path / HEAD_WEIGHTS_FILE, head.state_dict()), assign=True)
+    return head.eval().requires_grad_(False)
+
+
+def _cls_and_patches(base: PreTrainedModel, pixel_values: Tensor) -> Tensor:
+    """(B, N, D) in float32: the CLS token, in families that have one, then the patches."""
+    if pixel_values.dim() != 4:
+        raise ValueError(f"pixel_values must have shape (B, 3, H, W), got {tuple(pixel_values.shape)}")
+    return extract_features(base, pixel_values.to(base.dtype), feature_view="cls_and_patches").float()
+
+
+def _initialize(layer: nn.Linear | nn.Conv2d) -> None:
+    nn.init.normal_(layer.weight, std=0.01)  # as DINOv2's linear heads
+    assert layer.bias is not None
+    nn.init.zeros_(layer.bias)
+
+
+def _check_config(config: dict[str, Any], path: Path) -> dict[str, Any]:
+    version = config.pop("schema_version", None)
+    if type(version) is not int or version < 1:
+        raise ValueError(f"{path}: schema_version must be a whole number of at least 1, got {version!r}")
+    if version > _SCHEMA_VERSION:
+        raise ValueError(
+            f"{path} has schema_version {version}, this package reads up to {_SCHEMA_VERSION}: "
+            "pip install --upgrade robustness-tokens"
+        )
+    known = {"task", "in_features", "num_labels", "trained_with_tokens", "base_model_fingerprint"}
+    if set(config) != known:
+        raise ValueError(
+            f"{path} has missing keys {sorted(known - set(config))} and unknown keys {sorted(set(config) - known)}"
+        )
+    if config["task"] not in list(_HEAD_CLASSES):  # what is no string can't be looked up in the dictionary itself
+        raise ValueError(f"{path}: task must be one of {sorted(_HEAD_CLASSES)}, got {config['task']!r}")
+    if type(config["trained_with_tokens"]) is not bool:
+        raise ValueError(f"{path}: trained_with_tokens must be true or false, got {config['trained_with_tokens']!r}")
+    fingerprint = config["base_model_fingerprint"]
+    if not isinstance(fingerprint, dict) or not all(
+        isinstance(digest, str) and re.fullmatch(r"[0-9a-f]{64}", digest) for digest in fingerprint.values()
+    ):
+        raise ValueError(f"{path}: base_model_fingerprint must hold 64 hexadecimal digits each, got {fingerprint!r}")
+    return config
+
+
+def _read_weights(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a file, which must have exactly these names, shapes and dtypes, and be finite."""
+    largest = sum(tensor.nbytes for tensor in expected.values()) + _MAX_HEADER_BYTES
+    if (size := path.stat().st_size) > largest:
+        raise ValueError(
+            f"{path} has {size:,} bytes; the head that {HEAD_CONFIG_FILE} names needs at most {largest:,}"
+        )
+    try:
+        tensors = load_file(path)
+    except (safetensors.SafetensorError, ValueError, KeyError, OverflowError) as exc:
+        raise ValueError(f"{path} is not a valid safetensors file: {exc}") from exc
+    kinds, expected_kinds = (
+        {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in named.items()} for named in (tensors, expected)
+    )
+    if kinds != expected_kinds:
+        raise ValueError(f"{path} must hold {expected_kinds} as {HEAD_CONFIG_FILE} says, got {kinds}")
+    _check_finite(tensors, f"{path} holds a head")
+    return tensors
+
+
+def _check_finite(tensors: Mapping[str, Tensor], what: str) -> None:
+    if broken := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+        raise ValueError(f"{what} whose {' and '.join(broken)} is not finite: its training diverged, or it is damaged")
+
+
+class ProbedModel(nn.Module):
+    """A frozen model under a probe's head: pixel values to logits.
+
+    With the tokens on and off it is the same head, unless `base_head` is given. It is always in eval mode, and the
+    heads are frozen.
+
+    Args:
+        model: A `RobustnessTokenModel`, a model that `inject_tokens` was called on, or a base without tokens.
+        head: Reads the features.
+        base_head: Reads the features while the tokens are off; by default `head` does.
+        ignore_base_mismatch: Accept a base that a head was not trained on.
+
+    Raises:
+        ValueError: If a head was trained on another base, or the heads are of different tasks.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        head: ProbeHead,
+        *,
+        base_head: ProbeHead | None = None,
+        ignore_base_mismatch: bool = False,
+    ) -> None:
+        super().__init__()
+        heads = [head] if base_head is None else [head, base_head]
+        if len({(type(one), one.num_labels) for one in heads}) > 1:
+            raise ValueError(
+                f"head and base_head must be of one task and number of classes, got {head.task} of {head.num_labels} "
+                f"and {heads[1].task} of {heads[1].num_labels}"
+            )
+        self.model = model
+        base = base_of(model)
+        for one in heads:
+            if not ignore_base_mismatch:
+                _check_base(base, one)
+            one.to(base.device).requires_grad_(False)
+        self.head, self.base_head, self.task = head, base_head, head.task
+        self.eval()
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """Logits of normalised images.
+
+        Args:
+            pixel_values: (B, 3, H, W).
+
+        Returns:
+            Float32 logits: (B, C), or (B, C, H, W) of a segmentation.
+        """
+        base = base_of(self.model)
+        injector = find_injector(base)
+        is_plain = injector is None or not injector.enabled
+        head = self.base_head if is_plain and self.base_head is not None else self.head
+        return resize_logits(head(head.extract(base, pixel_values)), pixel_values.shape[-2:]).float()
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Within the context the tokens are off; a base without tokens stays what it is."""
+        with tokens_enabled(base_of(self.model), False):
+            yield
+
+    def train(self, mode: bool = True) -> Self:
+        """Stays in eval mode, whatever `mode`: a probe measures, and its batch norm must not drift."""
+        return super().train(False)
+
+
+def resize_logits(logits: Tensor, size: torch.Size) -> Tensor:
+    """Maps (B, C, h, w) at the labels' size; logits of whole images, (B, C), as they are."""
+    if logits.dim() == 2:
+        return logits
+    return F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=False)
+
+
+@contextmanager
+def tokens_enabled(base: PreTrainedModel, enabled: bool) -> Iterator[None]:
+    injector = find_injector(base)
+    if injector is None:
+        yield
+        return
+    before = injector.enabled
+    injector.set_enabled(enabled)
+    try:
+        yield
+    finally:
+        injector.set_enabled(before)
+
+
+def base_of(model: PreTrainedModel) -> PreTrainedModel:
+    return model.get_base_model() if isinstance(model, RobustnessTokenPreTrainedModel) else model
+
+
+def _check_base(base: PreTrainedModel, head: ProbeHead) -> None:
+    found = layer_fingerprint(find_layer_stack(base).layers)
+    expected = head.base_model_fingerprint
+    if expected and not any(expected.get(dtype) == digest for dtype, digest in found.items()):
+        raise ValueError(
+            f"the {head.task} head was trained on a base with other weights than this {type(base).__name__}: train a "
+            "head on this one, or pass ignore_base_mismatch=True if you know that they are the same"
+        )

@@ -1,0 +1,266 @@
+"""Robustness tokens enter in front of the first layer's sequence and leave after the last layer, by hooks.
+
+Nothing of the base is copied or changed: heads, poolers and backbone wrappers downstream see the sequence they expect.
+Shapes: B images, N the base's own sequence, K robustness tokens, D width.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.utils import ModelOutput
+
+from .layer_stack import LayerStack, find_layer_stack
+
+
+class TokenInjector(nn.Module):
+    """Holds the tokens; its bound methods are the hooks, so that deepcopy and pickle keep hooks and tokens together.
+
+    Args:
+        robustness_tokens: (K, D) floating.
+    """
+
+    def __init__(self, robustness_tokens: Tensor) -> None:
+        super().__init__()
+        self.robustness_tokens = nn.Parameter(robustness_tokens)
+        self.enabled = True
+        self.strips_before_norm = True
+        self._rotary_modules: list[nn.Module] = []  # they skip `num_prefix_tokens` positions (timm's Eva)
+
+    @property
+    def num_active_tokens(self) -> int:
+        return self.robustness_tokens.shape[0] if self.enabled else 0
+
+    def set_enabled(self, enabled: bool) -> None:
+        """Turns the tokens on or off; off, the base computes exactly what it did before."""
+        before = self.num_active_tokens
+        self.enabled = enabled
+        for module in self._rotary_modules:
+            module.num_prefix_tokens += self.num_active_tokens - before  # type: ignore[operator, assignment]
+
+    def attach(self, stack: LayerStack) -> None:
+        """Registers every hook on the layers of the stack."""
+        if stack.is_timm:
+            self._attach_timm(stack)
+            return
+        stack.layers[0].register_forward_pre_hook(self.insert_before_layer, with_kwargs=True)
+        # Prepended, so that transformers' recorder of hidden states sees the stripped output too.
+        stack.layers[-1].register_forward_hook(self.strip_after_layer, prepend=True)
+        stack.owner.register_forward_hook(self.trim_recorded)
+        for module in stack.layers.modules():
+            if stack.attention_class is not None and isinstance(module, stack.attention_class):
+                module.register_forward_pre_hook(self.pad_attention_mask, with_kwargs=True)
+
+    def _attach_timm(self, stack: LayerStack) -> None:
+        timm_model: Any = stack.owner
+        # Between norm_pre and norm, so that all intermediate outputs alike hold the tokens, as extra prefix tokens.
+        timm_model.norm_pre.register_forward_hook(self.insert_after_norm_pre)
+        timm_model.norm.register_forward_pre_hook(self.strip_before_norm)
+        timm_model.forward_intermediates = functools.partial(_forward_intermediates, timm_model, self)
+        self._rotary_modules = [m for m in stack.layers.modules() if hasattr(m, "num_prefix_tokens")]
+        for module in self._rotary_modules:
+            module.num_prefix_tokens += self.num_active_tokens  # type: ignore[operator, assignment]
+
+    def _insert(self, hidden_states: Tensor) -> Tensor:
+        """(B, N, D) -> (B, K + N, D), or unchanged when disabled."""
+        if not self.enabled:
+            return hidden_states
+        if hidden_states.dim() != 3:
+            raise ValueError(
+                f"robustness tokens need a sequence (B, N, D) before the first layer, got {tuple(hidden_states.shape)}"
+            )
+        tokens = self.robustness_tokens.to(hidden_states.device, hidden_states.dtype)
+        return torch.cat([tokens.expand(hidden_states.shape[0], -1, -1), hidden_states], dim=1)  # (B, K + N, D)
+
+    def insert_before_layer(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        if args:
+            return (self._insert(args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": self._insert(kwargs["hidden_states"])}
+
+    def strip_after_layer(self, module: nn.Module, args: Any, output: Any) -> Any:
+        if isinstance(output, tuple):
+            return (output[0][:, self.num_active_tokens :], *output[1:])
+        return output[:, self.num_active_tokens :]  # (B, K + N, D) -> (B, N, D)
+
+    def pad_attention_mask(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """Extends masks and relative position biases, made for the base's own sequence, to the tokens in front."""
+        by_position = len(args) > 1
+        mask = args[1] if by_position else kwargs.get("attention_mask")
+        if mask is None or not self.enabled:
+            return args, kwargs
+        sequence = (args[0] if args else kwargs["hidden_states"]).shape[1]
+        mask = _pad_mask(mask, self.num_active_tokens, sequence - self.num_active_tokens)
+        if by_position:
+            return (args[0], mask, *args[2:]), kwargs
+        return args, {**kwargs, "attention_mask": mask}
+
+    def trim_recorded(self, module: nn.Module, args: Any, output: Any) -> Any:
+        """Takes the tokens out of `hidden_states` and `attentions`, where the owner of the layers recorded them."""
+        k = self.num_active_tokens
+        if k == 0:
+            return output
+        if isinstance(output, ModelOutput):
+            for key in ("hidden_states", "attentions"):
+                if output.get(key) is not None:
+                    output[key] = _trim(output[key], k)
+            return output
+        return tuple(_trim(item, k) if isinstance(item, tuple) else item for item in output)
+
+    def insert_after_norm_pre(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        return self._insert(output)
+
+    def strip_before_norm(self, module: nn.Module, args: Any) -> Any:
+        if not self.strips_before_norm:
+            return args
+        return (args[0][:, self.num_active_tokens :], *args[1:])
+
+
+def attach_tokens(model: nn.Module, robustness_tokens: Tensor) -> TokenInjector:
+    """Injects tokens into a model, in place.
+
+    Args:
+        model: A vision transformer, bare or under a head.
+        robustness_tokens: (K, D) floating, D the model's width.
+
+    Returns:
+        The injector, which holds the tokens as a parameter.
+
+    Raises:
+        ValueError: If the model has tokens already, is no vision transformer, or has another width.
+    """
+    if find_injector(model) is not None:
+        raise ValueError(
+            f"{type(model).__name__} has robustness tokens already: call remove_tokens(model) (or .unload()) first"
+        )
+    stack = find_layer_stack(model)
+    if robustness_tokens.dim() != 2 or robustness_tokens.shape[1] != stack.hidden_size:
+        raise ValueError(
+            f"robustness tokens must have shape (K, {stack.hidden_size}) for {type(model).__name__}, "
+            f"got {tuple(robustness_tokens.shape)}: they belong to a base of another width"
+        )
+    injector = TokenInjector(robustness_tokens)
+    injector.attach(stack)
+    return injector
+
+
+def find_injector(model: nn.Module) -> TokenInjector | None:
+    """The injector that is attached to the model, or None."""
+    return next((hook.__self__ for _, _, hook in _own_hooks(model)), None)
+
+
+def remove_tokens(model: nn.Module) -> Any:
+    """Takes the tokens out of a model, in place; it is what it was before they came.
+
+    Args:
+        model: A model that [`inject_tokens`] has been called on.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: If it has no robustness tokens.
+    """
+    injector = find_injector(model)
+    if injector is None:
+        raise ValueError(f"{type(model).__name__} has no robustness tokens to remove")
+    injector.set_enabled(False)
+    for module, hook_id, _ in list(_own_hooks(model)):
+        for registry in (
+            module._forward_pre_hooks,
+            module._forward_pre_hooks_with_kwargs,
+            module._forward_hooks,
+            module._forward_hooks_with_kwargs,
+        ):
+            registry.pop(hook_id, None)
+    stack = find_layer_stack(model)
+    if stack.is_timm:
+        del stack.owner.forward_intermediates
+    return model
+
+
+def _own_hooks(model: nn.Module) -> Iterator[tuple[nn.Module, int, Any]]:
+    """(module, hook id, bound method) of every hook that is an injector's. Handles would not survive a deepcopy."""
+    for module in model.modules():
+        registries: tuple[dict[int, Callable[..., Any]], ...] = (module._forward_pre_hooks, module._forward_hooks)
+        for registry in registries:
+            for hook_id, hook in registry.items():
+                if isinstance(getattr(hook, "__self__", None), TokenInjector):
+                    yield module, hook_id, hook
+
+
+def _pad_mask(mask: Any, k: int, sequence: int) -> Tensor:
+    """(B, H, N or 1, N) -> (B, H, K + N or 1, K + N), or (B, N) -> (B, K + N) as flash attention takes it.
+
+    Raises:
+        ValueError: If it isn't made for the N tokens that the base itself has.
+    """
+    if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
+        raise ValueError(
+            f"an attention mask of type {type(mask).__name__} can't be extended to the robustness tokens: load the "
+            'base with attn_implementation="sdpa" or "eager"'
+        )
+    if mask.shape[-1] != sequence:
+        raise ValueError(
+            f"an attention mask or relative position bias is {mask.shape[-1]} wide, the sequence without robustness "
+            f"tokens is {sequence}: BEiT with interpolate_pos_encoding=True stretches its bias over the tokens; "
+            "leave interpolate_pos_encoding out (its bias fits any image size without)"
+        )
+    if mask.dim() == 2:
+        return F.pad(mask, (k, 0), value=1)
+    if mask.shape[-2] != 1:  # one row is broadcast over the queries
+        mask = torch.cat([_token_row(mask).expand(-1, -1, k, -1), mask], dim=-2)  # (B, H, K + N, N)
+    return F.pad(mask, (k, 0), value=0.0 if mask.is_floating_point() else True)
+
+
+def _token_row(mask: Tensor) -> Tensor:
+    """(B, H, N, N) -> (B, H, 1, N): no bias, but padding that no query sees, no token sees (it would leak)."""
+    if not mask.is_floating_point():
+        return mask.any(dim=-2, keepdim=True)
+    lowest = torch.finfo(mask.dtype).min
+    hidden = (mask <= lowest / 2).all(dim=-2, keepdim=True)  # biases are nowhere near
+    return torch.zeros_like(mask[..., :1, :]).masked_fill(hidden, lowest)
+
+
+def _trim(recorded: Any, k: int) -> Any:
+    """Hidden states (B, K + N, D), of which the last is stripped already, or attentions (B, H, K + N, K + N)."""
+    if not recorded:
+        return recorded  # attention kernels that keep no weights record none
+    *inner, last = recorded
+    if last is not None and last.dim() == 4:
+        return tuple(attention[..., k:, k:] for attention in recorded)
+    return (*(None if state is None else state[:, k:] for state in inner), last)
+
+
+def _forward_intermediates(timm_model: Any, injector: TokenInjector, *args: Any, **kwargs: Any) -> Any:
+    """timm's own method; the tokens pass for prefix tokens, which it splits off, and then leave the prefix."""
+    own, k = timm_model.num_prefix_tokens, injector.num_active_tokens
+    timm_model.num_prefix_tokens = own + k
+    injector.strips_before_norm = False  # with norm=True the intermediates pass through the norm before the split
+    try:
+        output = type(timm_model).forward_intermediates(timm_model, *args, **kwargs)
+    finally:
+        timm_model.num_prefix_tokens = own
+        injector.strips_before_norm = True
+
+    def strip_prefix(intermediate: Any) -> Any:
+        if not isinstance(intermediate, tuple):
+            return intermediate
+        patches, prefix = intermediate
+        return (patches, prefix[:, k:]) if own else patches
+
+    if isinstance(output, dict):
+        prefixes = [prefix[:, k:] for prefix in output.pop("image_intermediates_prefix", [])]
+        if own and prefixes:
+            output["image_intermediates_prefix"] = prefixes
+        if "image_features" in output:
+            output["image_features"] = output["image_features"][:, k:]
+        return output
+    if isinstance(output, tuple):
+        features, intermediates = output
+        return features[:, k:], [strip_prefix(item) for item in intermediates]
+    return [strip_prefix(item) for item in output]

@@ -1,0 +1,116 @@
+"""The frozen base: which class loads it, from where, and its image processor. No code of a repository is ever run
+unless the user passes `trust_remote_code=True` himself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import transformers
+from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
+
+from ..data import build_image_processor, load_image_processor
+from .layer_stack import square_size
+
+
+HUB_KWARGS = ("token", "cache_dir", "local_files_only", "force_download")
+
+
+def headless_class_name(name: str, revision: str | None, base_kwargs: Mapping[str, Any]) -> str:
+    """The class of a base's vision features, by its config: AutoModel's, or the vision half of two towers.
+
+    Args:
+        name: Hub id or folder.
+        revision: Branch, tag or commit.
+        base_kwargs: For `from_pretrained`; those for the Hub and `trust_remote_code` are used.
+
+    Raises:
+        ValueError: If there is no such base, or transformers has no model class for it.
+    """
+    hub_kwargs = {key: base_kwargs[key] for key in HUB_KWARGS if key in base_kwargs}
+    trust_remote_code = base_kwargs.get("trust_remote_code", False)
+    try:
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code, **hub_kwargs)
+    except OSError as exc:
+        raise ValueError(f"the base {name!r} can't be loaded; it is no folder here with a model in it: {exc}") from exc
+    two_towers = vision_class(config)
+    if two_towers is not None:
+        return two_towers.__name__
+    try:
+        auto_class: Any = AutoModel._model_mapping[type(config)]
+    except KeyError as exc:
+        raise ValueError(f"transformers has no AutoModel for {type(config).__name__} of {name}") from exc
+    return str((auto_class[0] if isinstance(auto_class, list | tuple) else auto_class).__name__)
+
+
+def load_base(name: str, base_class: str, revision: str | None, base_kwargs: Mapping[str, Any]) -> PreTrainedModel:
+    """Loads a base by the name of its class in transformers.
+
+    Raises:
+        ValueError: If there is no such class, or the base has no safetensors weights.
+    """
+    # getattr on transformers alone: a name in a config never reaches any other code.
+    loader = getattr(transformers, base_class, None)
+    if not (isinstance(loader, type) and issubclass(loader, PreTrainedModel)):
+        raise ValueError(
+            f"base_model_class {base_class!r} is no model class of transformers {transformers.__version__}"
+        )
+    base: PreTrainedModel = _load(loader, name, revision, base_kwargs)
+    return base
+
+
+def load_classifier(name: str, revision: str | None, base_kwargs: Mapping[str, Any]) -> PreTrainedModel:
+    """Loads a base under its classification head.
+
+    Raises:
+        ValueError: If it has no head (transformers would make a random one), or no safetensors weights.
+    """
+    options = {"trust_remote_code": False, **base_kwargs, "output_loading_info": True}
+    base, info = _load(AutoModelForImageClassification, name, revision, options)
+    if info["missing_keys"]:
+        raise no_head_error(f"{name} ({sorted(info['missing_keys'])} are missing and would be random)")
+    return base
+
+
+def no_head_error(name: str) -> ValueError:
+    """The error for a base that is no classifier."""
+    return ValueError(
+        f"{name}: there is no classification head on this base. Load a classifier that stands on it, and "
+        "inject_tokens(classifier, adapter)"
+    )
+
+
+def processor_of(base: PreTrainedModel, name: str, *, revision: str | None, base_kwargs: Mapping[str, Any]) -> Any:
+    """The image processor that lies beside a base, or one built from its input size."""
+    config = getattr(base.config, "vision_config", base.config)
+    image_size = square_size(getattr(config, "image_size", None))
+    if name:
+        wanted = (*HUB_KWARGS[:3], "trust_remote_code")
+        options = {key: base_kwargs[key] for key in wanted if key in base_kwargs}
+        return load_image_processor(name, revision=revision, image_size=image_size, **options)
+    if image_size is None:
+        raise ValueError(
+            f"{type(base).__name__} was made in memory and names no square image_size: pass image_processor="
+        )
+    return build_image_processor(image_size=image_size)
+
+
+def vision_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
+    """The vision half of a two-tower model (CLIP, SigLIP, ...), with its projection where there is one; else None."""
+    if not hasattr(config, "vision_config") or not hasattr(config, "text_config"):
+        return None
+    stem = type(config).__name__.removesuffix("Config")
+    names = (f"{stem}VisionModelWithProjection", f"{stem}VisionModel")
+    return next((getattr(transformers, name) for name in names if hasattr(transformers, name)), None)
+
+
+def _load(loader: Any, name: str, revision: str | None, base_kwargs: Mapping[str, Any]) -> Any:
+    try:
+        return loader.from_pretrained(name, revision=revision, use_safetensors=True, **base_kwargs)
+    except OSError as exc:
+        if "safetensors" in str(exc):
+            raise ValueError(
+                f"{name} has no safetensors weights, and nothing else is read: convert it with "
+                "`model.save_pretrained(folder)` where you trust its source"
+            ) from exc
+        raise

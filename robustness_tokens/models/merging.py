@@ -1,0 +1,216 @@
+"""Tokens become native register tokens: a plain checkpoint that needs no add-on; and back again.
+
+Only families whose library class has registers can hold them. Attention doesn't know the order of a sequence without
+positions, so tokens after the CLS token compute what tokens in front of it do; rotary positions skip registers.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .injection import find_injector
+from .layer_stack import square_size
+
+
+logger = logging.getLogger(__name__)
+
+# The class that computes the same with registers in its sequence, for every class of transformers that has one. By
+# name, since not every supported release of transformers has all of them.
+_REGISTER_CLASSES = {
+    "Dinov2Model": "Dinov2WithRegistersModel",
+    "Dinov2ForImageClassification": "Dinov2WithRegistersForImageClassification",
+    "Dinov2Backbone": "Dinov2WithRegistersBackbone",
+    "Dinov2WithRegistersModel": "Dinov2WithRegistersModel",
+    "Dinov2WithRegistersForImageClassification": "Dinov2WithRegistersForImageClassification",
+    "Dinov2WithRegistersBackbone": "Dinov2WithRegistersBackbone",
+    "DINOv3ViTModel": "DINOv3ViTModel",
+    "DINOv3ViTBackbone": "DINOv3ViTBackbone",
+}
+_TIMM_WRAPPERS = ("TimmWrapperModel", "TimmWrapperForImageClassification")
+# timm's own classes alone: their subclasses (distilled, hybrid, ...) may take the argument and not use it.
+_TIMM_REGISTER_ARGUMENTS = {"VisionTransformer": "reg_tokens", "Eva": "num_reg_tokens"}
+
+_REGISTER_NAMES = ("register_tokens", "reg_token")
+
+_ALTERNATIVES = (
+    "ship the adapter instead (save_pretrained, then from_pretrained or inject_tokens), or export the model with its "
+    "tokens to ONNX (robustness_tokens.models.onnx_export.export_onnx)"
+)
+
+
+def merge(model: PreTrainedModel, *, image_size: int | None = None) -> PreTrainedModel:
+    """A plain copy of a model in which its robustness tokens are registers; the model stays as it was.
+
+    Args:
+        model: A DINOv2, DINOv3 or timm (VisionTransformer, Eva) model with tokens in it, bare or under its
+            classification head: what `inject_tokens` returned, or `RobustnessTokenModel.get_base_model()`.
+        image_size: Side in pixels of the images that the plain model will see; by default the model's own. Positions
+            are stored as the model resamples them for this size.
+
+    Returns:
+        A model of a library class, in eval mode: DINOv2 as DINOv2 with registers, all others in their own class with
+        K more registers behind those that they have. Its features are the model's once the registers are dropped.
+
+    Raises:
+        ValueError: If the model has no tokens, or they are turned off; if its family has no registers that compute
+            the same; or if `image_size` doesn't fit it.
+    """
+    injector = find_injector(model)
+    if injector is None:
+        raise ValueError(f"{type(model).__name__} has no robustness tokens to merge: inject_tokens(model, ...) first")
+    if not injector.enabled:
+        raise ValueError("the robustness tokens are turned off: merge outside disable_adapter()")
+    tokens = injector.robustness_tokens.detach()
+    name = type(model).__name__
+    if name in _TIMM_WRAPPERS:
+        plain = _merge_timm(model, tokens, image_size)
+    elif name in _REGISTER_CLASSES:
+        plain = _merge_transformers(model, tokens, image_size)
+    else:
+        raise ValueError(
+            f"{name} has no native registers for the tokens to become (DINOv2, DINOv3 and timm's VisionTransformer "
+            f"and Eva have): {_ALTERNATIVES}"
+        )
+    logger.warning(
+        "The merged model holds the robustness tokens as registers: whoever gets its file knows the tokens, which are "
+        "the secret of the defence, and can attack through them."
+    )
+    return plain
+
+
+def extract_tokens(plain: nn.Module, *, num_robustness_tokens: int = 10) -> Tensor:
+    """The tokens that [`merge`] put into a plain model: the last of its registers.
+
+    Args:
+        plain: A merged model, bare or under its head.
+        num_robustness_tokens: K, how many there are; any registers before them are the base's own.
+
+    Returns:
+        (K, D) float32 on the CPU; bit-equal to the tokens merged if the base was in float32.
+
+    Raises:
+        ValueError: If the model has fewer than K registers.
+    """
+    if num_robustness_tokens < 1:
+        raise ValueError(f"num_robustness_tokens must be at least 1, got {num_robustness_tokens}")
+    registers = next((p for n, p in plain.named_parameters() if n.rpartition(".")[2] in _REGISTER_NAMES), None)
+    found = 0 if registers is None else registers.shape[1]
+    if registers is None or found < num_robustness_tokens:
+        raise ValueError(
+            f"{type(plain).__name__} has {found} registers, expected at least num_robustness_tokens="
+            f"{num_robustness_tokens}: pass the number that was merged, and a model that merge_and_unload() made"
+        )
+    return registers[0, -num_robustness_tokens:].detach().to("cpu", torch.float32).clone()  # (K, D)
+
+
+def _merge_transformers(model: PreTrainedModel, tokens: Tensor, image_size: int | None) -> PreTrainedModel:
+    register_class: Any = getattr(transformers, _REGISTER_CLASSES[type(model).__name__])
+    changes_class = register_class is not type(model)
+    if changes_class:
+        dropped = ("model_type", "architectures", "transformers_version", "use_mask_token")
+        settings = {key: value for key, value in model.config.to_dict().items() if key not in dropped}
+        config = register_class.config_class.from_dict(settings)
+        config._attn_implementation = model.config._attn_implementation
+    else:
+        config = copy.deepcopy(model.config)
+    if image_size is not None:
+        _check_image_size(image_size, config.patch_size)
+        config.image_size = image_size
+
+    state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    stem = next(name for name in state if name.endswith("embeddings.cls_token")).removesuffix("cls_token")
+    registers = state.get(f"{stem}register_tokens", tokens.new_empty(1, 0, tokens.shape[1]))
+    tokens = tokens.to(state[f"{stem}cls_token"])
+    state[f"{stem}register_tokens"] = torch.cat([registers.to(tokens), tokens[None]], dim=1)  # (1, R + K, D)
+    config.num_register_tokens = registers.shape[1] + tokens.shape[0]
+    # A DINOv2 may do without a mask token, one with registers may not; unused unless patches are masked.
+    state.setdefault(f"{stem}mask_token", tokens.new_zeros(1, tokens.shape[1]))
+    if f"{stem}position_embeddings" in state:
+        size = square_size(config.image_size)
+        if size is None:
+            raise ValueError(f"{type(model).__name__} names no square image_size: pass image_size= in pixels")
+        embeddings: Any = model.get_submodule(stem.removesuffix("."))
+        height, width = (size // patch for patch in _pair(config.patch_size))
+        sequence = tokens.new_empty(1, 1 + height * width, tokens.shape[1])  # only its shape is looked at
+        with torch.no_grad():
+            positions = embeddings.interpolate_pos_encoding(sequence, size, size)  # (1, 1 + P, D)
+        state[f"{stem}position_embeddings"] = positions.detach().clone()
+        if changes_class or size != square_size(model.config.image_size):
+            _warn_of_other_sizes(size)
+
+    old, new = f"{type(model).base_model_prefix}.", f"{register_class.base_model_prefix}."
+    state = {new + name.removeprefix(old) if name.startswith(old) else name: t for name, t in state.items()}
+    return _fill(register_class(config), state, model)
+
+
+def _merge_timm(model: PreTrainedModel, tokens: Tensor, image_size: int | None) -> PreTrainedModel:
+    timm_model: Any = model.timm_model
+    name = type(timm_model).__name__
+    if name not in _TIMM_REGISTER_ARGUMENTS:
+        raise ValueError(f"timm's {name} has no registers for the tokens to become: {_ALTERNATIVES}")
+    if not isinstance(timm_model.norm_pre, nn.Identity):
+        raise ValueError(
+            f"this {name} normalises its sequence before the first layer, its registers too, which the tokens come "
+            f"after; no register gives them: {_ALTERNATIVES}"
+        )
+    # Eva has no such setting: its attention pooling always sees the prefix.
+    if getattr(timm_model, "pool_include_prefix", timm_model.attn_pool is not None):
+        raise ValueError(f"this {name} pools over its registers, so its head would see the tokens: {_ALTERNATIVES}")
+
+    state = {key: tensor.detach().clone() for key, tensor in model.state_dict().items()}
+    registers = state.get("timm_model.reg_token", tokens.new_empty(1, 0, tokens.shape[1]))
+    tokens = tokens.to(next(timm_model.parameters()))
+    state["timm_model.reg_token"] = torch.cat([registers.to(tokens), tokens[None]], dim=1)  # (1, R + K, D)
+    positions = state.get("timm_model.pos_embed")
+    if positions is not None and not timm_model.no_embed_class:
+        prefix, patches = positions.tensor_split([timm_model.num_prefix_tokens], dim=1)
+        state["timm_model.pos_embed"] = torch.cat([prefix, torch.zeros_like(tokens)[None], patches], dim=1)
+
+    config: Any = copy.deepcopy(model.config)
+    count = registers.shape[1] + tokens.shape[0]
+    own_size = tuple(timm_model.patch_embed.img_size)  # not the config's if set_input_size() was called
+    config.model_args = {**(config.model_args or {}), "img_size": own_size, _TIMM_REGISTER_ARGUMENTS[name]: count}
+    plain = _fill(type(model)(config), state, model)
+    if image_size is not None and (image_size, image_size) != own_size:
+        _check_image_size(image_size, timm_model.patch_embed.patch_size)
+        plain_timm: Any = plain.timm_model
+        plain_timm.set_input_size((image_size, image_size))
+        config.model_args["img_size"] = (image_size, image_size)
+        if isinstance(data := getattr(config, "pretrained_cfg", None), dict):
+            config.pretrained_cfg = {**data, "input_size": [timm_model.in_chans, image_size, image_size]}
+        if positions is not None and timm_model.dynamic_img_size:  # all others refuse other sizes
+            _warn_of_other_sizes(image_size)
+    return plain
+
+
+def _fill(plain: PreTrainedModel, state: dict[str, Tensor], model: PreTrainedModel) -> PreTrainedModel:
+    # Assigned, not copied into, so that each tensor keeps its dtype and buffers that are not saved keep float32.
+    plain.load_state_dict(state, strict=True, assign=True)
+    plain.config.name_or_path = ""
+    return plain.to(model.device).eval()  # type: ignore[arg-type]
+
+
+def _check_image_size(image_size: int, patch_size: Any) -> None:
+    patches = _pair(patch_size)
+    if image_size < 1 or any(image_size % patch for patch in patches):
+        raise ValueError(f"image_size must be a multiple of the patch size {patches} in pixels, got {image_size}")
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def _warn_of_other_sizes(image_size: int) -> None:
+    logger.warning(
+        "The merged model computes what this one does on images of %d x %d pixels only; it resamples its positions in "
+        "another way for other sizes. Merge again with image_size= for another size.",
+        image_size,
+        image_size,
+    )

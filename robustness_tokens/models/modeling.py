@@ -1,0 +1,530 @@
+"""The models that users type: a frozen base with robustness tokens, saved and loaded as a small adapter."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from huggingface_hub import CommitInfo
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageClassification,
+    BaseImageProcessor,
+    PreTrainedModel,
+)
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from ..configuration import AUTO_MAP, REMOTE_CODE, REMOTE_CODE_FILE, FeatureView, RobustnessTokenConfig, SimilarityAxis
+from ..data import read_image_processor, with_normalization
+from ..hub import (
+    CARD_FILE,
+    CONFIG_FILE,
+    PROCESSOR_FILE,
+    AdapterFolder,
+    cached_commit,
+    check_base_is_repo_id,
+    check_no_other_model,
+    fetch_adapter,
+    is_generated,
+    is_repo_id,
+    push_adapter,
+    read_config,
+    read_tokens,
+    render_card,
+    report_of,
+    update_card,
+    write_tokens,
+)
+from ..report import RobustnessReport
+from ..utils import write_text
+from .features import default_feature_view, extract_features
+from .injection import TokenInjector, attach_tokens, remove_tokens
+from .layer_stack import check_fingerprint, find_layer_stack, layer_fingerprint
+from .loading import (
+    HUB_KWARGS,
+    headless_class_name,
+    load_base,
+    load_classifier,
+    no_head_error,
+    processor_of,
+    vision_class,
+)
+from .merging import merge
+
+
+class RobustnessTokenPreTrainedModel(PreTrainedModel):
+    """What both models share. The base stays frozen and in eval mode; the tokens are the only trainable parameters."""
+
+    config: RobustnessTokenConfig
+    config_class = RobustnessTokenConfig
+    base_model_prefix = "backbone"
+    main_input_name = "pixel_values"
+    input_modalities = "image"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
+
+    def __init__(self, config: RobustnessTokenConfig, base_model: PreTrainedModel | None = None) -> None:
+        super().__init__(config)
+        if base_model is None:
+            raise ValueError(f"{type(self).__name__} needs its base: call from_base or from_pretrained")
+        tokens = torch.randn(config.num_robustness_tokens, config.hidden_size) * config.initializer_range  # (K, D)
+        self.injector: TokenInjector = attach_tokens(base_model, tokens)
+        self.backbone = base_model.requires_grad_(False)
+        self.injector.to(device=next(base_model.parameters()).device)
+        self.image_processor: BaseImageProcessor | None = None
+        for name in ("id2label", "label2id", "problem_type"):  # pipelines read them here; to_dict leaves them out
+            setattr(config, name, getattr(base_model.config, name, None))
+        self.eval()
+
+    @property
+    def robustness_tokens(self) -> nn.Parameter:
+        """The tokens, (K, D)."""
+        return self.injector.robustness_tokens
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The base's: pipelines cast their inputs to it, while the tokens stay float32 and are cast as they enter."""
+        return self.get_base_model().dtype
+
+    @classmethod
+    def from_base(
+        cls,
+        base_model: str | os.PathLike[str] | PreTrainedModel,
+        *,
+        num_robustness_tokens: int = 10,
+        initializer_range: float = 0.01,
+        feature_view: FeatureView | None = None,
+        similarity_axis: SimilarityAxis = "token",
+        image_mean: Sequence[float] | None = None,
+        image_std: Sequence[float] | None = None,
+        image_processor: Any = None,
+        revision: str | None = None,
+        **base_kwargs: Any,
+    ) -> Self:
+        """A base with new, untrained tokens.
+
+        Args:
+            base_model: Hub id or folder (with safetensors weights), or a model in memory, which is hooked in place.
+            num_robustness_tokens: K (paper: 10).
+            initializer_range: Standard deviation of the new tokens (paper: 0.01).
+            feature_view: What "the features" are; by default what the paper takes for the family.
+            similarity_axis: `"token"` (what the published code computes) or `"feature"` (the paper's formula).
+            image_mean, image_std: Normalisation that the tokens will be trained with; by default the base's own.
+            image_processor: Of the base; by default loaded from beside it, or built from its input size.
+            revision: Branch, tag or commit of the base; of a model in memory, the one that it was loaded from.
+            base_kwargs: For the base's `from_pretrained`: `dtype`, `device_map`, `attn_implementation`, `token`, ...
+
+        Returns:
+            The model, in eval mode.
+
+        Raises:
+            ValueError: If the base is no vision transformer, holds tokens already, or has no safetensors weights.
+        """
+        if isinstance(base_model, PreTrainedModel):
+            _check_no_loading_arguments("the base is", base_kwargs)
+            if isinstance(base_model, RobustnessTokenPreTrainedModel):
+                raise ValueError(
+                    f"{type(base_model).__name__} has robustness tokens already: give from_base its base, .unload()"
+                )
+            base, name = base_model, _absolute_if_folder(base_model.config.name_or_path or "")
+            if two_towers := vision_class(base.config):
+                raise ValueError(
+                    f"{type(base).__name__} has two towers: give from_base its vision model, {two_towers.__name__} "
+                    "(or the name or folder of this one), or use inject_tokens on the whole model"
+                )
+            base_class = type(base).__name__
+        else:
+            name = _absolute_if_folder(os.fspath(base_model))
+            base_class = headless_class_name(name, revision, base_kwargs)
+            base = cls._load_base(name, base_class, revision, base_kwargs)
+        stack = find_layer_stack(base)
+        if image_processor is None:
+            image_processor = processor_of(base, name, revision=revision, base_kwargs=base_kwargs)
+        if image_mean is not None or image_std is not None:
+            image_processor = with_normalization(
+                image_processor, image_mean or image_processor.image_mean, image_std or image_processor.image_std
+            )
+        channels = getattr(getattr(base.config, "vision_config", base.config), "num_channels", None)
+        if channels not in (None, len(image_processor.image_mean)):
+            raise ValueError(
+                f"{type(base).__name__} takes images of {channels} channels, its image processor normalises "
+                f"{len(image_processor.image_mean)}: robustness tokens are trained on RGB images"
+            )
+        # Whatever revision a model in memory came from, nobody but the user can tell.
+        is_pinned = revision is not None or base is not base_model
+        cache_dir = base_kwargs.get("cache_dir")
+        config = RobustnessTokenConfig(
+            base_model_name_or_path=name,
+            base_model_revision=cached_commit(name, revision=revision, cache_dir=cache_dir) if is_pinned else None,
+            base_model_class=base_class,
+            base_model_fingerprint=layer_fingerprint(stack.layers),
+            num_robustness_tokens=num_robustness_tokens,
+            hidden_size=stack.hidden_size,
+            initializer_range=initializer_range,
+            feature_view=feature_view or default_feature_view(base),
+            similarity_axis=similarity_axis,
+            image_mean=list(image_processor.image_mean),
+            image_std=list(image_processor.image_std),
+        )
+        model = cls(config, base)
+        model.image_processor = image_processor
+        return model
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *,
+        config: RobustnessTokenConfig | None = None,
+        base_model: str | os.PathLike[str] | PreTrainedModel | None = None,
+        ignore_base_mismatch: bool = False,
+        revision: str | None = None,
+        subfolder: str = "",
+        adapter_kwargs: Mapping[str, Any] | None = None,
+        **base_kwargs: Any,
+    ) -> Self:
+        """A base with its trained tokens.
+
+        Args:
+            pretrained_model_name_or_path: Folder or Hub id of the adapter.
+            config: Given by the Auto classes: of it the attention counts, all else is read from the adapter.
+            base_model: Folder, Hub id or model in memory to use as the base instead of the one the adapter names.
+            ignore_base_mismatch: Accept a base whose fingerprint is not the one the tokens were trained on.
+            revision: Branch, tag, commit or `refs/pr/N` of the adapter; the base comes at the commit it pins.
+            subfolder: Folder of the adapter inside its repo.
+            adapter_kwargs: Given by the Auto classes (for PEFT), unused.
+            base_kwargs: For the base's `from_pretrained`: `dtype`, `device_map`, `attn_implementation`, `token`,
+                `cache_dir`, `local_files_only`, `trust_remote_code`, ...
+
+        Returns:
+            The model, in eval mode.
+
+        Raises:
+            ValueError: If the adapter is damaged, or its base is not the one it was trained on.
+        """
+        if base_kwargs.pop("output_loading_info", False):
+            raise ValueError("output_loading_info=True has no use here: an adapter that is not whole is an error")
+        hub_kwargs = {name: base_kwargs[name] for name in HUB_KWARGS if base_kwargs.get(name) is not None}
+        folder = fetch_adapter(pretrained_model_name_or_path, revision=revision, subfolder=subfolder, **hub_kwargs)
+        adapter_config = read_config(folder)
+        if config is not None and config._attn_implementation is not None:
+            base_kwargs.setdefault("attn_implementation", config._attn_implementation)  # AutoModel moved it there
+        tokens = read_tokens(folder, adapter_config)
+        image_processor = read_image_processor(folder.path / PROCESSOR_FILE)
+        base_kwargs = {name: value for name, value in base_kwargs.items() if value is not None}
+        if isinstance(base_model, PreTrainedModel):
+            served = (*HUB_KWARGS, "trust_remote_code")  # the adapter takes these, and AutoModel always passes one
+            for_base = {name: value for name, value in base_kwargs.items() if name not in served}
+            _check_no_loading_arguments("the base is", for_base)
+            base = base_model
+        elif base_model is not None:
+            base = cls._load_base(os.fspath(base_model), adapter_config.base_model_class, None, base_kwargs)
+        else:
+            base = cls._load_named_base(folder, adapter_config, base_kwargs)
+        if not ignore_base_mismatch:
+            _check_base(base, adapter_config)
+        model = cls(adapter_config, base)
+        with torch.no_grad():
+            model.robustness_tokens.copy_(tokens)
+        model.image_processor = image_processor
+        model.name_or_path = str(pretrained_model_name_or_path)
+        return model
+
+    @classmethod
+    def _load_named_base(
+        cls, folder: AdapterFolder, config: RobustnessTokenConfig, base_kwargs: Mapping[str, Any]
+    ) -> PreTrainedModel:
+        name = config.base_model_name_or_path
+        if not name:
+            raise ValueError("the adapter doesn't name its base: pass base_model= (a folder, a Hub id or a model)")
+        if folder.from_hub:
+            check_base_is_repo_id(name)
+        elif not os.path.isdir(name) and not is_repo_id(name):
+            raise ValueError(f"the adapter's base was the folder {name!r}, which is gone: pass base_model=")
+        return cls._load_base(name, config.base_model_class, config.base_model_revision, base_kwargs)
+
+    @classmethod
+    def _load_base(
+        cls, name: str, base_class: str, revision: str | None, base_kwargs: Mapping[str, Any]
+    ) -> PreTrainedModel:
+        return load_base(name, base_class, revision, base_kwargs)
+
+    def train(self, mode: bool = True) -> Self:
+        """Sets the training mode of the tokens; the base stays in eval, so that it computes what it always did."""
+        super().train(mode)
+        if "backbone" in self._modules:
+            self.backbone.eval()
+            for module in self.backbone.modules():
+                # transformers checkpoints a layer only if it is in training mode; what is inside it stays in eval.
+                if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
+                    module.training = mode
+        return self
+
+    def _set_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> None:
+        super()._set_gradient_checkpointing(*args, **kwargs)
+        self.train(self.training)  # now the layers that checkpoint are others
+
+    def forward(self, pixel_values: Tensor, **kwargs: Any) -> Any:
+        """The base's forward, with the tokens in its sequence.
+
+        Args:
+            pixel_values: (B, 3, H, W) normalised images.
+            kwargs: Whatever the base's forward takes.
+
+        Returns:
+            The base's own output class, every shape as without tokens.
+        """
+        return self.get_base_model()(pixel_values=pixel_values, **kwargs)
+
+    def get_features(self, pixel_values: Tensor) -> Tensor:
+        """The features that the tokens were trained on (`config.feature_view`), (B, N, D) or (B, D)."""
+        return extract_features(self.get_base_model(), pixel_values, feature_view=self.config.feature_view)
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Within the context the tokens are off, and the model computes bit for bit what the base does."""
+        before = self.injector.enabled
+        self.injector.set_enabled(False)
+        try:
+            yield
+        finally:
+            self.injector.set_enabled(before)
+
+    def get_base_model(self) -> PreTrainedModel:
+        """The base, tokens active in it (as in PEFT); see [`unload`]."""
+        if "backbone" not in self._modules:
+            raise ValueError("the base was taken out by unload(): load the adapter again")
+        return self.backbone
+
+    def unload(self) -> PreTrainedModel:
+        """Takes the base out, every hook gone, frozen and in eval mode; this model is of no more use."""
+        base: PreTrainedModel = remove_tokens(self.get_base_model())
+        del self.backbone
+        return base
+
+    def merge_and_unload(self, image_size: int | None = None) -> PreTrainedModel:
+        """A new plain model whose native registers are the tokens; this one stays as it was.
+
+        Args:
+            image_size: Side in pixels of the images that the plain model will see; by default the base's own.
+
+        Returns:
+            A model of transformers or timm that needs no add-on; see [`~robustness_tokens.models.merging.merge`].
+
+        Raises:
+            ValueError: If the base's family has no registers.
+        """
+        return merge(self.get_base_model(), image_size=image_size)
+
+    def print_trainable_parameters(self) -> None:
+        """Prints how many parameters are trained, in PEFT's words."""
+        trainable = sum(p.numel() for p in self.parameters() if p.requires_grad)
+        total = sum(p.numel() for p in self.parameters())
+        print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str | type | None = None) -> None:
+        """Makes `save_pretrained` write a file beside each adapter that imports this package.
+
+        Then the Auto class loads the adapter with `trust_remote_code=True` before anything has imported the package;
+        where the package is not installed, transformers names it. Once it is imported, no code of an adapter is run.
+
+        Args:
+            auto_class: `"AutoModel"` or `"AutoModelForImageClassification"`, the one that fits this class; by default
+                that one.
+
+        Raises:
+            ValueError: If it is another class.
+        """
+        name = auto_class.__name__ if isinstance(auto_class, type) else auto_class
+        own = next((name for name, code in AUTO_MAP.items() if code == f"modeling.{cls.__name__}"), None)
+        if own is None or name not in (None, own):
+            raise ValueError(f"auto_class must be {own!r} for {cls.__name__}, got {name!r}")
+        super().register_for_auto_class(own)
+
+    def save_pretrained(  # type: ignore[override]
+        self,
+        save_directory: str | os.PathLike[str],
+        *,
+        is_main_process: bool = True,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        base_model_id: str | None = None,
+        **push_kwargs: Any,
+    ) -> None:
+        """Writes the adapter: config.json, model.safetensors (the tokens alone), preprocessor_config.json, README.md.
+
+        As any model of transformers it overwrites what it wrote before; an evaluation.json of other tokens goes.
+
+        Args:
+            save_directory: Folder; made if needed. A README.md that a person wrote is left as it is.
+            is_main_process: Only the main process of a distributed run writes, and pushes.
+            push_to_hub: Also push, see [`push_to_hub`].
+            repo_id: Where to push; by default the folder's name.
+            base_model_id: Hub id to name as the base, where it was loaded from a folder.
+            push_kwargs: For [`push_to_hub`].
+
+        Raises:
+            ValueError: If the tokens are not finite, or the folder holds another model. Nothing is written then.
+        """
+        if push_kwargs and not push_to_hub:
+            raise ValueError(f"save_pretrained got {sorted(push_kwargs)}, unknown, or for push_to_hub=True alone")
+        if not is_main_process:
+            return
+        self._write(Path(save_directory), base_model_id=base_model_id, name=os.fspath(save_directory))
+        if push_to_hub:
+            name = repo_id or Path(save_directory).resolve().name
+            push_adapter(save_directory, name, base_model_id=base_model_id, **push_kwargs)
+
+    def push_to_hub(  # type: ignore[override]
+        self, repo_id: str, *, report: RobustnessReport | None = None, **push_kwargs: Any
+    ) -> CommitInfo:
+        """Uploads the adapter in one commit, to a private repo unless `private=False`: the tokens are a secret.
+
+        Args:
+            repo_id: `user/name`.
+            report: What was measured of these tokens, to go with them and into the card.
+            push_kwargs: `base_model_id` (required where the base was loaded from a folder), `private`, `token`,
+                `revision`, `create_pr`, `commit_message`, `tags`, `subfolder`: see
+                [`~robustness_tokens.hub.pushing.push_adapter`].
+
+        Returns:
+            The commit's information.
+
+        Raises:
+            ValueError: If the base is a folder and `base_model_id` is missing, or the repo is public.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            if report is not None:
+                report.save(folder)
+            return push_adapter(folder, repo_id, **push_kwargs)
+
+    def _write(self, folder: Path, *, base_model_id: str | None, name: str) -> None:
+        self.get_base_model()  # which is gone after unload()
+        folder.mkdir(parents=True, exist_ok=True)
+        check_no_other_model(folder)
+        config = RobustnessTokenConfig.from_dict(self.config.to_dict())
+        config.architectures = [type(self).__name__]
+        if base_model_id not in (None, config.base_model_name_or_path):
+            config.base_model_name_or_path, config.base_model_revision = base_model_id, None
+        config.auto_map = {}
+        if self._auto_class is not None:
+            config.auto_map = {auto_class: AUTO_MAP[auto_class] for auto_class in ("AutoConfig", self._auto_class)}
+            write_text(folder / REMOTE_CODE_FILE, REMOTE_CODE)
+        report = report_of(folder, self.robustness_tokens)
+        config_json, card_text = config.to_json_string(use_diff=False), render_card(config, name=name, report=report)
+        write_tokens(folder, self.robustness_tokens)
+        write_text(folder / CONFIG_FILE, config_json)
+        if self.image_processor is not None:
+            self.image_processor.save_pretrained(folder)
+        card = folder / CARD_FILE
+        # A person's card may be in any encoding, with any line breaks.
+        existing = card.read_bytes().decode("utf-8", "surrogateescape") if card.exists() else None
+        if existing is None or is_generated(existing):
+            write_text(card, update_card(existing, card_text))
+
+
+class RobustnessTokenModel(RobustnessTokenPreTrainedModel):
+    """A frozen vision transformer with robustness tokens; its outputs are the base's (features)."""
+
+
+class RobustnessTokenForImageClassification(RobustnessTokenPreTrainedModel):
+    """A frozen image classifier with robustness tokens; its outputs are the base's (logits)."""
+
+    def __init__(self, config: RobustnessTokenConfig, base_model: PreTrainedModel | None = None) -> None:
+        base_config: Any = type(getattr(base_model, "config", None))
+        classifiers: Any = AutoModelForImageClassification._model_mapping.get(base_config, ())
+        if base_model is not None and not isinstance(base_model, classifiers):
+            raise no_head_error(f"{type(base_model).__name__} {base_model.config.name_or_path!r}")
+        super().__init__(config, base_model)
+
+    @classmethod
+    def _load_base(
+        cls, name: str, base_class: str, revision: str | None, base_kwargs: Mapping[str, Any]
+    ) -> PreTrainedModel:
+        return load_classifier(name, revision, base_kwargs)
+
+
+def inject_tokens(
+    model: PreTrainedModel,
+    adapter: str | os.PathLike[str] | Tensor,
+    *,
+    ignore_base_mismatch: bool = False,
+    revision: str | None = None,
+    subfolder: str = "",
+    **hub_kwargs: Any,
+) -> Any:
+    """Puts trained tokens into any vision model in place: a classifier, DPT or UperNet keeps its own head.
+
+    Args:
+        model: A model that is, or contains, the vision transformer that the tokens were trained on.
+        adapter: Folder or Hub id of the adapter, or the tokens themselves, (K, D) (then nothing is checked but D).
+        ignore_base_mismatch: Accept a model with other weights than those the tokens were trained on.
+        revision, subfolder: Of the adapter on the Hub.
+        hub_kwargs: `token`, `cache_dir`, `local_files_only`, `force_download`.
+
+    Returns:
+        The model, with frozen tokens in it. [`remove_tokens`] takes them out again.
+
+    Raises:
+        ValueError: If the model has tokens already, is no vision transformer, or has other weights.
+    """
+    if isinstance(adapter, Tensor):
+        given = {"revision": revision, "subfolder": subfolder or None, **hub_kwargs}
+        _check_no_loading_arguments("the tokens are", given)
+        tokens = _check_tokens(adapter).detach().clone()
+    else:
+        folder: AdapterFolder = fetch_adapter(adapter, revision=revision, subfolder=subfolder, **hub_kwargs)
+        config = read_config(folder)
+        tokens = read_tokens(folder, config)
+        if not ignore_base_mismatch:
+            _check_base(model, config)
+    injector = attach_tokens(model, tokens.to(next(model.parameters()).device))
+    injector.requires_grad_(False)
+    return model
+
+
+def _absolute_if_folder(name: str) -> str:
+    """A folder by its whole path, since a relative one means something else, or a Hub id, in another place."""
+    return os.path.abspath(name) if name and os.path.isdir(name) else name
+
+
+def _check_no_loading_arguments(what: str, arguments: Mapping[str, Any]) -> None:
+    if given := sorted(name for name, value in arguments.items() if value is not None):
+        raise ValueError(f"{what} in memory already: {given} can't be applied")
+
+
+def _check_tokens(tokens: Tensor) -> Tensor:
+    if not tokens.is_floating_point() or tokens.numel() == 0 or not tokens.isfinite().all():
+        raise ValueError(
+            "robustness tokens must be at least one row of finite floating-point numbers, (K, D), got "
+            f"{tokens.dtype} of shape {tuple(tokens.shape)}"
+        )
+    return tokens
+
+
+def _check_base(base: PreTrainedModel, config: RobustnessTokenConfig) -> None:
+    revision = f" at {config.base_model_revision}" if config.base_model_revision else ""
+    check_fingerprint(
+        find_layer_stack(base).layers,
+        config.base_model_fingerprint or {},
+        found_name=f"{type(base).__name__} {getattr(getattr(base, 'config', None), 'name_or_path', '')!r}",
+        expected_name=f"{config.base_model_class} {config.base_model_name_or_path!r}{revision}",
+    )
+
+
+AutoConfig.register(RobustnessTokenConfig.model_type, RobustnessTokenConfig)
+
+
+AutoModel.register(RobustnessTokenConfig, RobustnessTokenModel)
+
+
+AutoModelForImageClassification.register(RobustnessTokenConfig, RobustnessTokenForImageClassification)

@@ -1,0 +1,181 @@
+"""Export to ONNX: a model with its tokens in one file that needs neither this package nor PyTorch (extra `onnx`)."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import logging
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .injection import TokenInjector, find_injector
+from .layer_stack import find_layer_stack, square_size
+
+
+logger = logging.getLogger(__name__)
+
+_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
+_TOLERANCE = 1e-4
+_MAX_INLINE_BYTES = 1_900_000_000  # protobuf ends at 2 GiB
+
+
+def export_onnx(model: PreTrainedModel, file: str | os.PathLike[str], *, image_size: int | None = None) -> list[str]:
+    """Writes a model with its tokens as ONNX, and checks with ONNX Runtime that it computes the same.
+
+    Args:
+        model: A `RobustnessTokenModel`, or any model that `inject_tokens` was called on; in float32 and eval mode.
+        file: Where to write; above 1.9 GB the weights lie beside it, in `<file>.data`.
+        image_size: Side in pixels of the images; by default the model's own. The batch size stays free.
+
+    Returns:
+        The names of the outputs; the input is `pixel_values`, (B, C, image_size, image_size) normalised.
+
+    Raises:
+        ImportError: If packages of the extra `onnx` are missing.
+        ValueError: If the model has no tokens, or they are turned off; if it isn't in float32 or not in eval mode,
+            takes anything but images, names no square image size, returns no tensors, or random ones.
+        RuntimeError: If ONNX Runtime computes anything else (by more than 1e-4).
+    """
+    if missing := [name for name in _PACKAGES if importlib.util.find_spec(name) is None]:
+        raise ImportError(f"ONNX export needs {', '.join(missing)}: pip install 'robustness-tokens[onnx]'")
+    base: Any = model
+    if hasattr(base, "get_base_model"):
+        base = base.get_base_model()
+    injector = find_injector(base)
+    if injector is None or not injector.enabled:
+        raise ValueError(
+            f"{type(base).__name__} has no robustness tokens, or they are turned off: "
+            "inject_tokens(model, ...) first, and export outside disable_adapter()"
+        )
+    if base.dtype != torch.float32 or base.training:
+        raise ValueError(
+            f"the model is in {base.dtype} and {'training' if base.training else 'eval'} mode, expected torch.float32 "
+            "and eval mode: load it with dtype='float32', and call model.eval()"
+        )
+    _check_takes_images(base)
+    size = image_size if image_size is not None else _own_image_size(base)
+    if size is None:
+        raise ValueError(f"{type(base).__name__} names no square image_size: pass image_size= in pixels")
+
+    shape = (getattr(base.config, "num_channels", 3), size, size)
+    # Not the batch sizes 0 and 1, which the exporter would take for constants.
+    example, check = (torch.randn(batch, *shape, device=base.device) for batch in (2, 3))
+    with torch.no_grad():
+        first = {key: value for key, value in base(pixel_values=check).items() if isinstance(value, Tensor)}
+    names = list(first)
+    if not names:
+        raise ValueError(f"{type(base).__name__} returns no tensors that ONNX could name: export the model inside it")
+    exported = _NamedOutputs(base, injector, names).eval()
+    with torch.no_grad():
+        expected = exported(check)
+        if not all(map(_are_close, expected, first.values())):
+            raise ValueError(
+                f"{type(base).__name__} gives other outputs at each call (ViT-MAE shuffles its patches), which no "
+                "export can: load the weights of a ViT-MAE as ViTModel, inject_tokens into that, and export it"
+            )
+        with _eager_attention(base):
+            program = torch.onnx.export(
+                exported,
+                (example,),
+                dynamo=True,
+                input_names=["pixel_values"],
+                output_names=names,
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                verbose=False,
+            )
+    assert program is not None
+    path = Path(file)
+    size_in_bytes = sum(tensor.nbytes for tensor in exported.state_dict().values())
+    # Beside its target until it is checked, so that no file that computes something else is left behind.
+    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+        unchecked = Path(scratch) / path.name
+        program.save(unchecked, external_data=size_in_bytes > _MAX_INLINE_BYTES)
+        _check_file(unchecked, check, dict(zip(names, expected, strict=True)))
+        for written in Path(scratch).iterdir():
+            written.chmod(0o600)
+            written.replace(path.parent / written.name)
+    logger.warning(
+        "%s holds the robustness tokens: whoever gets it knows them, which are the secret of the defence, and can "
+        "attack through them.",
+        path,
+    )
+    return names
+
+
+class _NamedOutputs(nn.Module):
+    """The base's tensor outputs as a tuple. The injector is held here, so that its tokens are exported as weights."""
+
+    def __init__(self, base: nn.Module, injector: TokenInjector, names: list[str]) -> None:
+        super().__init__()
+        self.base, self.injector, self.names = base, injector, names
+
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
+        output = self.base(pixel_values=pixel_values)
+        return tuple(output[name] for name in self.names)
+
+
+def _check_takes_images(base: Any) -> None:
+    name = type(base).__name__
+    if hasattr(base, "get_image_features"):
+        raise ValueError(
+            f"{name} has two towers, and ONNX export takes images alone: inject_tokens into its vision model, and "
+            "export that"
+        )
+    if "spatial_shapes" in inspect.signature(base.forward).parameters:
+        raise ValueError(
+            f"{name} takes patches, their mask and their grid (SigLIP 2), and ONNX export takes images alone: ship "
+            "the adapter instead"
+        )
+
+
+@contextmanager
+def _eager_attention(base: Any) -> Iterator[None]:
+    """Traced for export with sdpa, transformers adds BEiT's position bias to a boolean mask: 1 everywhere.
+
+    The softmax of the base doesn't see that, but tokens, which have no bias, would lose against the patches.
+    """
+    stack = find_layer_stack(base)
+    config: Any = None if stack.is_timm else stack.owner.config
+    if config is None:
+        yield
+        return
+    before = config._attn_implementation
+    config._attn_implementation = "eager"
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+def _own_image_size(base: Any) -> int | None:
+    if hasattr(base, "timm_model"):
+        return square_size(base.timm_model.patch_embed.img_size)
+    return square_size(getattr(getattr(base.config, "vision_config", base.config), "image_size", None))
+
+
+def _check_file(path: Path, pixel_values: Tensor, expected: dict[str, Tensor]) -> None:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    outputs = session.run(list(expected), {"pixel_values": pixel_values.cpu().numpy()})
+    for (name, tensor), output in zip(expected.items(), outputs, strict=True):
+        found = torch.from_numpy(output)
+        if not _are_close(found, tensor.cpu()):
+            difference = (found - tensor.cpu()).abs().max().item()
+            raise RuntimeError(
+                f"the export computes another {name} than the model (difference {difference:.2g}, at most "
+                f"{_TOLERANCE} expected), so it was deleted: report this with the model's class and your versions "
+                "of torch and onnx"
+            )
+
+
+def _are_close(one: Tensor, other: Tensor) -> bool:
+    return torch.allclose(one, other, rtol=_TOLERANCE, atol=_TOLERANCE)

@@ -1,0 +1,72 @@
+"""A report as files: JSON for programs; Markdown, a page and figures for people."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from ..utils import MAX_JSON_BYTES, read_json, write_bytes, write_text
+from .html import FIGURES, render_report_html
+from .markdown import render_report_markdown
+from .schema import ReportContent
+
+
+REPORT_FILE = "evaluation.json"
+MARKDOWN_FILE = "evaluation.md"
+HTML_FILE = "report.html"
+FIGURES_FOLDER = "figures"
+FIGURE_FILES = tuple(f"{FIGURES_FOLDER}/{name}" for name in FIGURES)
+
+
+@dataclass(kw_only=True)
+class RobustnessReport(ReportContent):
+    """What an evaluation found, with [`save`] and [`load`]; see [`ReportContent`] for its fields."""
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Writes evaluation.json and, for people, evaluation.md, report.html and figures/.
+
+        Each file is written whole or not at all.
+
+        Args:
+            folder: Made if it doesn't exist; best the adapter's own, so that the report travels with it.
+
+        Raises:
+            ValueError: If the JSON is larger than [`load`] would read, or a figure's name is no plain `name.png`.
+        """
+        for name in self.figures:
+            if not re.fullmatch(r"\w[\w-]*\.png", name, flags=re.ASCII):
+                raise ValueError(f"figures must be named by letters, digits, _ and -, and .png, got {name!r:.200}")
+        text = self.to_json_string()
+        if (size := len(text.encode())) > MAX_JSON_BYTES:
+            raise ValueError(
+                f"the report has {size:,} bytes as JSON, expected at most {MAX_JSON_BYTES:,}: keep fewer "
+                "results or shorter series"
+            )
+        path = Path(folder)
+        path.mkdir(parents=True, exist_ok=True)
+        write_text(path / MARKDOWN_FILE, render_report_markdown(self))
+        write_text(path / HTML_FILE, render_report_html(self))
+        for file in FIGURE_FILES:
+            (path / file).unlink(missing_ok=True)  # of an earlier report
+        for name, content in self.figures.items():
+            (path / FIGURES_FOLDER).mkdir(exist_ok=True)
+            write_bytes(path / FIGURES_FOLDER / name, content)
+        write_text(path / REPORT_FILE, text)
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> Self:
+        """Reads the evaluation.json of a folder, without the figures.
+
+        Raises:
+            ValueError: If it is missing or damaged, or of a newer schema.
+        """
+        path = Path(folder) / REPORT_FILE
+        if not path.is_file():
+            raise ValueError(f"{folder} holds no {REPORT_FILE}: write one with `robtok evaluate`")
+        try:
+            return cls.from_dict(read_json(path))
+        except ValueError as exc:
+            raise ValueError(f"{path}: {exc}") from exc

@@ -1,0 +1,31 @@
+"""Tokens are trained: attack, two losses, step."""
+
+from .accelerator import build_accelerator
+from .arguments import PAPER, RobustnessTokenTrainingArguments, resolve_preset
+from .dataset import prepare_train_dataset
+from .losses import robustness_loss
+from .make_pairs import PairsArguments, make_adversarial_pairs, max_pixel_difference
+from .run_folder import LOG_FILE, read_log
+from .sweep import CSV_FILE, FIGURE_FILE, SweepArguments, run_sweep, to_csv
+from .trainer import RobustnessTokenTrainer
+
+
+__all__ = [
+    "CSV_FILE",
+    "FIGURE_FILE",
+    "LOG_FILE",
+    "PAPER",
+    "PairsArguments",
+    "RobustnessTokenTrainer",
+    "RobustnessTokenTrainingArguments",
+    "SweepArguments",
+    "build_accelerator",
+    "make_adversarial_pairs",
+    "max_pixel_difference",
+    "prepare_train_dataset",
+    "read_log",
+    "resolve_preset",
+    "robustness_loss",
+    "run_sweep",
+    "to_csv",
+]

@@ -1,0 +1,319 @@
+"""What a training run can be told; names as in transformers.TrainingArguments where it has them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Literal, get_args
+
+from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+from ..data import ATTACK_ARGUMENTS, ResizeMode
+from ..models import AUTO, MixedPrecision
+
+
+AttackName = Literal["paper", "pgd"]
+AttackThrough = Literal["base", "tokens", "both"]
+
+Tracker = Literal["trackio", "tensorboard", "wandb"]
+
+# Schedules that need nothing but the number of steps; the second group runs the same whatever max_steps is.
+_SCHEDULES_TO_MAX_STEPS = ("linear", "cosine", "cosine_with_restarts", "polynomial")
+_ENDLESS_SCHEDULES = ("constant", "constant_with_warmup", "inverse_sqrt")
+SPEEDUP_ARGUMENTS = ("torch_compile", "train_attn_implementation", "onednn")
+"""What changes no more of the tokens than rounding does."""
+
+_NUM_ATTACK_STEPS = 30
+_PGD_DEFAULT_EPS = 4 / 255
+_PAPER_STEP_SIZE = 0.01
+
+# Adam divides it by 1 - 0.9 in its first step, and the quotient must be a float32.
+_LARGEST_LEARNING_RATE = 1e37
+
+# ImageNet's mean and standard deviation for OpenCLIP too, which was trained with others: the published code does so.
+_COMMON: dict[str, Any] = {
+    "num_robustness_tokens": 10,
+    "initializer_range": 0.01,
+    "similarity_axis": "token",
+    "image_mean": list(IMAGENET_DEFAULT_MEAN),
+    "image_std": list(IMAGENET_DEFAULT_STD),
+    "image_size": 224,
+    "resize": "squash",
+    "per_device_train_batch_size": 8,
+    "learning_rate": 1e-3,
+    "attack": "paper",
+    "num_attack_steps": 30,
+}
+
+PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "dinov2": MappingProxyType({**_COMMON, "max_steps": 50, "feature_view": "cls_and_patches"}),
+        "deit3": MappingProxyType({**_COMMON, "max_steps": 300, "feature_view": "cls_and_patches"}),
+        "openclip": MappingProxyType({**_COMMON, "max_steps": 300, "feature_view": "pooled"}),
+        # The best of examples/quickstart/trade_off.py; the size of attack and tokens are the user's to choose.
+        "adaptive": MappingProxyType({"attack": "pgd", "attack_through": "both", "head_distance_weight": 4.0}),
+    }
+)
+
+PAPER = "paper"
+
+_PRESET_OF_MODEL_TYPE = {
+    "dinov2": "dinov2",
+    "dinov2_with_registers": "dinov2",
+    "timm_wrapper": "deit3",  # the only family of the paper that comes by timm
+    "clip": "openclip",
+    "clip_vision_model": "openclip",
+}
+
+
+@dataclass(kw_only=True)
+class RobustnessTokenTrainingArguments:
+    """Hyper-parameters of [`RobustnessTokenTrainer`]; the defaults are the paper's for DINOv2.
+
+    Raises:
+        ValueError: If a value is out of range, or if `eps` is set for the paper's attack.
+    """
+
+    output_dir: str = field(metadata={"help": "Folder for the adapter; checkpoints and log go to folders in it."})
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Replace the adapter and the checkpoints that output_dir holds."}
+    )
+    max_steps: int = field(
+        default=50, metadata={"help": "Optimiser steps (paper: 50 DINOv2, 300 DeiT-III, OpenCLIP)."}
+    )
+    per_device_train_batch_size: int = field(default=8, metadata={"help": "Images per process and forward."})
+    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches per optimiser step."})
+    learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of Adam."})
+    lr_scheduler_type: str = field(default="constant", metadata={"help": "As in transformers, such as cosine."})
+    warmup_steps: int = field(default=0, metadata={"help": "Steps of linear warm-up."})
+    max_grad_norm: float | None = field(default=None, metadata={"help": "Clip the tokens' gradient to this norm."})
+    invariance_weight: float = field(default=1.0, metadata={"help": "Weight of the loss on clean images."})
+    adversarial_weight: float = field(default=1.0, metadata={"help": "Weight of the loss on attacked images."})
+    head_distance_weight: float = field(
+        default=None,  # type: ignore[assignment]
+        metadata={
+            "help": "Weight, beside the cosine, of the squared relative distance of what a linear head reads, [CLS, "
+            "mean patch]: in both losses, and in attack=pgd. 0 (paper) by default."
+        },
+    )
+
+    # None tells what was not stated, which adversarial pairs decide; there are values after __post_init__.
+    attack: AttackName = field(
+        default=None,  # type: ignore[arg-type]
+        metadata={"help": "paper: as published (1.8/255 in pixels), the default; pgd: L-inf PGD of eps in pixels."},
+    )
+    attack_through: AttackThrough = field(
+        default="base", metadata={"help": "Whom the attacker sees: the base (paper), the tokens too, or each once."}
+    )
+    eps: float | None = field(
+        default=None, metadata={"help": "pgd only: budget in pixel units of [0, 1] images, 4/255."}
+    )
+    step_size: float | None = field(
+        default=None,
+        metadata={"help": "Of the attack: paper 0.01 (normalised units), pgd 2.5 * eps / steps (pixels)."},
+    )
+    num_attack_steps: int = field(
+        default=None,  # type: ignore[assignment]
+        metadata={"help": "Gradient steps of the attack, 30 by default."},
+    )
+
+    image_column_name: str | None = field(default=None, metadata={"help": "Column with the images; found if None."})
+    image_size: int | None = field(default=None, metadata={"help": "Side in pixels; the image processor's if None."})
+    resize: ResizeMode = field(
+        default="squash", metadata={"help": "squash: bilinear, no crop (paper); processor: the image processor's own."}
+    )
+    shuffle_buffer_size: int = field(
+        default=1000, metadata={"help": "Streams only: shuffle within so many images (and the order of the shards)."}
+    )
+    max_broken_images: int = field(
+        default=10, metadata={"help": "Skip so many unreadable images, counted on each process, before giving up."}
+    )
+    dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that decode images."})
+
+    seed: int = field(default=0, metadata={"help": "Of the tokens, the order of the images and the attack's noise."})
+    mixed_precision: MixedPrecision = field(
+        default="no", metadata={"help": "Precision of the forward passes: no, or bf16 where the device has it."}
+    )
+    torch_compile: bool = field(
+        default=False, metadata={"help": "Compile the base's layers for the attack; goes on without where that fails."}
+    )
+    train_attn_implementation: str = field(
+        default=AUTO,
+        metadata={
+            "help": "Attention while training: eager, sdpa, ..., base (its own), auto (eager for bf16 on CPUs)."
+        },
+    )
+    onednn: bool = field(
+        default=True,
+        metadata={"help": "On a CPU, let oneDNN compute the base's linear layers where it is faster."},
+    )
+    logging_steps: int = field(default=1, metadata={"help": "Write the log every so many steps."})
+    save_steps: int | None = field(default=None, metadata={"help": "Save a checkpoint every so many steps."})
+    save_total_limit: int | None = field(default=None, metadata={"help": "Keep only so many checkpoints."})
+    eval_steps: int | None = field(
+        default=None, metadata={"help": "Measure the tokens on eval_dataset every so many steps, and at the end."}
+    )
+    per_device_eval_batch_size: int = field(
+        default=8, metadata={"help": "Images per process and forward of these measurements."}
+    )
+    report_to: str | list[str] = field(
+        default_factory=list, metadata={"help": "Trackers: trackio, tensorboard, wandb; none by default."}
+    )
+    resume_from_checkpoint: str | bool | None = field(
+        default=None,
+        metadata={"help": "True: go on from the last checkpoint in output_dir, if there is one yet; or its folder."},
+    )
+    disable_tqdm: bool = field(default=False, metadata={"help": "No progress bar."})
+
+    def __post_init__(self) -> None:
+        if (word := str(self.resume_from_checkpoint).lower()) in ("true", "false"):  # as a command line has it
+            self.resume_from_checkpoint = True if word == "true" else None
+        names = [self.report_to] if isinstance(self.report_to, str) else self.report_to
+        self.report_to = [name for name in names if name != "none"]
+        if unknown := sorted(set(self.report_to) - set(get_args(Tracker))):
+            raise ValueError(f"report_to must be of {get_args(Tracker)}, or 'none', got {unknown}")
+        self.stated_attack = {name: value for name in ATTACK_ARGUMENTS if (value := getattr(self, name)) is not None}
+        self.attack = self.stated_attack.get("attack", "paper")
+        self.num_attack_steps = self.stated_attack.get("num_attack_steps", _NUM_ATTACK_STEPS)
+        self.head_distance_weight = self.stated_attack.get("head_distance_weight", 0.0)
+        for name, smallest in (
+            ("max_steps", 1),
+            ("per_device_train_batch_size", 1),
+            ("per_device_eval_batch_size", 1),
+            ("gradient_accumulation_steps", 1),
+            ("num_attack_steps", 1),
+            ("logging_steps", 1),
+            ("shuffle_buffer_size", 1),
+            ("warmup_steps", 0),
+            ("seed", 0),
+            ("dataloader_num_workers", 0),
+            ("max_broken_images", 0),
+        ):
+            self._check_at_least(name, smallest)
+        for name in ("save_steps", "save_total_limit", "eval_steps", "image_size"):
+            if getattr(self, name) is not None:
+                self._check_at_least(name, 1)
+        for name, allowed in (
+            ("attack", get_args(AttackName)),
+            ("attack_through", get_args(AttackThrough)),
+            ("mixed_precision", get_args(MixedPrecision)),
+            ("resize", get_args(ResizeMode)),
+            ("lr_scheduler_type", _ENDLESS_SCHEDULES + _SCHEDULES_TO_MAX_STEPS),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
+        if self.warmup_steps > 0 and self.lr_scheduler_type == "constant":
+            raise ValueError(
+                f'warmup_steps={self.warmup_steps} has no effect with lr_scheduler_type="constant": '
+                'set lr_scheduler_type="constant_with_warmup", or leave it out'
+            )
+        if self.resize == "processor" and self.image_size is not None:
+            raise ValueError(
+                f'image_size={self.image_size} has no effect with resize="processor", which goes by the image '
+                "processor: leave one of them out"
+            )
+        if self.attack == "paper" and self.eps is not None:
+            raise ValueError(
+                f'eps={self.eps:g} has no meaning with attack="paper", whose budget is fixed in normalised units '
+                '(about 1.8/255 in pixels): set attack="pgd" too, or leave eps out'
+            )
+        if self.attack == "pgd" and self.eps is None:
+            self.eps = _PGD_DEFAULT_EPS
+        if self.eps is not None and not 0 < self.eps <= 1:
+            raise ValueError(f"eps must be in (0, 1], in pixel units of [0, 1] images such as 8/255, got {self.eps}")
+        if self.step_size is None and self.attack == "paper":
+            self.step_size = _PAPER_STEP_SIZE
+        for name in ("learning_rate", "step_size", "max_grad_norm"):
+            if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be finite and above 0, got {getattr(self, name)}")
+        if self.learning_rate > _LARGEST_LEARNING_RATE:
+            raise ValueError(
+                f"learning_rate must be at most {_LARGEST_LEARNING_RATE:g}, or Adam overflows, got "
+                f"{self.learning_rate}"
+            )
+        weights = (self.invariance_weight, self.adversarial_weight)
+        if not all(0 <= weight < math.inf for weight in weights) or sum(weights) == 0:
+            raise ValueError(
+                "invariance_weight and adversarial_weight must be finite, at least 0 and not both 0, "
+                f"got {self.invariance_weight} and {self.adversarial_weight}"
+            )
+
+        if not 0 <= self.head_distance_weight < math.inf:
+            raise ValueError(f"head_distance_weight must be finite and at least 0, got {self.head_distance_weight}")
+
+    def _check_at_least(self, name: str, smallest: int) -> None:
+        value = getattr(self, name)
+        if type(value) is not int or value < smallest:
+            raise ValueError(f"{name} must be a whole number of at least {smallest}, got {value!r}")
+
+    @property
+    def trackers(self) -> list[str]:
+        """`report_to` as a list."""
+        return [self.report_to] if isinstance(self.report_to, str) else list(self.report_to)
+
+    @property
+    def attack_routes(self) -> tuple[bool, ...]:
+        """Each attack on an image, by whether it goes through the tokens."""
+        return {"base": (False,), "tokens": (True,), "both": (False, True)}[self.attack_through]
+
+    @property
+    def schedule_depends_on_max_steps(self) -> bool:
+        """Whether the learning rate of a step depends on how many steps there will be."""
+        return self.lr_scheduler_type in _SCHEDULES_TO_MAX_STEPS
+
+    def recipe(self) -> dict[str, Any]:
+        """What determines the tokens, for the adapter's config: everything but folders, logging and workers."""
+        recipe = {key: value for key, value in dataclasses.asdict(self).items() if key not in _NOT_RECIPE}
+        if self.step_size is None:
+            assert self.eps is not None, "only pgd has no step_size, and it has an eps"
+            recipe["step_size"] = 2.5 * self.eps / self.num_attack_steps  # as pgd_attack does
+        return recipe
+
+
+_NOT_RECIPE = {
+    "output_dir",
+    "overwrite_output_dir",
+    "image_column_name",
+    "max_broken_images",
+    "dataloader_num_workers",
+    "logging_steps",
+    "save_steps",
+    "save_total_limit",
+    "eval_steps",
+    "per_device_eval_batch_size",
+    "report_to",
+    "resume_from_checkpoint",
+    "disable_tqdm",
+    *SPEEDUP_ARGUMENTS,
+}
+
+
+def resolve_preset(name: str, model_type: str | None = None) -> dict[str, Any]:
+    """The settings of a preset, for the user's own to be laid over.
+
+    Args:
+        name: `"dinov2"`, `"deit3"` or `"openclip"`; or `"paper"`, which picks one of them by the base's family; or
+            `"adaptive"`, which attacks with and without the tokens, and also what a linear head reads.
+        model_type: `config.model_type` of the base, read for `"paper"` alone. A timm model counts as DeiT-III: name
+            another preset outright for a timm copy of another family.
+
+    Returns:
+        A new dict by argument name: the fields of `ModelArguments` and `RobustnessTokenTrainingArguments`, and the
+        `image_mean` and `image_std` of `from_base`.
+
+    Raises:
+        ValueError: If there is no such preset, or `"paper"` has no recipe for the family.
+    """
+    if name == PAPER:
+        if model_type not in _PRESET_OF_MODEL_TYPE:
+            raise ValueError(
+                f"preset='paper' has no recipe for model_type={model_type!r}, only for "
+                f"{sorted(_PRESET_OF_MODEL_TYPE)}: name one of {sorted(PRESETS)} outright, or set no preset"
+            )
+        name = _PRESET_OF_MODEL_TYPE[model_type]
+    if name not in PRESETS:
+        raise ValueError(f"preset must be one of {[PAPER, *PRESETS]}, got {name!r}")
+    return {argument: list(value) if isinstance(value, list) else value for argument, value in PRESETS[name].items()}

@@ -1,0 +1,297 @@
+"""Checkpoints of a training run: tensors in safetensors, progress in JSON, whole or not there at all.
+
+No random state is stored: the order of the images and the attack's noise follow from (seed, step, example).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from ..hub import check_no_other_model, holds_adapter
+from ..utils import MAX_JSON_BYTES, flush_to_disk, read_json
+
+
+logger = logging.getLogger(__name__)
+
+STATE_FILE = "trainer_state.json"
+TENSORS_FILE = "training_tensors.safetensors"
+
+_TOKENS = "robustness_tokens"
+
+
+class DamagedCheckpointError(ValueError):
+    """The files of a checkpoint are there, but can't be read."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What [`read_checkpoint`] found.
+
+    Attributes:
+        folder: Where.
+        step: Optimiser steps done.
+        tokens: (K, D) float32.
+        optimizer_state: Of each parameter, by name.
+        state: What was given to [`save_checkpoint`].
+    """
+
+    folder: Path
+    step: int
+    tokens: Tensor
+    optimizer_state: dict[int, dict[str, Tensor]]
+    state: dict[str, Any]
+
+    @torch.no_grad()
+    def restore(self, tokens: nn.Parameter, optimizer: torch.optim.Optimizer) -> None:
+        """Puts the tensors back.
+
+        Args:
+            tokens: (K, D), written in place.
+            optimizer: Holds the tokens as its only parameter.
+        """
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": self.optimizer_state})
+        tokens.copy_(self.tokens)
+
+
+def save_checkpoint(
+    output_dir: Path,
+    *,
+    step: int,
+    tokens: Tensor,
+    optimizer: torch.optim.Optimizer,
+    settings: Mapping[str, Any],
+    state: Mapping[str, Any],
+    save_total_limit: int | None = None,
+) -> Path:
+    """Writes `output_dir/checkpoint-<step>`: aside first, then renamed, so that it is never seen half-written.
+
+    Args:
+        output_dir: Folder of the run.
+        step: Optimiser steps done.
+        tokens: (K, D).
+        optimizer: Holds the tokens as its only parameter.
+        settings: What a resumed run must have in common with this one; must be JSON.
+        state: What else a resumed run needs; must be JSON.
+        save_total_limit: Keep only so many checkpoints, the newest; those beyond `step` go first, since a run that
+            went back to an earlier checkpoint has left them behind.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        OSError: If it can't be written; the checkpoints before it are as they were.
+        ValueError: If `settings` and `state` are more than [`read_checkpoint`] would read; likewise.
+    """
+    tensors = {_TOKENS: tokens.detach().cpu().clone()}
+    for index, values in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value).cpu() for name, value in values.items()}
+    content = json.dumps({"step": step, "settings": dict(settings), "state": dict(state)}, indent=1)
+    final, partial = output_dir / f"checkpoint-{step}", output_dir / f".checkpoint-{step}.part"
+    replaced = output_dir / f".checkpoint-{step}.old.part"
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(output_dir)
+        partial.mkdir(mode=0o700)  # tokens are secrets
+        # As bytes, and not by the library's own writer, which maps the file: on a full disk that kills the process.
+        _write(partial / TENSORS_FILE, safetensors.torch.save(tensors))
+        _write(partial / STATE_FILE, content.encode())
+        _check_readable(partial / STATE_FILE, {**settings, **state}, final)
+        flush_to_disk(partial)
+        if final.exists():
+            final.rename(replaced)
+        partial.rename(final)
+        flush_to_disk(output_dir)
+    except ValueError:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    except OSError as exc:
+        shutil.rmtree(partial, ignore_errors=True)
+        if replaced.exists() and not final.exists():
+            replaced.rename(final)
+        raise OSError(
+            exc.errno,
+            f"{final} could not be written ({exc.strerror}), and the checkpoints before it are as they were: make "
+            "room, or mend the permissions, and go on with resume_from_checkpoint=True",
+        ) from exc
+    # It is there now, and what can't be taken away is no reason to end the run.
+    if replaced.exists():
+        _remove(replaced)
+    if save_total_limit is not None:
+        oldest_first = sorted(list_checkpoints(output_dir), key=lambda found: (found[0] <= step, found[0]))
+        for _, old in oldest_first[:-save_total_limit]:
+            hidden = output_dir / f".{old.name}.part"
+            # Hidden first, so that a run killed in between leaves no half of it under its own name.
+            _remove(old, hidden_as=hidden)
+    return final
+
+
+def read_checkpoint(folder: Path, *, settings: Mapping[str, Any], shape: tuple[int, ...]) -> Checkpoint:
+    """Reads a checkpoint, strictly.
+
+    Args:
+        folder: The checkpoint's.
+        settings: Of this run; they must be those that were given to [`save_checkpoint`].
+        shape: Of the tokens, (K, D).
+
+    Raises:
+        DamagedCheckpointError: If a file can't be read.
+        ValueError: If a file is missing, or it was made with other settings or other tokens.
+    """
+    if not _is_whole(folder):
+        raise ValueError(f"{folder} is not a checkpoint: expected {STATE_FILE} and {TENSORS_FILE} in it")
+    try:
+        content = read_json(folder / STATE_FILE)
+        if missing := sorted({"step", "settings", "state"} - set(content)):
+            raise ValueError(f"{STATE_FILE} has no {missing}")
+        tensors = safetensors.torch.load_file(folder / TENSORS_FILE)
+        tokens = tensors.pop(_TOKENS)
+        optimizer_state: dict[int, dict[str, Tensor]] = {}
+        for key, value in tensors.items():
+            _, index, name = key.split(".", 2)
+            optimizer_state.setdefault(int(index), {})[name] = value
+    except (SafetensorError, KeyError, ValueError) as exc:
+        raise DamagedCheckpointError(f"{folder} is damaged ({exc}): resume from an earlier checkpoint") from exc
+    _check_settings(folder, stored=content["settings"], found=settings)
+    if tokens.shape != shape:
+        raise ValueError(f"{folder} holds tokens of shape {tuple(tokens.shape)}, the model has {tuple(shape)}")
+    return Checkpoint(folder, content["step"], tokens, optimizer_state, content["state"])
+
+
+def find_checkpoint(
+    output_dir: Path, resume_from: str | bool | None, *, settings: Mapping[str, Any], shape: tuple[int, ...]
+) -> Checkpoint | None:
+    """Reads the checkpoint to go on from.
+
+    Args:
+        output_dir: Folder of the run.
+        resume_from: Folder of a checkpoint, or True: the last in the run's folder that is whole and undamaged.
+        settings, shape: See [`read_checkpoint`].
+
+    Returns:
+        None if `resume_from` is None, or True where there is no checkpoint yet, which is said.
+
+    Raises:
+        ValueError: If it doesn't fit, or all in the run's folder are damaged.
+    """
+    if resume_from is None:
+        return None
+    if resume_from is not True:
+        return read_checkpoint(Path(str(resume_from)), settings=settings, shape=shape)
+    folders = [folder for _, folder in list_checkpoints(output_dir)]
+    if not folders:
+        logger.warning("%s holds no checkpoint yet: training starts anew", output_dir)
+        return None
+    for folder in reversed(folders[1:]):
+        try:
+            return read_checkpoint(folder, settings=settings, shape=shape)
+        except DamagedCheckpointError as exc:
+            logger.warning("%s", exc)
+    return read_checkpoint(folders[0], settings=settings, shape=shape)
+
+
+def check_output_dir(output_dir: Path, *, overwrite: bool, resume_from: str | bool | None) -> None:
+    """Refuses a folder that a run can't write to, or that holds what it must not replace; nothing is written.
+
+    Args:
+        output_dir: Folder of the run, there or not.
+        overwrite: Whether an adapter and checkpoints of an earlier run may be replaced.
+        resume_from: A run that goes on from a checkpoint in this folder may replace them too.
+
+    Raises:
+        ValueError: If it is no folder or not writable, or holds another model, an adapter or checkpoints.
+    """
+    resolved = output_dir.resolve()
+    existing = next(path for path in (resolved, *resolved.parents) if os.path.exists(path))
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        problem = "not writable" if existing.is_dir() else "no folder"
+        raise ValueError(
+            f"output_dir={str(output_dir)!r} can't be used, because {existing} is {problem}: choose another"
+        )
+    check_no_other_model(output_dir)
+    used = holds_adapter(output_dir) or list_checkpoints(output_dir)
+    if used and not overwrite and not is_own_checkpoint(output_dir, resume_from):
+        raise ValueError(
+            f"{output_dir} holds an adapter or checkpoints already: choose another output_dir, or set "
+            "overwrite_output_dir=True to replace them, or, where there are checkpoints, "
+            "resume_from_checkpoint=True to go on"
+        )
+
+
+def is_own_checkpoint(output_dir: Path, resume_from: str | bool | None) -> bool:
+    """Whether what is given to [`find_checkpoint`] is a checkpoint in the run's folder."""
+    if resume_from is True:
+        return bool(list_checkpoints(output_dir))
+    return resume_from is not None and Path(str(resume_from)).resolve().parent == output_dir.resolve()
+
+
+def list_checkpoints(output_dir: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of the whole checkpoints in a run's folder, in order."""
+    found = []
+    for path in output_dir.glob("checkpoint-*"):
+        match = re.fullmatch(r"checkpoint-(\d+)", path.name)
+        if match and _is_whole(path):
+            found.append((int(match[1]), path))
+    return sorted(found)
+
+
+def _check_settings(folder: Path, *, stored: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+    differing = sorted(key for key in {*stored, *found} if stored.get(key) != found.get(key))
+    if differing:
+        changes = ", ".join(f"{key}: {stored.get(key)!r} -> {found.get(key)!r}" for key in differing)
+        raise ValueError(f"{folder} was made by another run ({changes}): resume with the same settings")
+
+
+def _is_whole(folder: Path) -> bool:
+    return (folder / STATE_FILE).is_file() and (folder / TENSORS_FILE).is_file()
+
+
+def _check_readable(path: Path, entries: Mapping[str, Any], checkpoint: Path) -> None:
+    """Refuses a state that was just written, where the reader would."""
+    try:
+        read_json(path)
+    except ValueError as exc:
+        reason = str(exc)
+        if (size := path.stat().st_size) > MAX_JSON_BYTES:
+            sizes = {name: len(json.dumps(value, indent=1)) for name, value in entries.items()}
+            largest = max(sizes, key=lambda name: sizes[name])
+            reason = (
+                f"{STATE_FILE} would have {size:,} bytes, {sizes[largest]:,} of them for {largest!r}, and at most "
+                f"{MAX_JSON_BYTES:,} are read: keep less in it"
+            )
+        raise ValueError(
+            f"{checkpoint} could not be read again, so it is not kept, and the checkpoints before it are as they "
+            f"were: {reason}"
+        ) from exc
+
+
+def _remove_leftovers(output_dir: Path) -> None:
+    for leftover in output_dir.glob(".checkpoint-*.part"):  # of a run that was killed
+        _remove(leftover)
+
+
+def _remove(folder: Path, *, hidden_as: Path | None = None) -> None:
+    """Deletes a folder, under another name at first, or says why it is left."""
+    try:
+        shutil.rmtree(folder if hidden_as is None else folder.rename(hidden_as))
+    except OSError as exc:
+        logger.warning("%s could not be deleted (%s): delete it by hand", folder, exc)
+
+
+def _write(path: Path, content: bytes) -> None:
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())

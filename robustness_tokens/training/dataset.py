@@ -1,0 +1,261 @@
+"""The images of a training run: any dataset made ready, and dealt out step by step, epoch after epoch."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import datasets
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from ..configuration import RobustnessTokenConfig
+from ..data import (
+    PAIR_FEATURES,
+    AdversarialPairs,
+    BrokenImageLog,
+    ImageDataset,
+    ImageTransform,
+    IterableImageDataset,
+    PairsInfo,
+    TensorImageDataset,
+    build_dataloader,
+    check_base,
+    load_adversarial_pairs,
+    processor_image_size,
+)
+from .arguments import RobustnessTokenTrainingArguments
+
+
+# After so many in which no step was possible it never will be.
+_MAX_EMPTY_EPOCHS = 100
+
+Batch = Mapping[str, Tensor]
+Position = tuple[int, int]
+"""Where in the data a run is: epoch, and batches of this process that it has taken from that epoch."""
+
+
+def take_pairs(
+    dataset: Any, *, args: RobustnessTokenTrainingArguments, config: RobustnessTokenConfig
+) -> tuple[Any, RobustnessTokenTrainingArguments]:
+    """Loads adversarial pairs where they are given, and makes their attack that of the arguments.
+
+    Args:
+        dataset: What the user gave the trainer: `AdversarialPairs`, their folder or their name on the Hub; anything
+            else comes back as it is.
+        args: Of the training.
+        config: Of the model.
+
+    Returns:
+        The dataset, and the arguments to train with.
+
+    Raises:
+        ValueError: If the pairs were made for another base or by another attack than `args` state.
+    """
+    if isinstance(dataset, str | os.PathLike):
+        dataset = load_adversarial_pairs(dataset)
+    if args.image_column_name is None and set(PAIR_FEATURES) <= set(getattr(dataset, "column_names", None) or ()):
+        raise ValueError(
+            "train_dataset holds adversarial pairs, but not how they were made: give their folder, or their name on "
+            "the Hub, instead (or image_column_name='image' to attack these images anew)"
+        )
+    if not isinstance(dataset, AdversarialPairs):
+        return dataset, args
+    check_base(dataset.info, config)
+    settled = settle_arguments(dataset.info, args)
+    return dataset if dataset.info.similarity_axis == config.similarity_axis else dataset.without_baseline(), settled
+
+
+def prepare_train_dataset(
+    dataset: Any,
+    *,
+    args: RobustnessTokenTrainingArguments,
+    image_processor: Any,
+    process_index: int = 0,
+    num_processes: int = 1,
+) -> Dataset[Any]:
+    """Makes a dataset yield images in [0, 1] with their indices.
+
+    Args:
+        dataset: A `datasets` dataset with an image column, map-style or streaming, or a map-style torch dataset of
+            `{"images": (3, H, W) float in [0, 1]}`, whose size is taken as it is, or `AdversarialPairs`.
+        args: Of the training.
+        image_processor: Of the base.
+        process_index, num_processes: Which process this is, of how many. A stream deals its own shards out.
+
+    Returns:
+        A dataset of `data`.
+
+    Raises:
+        ValueError: If the dataset has no image column (the columns are listed) or no images, or fewer batches than
+            there are processes, is several splits at once, or can't be trained on as `args` say.
+    """
+    if isinstance(dataset, datasets.DatasetDict | datasets.IterableDatasetDict):
+        raise ValueError(f"train_dataset has the splits {sorted(dataset)}: give one of them, such as dataset['train']")
+    streaming = isinstance(dataset, datasets.IterableDataset)
+    if streaming and args.resume_from_checkpoint is not None:
+        raise ValueError("a streaming dataset can't be resumed at its exact place: train on it without streaming")
+    if not streaming and (isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__")):
+        raise ValueError(
+            f"train_dataset is a {type(dataset).__name__}, expected a datasets.Dataset or IterableDataset, or a torch "
+            "dataset with __getitem__ and __len__"
+        )
+    if not streaming and len(dataset) == 0:
+        raise ValueError("train_dataset has no rows, expected at least one image")
+    if not streaming and (num_batches := math.ceil(len(dataset) / args.per_device_train_batch_size)) < num_processes:
+        raise ValueError(
+            f"train_dataset has {len(dataset)} images, which are {num_batches} of the "
+            f"{num_processes} batches of {args.per_device_train_batch_size} that a step of {num_processes} processes "
+            "takes: start fewer processes, or set a smaller per_device_train_batch_size"
+        )
+    if isinstance(dataset, AdversarialPairs):
+        return dataset
+    if not streaming and not isinstance(dataset, datasets.Dataset):
+        if unused := [name for name in ("image_column_name", "image_size") if getattr(args, name) is not None]:
+            raise ValueError(f"{unused} can't be applied to a {type(dataset).__name__}, whose images are ready: unset")
+        return TensorImageDataset(dataset, with_labels=False)
+    if args.resize == "processor":
+        transform = ImageTransform(resize="processor", image_processor=image_processor)
+    else:
+        transform = ImageTransform(
+            resize="squash", image_size=args.image_size or processor_image_size(image_processor)
+        )
+    if not streaming:
+        return ImageDataset(dataset, transform, image_column_name=args.image_column_name, with_labels=False)
+    return IterableImageDataset(
+        dataset.shuffle(seed=args.seed, buffer_size=args.shuffle_buffer_size),
+        transform,
+        image_column_name=args.image_column_name,
+        with_labels=False,
+        rank=process_index,
+        world_size=num_processes,
+    )
+
+
+def build_train_loader(
+    dataset: Dataset[Any], *, args: RobustnessTokenTrainingArguments, accelerator: Accelerator
+) -> DataLoader[Any]:
+    """Batches for this process, shuffled anew every epoch."""
+    streaming = isinstance(dataset, IterableImageDataset)
+    images_per_step = args.per_device_train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
+    loader = build_dataloader(
+        dataset,
+        batch_size=args.per_device_train_batch_size,
+        shuffle=not streaming,
+        seed=args.seed,
+        num_workers=args.dataloader_num_workers,
+        drop_last=not streaming and len(dataset) >= images_per_step,  # type: ignore[arg-type]
+    )
+    return loader if streaming else accelerator.prepare(loader)
+
+
+def iterate_steps(
+    loader: Any, *, args: RobustnessTokenTrainingArguments, accelerator: Accelerator, start: Position = (0, 0)
+) -> Iterator[tuple[list[Batch], Position]]:
+    """The batches of each optimiser step, without end.
+
+    An epoch has whole steps only, so that several small batches a step see what one large batch would; one that is
+    smaller than a step is a step of its own.
+
+    Args:
+        loader: From [`build_train_loader`].
+        args: Of the training.
+        accelerator: Of the training.
+        start: The position to go on from.
+
+    Returns:
+        An iterator of up to `gradient_accumulation_steps` batches without broken images, and the position after them.
+        A step for which one of the processes has no image is passed over by all of them.
+
+    Raises:
+        ValueError: If too many images are broken, or none is readable, or no step was possible in many epochs.
+    """
+    broken_images = BrokenImageLog(args.max_broken_images)
+    epoch, batches_done = start
+    num_empty_epochs = 0
+    while True:
+        (loader if hasattr(loader, "set_epoch") else loader.dataset).set_epoch(epoch)
+        found, num_readable = batches_done > 0, 0
+        batches: list[Batch] = []
+        for batch in accelerator.skip_first_batches(loader, batches_done) if batches_done else loader:
+            broken_images.update(batch)
+            batches.append(batch)
+            num_readable += len(batch["images"])
+            batches_done += 1
+            if len(batches) == args.gradient_accumulation_steps:
+                if whole := _without_empty(batches, accelerator):
+                    found = True
+                    yield whole, (epoch, batches_done)
+                batches = []
+        if batches_done == len(batches) and (whole := _without_empty(batches, accelerator)):
+            found = True
+            yield whole, (epoch, batches_done)
+        num_empty_epochs = 0 if found else num_empty_epochs + 1
+        # In another order each process may have an image.
+        if not found and (num_empty_epochs == _MAX_EMPTY_EPOCHS or not _sum(num_readable, accelerator)):
+            on_processes = (
+                f" on each of {accelerator.num_processes} processes" if accelerator.num_processes > 1 else ""
+            )
+            raise ValueError(f"train_dataset has no readable image to train on{on_processes}")
+        epoch, batches_done = epoch + 1, 0
+
+
+def _without_empty(batches: list[Batch], accelerator: Accelerator) -> list[Batch]:
+    """The batches that hold images; none if a process has none, for which the others would wait in vain."""
+    whole = [batch for batch in batches if len(batch["images"])]
+    return whole if _sum(not whole, accelerator) == 0 else []
+
+
+def _sum(value: float, accelerator: Accelerator) -> float:
+    """Over the processes."""
+    total: Tensor = accelerator.reduce(torch.tensor(float(value), device=accelerator.device), reduction="sum")
+    return total.item()
+
+
+def settle_arguments(info: PairsInfo, args: RobustnessTokenTrainingArguments) -> RobustnessTokenTrainingArguments:
+    """The arguments of a training on pairs: the attack is theirs, and what was stated of it must agree.
+
+    Args:
+        info: Of the pairs.
+        args: As the user gave them.
+
+    Returns:
+        New arguments, whose attack and `resize` are those of the pairs.
+
+    Raises:
+        ValueError: If the user stated another attack, image size or way to resize, or named an image column.
+    """
+    if args.attack_through != "base":
+        raise ValueError(
+            f"attack_through={args.attack_through!r} with adversarial pairs, which were made through the base: what "
+            "goes through the tokens changes with them, so let the training attack, or leave attack_through out"
+        )
+    for name, value in args.stated_attack.items():
+        if not _agree(value, info.attack[name]):
+            raise ValueError(
+                f"{name}={value!r}, but the pairs were made with {info.attack[name]!r} (attack {info.attack!r}): "
+                "leave it out to train on them as they are, or make other pairs by robtok attack"
+            )
+    if args.image_column_name is not None:
+        raise ValueError(
+            f"image_column_name={args.image_column_name!r} has no meaning for adversarial pairs: unset it"
+        )
+    if args.image_size is not None and [args.image_size] * 2 != info.image_size:
+        raise ValueError(f"image_size={args.image_size}, but the pairs have {info.image_size} pixels: leave it out")
+    if args.resize == "processor" != info.resize:
+        raise ValueError(f"resize={args.resize!r}, but the pairs were made with {info.resize!r}: leave it out")
+    # The pairs' own size needs none, but held-out pictures are resized to what was stated.
+    image_size = args.image_size if info.resize == "squash" else None
+    settled: dict[str, Any] = {**info.attack, "resize": info.resize, "image_size": image_size}
+    return dataclasses.replace(args, **settled)
+
+
+def _agree(stated: Any, stored: Any) -> bool:
+    if isinstance(stated, float) and isinstance(stored, int | float):
+        return math.isclose(stated, stored, rel_tol=1e-6)
+    return bool(stated == stored)

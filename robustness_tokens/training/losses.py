@@ -1,0 +1,137 @@
+"""What the tokens are trained for, and the noise that belongs to an example.
+
+Shapes: B images, N sequence, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypedDict, Unpack
+
+from torch import Tensor
+
+from ..attacks import cosine_similarity
+from ..configuration import SimilarityAxis
+from ..models import head_inputs
+
+
+class AgreementOptions(TypedDict):
+    """Keyword arguments of [`agreement`]."""
+
+    similarity_axis: SimilarityAxis
+    head_distance_weight: float
+    num_patches: int
+
+
+@dataclass(frozen=True)
+class RobustnessLoss:
+    """The training objective on one batch, each a mean over its images.
+
+    Attributes:
+        loss: Scalar to minimise, minus the weighted sum of the two agreements, see [`agreement`].
+        invariance: cos(f([r, x]), f(x)), scalar without a gradient.
+        adversarial: cos(f([r, x_adv]), f(x)), scalar without a gradient.
+    """
+
+    loss: Tensor
+    invariance: Tensor
+    adversarial: Tensor
+
+
+def robustness_loss(
+    features: Callable[[Tensor], Tensor],
+    pixel_values: Tensor,
+    attacked: Tensor,
+    target: Tensor,
+    *,
+    similarity_axis: SimilarityAxis = "token",
+    invariance_weight: float = 1.0,
+    adversarial_weight: float = 1.0,
+    head_distance_weight: float = 0.0,
+    num_patches: int = 0,
+) -> RobustnessLoss:
+    """The paper's two losses (paper, section 3).
+
+    Args:
+        features: (B, 3, H, W) pixel values -> (B, N, D) or (B, D), with the tokens active. Called with the clean, then
+            with the attacked ones.
+        pixel_values: (B, 3, H, W) normalised clean images.
+        attacked: (B, 3, H, W) normalised attacked images.
+        target: Features of the clean images without tokens, (B, N, D) or (B, D).
+        similarity_axis: See `RobustnessTokenConfig`.
+        invariance_weight, adversarial_weight: Of the clean and of the attacked images.
+        head_distance_weight, num_patches: See [`agreement`].
+
+    Returns:
+        The losses, with gradients to the tokens.
+    """
+    options: AgreementOptions = {
+        "similarity_axis": similarity_axis,
+        "head_distance_weight": head_distance_weight,
+        "num_patches": num_patches,
+    }
+    clean_loss, invariance = agreement_loss(features(pixel_values), target, weight=invariance_weight, **options)
+    attacked_loss, adversarial = agreement_loss(features(attacked), target, weight=adversarial_weight, **options)
+    return RobustnessLoss(clean_loss + attacked_loss, invariance, adversarial)
+
+
+def agreement_loss(
+    features: Tensor, target: Tensor, *, weight: float | Tensor, **options: Unpack[AgreementOptions]
+) -> tuple[Tensor, Tensor]:
+    """One of the two losses, which have their gradients apart: that of the clean or that of the attacked images.
+
+    Args:
+        features: (B, N, D) or (B, D), with the tokens.
+        target: Features of the clean images without, same shape.
+        weight: Of the loss, scalar.
+        options: See [`agreement`].
+
+    Returns:
+        Minus the weighted mean [`agreement`], scalar; the mean cosine, scalar without a gradient.
+    """
+    loss = -weight * agreement(features, target, **options).mean()
+    cosine = cosine_similarity(features.detach(), target, similarity_axis=options["similarity_axis"])
+    return loss, cosine.mean()
+
+
+def agreement(
+    features: Tensor,
+    target: Tensor,
+    *,
+    similarity_axis: SimilarityAxis,
+    head_distance_weight: float,
+    num_patches: int,
+) -> Tensor:
+    """What training raises and `attack="pgd"` lowers: the cosine, less the weighted [`head_distance`].
+
+    Args:
+        features, target: (B, N, D) or (B, D).
+        similarity_axis: See `RobustnessTokenConfig`.
+        head_distance_weight: 0 leaves the cosine alone, as the paper.
+        num_patches: P, of the patches among the N tokens.
+
+    Returns:
+        (B,).
+    """
+    cosine = cosine_similarity(features, target, similarity_axis=similarity_axis)
+    if head_distance_weight == 0:
+        return cosine
+    return cosine - head_distance_weight * head_distance(features, target, num_patches=num_patches)
+
+
+def head_distance(features: Tensor, target: Tensor, *, num_patches: int) -> Tensor:
+    """Squared distance of what a linear head reads, relative to the squared length of what it read before.
+
+    The cosine along the tokens doesn't see it: scaling a feature, or moving it in all tokens alike, costs little
+    there, and changes the classes.
+
+    Args:
+        features, target: (B, N, D) or (B, D).
+        num_patches: P, of the patches among the N tokens.
+
+    Returns:
+        (B,), at least 0.
+    """
+    found, expected = head_inputs(features, num_patches), head_inputs(target, num_patches)  # (B, 2 D) or (B, D)
+    return (found - expected).square().sum(dim=1) / expected.square().sum(dim=1)

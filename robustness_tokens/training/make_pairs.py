@@ -1,0 +1,345 @@
+"""Attacks a dataset once, for many trainings: shard by shard, each whole or not there, so that it can be resumed."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+from accelerate import Accelerator
+from torch.utils.data import Dataset, IterableDataset, Subset
+from tqdm.auto import tqdm
+
+from ..attacks import PAPER_EPS_NORMALIZED, cosine_similarity, paper_attack_eps
+from ..data import (
+    ATTACK_ARGUMENTS,
+    INFO_FILE,
+    PAIR_FEATURES,
+    PAIRS_STEP,
+    AdversarialPairs,
+    BrokenImageLog,
+    Normalizer,
+    PairsInfo,
+    build_dataloader,
+    choose_rows,
+    describe_dataset,
+    find_image_shape,
+    find_pairs,
+    finish_folder,
+    load_adversarial_pairs,
+    missing_shards,
+    round_to_budget,
+    to_images,
+    to_pixels,
+    write_shard,
+)
+from ..models import MixedPrecision, RobustnessTokenPreTrainedModel, check_patches, runs_in_half
+from ..utils import PROCESS_GROUP, __version__, read_json, share_from_main, write_text
+from .arguments import RobustnessTokenTrainingArguments
+from .dataset import prepare_train_dataset
+from .step import attack_for_training, base_features, faster_base
+
+
+_ROUNDING = 1e-3  # of a 255th: 255 * (4 / 255) need not be 4
+
+
+@dataclass(kw_only=True)
+class PairsArguments:
+    """What `robtok attack` is told beside the arguments of `robtok train`.
+
+    Raises:
+        ValueError: If a value is out of range.
+    """
+
+    num_images: int | None = field(default=None, metadata={"help": "Attack so many, chosen by the seed; all if None."})
+    images_per_shard: int = field(
+        default=500, metadata={"help": "Images per file; a file is what a resumed run keeps."}
+    )
+    push_to_hub: str | None = field(default=None, metadata={"help": "Upload the pairs to this dataset, user/name."})
+    base_model_id: str | None = field(
+        default=None, metadata={"help": "Hub id of the base, to name there if it is a folder here."}
+    )
+    public: bool = field(default=False, metadata={"help": "Let everyone see the pairs on the Hub."})
+
+    def __post_init__(self) -> None:
+        for name in ("num_images", "images_per_shard"):
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or value < 1):
+                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+
+
+def make_adversarial_pairs(
+    model: RobustnessTokenPreTrainedModel,
+    args: RobustnessTokenTrainingArguments,
+    dataset: Any,
+    *,
+    num_images: int | None = None,
+    images_per_shard: int = 500,
+) -> AdversarialPairs:
+    """Attacks the base on a dataset's images and writes the pairs to `args.output_dir`.
+
+    An image is cut to 8 bits before it is attacked. What the attack gives is rounded to 8 bits, then projected to the
+    budget again, and measured. The noise comes from `(args.seed, 0, row)`, the row being that of the dataset: the
+    pairs are those that a training would make in its first step, whichever step reads them later. Run again with the
+    same arguments, it goes on after the last whole shard. Under `accelerate launch` the processes share the shards.
+
+    Args:
+        model: Whose base is attacked; its tokens take no part, so the pairs tell nothing of them.
+        args: The attack, the images and the folder, as for a training.
+        dataset: A `datasets` dataset with an image column, or a torch dataset of ready images; no stream.
+        num_images: Attack so many, a random choice by `args.seed` in random order, so that a dataset sorted by class
+            gives images of all; all, in their order, if None.
+        images_per_shard: Images per file.
+
+    Returns:
+        The pairs, as [`load_adversarial_pairs`] reads them. Broken images have none.
+
+    Raises:
+        ValueError: If the attack can't be stored, the folder holds something else or pairs made otherwise, or the disk
+            has no room for all of them.
+        FloatingPointError: If the base's features are not finite.
+    """
+    PairsArguments(num_images=num_images, images_per_shard=images_per_shard)
+    if args.attack_through != "base":
+        raise ValueError(
+            f"attack_through={args.attack_through!r}: pairs are made once and serve any tokens, so the attack can "
+            "only go through the base"
+        )
+    accelerator = Accelerator(kwargs_handlers=[PROCESS_GROUP])
+    images = prepare_train_dataset(dataset, args=args, image_processor=model.image_processor)
+    if isinstance(images, IterableDataset | AdversarialPairs):
+        raise ValueError(
+            f"dataset is a {type(dataset).__name__}, expected images that are not attacked yet and can be counted and "
+            "read by row: load them without streaming, a slice such as split='train[:10000]' where all are too many"
+        )
+    in_half = runs_in_half(args.mixed_precision, device=accelerator.device)
+    info = _describe(model, args, dataset, images, num_images, images_per_shard, "bf16" if in_half else "no")
+    folder = Path(args.output_dir)
+    rows: Sequence[int] = range(len(dataset))
+    if info.num_images < len(rows):
+        rows = choose_rows(len(rows), info.num_images, seed=args.seed)
+
+    def start() -> list[int]:
+        _start(folder, info, images, rows, overwrite=args.overwrite_output_dir)
+        missing = missing_shards(folder, info)
+        _check_room(folder, info, len(missing), announce=not args.disable_tqdm)
+        return missing
+
+    missing = share_from_main(start, accelerator)
+    model.to(accelerator.device)
+    normalizer = Normalizer(info.image_mean, info.image_std).to(accelerator.device)
+    broken_images = BrokenImageLog(args.max_broken_images)
+    for shard in tqdm(
+        missing[accelerator.process_index :: accelerator.num_processes],
+        desc="Attacking, shards",
+        disable=args.disable_tqdm or not accelerator.is_local_main_process,
+    ):
+        batches = build_dataloader(
+            Subset(images, _rows_of(shard, rows, info)),
+            batch_size=info.batch_size,
+            shuffle=False,
+            num_workers=args.dataloader_num_workers,
+        )
+        pairs = (_attack_batch(model, batch, args, info, normalizer, broken_images) for batch in batches)
+        with faster_base(model, args, accelerator.device):
+            write_shard(folder / info.shard_name(shard), pairs)
+    accelerator.wait_for_everyone()
+    share_from_main(lambda: finish_folder(folder, info), accelerator)
+    return load_adversarial_pairs(folder)
+
+
+def _describe(
+    model: RobustnessTokenPreTrainedModel,
+    args: RobustnessTokenTrainingArguments,
+    dataset: Any,
+    images: Dataset[Any],
+    num_images: int | None,
+    images_per_shard: int,
+    precision: MixedPrecision,
+) -> PairsInfo:
+    config, recipe = model.config, args.recipe()
+    if config.image_mean is None or config.image_std is None:
+        raise ValueError("the model's config has no image_mean and image_std: give them to from_base")
+    image_shape = find_image_shape(images)
+    if image_shape is None:
+        raise ValueError(
+            f"resize={args.resize!r} leaves every image its own size, and pairs have one: set resize='squash'"
+        )
+    check_patches(model.get_base_model(), image_shape)
+    return PairsInfo(
+        package_version=__version__,
+        base_model=config.base_model_name_or_path,
+        base_model_revision=config.base_model_revision,
+        base_model_class=config.base_model_class,
+        base_model_fingerprint=dict(config.base_model_fingerprint or {}),
+        feature_view=config.feature_view,
+        similarity_axis=config.similarity_axis,
+        image_mean=list(config.image_mean),
+        image_std=list(config.image_std),
+        attack={name: recipe[name] for name in ATTACK_ARGUMENTS},
+        max_pixel_difference=max_pixel_difference(args, config.image_std),
+        seed=args.seed,
+        step=PAIRS_STEP,
+        batch_size=args.per_device_train_batch_size,
+        mixed_precision=precision,
+        resize=args.resize,
+        image_size=list(image_shape),
+        dataset=describe_dataset(dataset),
+        num_images=min(num_images or len(dataset), len(dataset)),
+        images_per_shard=images_per_shard,
+    )
+
+
+def _rows_of(shard: int, rows: Sequence[int], info: PairsInfo) -> Sequence[int]:
+    return rows[shard * info.images_per_shard : (shard + 1) * info.images_per_shard]
+
+
+def _start(folder: Path, info: PairsInfo, images: Dataset[Any], rows: Sequence[int], *, overwrite: bool) -> None:
+    """Makes the folder ready for these pairs, or for the rest of them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    own = {
+        *(file for pattern in ("shard-*.arrow", ".shard-*.part", "tmp*.part") for file in folder.glob(pattern)),
+        *(folder / "state.json", folder / "dataset_info.json"),
+    }
+    if (path := find_pairs(folder)) is None:
+        found = set(folder.iterdir())
+        if found - own:
+            raise ValueError(f"output_dir {str(folder)!r} holds something else than adversarial pairs: choose another")
+        if found and not overwrite:  # a replacement that was cut short left them
+            raise ValueError(
+                f"output_dir {str(folder)!r} holds files of adversarial pairs, but no {INFO_FILE} that says how they "
+                "were made: set overwrite_output_dir=True to replace them, or choose another"
+            )
+    else:
+        stored = PairsInfo.from_dict(read_json(path))
+        differing = _differences(dataclasses.asdict(stored), dataclasses.asdict(info))
+        if not differing and (found_shard := _first_stored(folder, info)) is not None:
+            shard, pairs = found_shard
+            if not set(pairs["index"][:]) <= set(_rows_of(shard, rows, info)):  # by a version that took the first rows
+                differing = ["the choice of images"]
+            else:
+                index = pairs[0]["index"]
+                item, pixels = images[index], np.frombuffer(pairs[0]["image"], dtype=np.uint8)
+                if "images" not in item or not np.array_equal(to_pixels(item["images"][None]).ravel(), pixels):
+                    differing = [f"image {index} of the dataset"]
+        if not differing:
+            return
+        if not overwrite:
+            raise ValueError(
+                f"output_dir {str(folder)!r} holds pairs that were made otherwise ({'; '.join(differing)}): choose "
+                "another, or set overwrite_output_dir=True"
+            )
+        path.unlink()  # first, so that what is left of the old shards belongs to nobody if this is cut short
+    for file in own:
+        file.unlink(missing_ok=True)
+    write_text(folder / INFO_FILE, info.to_json())
+
+
+def _differences(stored: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
+    # Where the base lies, and which version wrote the pairs, changes nothing of them.
+    ignored = {"package_version", "base_model", "base_model_revision"}
+    return [
+        f"{name}: {stored[name]!r} -> {found[name]!r}"
+        for name in found
+        if found[name] != stored[name] and name not in ignored
+    ]
+
+
+def _first_stored(folder: Path, info: PairsInfo) -> tuple[int, datasets.Dataset] | None:
+    """Number and pairs of a shard that is there already, and not empty."""
+    for shard in sorted(set(range(info.num_shards)) - set(missing_shards(folder, info))):
+        pairs = datasets.Dataset.from_file(str(folder / info.shard_name(shard)))
+        if len(pairs):
+            return shard, pairs
+    return None
+
+
+def _check_room(folder: Path, info: PairsInfo, num_missing: int, *, announce: bool) -> None:
+    num_images = min(num_missing * info.images_per_shard, info.num_images)
+    needed, free = num_images * info.bytes_per_pair, shutil.disk_usage(folder).free
+    if announce:
+        print(
+            f"{info.num_images:,} images of {info.image_size[0]} x {info.image_size[1]} pixels take "
+            f"{info.num_images * info.bytes_per_pair:,} bytes in {info.num_shards:,} shards; {num_missing:,} shards "
+            f"({needed:,} bytes) are to be made, {free:,} bytes are free"
+        )
+    if needed > free:
+        raise ValueError(
+            f"output_dir {str(folder)!r} has {free:,} bytes free, the pairs need {needed:,}: choose another disk, or "
+            "fewer images by num_images"
+        )
+
+
+def _attack_batch(
+    model: RobustnessTokenPreTrainedModel,
+    batch: Mapping[str, Any],
+    args: RobustnessTokenTrainingArguments,
+    info: PairsInfo,
+    normalizer: Normalizer,
+    broken_images: BrokenImageLog,
+) -> dict[str, list[Any]]:
+    """Columns of the pairs of a batch."""
+    broken_images.update(batch)
+    if not len(batch["images"]):
+        return {column: [] for column in PAIR_FEATURES}
+    device = normalizer.image_mean.device
+    clean = to_pixels(batch["images"])  # (B, H, W, 3)
+    images = to_images(clean).to(device)
+    target = base_features(model, normalizer(images), mixed_precision=args.mixed_precision)
+    attacked = attack_for_training(
+        model,
+        images,
+        target,
+        args=args,
+        normalizer=normalizer,
+        step=info.step,
+        index=batch["index"],
+        through_tokens=False,
+    )
+    if not attacked.isfinite().all():
+        raise FloatingPointError(
+            f"the base's features of the images {batch['index'].tolist()} are not finite: try mixed_precision='no'"
+        )
+    adversarial = round_to_budget(normalizer.inverse(attacked), clean, info.max_pixel_difference)
+    baseline = base_features(
+        model, normalizer(to_images(adversarial).to(device)), mixed_precision=args.mixed_precision
+    )
+    cosine = cosine_similarity(baseline, target, similarity_axis=model.config.similarity_axis)  # (B, ...)
+    return {
+        "index": batch["index"].tolist(),
+        "image": [pixels.tobytes() for pixels in clean],
+        "adversarial_image": [pixels.tobytes() for pixels in adversarial],
+        "baseline_cosine": cosine.flatten(1).mean(1).tolist() if cosine.ndim > 1 else cosine.tolist(),
+    }
+
+
+def max_pixel_difference(args: RobustnessTokenTrainingArguments, image_std: Sequence[float]) -> int:
+    """The budget of an attack in 8-bit levels: of a 4/255 it is 4; of the paper's, on ImageNet's statistics, 2.
+
+    Args:
+        args: The attack.
+        image_std: One standard deviation per channel, in [0, 1] image units, by which the paper's radius is stretched;
+            see [`paper_attack_eps`].
+
+    Raises:
+        ValueError: If it is less than one level.
+    """
+    if args.attack == "paper":
+        smallest = 255 * PAPER_EPS_NORMALIZED * min(image_std)
+        budget = round(255 * paper_attack_eps(image_std, on_grid=True))  # as images of pairs are
+    else:
+        assert args.eps is not None, "the arguments set it for pgd"
+        smallest = 255 * args.eps
+        budget = math.floor(smallest + _ROUNDING)
+    if smallest + _ROUNDING < 1:
+        raise ValueError(
+            f"the attack's eps is {smallest:.3g}/255 in pixels, less than 1/255, and 8 bits, which pairs are stored "
+            "in, can't hold it: take a larger eps, or let the training attack"
+        )
+    return budget

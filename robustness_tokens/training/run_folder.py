@@ -1,0 +1,262 @@
+"""The folder of a run: what a resumed run takes up, what a new one replaces, and what both must have in common."""
+
+from __future__ import annotations
+
+import csv
+import logging
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from ..configuration import RobustnessTokenConfig
+from ..hub import remove_report
+from ..models import (
+    RobustnessTokenPreTrainedModel,
+    attention_configs,
+    choose_attention,
+    onednn_is_faster,
+    runs_in_half,
+)
+from ..utils import __version__
+from .arguments import RobustnessTokenTrainingArguments
+from .checkpoints import STATE_FILE, Checkpoint, find_checkpoint, is_own_checkpoint, list_checkpoints
+
+
+LOG_FILE = "logs/training_log.csv"
+LOG_COLUMNS = (
+    "step",
+    "loss",
+    "invariance_cosine",
+    "adversarial_cosine",
+    "baseline_cosine",
+    "learning_rate",
+    "seconds",
+)
+
+EVAL_LOG_FILE = "logs/eval_log.csv"
+EVAL_LOG_COLUMNS = (
+    "step",
+    "eval_loss",
+    "eval_invariance_cosine",
+    "eval_adversarial_cosine",
+    "eval_baseline_cosine",
+    "eval_num_images",
+)
+
+logger = logging.getLogger(__name__)
+
+_STATE = {"rounding", "position", "previous_recipe", "scheduler", "callbacks"}  # what the trainer stores
+
+
+def start_log(path: Path, rows: Sequence[Mapping[str, float]] = (), *, columns: Sequence[str] = LOG_COLUMNS) -> None:
+    """Writes a log with these rows in place of whatever is there.
+
+    Args:
+        path: The file; its folder is made if needed.
+        rows: Each with these columns.
+        columns: Of the log.
+
+    Raises:
+        OSError: If it can't be written.
+    """
+    partial = path.with_name(f"{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, fieldnames=columns)
+            writer.writeheader()
+            writer.writerows(rows)
+        partial.replace(path)
+    except OSError as exc:
+        raise _unwritable(path, exc) from exc
+
+
+def append_to_log(path: Path, row: Mapping[str, float]) -> None:
+    """Adds a row, with the columns of the log in their order, to a log that [`start_log`] began.
+
+    Raises:
+        OSError: If it can't be written.
+    """
+    try:
+        with path.open("a", newline="", encoding="utf-8") as file:
+            csv.DictWriter(file, fieldnames=list(row)).writerow(row)
+    except OSError as exc:
+        raise _unwritable(path, exc) from exc
+
+
+def read_log(path: Path, *, last_step: int, columns: Sequence[str] = LOG_COLUMNS) -> list[dict[str, float]]:
+    """Reads the rows up to a step.
+
+    Args:
+        path: The file; one that is missing has no rows.
+        last_step: What a killed run wrote after the checkpoint that is resumed is left out.
+        columns: Of the log.
+
+    Returns:
+        The rows, `"step"` a whole number.
+    """
+    if not path.is_file():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        whole = [row for row in csv.DictReader(file) if all(row.get(column) for column in columns)]
+    rows = [{"step": int(row.pop("step")), **{key: float(value) for key, value in row.items()}} for row in whole]
+    return [row for row in rows if row["step"] <= last_step]
+
+
+def _unwritable(path: Path, exc: OSError) -> OSError:
+    return OSError(
+        exc.errno,
+        f"the log {path} could not be written ({exc.strerror}); checkpoints are as they were: make room, or mend the "
+        "permissions, and go on with resume_from_checkpoint=True",
+    )
+
+
+class RunSoFar(NamedTuple):
+    """Where a run goes on: its checkpoint, None for a new run, and the rows of its logs up to there."""
+
+    checkpoint: Checkpoint | None
+    log_history: list[dict[str, float]]
+    eval_history: list[dict[str, float]]
+
+
+def resume_settings(
+    config: RobustnessTokenConfig,
+    args: RobustnessTokenTrainingArguments,
+    *,
+    recipe: Mapping[str, Any],
+    num_images: int | None,
+    adversarial_pairs: Any,
+) -> dict[str, Any]:
+    """What a resumed run must have in common with the one it resumes; JSON.
+
+    Args:
+        config: Of the model.
+        args: Of the training.
+        recipe: What determines the tokens.
+        num_images: To train on, if that is known.
+        adversarial_pairs: What tells these pairs from others, if there are any.
+    """
+    settings = {
+        **recipe,
+        "base_model_fingerprint": config.base_model_fingerprint,
+        "feature_view": config.feature_view,
+        "similarity_axis": config.similarity_axis,
+        "image_mean": list(config.image_mean or ()),
+        "image_std": list(config.image_std or ()),
+    }
+    known = {"num_images": num_images, "adversarial_pairs": adversarial_pairs}
+    settings |= {name: value for name, value in known.items() if value is not None}
+    if not args.schedule_depends_on_max_steps:
+        del settings["max_steps"]
+    return settings
+
+
+def rounding_settings(
+    model: RobustnessTokenPreTrainedModel, args: RobustnessTokenTrainingArguments, *, device: torch.device
+) -> dict[str, Any]:
+    """What a resumed run must have in common with the one it resumes to end with the same bits, as in effect; JSON.
+
+    Args:
+        model: That is trained.
+        args: Of the training.
+        device: That it is trained on.
+    """
+    base, on_cpu = model.get_base_model(), device.type == "cpu"
+    half_precision = runs_in_half(args.mixed_precision, device=device)
+    attention = choose_attention(args.train_attn_implementation, device=device, half_precision=half_precision)
+    return {
+        "half_precision": half_precision,
+        "torch_compile": args.torch_compile,
+        "onednn": args.onednn and onednn_is_faster(device=device, half_precision=half_precision),
+        "attn_implementation": attention or _own_attention(base),
+        "dtype": str(next(base.parameters()).dtype),
+        "device": device.type,
+        "num_threads": torch.get_num_threads() if on_cpu else None,
+        "torch": torch.__version__,
+        "package": __version__,
+    }
+
+
+def _own_attention(base: nn.Module) -> str:
+    """The attention of all parts of a base, of transformers or timm."""
+    found = {str(config._attn_implementation) for config in attention_configs(base)}
+    found |= {"sdpa" if module.fused_attn else "eager" for module in base.modules() if hasattr(module, "fused_attn")}
+    return ", ".join(sorted(found))
+
+
+def read_run(
+    args: RobustnessTokenTrainingArguments,
+    *,
+    settings: Mapping[str, Any],
+    rounding: Mapping[str, Any],
+    shape: tuple[int, ...],
+) -> RunSoFar:
+    """Reads the run to go on from, as `args.resume_from_checkpoint` says; says so where it will round otherwise.
+
+    Args:
+        args: Of the training.
+        settings: From [`resume_settings`].
+        rounding: From [`rounding_settings`].
+        shape: Of the tokens, (K, D).
+
+    Raises:
+        ValueError: If its checkpoint doesn't fit, or lacks what the trainer stores, or is beyond `args.max_steps`.
+    """
+    checkpoint = find_checkpoint(Path(args.output_dir), args.resume_from_checkpoint, settings=settings, shape=shape)
+    if checkpoint is None:
+        return RunSoFar(None, [], [])
+    if checkpoint.step > args.max_steps:
+        raise ValueError(f"{checkpoint.folder} is beyond max_steps={args.max_steps}: raise it, or start anew")
+    if missing := sorted(_STATE - set(checkpoint.state)):
+        raise ValueError(
+            f"{checkpoint.folder} has no {missing} in {STATE_FILE}: another version of this package wrote it; resume "
+            "with that version, or train anew, by overwrite_output_dir=True without resume_from_checkpoint"
+        )
+    stored = checkpoint.state["rounding"]
+    if differing := sorted(name for name in {*stored, *rounding} if stored.get(name) != rounding.get(name)):
+        changes = ", ".join(f"{name}: {stored.get(name)!r} -> {rounding.get(name)!r}" for name in differing)
+        logger.warning(
+            "%s was made with another rounding (%s): the run goes on, but won't end with the very bits of one that "
+            "was never cut; for those, resume with the same",
+            checkpoint.folder,
+            changes,
+        )
+    folder, step = checkpoint.folder.parent, checkpoint.step
+    eval_history = read_log(folder / EVAL_LOG_FILE, last_step=step, columns=EVAL_LOG_COLUMNS)
+    return RunSoFar(checkpoint, read_log(folder / LOG_FILE, last_step=step), eval_history)
+
+
+def open_run(args: RobustnessTokenTrainingArguments, run: RunSoFar) -> None:
+    """Makes `args.output_dir` ready: without another run's checkpoints, and with the logs up to now.
+
+    Args:
+        args: Of the training.
+        run: From [`read_run`].
+
+    Raises:
+        ValueError: If it holds checkpoints of another run, without `args.overwrite_output_dir`: those of the same
+            trainer's run before, say, which nobody wants to lose by training on.
+        OSError: If it can't be written.
+    """
+    output_dir = Path(args.output_dir)
+    old = [] if is_own_checkpoint(output_dir, args.resume_from_checkpoint) else list_checkpoints(output_dir)
+    names = ", ".join(folder.name for _, folder in old)
+    if old and not args.overwrite_output_dir:
+        raise ValueError(
+            f"training anew would delete {names} in {output_dir} of an earlier run: train in another output_dir, or "
+            "set overwrite_output_dir=True, or go on from the last of them by resume_from_checkpoint=True"
+        )
+    if old:
+        logger.warning("overwrite_output_dir: training anew deletes %s of an earlier run in %s", names, output_dir)
+    for _, folder in old:
+        shutil.rmtree(folder)
+    remove_report(output_dir)
+    start_log(output_dir / LOG_FILE, run.log_history)
+    if run.eval_history or args.eval_steps is not None:
+        start_log(output_dir / EVAL_LOG_FILE, run.eval_history, columns=EVAL_LOG_COLUMNS)
+    else:
+        (output_dir / EVAL_LOG_FILE).unlink(missing_ok=True)

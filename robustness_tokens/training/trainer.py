@@ -1,0 +1,443 @@
+"""The training loop: attack the images, compare features, step the tokens. Everything else stays frozen.
+
+Shapes: B images of a batch, N sequence, D width.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState, get_scheduler
+from transformers.trainer_utils import TrainOutput
+
+from ..data import Normalizer, describe_dataset, describe_image_size, find_image_shape
+from ..hub import holds_adapter, push_adapter
+from ..models import MixedPrecision, RobustnessTokenPreTrainedModel, check_patches, packed_once
+from ..utils import share_from_main
+from .accelerator import abandon_trackers, build_accelerator, finish_trackers, start_trackers
+from .arguments import RobustnessTokenTrainingArguments
+from .callbacks import (
+    SIGTERM_EXIT_CODE,
+    Termination,
+    agree,
+    build_handler,
+    build_state,
+    catch_sigterm,
+    export_callbacks,
+    restore_callbacks,
+)
+from .checkpoints import check_output_dir, save_checkpoint
+from .dataset import Batch, Position, build_train_loader, iterate_steps, prepare_train_dataset, take_pairs
+from .held_out import measure_held_out, prepare_eval_dataset
+from .run_folder import EVAL_LOG_FILE, LOG_FILE, append_to_log, open_run, read_run, resume_settings, rounding_settings
+from .step import LastGoodTokens, accumulate_gradient, check_trainable, compute_features, faster_base
+
+
+logger = logging.getLogger(__name__)
+
+
+class _Features(nn.Module):
+    """The model's features as a forward pass, so that DistributedDataParallel sees it and sums the gradients."""
+
+    def __init__(self, model: RobustnessTokenPreTrainedModel, mixed_precision: MixedPrecision) -> None:
+        super().__init__()
+        self.model, self.mixed_precision = model, mixed_precision
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return compute_features(self.model, pixel_values, mixed_precision=self.mixed_precision)
+
+
+class RobustnessTokenTrainer:
+    """Trains the tokens of a model.
+
+    `args.output_dir` holds the adapter that [`save_model`] writes, and in folders of their own what belongs to the
+    run alone and is never pushed: `checkpoint-<step>/`, `logs/training_log.csv` with the rows of `log_history`, and
+    `logs/eval_log.csv` with those of `eval_history`.
+
+    Args:
+        model: From `RobustnessTokenModel.from_base` (new tokens) or `from_pretrained` (trained further).
+        args: Hyper-parameters.
+        train_dataset: A `datasets` dataset with an image column, or a torch dataset of
+            `{"images": (3, H, W) float in [0, 1]}`, or adversarial pairs: `AdversarialPairs`, their folder, or their
+            name on the Hub; then nothing is attacked, and `args` may leave the attack out.
+        eval_dataset: Held-out images, as `train_dataset` but neither a stream nor pairs, to measure the tokens on
+            every `args.eval_steps`.
+        callbacks: transformers' `TrainerCallback`s, called on every process; what one of them decides by the
+            `TrainerControl` holds on all.
+
+    Raises:
+        ValueError: If `args.output_dir` holds another model, or an adapter or checkpoints already and the run neither
+            resumes from one of these nor sets `overwrite_output_dir`, or can't be written to; if the dataset has no
+            image column; if the base can't cut its images into patches.
+    """
+
+    def __init__(
+        self,
+        model: RobustnessTokenPreTrainedModel,
+        args: RobustnessTokenTrainingArguments,
+        train_dataset: Any,
+        eval_dataset: Any = None,
+        callbacks: Sequence[TrainerCallback | type[TrainerCallback]] = (),
+    ) -> None:
+        if not isinstance(model, RobustnessTokenPreTrainedModel):
+            raise ValueError(
+                f"model is a {type(model).__name__}, which has no tokens to train: give the trainer "
+                "RobustnessTokenModel.from_base(model)"
+            )
+        train_dataset, args = take_pairs(train_dataset, args=args, config=model.config)
+        self.model, self.args = model, args
+        self.output_dir = Path(args.output_dir)
+        if model.config.image_mean is None or model.config.image_std is None:
+            raise ValueError("the model's config has no image_mean and image_std: give them to from_base")
+        if args.eval_steps is not None and eval_dataset is None:
+            raise ValueError(f"eval_steps={args.eval_steps} needs an eval_dataset: give one, or leave eval_steps out")
+        self.callback_handler = build_handler(model, callbacks)
+        self.accelerator = build_accelerator(args)
+        share_from_main(
+            lambda: check_output_dir(
+                self.output_dir, overwrite=args.overwrite_output_dir, resume_from=args.resume_from_checkpoint
+            ),
+            self.accelerator,
+        )
+        self.train_dataset = prepare_train_dataset(
+            train_dataset,
+            args=args,
+            image_processor=model.image_processor,
+            process_index=self.accelerator.process_index,
+            num_processes=self.accelerator.num_processes,
+        )
+        self._dataset_entry, self._image_shape = describe_dataset(train_dataset), find_image_shape(self.train_dataset)
+        if self._image_shape is not None:
+            check_patches(model.get_base_model(), self._image_shape)
+        self.eval_dataset = (
+            None
+            if eval_dataset is None
+            else prepare_eval_dataset(eval_dataset, args=args, model=model, train_image_shape=self._image_shape)
+        )
+        self._previous_recipe: dict[str, Any] = {}  # of tokens that are trained further
+        self.normalizer = Normalizer(model.config.image_mean, model.config.image_std).to(self.accelerator.device)
+        self.log_history: list[dict[str, float]] = []
+        self.eval_history: list[dict[str, float]] = []
+        self.state, self.control = TrainerState(), TrainerControl()
+        self._good_tokens = LastGoodTokens(model)
+        self._saved_step = -1  # of the last checkpoint in output_dir
+        self._checked_step = -1  # after which the tokens were last seen to be whole
+
+    def train(self) -> TrainOutput:
+        """Runs the training, from the beginning or from `args.resume_from_checkpoint`.
+
+        On SIGTERM, the step is finished, a checkpoint saved and the process ended with exit code 143, as a shell
+        reports of one that SIGTERM has ended: a run that was cut short is no success. So it is after the last step,
+        until this returns.
+
+        Returns:
+            transformers' `TrainOutput`: steps done, mean loss of the steps done now, and the last logged metrics.
+
+        Raises:
+            ValueError: If the checkpoint does not fit, or `args.output_dir` holds those of a training before and
+                neither `args.resume_from_checkpoint` nor `overwrite_output_dir` is set, or too many images are
+                unreadable, or the tokens are off, not float32, or not what is trained.
+            FloatingPointError: If the loss is not finite, or the features with the tokens that are to be saved, or are
+                the last, are not; the last good tokens stay in the model, and in output_dir.
+            OSError: If a checkpoint or the log can't be written; the checkpoints before are as they were.
+            SystemExit: After SIGTERM.
+        """
+        args, accelerator = self.args, self.accelerator
+        check_trainable(self.model)
+        self._previous_recipe = self.model.config.training or {}
+        optimizer = torch.optim.Adam([self.model.robustness_tokens], lr=args.learning_rate)
+        scheduler = get_scheduler(args.lr_scheduler_type, optimizer, args.warmup_steps, args.max_steps)
+        was_training = self.model.training
+        self._good_tokens = LastGoodTokens(self.model)
+        with catch_sigterm() as termination, packed_once():
+            try:
+                features, optimizer = accelerator.prepare(_Features(self.model, args.mixed_precision), optimizer)
+                position = self._start(optimizer, scheduler)
+                start_trackers(accelerator, output_dir=self.output_dir, recipe=self._recipe())
+                self.model.train()
+                mean_loss, position = self._run(position, features, optimizer, scheduler, termination)
+                share_from_main(lambda: finish_trackers(accelerator), accelerator)
+            finally:
+                optimizer.zero_grad()
+                self.model.train(was_training)
+                if args.dataloader_num_workers > 0:
+                    accelerator.free_memory()  # which holds the loader, whose workers would live on
+                abandon_trackers(accelerator)  # of which some are left only if an error is on its way
+            if agree(self.control, termination.requested, accelerator):  # while the trackers ended, say
+                self._exit_by_sigterm(position, optimizer, scheduler, termination)
+        self._note_recipe(self.state.global_step)
+        accelerator.wait_for_everyone()
+        return TrainOutput(self.state.global_step, mean_loss, self.log_history[-1] if self.log_history else {})
+
+    def evaluate(self) -> dict[str, float]:
+        """Measures the tokens on `eval_dataset`; see [`measure_held_out`].
+
+        Raises:
+            ValueError: If there is no `eval_dataset`, or its images are unreadable.
+        """
+        if self.eval_dataset is None:
+            raise ValueError("evaluate() needs an eval_dataset: give one to RobustnessTokenTrainer")
+        return measure_held_out(
+            self.model.to(self.accelerator.device),  # where only train() has put it
+            self.eval_dataset,
+            args=self.args,
+            accelerator=self.accelerator,
+            normalizer=self.normalizer,
+        )
+
+    def save_model(self, output_dir: str | None = None) -> None:
+        """Writes the adapter, and nothing but the adapter, from the main process.
+
+        Args:
+            output_dir: Where; by default `args.output_dir`.
+
+        Raises:
+            ValueError: If another folder is given and holds an adapter, without `args.overwrite_output_dir`.
+        """
+        folder = self.output_dir if output_dir is None else Path(output_dir)
+
+        def save() -> None:
+            if folder != self.output_dir and holds_adapter(folder) and not self.args.overwrite_output_dir:
+                raise ValueError(
+                    f"{folder} holds an adapter already: choose another, or set overwrite_output_dir=True"
+                )
+            self.model.save_pretrained(folder)
+
+        share_from_main(save, self.accelerator)  # by which all have waited for it
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
+        """Saves the adapter and uploads it from the main process; see [`push_adapter`]."""
+        self.save_model()
+        return push_adapter(self.output_dir, repo_id, **kwargs) if self.accelerator.is_main_process else None
+
+    def _run(
+        self, position: Position, features: Any, optimizer: Any, scheduler: Any, termination: Termination
+    ) -> tuple[float, Position]:
+        """The loop; returns the mean loss and the position after it."""
+        args, accelerator, state, handler = self.args, self.accelerator, self.state, self.callback_handler
+        loader = build_train_loader(self.train_dataset, args=args, accelerator=accelerator)
+        steps = iterate_steps(loader, args=args, accelerator=accelerator, start=position)
+        handler.optimizer, handler.lr_scheduler, handler.train_dataloader = optimizer, scheduler, loader
+        num_batches = len(loader) if hasattr(self.train_dataset, "__len__") else None
+        seconds_before = self.log_history[-1]["seconds"] if self.log_history else 0.0
+        total_loss, first_step, start = 0.0, state.global_step, time.perf_counter()
+        self._checked_step = first_step
+        with tqdm(
+            total=args.max_steps,
+            initial=state.global_step,
+            desc="Training tokens",
+            disable=args.disable_tqdm or not accelerator.is_local_main_process,
+        ) as progress_bar:
+            self._notify("on_train_begin")
+            terminated = agree(self.control, termination.requested, accelerator)
+            while state.global_step < args.max_steps and not (self.control.should_training_stop or terminated):
+                batches, position = next(steps)
+                self._notify("on_step_begin")
+                learning_rate = scheduler.get_last_lr()[0]
+                try:
+                    metrics = self._step(batches, features, optimizer)
+                except FloatingPointError as exc:
+                    raise self._stop(batches, exc, step=state.global_step + 1) from exc
+                scheduler.step()
+                state.global_step += 1
+                state.epoch = position[0] + (position[1] / num_batches if num_batches else 0)
+                total_loss += metrics["loss"]
+                progress_bar.set_postfix_str(
+                    f"cosine clean {metrics['invariance_cosine']:.3f}, attacked {metrics['adversarial_cosine']:.3f} "
+                    f"(without tokens {metrics['baseline_cosine']:.3f})",
+                    refresh=False,
+                )
+                progress_bar.update()
+                self._notify("on_step_end")
+                terminated = agree(self.control, termination.requested, accelerator)
+                if terminated or self.control.should_training_stop or state.global_step == args.max_steps:
+                    self._check_tokens(batches)
+                if self.control.should_log:
+                    seconds = seconds_before + time.perf_counter() - start
+                    row = {"step": state.global_step, **metrics, "learning_rate": learning_rate, "seconds": seconds}
+                    self._log(row, self.log_history, LOG_FILE)
+                    terminated = agree(self.control, termination.requested, accelerator)
+                if self.control.should_evaluate:
+                    row = {"step": state.global_step, **self.evaluate()}
+                    self._log(row, self.eval_history, EVAL_LOG_FILE)
+                    self._notify("on_evaluate", metrics=dict(row))
+                    terminated = agree(self.control, termination.requested, accelerator)
+                if self.control.should_save:
+                    self._check_tokens(batches)
+                    self._save_checkpoint(position, optimizer, scheduler)
+                    terminated = agree(self.control, termination.requested, accelerator)
+            if state.global_step > first_step:  # what ended the run may have come after that
+                self._check_tokens(batches)
+            if terminated:
+                self._exit_by_sigterm(position, optimizer, scheduler, termination)
+            self._notify("on_train_end")
+        return total_loss / max(1, state.global_step - first_step), position
+
+    def _exit_by_sigterm(
+        self, position: Position, optimizer: Any, scheduler: Any, termination: Termination
+    ) -> NoReturn:
+        """Answers SIGTERM, on all processes alike: a checkpoint, unless this step has one, and the end."""
+        if self._saved_step != self.state.global_step:
+            self._save_checkpoint(position, optimizer, scheduler)
+        termination.answered = True
+        if self.accelerator.is_main_process:
+            logger.warning(
+                "SIGTERM: saved checkpoint-%d in %s; resume_from_checkpoint=True goes on from there",
+                self.state.global_step,
+                self.output_dir,
+            )
+        raise SystemExit(SIGTERM_EXIT_CODE)
+
+    def _step(self, batches: Sequence[Batch], features: Any, optimizer: Any) -> dict[str, float]:
+        args, tokens, step = self.args, self.model.robustness_tokens, self.state.global_step
+        metrics = accumulate_gradient(
+            self.model,
+            features,
+            batches,
+            args=args,
+            accelerator=self.accelerator,
+            normalizer=self.normalizer,
+            step=step,
+        )
+        self._good_tokens.keep(step)
+        if args.max_grad_norm is not None:
+            self.accelerator.clip_grad_norm_([tokens], args.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        if not tokens.isfinite().all():
+            raise FloatingPointError("the tokens are not finite")
+        return metrics
+
+    def _check_tokens(self, batches: Sequence[Batch]) -> None:
+        """Stops where the last step broke the tokens, whose loss is of those before it; looks once after each step."""
+        if self._checked_step == self.state.global_step:
+            return
+        with faster_base(self.model, self.args, self.accelerator.device):
+            are_broken = self._good_tokens.are_broken(
+                self._clean_images(batches), mixed_precision=self.args.mixed_precision, accelerator=self.accelerator
+            )
+        if are_broken:
+            reason = FloatingPointError("the features with its tokens are not finite")
+            raise self._stop(batches, reason, step=self.state.global_step)
+        self._checked_step = self.state.global_step
+
+    def _clean_images(self, batches: Sequence[Batch]) -> Tensor:
+        """(B, 3, H, W) normalised, of the last batch."""
+        images: Tensor = self.normalizer(batches[-1]["images"].to(self.accelerator.device))
+        return images
+
+    def _stop(self, batches: Sequence[Batch], reason: FloatingPointError, *, step: int) -> FloatingPointError:
+        """Ends a run that diverged in a step: puts the last good tokens back and saves them; returns what to raise."""
+        with faster_base(self.model, self.args, self.accelerator.device):
+            step_of_good = self._good_tokens.go_back(
+                self._clean_images(batches),
+                step=self.state.global_step,
+                mixed_precision=self.args.mixed_precision,
+                accelerator=self.accelerator,
+            )
+        kept = "the tokens are as they were before training"
+        if step_of_good is None:
+            kept = "no tokens are saved, since those it began with are broken: resume from an earlier checkpoint"
+        elif step_of_good > 0:
+            self._note_recipe(step_of_good)
+            self.save_model()
+            kept = f"the tokens after step {step_of_good} are in the model and saved in {self.output_dir}"
+        return FloatingPointError(
+            f"training stopped at step {step}, because {reason}: {kept}. "
+            "Try a smaller learning_rate, mixed_precision='no', or other images"
+        )
+
+    def _notify(self, event: str, **kwargs: Any) -> None:
+        """Calls the callbacks."""
+        self.control = getattr(self.callback_handler, event)(self.args, self.state, self.control, **kwargs)
+
+    def _recipe(self) -> dict[str, Any]:
+        """The arguments' recipe with what the processes, the image processor and ready images add to it."""
+        recipe = {**self.args.recipe(), "num_processes": self.accelerator.num_processes}
+        if self._image_shape is not None:
+            recipe["image_size"] = describe_image_size(self._image_shape)
+        return recipe
+
+    def _note_recipe(self, num_steps_done: int) -> None:
+        known = {"dataset": self._dataset_entry, "previous": self._previous_recipe}
+        recipe = {**self._recipe(), "num_steps_done": num_steps_done}
+        self.model.config.training = recipe | {name: value for name, value in known.items() if value}
+
+    def _log(self, row: dict[str, float], history: list[dict[str, float]], file: str) -> None:
+        history.append(row)
+        self.state.log_history.append(dict(row))
+
+        def write() -> None:
+            append_to_log(self.output_dir / file, row)
+            values = {name: value for name, value in row.items() if name != "step"}
+            self.accelerator.log(values, step=self.state.global_step)
+
+        share_from_main(write, self.accelerator)
+        self._notify("on_log", logs=dict(row))
+
+    def _settings(self) -> dict[str, Any]:
+        return resume_settings(
+            self.model.config,
+            self.args,
+            recipe=self._recipe(),
+            num_images=len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else None,
+            adversarial_pairs=self._dataset_entry.get("adversarial_pairs"),
+        )
+
+    def _rounding(self) -> dict[str, Any]:
+        return rounding_settings(self.model, self.args, device=self.accelerator.device)
+
+    def _save_checkpoint(self, position: Position, optimizer: Any, scheduler: Any) -> None:
+        share_from_main(
+            lambda: save_checkpoint(
+                self.output_dir,
+                step=self.state.global_step,
+                tokens=self.model.robustness_tokens,
+                optimizer=optimizer,
+                settings=self._settings(),
+                state={
+                    "rounding": self._rounding(),
+                    "position": list(position),
+                    "previous_recipe": self._previous_recipe,
+                    "scheduler": {k: v for k, v in scheduler.state_dict().items() if k != "lr_lambdas"},
+                    "callbacks": export_callbacks(self.callback_handler),
+                },
+                save_total_limit=self.args.save_total_limit,
+            ),
+            self.accelerator,
+        )
+        self._saved_step = self.state.global_step
+        self._notify("on_save")
+
+    def _start(self, optimizer: Any, scheduler: Any) -> Position:
+        """Makes the output folder ready and puts a checkpoint's state back; returns its position."""
+        args, accelerator, tokens = self.args, self.accelerator, self.model.robustness_tokens
+        settings = self._settings()
+        rounding, shape = self._rounding(), tuple(tokens.shape)
+        run = share_from_main(lambda: read_run(args, settings=settings, rounding=rounding, shape=shape), accelerator)
+        step, position = 0, (0, 0)
+        self._saved_step = -1
+        if run.checkpoint is not None:
+            if run.checkpoint.folder.parent == self.output_dir:
+                self._saved_step = run.checkpoint.step
+            step, state = run.checkpoint.step, run.checkpoint.state
+            run.checkpoint.restore(tokens, optimizer)
+            scheduler.load_state_dict({**state["scheduler"], "lr_lambdas": [None] * len(scheduler.base_lrs)})
+            for group, learning_rate in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):
+                group["lr"] = learning_rate  # which a scheduler sets only when it steps
+            self._previous_recipe = state["previous_recipe"]
+            position = (state["position"][0], state["position"][1])
+            restore_callbacks(self.callback_handler, state["callbacks"])
+        share_from_main(lambda: open_run(args, run), accelerator)
+        self.log_history, self.eval_history = run.log_history, run.eval_history
+        self.state, self.control = build_state(
+            args, accelerator, step=step, rows=[*run.log_history, *run.eval_history]
+        )
+        return position

@@ -1,0 +1,156 @@
+"""The command line, as a user types it: in processes of their own, offline."""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import Dinov2Config, Dinov2Model, Dinov2WithRegistersModel
+from typer.testing import CliRunner
+
+from robustness_tokens import RobustnessTokenModel, extract_tokens
+from robustness_tokens.cli import commands
+
+
+ROOT = Path(__file__).parents[2]
+ADAPTER_FILES = {"README.md", "config.json", "model.safetensors", "preprocessor_config.json"}
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny base and a folder of images."""
+    folder = tmp_path_factory.mktemp("cli")
+    config = Dinov2Config(image_size=28, patch_size=14, hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
+    Dinov2Model(config).save_pretrained(folder / "base")
+    (folder / "images").mkdir()
+    generator = np.random.default_rng(0)
+    for index in range(12):
+        pixels = generator.integers(0, 256, (30, 40, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / "images" / f"{index}.png")
+    return folder
+
+
+def run(*words: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    environment["HF_HOME"] = str(cwd / "hf_home")
+    return subprocess.run([sys.executable, *map(str, words)], cwd=cwd, env=environment, capture_output=True, text=True)
+
+
+def arguments(work: Path, output: Path) -> list[str]:
+    return [
+        *("--base_model", str(work / "base"), "--dataset", str(work / "images"), "--output_dir", str(output)),
+        *("--num_robustness_tokens", "3", "--max_steps", "2", "--per_device_train_batch_size", "4"),
+        *("--attack", "pgd", "--eps", "8/255", "--num_attack_steps", "2"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        ("accelerate.commands.launch", "--num_processes", "1"),
+        ("torch.distributed.run", "--standalone", "--nproc_per_node", "2"),
+    ],
+    ids=["accelerate launch", "torchrun with two processes"],
+)
+def test_a_launcher_trains_from_end_to_end(work: Path, tmp_path: Path, launcher: tuple[str, ...]) -> None:
+    done = run("-m", *launcher, ROOT / "examples" / "train.py", *arguments(work, tmp_path / "adapter"), cwd=work)
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in (tmp_path / "adapter").iterdir() if path.is_file()} >= ADAPTER_FILES
+    assert done.stdout.count("trainable params: 96") == 1, "the main process alone speaks"
+    assert "without tokens" in done.stderr, "the progress bar shows the baseline"
+    with (tmp_path / "adapter" / "logs" / "training_log.csv").open() as file:
+        assert [row["step"] for row in csv.DictReader(file)] == ["1", "2"]
+
+    info = run("-m", "robustness_tokens", "info", tmp_path / "adapter", cwd=work)
+    assert info.returncode == 0, info.stderr
+    assert "3 of width 32" in info.stdout
+    assert "0.03137" in info.stdout, "eps 8/255, in pixels"
+
+
+def test_train_command_reads_a_yaml_file_and_refuses_a_used_folder(work: Path, tmp_path: Path) -> None:
+    words = arguments(work, tmp_path / "adapter")
+    lines = [f"{name[2:]}: {value}" for name, value in zip(words[::2], words[1::2], strict=True)]
+    (tmp_path / "run.yaml").write_text("\n".join(lines))
+    command: list[str | Path] = ["-m", "robustness_tokens", "train", tmp_path / "run.yaml", "--max_steps", "1"]
+    done = run(*command, cwd=work)
+    assert done.returncode == 0, done.stderr
+    again = run(*command, cwd=work)
+    assert again.returncode == 1
+    assert "overwrite_output_dir" in again.stderr
+    assert "Traceback" not in again.stderr
+
+
+@pytest.mark.parametrize(("eval_steps", "measured_at"), [(None, [2]), (1, [1, 2])])
+def test_held_out_images_are_measured_at_the_end_at_least(
+    work: Path, tmp_path: Path, eval_steps: int | None, measured_at: list[int]
+) -> None:
+    words = [*arguments(work, tmp_path / "run"), "--eval_dataset", str(work / "images"), "--eval_split", "train[:2]"]
+    words += ["--disable_tqdm", "true"]
+    if eval_steps is not None:
+        words += ["--eval_steps", str(eval_steps)]
+    done = CliRunner().invoke(commands.app, ["train", *words], catch_exceptions=False)
+    assert done.exit_code == 0
+    with (tmp_path / "run" / "logs" / "eval_log.csv").open(newline="", encoding="utf-8") as file:
+        assert [(int(row["step"]), int(row["eval_num_images"])) for row in csv.DictReader(file)] == [
+            (step, 2) for step in measured_at
+        ]
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [("sweep", "eval_dataset has no meaning for a sweep"), ("train", "eval_steps=1 needs an eval_dataset")],
+)
+def test_what_to_measure_is_clear_before_anything_is_loaded(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, expected: str
+) -> None:
+    monkeypatch.setattr(RobustnessTokenModel, "from_base", lambda *_, **__: pytest.fail("loaded"))
+    option = ["--eval_steps", "1"] if command == "train" else ["--eval_dataset", str(work / "images")]
+    done = CliRunner().invoke(commands.app, [command, *arguments(work, tmp_path / "run"), *option])
+    assert isinstance(done.exception, ValueError)
+    assert expected in str(done.exception)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["info", "no/such/folder"], "neither a local folder nor"),
+        (["info", "no/repo"], "no/repo"),
+        (["train", "--base_model", "no/repo", "--dataset", "d", "--output_dir", "o"], "no/repo"),
+        (["train", "--eps", "8/255", "--base_model", "b", "--dataset", "d", "--output_dir", "o"], "attack"),
+    ],
+)
+def test_mistakes_end_with_a_message_not_a_traceback(words: list[str], expected: str, tmp_path: Path) -> None:
+    done = run("-m", "robustness_tokens", *words, cwd=tmp_path)
+    assert done.returncode == 1
+    assert expected in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_help_lists_the_arguments(tmp_path: Path) -> None:
+    done = run("-m", "robustness_tokens", "train", "--help", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for name in ("--base_model", "--num_robustness_tokens", "--attack_through", "--overwrite_output_dir"):
+        assert name in done.stdout
+
+
+def test_published_tokens_come_in_and_a_plain_model_goes_out(work: Path, tmp_path: Path) -> None:
+    tokens = torch.randn(1, 3, 32)
+    torch.save({"rtokens": tokens}, tmp_path / "published.pt")
+    robtok = ["-m", "robustness_tokens"]
+    words: list[str | Path] = [tmp_path / "published.pt", tmp_path / "adapter", "--base", work / "base"]
+    done = run(*robtok, "import-tokens", *words, cwd=work)
+    assert done.returncode == 0, done.stderr
+    assert "3 tokens of width 32" in done.stdout
+
+    done = run(*robtok, "merge", tmp_path / "adapter", tmp_path / "plain", cwd=work)
+    assert done.returncode == 0, done.stderr
+    assert "knows the tokens" in done.stderr, "merging warns that the file publishes them"
+    plain = Dinov2WithRegistersModel.from_pretrained(tmp_path / "plain")
+    torch.testing.assert_close(extract_tokens(plain, num_robustness_tokens=3), tokens[0], rtol=0, atol=0)

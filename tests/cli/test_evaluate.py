@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from robustness_tokens import RobustnessTokenForImageClassification, RobustnessTokenModel
+from robustness_tokens.cli.evaluate import run_evaluation
+from robustness_tokens.cli.parsing import parse_groups
+from robustness_tokens.evaluation.arguments import EvaluationArguments
+from robustness_tokens.models.heads import ClassificationHead, save_head
+from robustness_tokens.report.writing import RobustnessReport
+from tests.support.bases import HIDDEN_SIZE
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four pictures, in two folders that are their classes."""
+    folder = tmp_path_factory.mktemp("pictures")
+    generator = np.random.default_rng(0)
+    for number in range(4):
+        path = folder / "test" / f"class{number % 2}" / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(generator.integers(0, 256, (20, 20, 3), dtype=np.uint8)).save(path)
+    return folder
+
+
+def read(*words: str | Path) -> EvaluationArguments:
+    (args,) = parse_groups([str(word) for word in words], (EvaluationArguments,))
+    assert isinstance(args, EvaluationArguments)
+    return args
+
+
+def arguments(pictures: Path, output_dir: Path, *more: str | Path) -> EvaluationArguments:
+    small = (
+        "--num_images",
+        "4",
+        "--num_steps",
+        "2",
+        "--eps",
+        "8/255",
+        "--eps_sweep",
+        "0",
+        "--no_diagnostics",
+        "--disable_tqdm",
+    )
+    levels = ("--knowledge", "base", "full", "--attacks", "feature_cosine:base", "cross_entropy")
+    return read("--dataset", pictures, "--output_dir", output_dir, "--image_size", "16", *small, *levels, *more)
+
+
+def test_words_become_arguments() -> None:
+    args = read("--dataset", "d", "--output_dir", "o", "--eps", "4/255", "8/255", "--budget", "full")
+    assert args.eps == [4 / 255, 8 / 255]
+    assert (args.budget, args.split, args.task) == ("full", "test", "features")
+    assert (args.num_restarts, args.num_queries) == (None, None)
+    assert args.knowledge == ["none", "base", "own_tokens", "full"]
+    with pytest.raises(ValueError, match="knowledge must be among"):
+        read("--dataset", "d", "--output_dir", "o", "--knowledge", "all")
+    with pytest.raises(ValueError, match="needs head"):
+        read("--dataset", "d", "--output_dir", "o", "--task", "segmentation")
+
+
+def test_features_of_an_adapter(adapter_folder: Path, pictures: Path, tmp_path: Path) -> None:
+    report = run_evaluation(str(adapter_folder), arguments(pictures, tmp_path))
+    assert {result.metric for result in report.results} == {"cosine"}
+    assert report.adapter == str(adapter_folder)
+    assert report.dataset == {"name": pictures.name, "split": "test", "num_images": 4}
+    assert RobustnessReport.load(tmp_path) == report
+
+
+def test_classes_under_a_probe(adapter_folder: Path, pictures: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    save_head(ClassificationHead(2 * HIDDEN_SIZE, 2), tmp_path / "head")
+    report = run_evaluation(str(adapter_folder), arguments(pictures, tmp_path, "--head", tmp_path / "head"))
+    assert {result.metric for result in report.results} == {"cosine", "accuracy"}
+
+
+def test_transfer_from_another_base(
+    adapter_folder: Path, base_folders: dict[str, Path], pictures: Path, tmp_path: Path
+) -> None:
+    other = RobustnessTokenModel.from_base(base_folders["vit"], num_robustness_tokens=2)
+    other.save_pretrained(tmp_path / "other")
+    words = ("--surrogate", tmp_path / "other", "--knowledge", "none", "full")
+    report = run_evaluation(str(adapter_folder), arguments(pictures, tmp_path / "out", *words))
+    check = report.checks[6]
+    assert check.number == 7
+    assert check.passed is not None
+    assert "transfer" in check.value
+    with pytest.raises(ValueError, match="surrogate_head"):
+        read("--dataset", "d", "--output_dir", "o", "--surrogate", "s", "--head", "h")
+
+
+def test_classes_by_the_bases_own_head(classifier_folders: dict[str, Path], pictures: Path, tmp_path: Path) -> None:
+    model = RobustnessTokenForImageClassification.from_base(classifier_folders["dinov2"], num_robustness_tokens=2)
+    model.save_pretrained(tmp_path / "adapter")
+    args = arguments(pictures, tmp_path / "out", "--task", "classification")
+    report = run_evaluation(str(tmp_path / "adapter"), args)
+    assert {result.metric for result in report.results} == {"cosine", "accuracy"}
+    headless = RobustnessTokenModel.from_pretrained(tmp_path / "adapter")
+    assert torch.equal(headless.robustness_tokens, model.robustness_tokens)

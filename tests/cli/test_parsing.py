@@ -1,0 +1,175 @@
+import dataclasses
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from transformers import AutoConfig
+
+from robustness_tokens.cli.parsing import DataArguments, ModelArguments, parse_arguments, parse_groups
+from robustness_tokens.training.arguments import RobustnessTokenTrainingArguments
+from robustness_tokens.training.make_pairs import PairsArguments
+from robustness_tokens.training.sweep import SweepArguments
+
+
+ROOT = Path(__file__).parents[2]
+COMMAND = re.compile(r"^\s*[^`|]*?(examples/train\.py|robtok (?P<name>train|attack|sweep))(?= )")
+REQUIRED = ["--base_model", "base", "--dataset", "data", "--output_dir", "out"]
+
+
+def documented_commands() -> list[str]:
+    texts = [path.read_text(encoding="utf-8") for path in (*ROOT.glob("docs/*.md"), ROOT / "README.md")]
+    lines = "\n".join(texts).replace("\\\n", " ").splitlines()
+    return sorted({line.partition(" #")[0].strip() for line in lines if COMMAND.search(line)})
+
+
+@pytest.mark.parametrize("command", documented_commands())
+def test_commands_of_the_documents_are_understood(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    match = COMMAND.search(command)
+    assert match is not None
+    words = shlex.split(command[match.end() :])
+    if words == ["..."]:
+        words = REQUIRED
+    groups: list[type] = [ModelArguments, DataArguments, RobustnessTokenTrainingArguments]
+    further: dict[str, type] = {"attack": PairsArguments, "sweep": SweepArguments}
+    if match["name"] in further:
+        groups.append(further[match["name"]])
+    parse_groups(words, groups)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--eps", "8/255"], ["--eps=8/255"], ["--eps", repr(8 / 255)]],
+    ids=["two words", "one word", "decimal"],
+)
+def test_fractions_are_numbers(words: list[str]) -> None:
+    _, _, args = parse_arguments([*REQUIRED, "--attack", "pgd", "--step_size", "1/255", *words])
+    assert args.eps == 8 / 255
+    assert args.step_size == 1 / 255
+
+
+def test_a_folder_that_looks_like_a_fraction_stays_a_folder() -> None:
+    model_args, data_args, args = parse_arguments(
+        ["--base_model", "1/2", "--dataset", "3/4", "--output_dir", "2026/11"]
+    )
+    assert (model_args.base_model, data_args.dataset, args.output_dir) == ("1/2", "3/4", "2026/11")
+
+
+@pytest.mark.parametrize("word", ["8/0", "eight", "1/2/3", "/255"])
+def test_what_is_no_number_is_an_error(word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_arguments([*REQUIRED, "--attack", "pgd", "--eps", word])
+    assert "--eps" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("word", ["--learning", "--lr", "--nonsense"])
+def test_unknown_and_abbreviated_names_are_errors(word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_arguments([*REQUIRED, word, "1"])
+    assert word in capsys.readouterr().err
+
+
+def test_out_of_range_values_are_errors_there_too() -> None:
+    with pytest.raises(ValueError, match='attack="pgd"'):
+        parse_arguments([*REQUIRED, "--eps", "8/255"])
+
+
+def write_yaml(folder: Path, text: str) -> str:
+    path = folder / "run.yaml"
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def test_a_yaml_file_and_words_that_win_over_it(tmp_path: Path) -> None:
+    file = write_yaml(
+        tmp_path,
+        "base_model: base\n"
+        "dataset: data\n"
+        "output_dir: -odd- folder\n"
+        "attack: pgd\n"
+        "eps: 8/255\n"
+        "learning_rate: 5e-2\n"
+        "streaming: true\n"
+        "overwrite_output_dir: false\n"
+        "max_grad_norm:\n"
+        "max_steps: 7\n",
+    )
+    model_args, data_args, args = parse_arguments([file, "--max_steps", "9", "--learning_rate", "0.5"])
+    assert model_args.base_model == "base"
+    assert (data_args.dataset, data_args.streaming) == ("data", True)
+    assert (args.output_dir, args.attack, args.eps) == ("-odd- folder", "pgd", 8 / 255)
+    assert (args.max_steps, args.learning_rate) == (9, 0.5)
+    assert args.overwrite_output_dir is False
+    assert args.max_grad_norm is None
+    assert parse_arguments([file])[2].max_steps == 7
+    assert parse_arguments([file])[2].learning_rate == 0.05
+
+
+def test_an_unknown_key_in_the_file_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_arguments([write_yaml(tmp_path, "learning: 0.1\n"), *REQUIRED])
+    assert "learning=0.1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- a\n- b\n", "must hold a mapping.*got list"),
+        ("", "must hold a mapping.*got NoneType"),
+        ("a: [1\n", "can't be read as YAML"),
+        ("dataset:\n  name: x\n", "dataset must be a plain value, got a dict"),
+        ("dataset: [x, y]\n", "dataset must be a plain value, got a list"),
+    ],
+)
+def test_a_file_that_is_no_mapping_is_an_error(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_arguments([write_yaml(tmp_path, text), *REQUIRED])
+
+
+def test_a_file_that_is_missing_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"none\.yaml can't be read"):
+        parse_arguments([str(tmp_path / "none.yaml"), *REQUIRED])
+
+
+def test_help_names_every_argument(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        parse_arguments(["--help"], prog="robtok train")
+    assert exit_info.value.code == 0
+    text = capsys.readouterr().out
+    assert "usage: robtok train" in text
+    assert all(f"--{field.name}" in text for field in dataclasses.fields(RobustnessTokenTrainingArguments))
+
+
+def test_from_base_kwargs_are_from_bases_own() -> None:
+    model_args, _, _ = parse_arguments([*REQUIRED, "--base_model_revision", "abc", "--num_robustness_tokens", "3"])
+    assert model_args.from_base_kwargs() == {
+        "num_robustness_tokens": 3,
+        "initializer_range": 0.01,
+        "similarity_axis": "token",
+        "revision": "abc",
+    }
+
+
+def test_a_preset_sets_what_the_user_does_not() -> None:
+    model_args, _, args = parse_arguments([*REQUIRED, "--preset", "openclip", "--learning_rate", "0.5"])
+    assert (args.max_steps, args.learning_rate, args.image_size) == (300, 0.5, 224)
+    assert (model_args.feature_view, model_args.image_mean) == ("pooled", [0.485, 0.456, 0.406])
+    assert model_args.from_base_kwargs()["image_std"] == [0.229, 0.224, 0.225]
+
+
+@pytest.mark.parametrize(("model_type", "max_steps"), [("dinov2", 50), ("clip_vision_model", 300)])
+def test_the_preset_paper_goes_by_the_family_of_the_base(model_type: str, max_steps: int, tmp_path: Path) -> None:
+    AutoConfig.for_model(model_type).save_pretrained(tmp_path)
+    words = ["--base_model", str(tmp_path), *REQUIRED[2:], "--preset", "paper"]
+    assert parse_arguments(words)[2].max_steps == max_steps
+
+
+def test_an_unknown_preset_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"preset must be one of.*got 'papers'"):
+        parse_arguments([*REQUIRED, "--preset", "papers"])
+
+
+def test_lists_in_a_file(tmp_path: Path) -> None:
+    model_args, _, _ = parse_arguments([write_yaml(tmp_path, "image_mean: [0.5, 0.4, 0.3]\n"), *REQUIRED])
+    assert model_args.image_mean == [0.5, 0.4, 0.3]

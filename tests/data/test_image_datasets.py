@@ -1,0 +1,543 @@
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Mapping
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from robustness_tokens.data.batches import BrokenImageLog, build_dataloader, collate_images
+from robustness_tokens.data.image_datasets import (
+    BrokenImage,
+    ImageDataset,
+    IterableImageDataset,
+    TensorImageDataset,
+    choose_rows,
+    validate_images,
+)
+from robustness_tokens.data.loading import find_image_column, find_label_column, load_image_dataset
+from robustness_tokens.data.prepare import describe_dataset
+from robustness_tokens.data.preprocessing import ImageTransform
+
+
+NUM_IMAGES = 6
+TRANSFORM = ImageTransform(image_size=4)
+
+
+def picture(value: int, size: int = 4) -> Image.Image:
+    return Image.new("RGB", (size, size), (value, 2 * value, 3 * value))
+
+
+def encoded(image: Image.Image) -> dict[str, Any]:
+    file = BytesIO()
+    image.save(file, "png")
+    return {"bytes": file.getvalue(), "path": None}
+
+
+def table(
+    pictures: list[Any], *, image: str = "image", label: str = "label", **columns: list[Any]
+) -> datasets.Dataset:
+    features: dict[str, Any] = {image: datasets.Image(), label: datasets.ClassLabel(names=["even", "odd"])}
+    rows = {image: pictures, label: [row % 2 for row in range(len(pictures))], **columns}
+    inferred = datasets.Dataset.from_dict(columns).features
+    return datasets.Dataset.from_dict(rows, features=datasets.Features({**features, **inferred}))
+
+
+def small_table() -> datasets.Dataset:
+    return table([encoded(picture(row)) for row in range(NUM_IMAGES)])
+
+
+def values(batches: Any) -> list[int]:
+    """The red 8-bit value that `picture` gave each image, in order."""
+    return [round(255 * red) for batch in batches for red in batch["images"][:, 0, 0, 0].tolist()]
+
+
+# Loading
+
+
+def write_source(kind: str, folder: Path) -> Path:
+    dataset = small_table()
+    if kind == "imagefolder":
+        for split in ("train", "test"):
+            for row in range(NUM_IMAGES):
+                file = folder / split / ("even", "odd")[row % 2] / f"{row}.png"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                picture(row).save(file)
+    elif kind == "parquet folder":
+        for split in ("train", "test"):
+            dataset.to_parquet(folder / f"{split}.parquet")
+    elif kind == "parquet file":
+        dataset.to_parquet(folder / "pictures.parquet")
+        return folder / "pictures.parquet"
+    elif kind == "saved dataset":
+        dataset.save_to_disk(folder / "saved")
+        return folder / "saved"
+    else:
+        datasets.DatasetDict({"train": dataset, "test": dataset}).save_to_disk(folder / "saved")
+        return folder / "saved"
+    return folder
+
+
+SOURCES = ["imagefolder", "parquet folder", "parquet file", "saved dataset", "saved splits"]
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+def test_sources_load_map_style(kind: str, tmp_path: Path) -> None:
+    source = write_source(kind, tmp_path)
+    dataset = load_image_dataset(source, cache_dir=tmp_path / "cache")
+    items = ImageDataset(dataset, TRANSFORM)
+    assert sorted(values([collate_images([items[row] for row in range(len(items))])])) == list(range(NUM_IMAGES))
+    assert [items[row]["index"] for row in range(NUM_IMAGES)] == list(range(NUM_IMAGES))
+    assert all(item["labels"] == values([collate_images([item])])[0] % 2 for item in (items[0], items[5]))
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+def test_sources_load_streaming(kind: str, tmp_path: Path) -> None:
+    source = write_source(kind, tmp_path)
+    stream = load_image_dataset(source, streaming=True, cache_dir=tmp_path / "cache")
+    assert isinstance(stream, datasets.IterableDataset)
+    items = list(IterableImageDataset(stream, TRANSFORM))
+    assert sorted(values([collate_images(items)])) == list(range(NUM_IMAGES))
+    assert [item["index"] for item in items] == list(range(NUM_IMAGES))
+    assert all(item["labels"] == round(255 * item["images"][0, 0, 0].item()) % 2 for item in items)
+
+
+def test_slices_of_splits(tmp_path: Path) -> None:
+    source = write_source("parquet folder", tmp_path)
+    assert len(load_image_dataset(source, split="test[:2]", cache_dir=tmp_path / "cache")) == 2
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("kind", SOURCES)
+def test_an_unknown_split_lists_the_splits(kind: str, streaming: bool, tmp_path: Path) -> None:
+    source = write_source(kind, tmp_path)
+    with pytest.raises(ValueError, match=r"split='validation'.*train") as error:
+        load_image_dataset(source, split="validation", streaming=streaming, cache_dir=tmp_path / "cache")
+    assert ("test" in str(error.value).partition("train")[2]) == (kind not in ("parquet file", "saved dataset"))
+
+
+def test_a_saved_split_keeps_its_name(tmp_path: Path) -> None:
+    dataset = load_image_dataset(write_source("imagefolder", tmp_path), split="test", cache_dir=tmp_path / "cache")
+    dataset.save_to_disk(tmp_path / "saved")
+    assert len(load_image_dataset(tmp_path / "saved", split="test")) == NUM_IMAGES
+    with pytest.raises(ValueError, match=r"split='train'.*holds 'test'"):
+        load_image_dataset(tmp_path / "saved")
+
+
+@pytest.mark.parametrize("source", ["missing", "missing/pictures", "missing/pictures/here", "pictures.parquet"])
+def test_a_missing_source_is_named(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match=f"name_or_path='{source}'.*no such file or folder here"):
+        load_image_dataset(source, cache_dir=tmp_path)
+
+
+def test_sources_that_are_no_data_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(ValueError, match=r"empty.*doesn't contain any data files"):
+        load_image_dataset(tmp_path / "empty", cache_dir=tmp_path / "cache")
+    with pytest.raises(ValueError, match=r"notes.txt' is a file, expected a .parquet file"):
+        load_image_dataset(tmp_path / "notes.txt")
+
+
+def test_arguments_without_a_use_are_refused(tmp_path: Path) -> None:
+    file = write_source("parquet file", tmp_path)
+    with pytest.raises(ValueError, match="name='small'"):
+        load_image_dataset(file, name="small")
+    with pytest.raises(ValueError, match="revision='main'"):
+        load_image_dataset(file, revision="main")
+
+
+# Columns
+
+
+def test_no_image_column_lists_the_columns() -> None:
+    dataset = datasets.Dataset.from_dict({"file": ["a.png"], "kind": [3]})
+    with pytest.raises(ValueError, match=r"no column of datasets.Image.*'file' \(string\), 'kind' \(int64\)"):
+        find_image_column(dataset)
+    with pytest.raises(ValueError, match=r"no column of datasets.Image"):
+        ImageDataset(dataset, TRANSFORM)
+
+
+def test_two_image_columns_must_be_named() -> None:
+    dataset = small_table()
+    dataset = dataset.add_column("mask", [encoded(picture(row + 50)) for row in range(NUM_IMAGES)])
+    dataset = dataset.cast_column("mask", datasets.Image())
+    with pytest.raises(ValueError, match=r"several columns of datasets.Image \('image', 'mask'\).*image_column_name"):
+        find_image_column(dataset)
+    assert find_image_column(dataset, "mask") == "mask"
+    items = ImageDataset(dataset, TRANSFORM, image_column_name="mask")
+    assert values([collate_images([items[2]])]) == [52]
+
+
+@pytest.mark.parametrize(
+    ("named", "message"),
+    [("photo", "image_column_name='photo' is no column;"), ("label", "'label' is no column of datasets.Image;")],
+)
+def test_a_named_image_column_is_checked(named: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message + r" its columns are 'image' \(Image\), 'label' \(ClassLabel\)"):
+        find_image_column(small_table(), named)
+
+
+@pytest.mark.parametrize(
+    ("features", "named", "expected"),
+    [
+        ({"kind": datasets.ClassLabel(names=["a"])}, None, "kind"),
+        ({"label": datasets.Value("int64"), "kind": datasets.ClassLabel(names=["a"])}, None, "kind"),
+        ({"labels": datasets.Value("uint8")}, None, "labels"),
+        ({"label": datasets.Value("string"), "kind": datasets.Value("int64")}, None, None),
+        ({"label": datasets.Value("string"), "kind": datasets.Value("int64")}, "kind", "kind"),
+    ],
+)
+def test_label_columns(features: dict[str, Any], named: str | None, expected: str | None) -> None:
+    dataset = datasets.Dataset.from_dict({column: [] for column in features}, features=datasets.Features(features))
+    assert find_label_column(dataset, named) == expected
+
+
+def test_ambiguous_and_wrong_labels_are_refused() -> None:
+    features = {"fine": datasets.ClassLabel(names=["a"]), "coarse": datasets.ClassLabel(names=["a"])}
+    features["label"] = datasets.Value("string")
+    dataset = datasets.Dataset.from_dict({column: [] for column in features}, features=datasets.Features(features))
+    with pytest.raises(ValueError, match=r"several columns of class indices \('fine', 'coarse'\).*label_column_name"):
+        find_label_column(dataset)
+    with pytest.raises(ValueError, match="label_column_name='label' is no column of class indices"):
+        find_label_column(dataset, "label")
+
+
+def test_a_stream_with_unknown_features_is_looked_at() -> None:
+    stream = small_table().to_iterable_dataset().map(lambda row: {"photo": row["image"]}, remove_columns=["image"])
+    assert stream.features is None
+    assert find_image_column(stream) == "photo"
+    assert find_label_column(stream) == "label"
+    assert values([collate_images(list(IterableImageDataset(stream, TRANSFORM)))]) == list(range(NUM_IMAGES))
+    with pytest.raises(ValueError, match=r"'label' \(int64\)"):
+        find_image_column(stream.remove_columns("photo"))
+
+
+# Items
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "1"])
+def test_rgb_is_forced(mode: str) -> None:
+    items = ImageDataset(table([encoded(picture(40).convert(mode))]), TRANSFORM)
+    assert torch.equal(items[0]["images"], TRANSFORM(picture(40).convert(mode)))
+    assert items[0]["images"].shape == (3, 4, 4)
+
+
+def test_orientation_is_left_as_stored() -> None:
+    file = BytesIO()
+    exif = Image.Exif()
+    exif[Image.ExifTags.Base.Orientation] = 3  # upside down
+    stored = Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3))
+    stored.save(file, "png", exif=exif)
+    items = ImageDataset(table([{"bytes": file.getvalue(), "path": None}]), TRANSFORM)
+    assert torch.equal(items[0]["images"], TRANSFORM(stored))
+
+
+def test_a_format_is_undone_and_a_transform_refused() -> None:
+    formatted = small_table().with_format("numpy")
+    assert torch.equal(ImageDataset(formatted, TRANSFORM)[3]["images"], TRANSFORM(picture(3)))
+    with pytest.raises(ValueError, match="with_transform"):
+        ImageDataset(small_table().with_transform(lambda rows: rows), TRANSFORM)
+
+
+def test_a_row_without_a_label_is_named() -> None:
+    dataset = datasets.Dataset.from_dict(
+        {"image": [encoded(picture(1))], "label": [None]},
+        features=datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")}),
+    )
+    with pytest.raises(ValueError, match="row 0 has no 'label'"):
+        ImageDataset(dataset, TRANSFORM)[0]
+
+
+def test_datasets_can_be_pickled() -> None:
+    items = pickle.loads(pickle.dumps(ImageDataset(small_table(), TRANSFORM)))
+    assert torch.equal(items[4]["images"], TRANSFORM(picture(4)))
+
+
+# Broken images
+
+
+def table_with_broken_rows(folder: Path) -> datasets.Dataset:
+    """Whole rows 0, 3, 6; broken: no picture, a cut-off file, a missing file, nothing at all."""
+    whole = [encoded(picture(row)) for row in range(7)]
+    (folder / "cut.png").write_bytes(encoded(picture(1, size=64))["bytes"][:-40])
+    whole[1] = {"bytes": b"not a picture", "path": "inside.png"}
+    whole[2] = {"bytes": None, "path": str(folder / "cut.png")}
+    whole[4] = {"bytes": None, "path": str(folder / "gone.png")}
+    return table([*whole[:5], None, whole[6]])
+
+
+def check_broken(batches: list[dict[str, Any]], folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert values(batches) == [0, 3, 6]
+    assert torch.cat([batch["index"] for batch in batches]).tolist() == [0, 3, 6]
+    assert torch.cat([batch["labels"] for batch in batches]).tolist() == [0, 1, 0]
+    log = BrokenImageLog()
+    for batch in [*batches, *batches]:  # two epochs: a row counts once
+        log.update(batch)
+    assert list(log.broken_images) == [1, 2, 4, 5]
+    assert log.broken_images[2].path == str(folder / "cut.png")
+    assert caplog.text.count("Skipped a broken image") == 4
+    assert "row 1 (inside.png): UnidentifiedImageError" in caplog.text
+    assert f"row 4 ({folder / 'gone.png'}): FileNotFoundError" in caplog.text
+    assert "row 5: ValueError: the row holds no image" in caplog.text
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_broken_images_are_skipped_and_counted(
+    num_workers: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    items = ImageDataset(table_with_broken_rows(tmp_path), TRANSFORM)
+    loader = build_dataloader(items, batch_size=3, shuffle=False, num_workers=num_workers)
+    batches = list(loader)
+    assert [len(batch["broken_images"]) for batch in batches] == [2, 2, 0]
+    check_broken(batches, tmp_path, caplog)
+
+
+def test_broken_images_of_a_stream_are_skipped_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    stream = table_with_broken_rows(tmp_path).to_iterable_dataset()
+    loader = build_dataloader(IterableImageDataset(stream, TRANSFORM), batch_size=3, shuffle=False)
+    check_broken(list(loader), tmp_path, caplog)
+
+
+def test_too_many_broken_images_are_an_error(tmp_path: Path) -> None:
+    items = ImageDataset(table_with_broken_rows(tmp_path), TRANSFORM)
+    batch = collate_images([items[row] for row in range(7)])
+    BrokenImageLog(max_broken_images=4).update(batch)
+    with pytest.raises(ValueError, match=r"4 broken images, more than max_broken_images=3") as error:
+        BrokenImageLog(max_broken_images=3).update(batch)
+    assert all(f"row {row}" in str(error.value) for row in (1, 2, 4, 5))
+    with pytest.raises(ValueError, match="max_broken_images=-1"):
+        BrokenImageLog(max_broken_images=-1)
+
+
+def test_a_wholly_broken_batch_is_empty(tmp_path: Path) -> None:
+    items = ImageDataset(table_with_broken_rows(tmp_path), TRANSFORM)
+    batch = collate_images([items[4], items[5]])
+    assert batch["images"].shape == (0, 3, 0, 0)
+    assert batch["index"].shape == batch["labels"].shape == (0,)
+    assert [image.index for image in batch["broken_images"]] == [4, 5]
+    validate_images(batch["images"])
+
+
+def test_a_decompression_bomb_is_a_broken_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    items = ImageDataset(table([encoded(picture(1, size=20))]), TRANSFORM)
+    assert "images" in items[0]
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    assert items[0]["broken_image"].reason.startswith("DecompressionBombError")
+
+
+# Without labels
+
+
+def without_usable_labels() -> list[datasets.Dataset]:
+    classes = datasets.ClassLabel(names=["a", "b"])
+    features = datasets.Features({"image": datasets.Image(), "fine": classes, "coarse": classes})
+    rows = [encoded(picture(row)) for row in range(2)]
+    two = datasets.Dataset.from_dict({"image": rows, "fine": [0, 1], "coarse": [1, 0]}, features=features)
+    null = table([encoded(picture(row)) for row in range(2)]).remove_columns("label")
+    features = datasets.Features({**null.features, "label": datasets.ClassLabel(names=["a"])})
+    return [two, datasets.Dataset.from_dict({"image": rows, "label": [0, None]}, features=features)]
+
+
+@pytest.mark.parametrize("dataset", without_usable_labels(), ids=["two labels", "null"])
+def test_labels_are_not_looked_at_where_nobody_wants_them(dataset: datasets.Dataset) -> None:
+    with pytest.raises(ValueError, match=r"several columns|has no 'label'"):
+        ImageDataset(dataset, TRANSFORM)[1]
+    items = ImageDataset(dataset, TRANSFORM, with_labels=False)
+    stream = IterableImageDataset(dataset.to_iterable_dataset(), TRANSFORM, with_labels=False)
+    for item in (items[1], list(stream)[1]):
+        assert item.keys() == {"images", "index"}
+        assert (item["images"][0] * 255).round().unique().tolist() == [1]
+    with pytest.raises(ValueError, match="leave one of them out"):
+        ImageDataset(dataset, TRANSFORM, label_column_name="label", with_labels=False)
+
+
+# Batches
+
+
+def test_batches_do_not_depend_on_workers() -> None:
+    items = ImageDataset(small_table(), TRANSFORM)
+    passes = []
+    global_state = torch.get_rng_state()
+    for num_workers in (0, 2):
+        loader = build_dataloader(items, batch_size=4, shuffle=True, seed=5, num_workers=num_workers)
+        passes.append([batch for _ in range(2) for batch in loader])  # two epochs
+    assert torch.equal(torch.get_rng_state(), global_state)
+    for alone, shared in zip(*passes, strict=True):
+        assert alone.keys() == shared.keys() == {"images", "index", "labels", "broken_images"}
+        assert all(torch.equal(alone[key], shared[key]) for key in ("images", "index", "labels"))
+    epochs = [torch.cat([batch["index"] for batch in passes[0][start : start + 2]]).tolist() for start in (0, 2)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(NUM_IMAGES))
+    assert epochs[0] != epochs[1]
+
+
+def test_drop_last() -> None:
+    items = ImageDataset(small_table(), TRANSFORM)
+    assert len(list(build_dataloader(items, batch_size=4, shuffle=False, drop_last=True))) == 1
+
+
+@pytest.mark.parametrize("num_shards", [1, 4])
+def test_streams_are_shared_out_without_loss_or_repetition(num_shards: int) -> None:
+    dataset = table([encoded(picture(row)) for row in range(16)])
+    batches: list[dict[str, Any]] = []
+    for rank in range(2):
+        stream = dataset.to_iterable_dataset(num_shards)
+        items = IterableImageDataset(stream, TRANSFORM, rank=rank, world_size=2)
+        batches.extend(build_dataloader(items, batch_size=3, shuffle=False, num_workers=2))
+    assert sorted(values(batches)) == list(range(16))
+    index = torch.cat([batch["index"] for batch in batches])
+    assert len(index.unique()) == 16
+
+
+def test_a_shuffled_stream_changes_order_with_the_epoch() -> None:
+    items = IterableImageDataset(small_table().to_iterable_dataset(3).shuffle(seed=0, buffer_size=6), TRANSFORM)
+    orders = []
+    for epoch in (0, 1, 0):
+        items.set_epoch(epoch)
+        orders.append(values(build_dataloader(items, batch_size=2, shuffle=False)))
+    assert sorted(orders[0]) == sorted(orders[1]) == list(range(NUM_IMAGES))
+    assert orders[0] == orders[2] != orders[1]
+    with pytest.raises(ValueError, match="shuffle=True with a stream"):
+        build_dataloader(items, batch_size=2, shuffle=True)
+
+
+def test_images_of_different_shapes_cannot_be_stacked() -> None:
+    items = [{"images": torch.zeros(3, size, 4), "index": size} for size in (4, 5)]
+    with pytest.raises(ValueError, match=r"\[\(3, 4, 4\), \(3, 5, 4\)\]"):
+        collate_images(items)
+
+
+def test_a_choice_of_rows_is_random() -> None:
+    rows = choose_rows(1000, 50, seed=0)
+    assert rows == choose_rows(1000, 50, seed=0) != choose_rows(1000, 50, seed=1)
+    assert rows[:20] == choose_rows(1000, 20, seed=0)
+    assert len({*rows}) == 50
+    assert {row // 250 for row in rows[:20]} == {0, 1, 2, 3}, "of every class of a sorted folder"
+    assert choose_rows(5, 5, seed=0) == choose_rows(5, 9, seed=0) != sorted(choose_rows(5, 5, seed=0))
+
+
+# Ready images
+
+
+class Ready(Dataset[Mapping[str, Any]]):
+    def __init__(self, item: Any) -> None:
+        self.item = item
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int) -> Any:
+        return self.item
+
+
+def test_ready_images_are_numbered() -> None:
+    image = torch.rand(3, 4, 4)
+    items = TensorImageDataset(Ready({"images": image, "labels": torch.tensor(7), "file": "a.png"}))
+    (batch,) = build_dataloader(items, batch_size=2, shuffle=False)
+    assert torch.equal(batch["images"], torch.stack([image, image]))
+    assert batch["index"].tolist() == [0, 1]
+    assert batch["labels"].tolist() == [7, 7]
+    assert "labels" not in collate_images([TensorImageDataset(Ready({"images": image}))[0]])
+    assert "labels" not in TensorImageDataset(Ready({"images": image, "labels": None}), with_labels=False)[0]
+
+
+@pytest.mark.parametrize(
+    ("item", "message"),
+    [
+        ({"pixel_values": 1}, r"dataset\[0\] has keys \['pixel_values'\]"),
+        ((torch.zeros(3, 4, 4), 0), "dataset.0. has tuple"),
+        ({"images": torch.zeros(1, 3, 4, 4)}, r"shape \(1, 3, 4, 4\), expected 3 dimensions"),
+        ({"images": torch.zeros(3, 4, 4, dtype=torch.uint8)}, "Divide 8-bit images by 255"),
+    ],
+)
+def test_wrong_ready_images_are_refused(item: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TensorImageDataset(Ready(item))[0]
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (torch.full((1, 3, 2, 2), 200, dtype=torch.uint8), r"dtype torch.uint8, minimum 200 and maximum 200"),
+        (torch.full((1, 3, 2, 2), 1.5), r"maximum 1.5.*Divide 8-bit images by 255"),
+        (torch.full((1, 3, 2, 2), -0.25), r"minimum -0.25"),
+        (torch.full((1, 3, 2, 2), float("nan")), r"minimum nan"),
+        (torch.zeros(3, 2, 2), r"shape \(3, 2, 2\), expected 4 dimensions \(B, C, H, W\)"),
+        (np.zeros((1, 3, 2, 2)), "ndarray"),
+    ],
+)
+def test_validate_images(images: Tensor, message: str) -> None:
+    validate_images(torch.tensor([0.0, 1.0]).view(1, 2, 1, 1))
+    with pytest.raises(ValueError, match=message):
+        validate_images(images)
+
+
+def test_a_broken_image_without_a_path_is_named_by_its_row() -> None:
+    assert str(BrokenImage(3, None, "cut")) == "row 3: cut"
+
+
+# Memory
+
+A_MILLION_ROWS = """
+import resource, sys
+import pyarrow as pa, pyarrow.parquet as pq
+from pathlib import Path
+from PIL import Image
+from robustness_tokens.batches import build_dataloader
+from robustness_tokens.data import ImageDataset
+from robustness_tokens.dataset_loading import load_image_dataset
+from robustness_tokens.preprocessing import ImageTransform
+
+folder, rows = Path(sys.argv[1]), 1_000_000
+for number in range(10):
+    Image.new("RGB", (32, 32), (number, 0, 0)).save(folder / f"{number}.png")
+paths = pa.array([str(folder / f"{number}.png") for number in range(10)] * (rows // 10))
+pictures = pa.StructArray.from_arrays([pa.nulls(rows, pa.binary()), paths], ["bytes", "path"])
+features = '{"info": {"features": {"image": {"_type": "Image"}}}}'
+pq.write_table(pa.table({"image": pictures}).replace_schema_metadata({"huggingface": features}), folder / "a.parquet")
+del paths, pictures
+
+loaded = load_image_dataset(folder / "a.parquet", cache_dir=folder / "cache")
+dataset = ImageDataset(loaded, ImageTransform(image_size=32))
+assert len(dataset) == rows
+seen = 0
+for batch in build_dataloader(dataset, batch_size=64, shuffle=True):
+    assert not batch["broken_images"]
+    assert (batch["images"][:, 0, 0, 0] * 255).round().tolist() == (batch["index"] % 10).tolist()
+    seen += len(batch["index"])
+    if seen >= 4000:
+        break
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)  # kB
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in kilobytes on Linux")
+def test_a_million_rows_stay_under_1_5_gigabytes(tmp_path: Path) -> None:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", A_MILLION_ROWS, str(tmp_path)], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 1.5e6
+
+
+def test_a_dataset_of_the_hub_is_described_by_its_id() -> None:
+    dataset = datasets.Dataset.from_dict({"image": [0, 1]})
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    dataset.info.dataset_name = "images"
+    assert describe_dataset(dataset)["name"] == "images"
+    dataset.info.download_checksums = {f"hf://datasets/user/images@{commit}/data/train-0.parquet": {"num_bytes": 1}}
+    described = describe_dataset(dataset)
+    assert (described["name"], described["revision"], described["num_images"]) == ("user/images", commit, 2)

@@ -1,0 +1,506 @@
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from robustness_tokens import RobustnessTokenForImageClassification, RobustnessTokenModel, evaluate_robustness
+from robustness_tokens.evaluation import cells as cells_module
+from robustness_tokens.evaluation import evaluate
+from robustness_tokens.evaluation import evaluate as evaluate_module
+from robustness_tokens.evaluation.attack_suite import Attack
+from robustness_tokens.evaluation.plan import BUDGETS, Budget
+from robustness_tokens.evaluation.threat_models import EvaluatedModel
+from robustness_tokens.models.heads import ProbedModel, SegmentationHead
+from robustness_tokens.report.html import render_report_html
+from robustness_tokens.report.markdown import render_report_markdown
+from robustness_tokens.report.schema import Result
+from robustness_tokens.report.writing import RobustnessReport
+from tests.support.bases import HIDDEN_SIZE, IMAGE_SIZE, build_base
+
+
+NUM_IMAGES, EPS = 10, 16 / 255
+
+
+class Images(Dataset[dict[str, Any]]):
+    """Random images whose labels are what the model says of them, but for the last."""
+
+    def __init__(self, labels: list[Any] | None, num_images: int = NUM_IMAGES) -> None:
+        generator = torch.Generator().manual_seed(6)
+        self.images = torch.randint(256, (num_images, 3, IMAGE_SIZE, IMAGE_SIZE), generator=generator) / 255
+        self.labels = labels
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return {"images": self.images[index], **({} if self.labels is None else {"labels": self.labels[index]})}
+
+
+TINY = Budget(
+    name="quick",
+    num_images=NUM_IMAGES,
+    num_steps=3,
+    num_restarts=1,
+    num_apgd_steps=3,
+    num_queries=5,
+    num_draws=2,
+    num_own_tokens=2,
+    num_adversarial_pairs=4,
+    num_sweep_images=4,
+    num_sweep_steps=2,
+    num_diagnostic_images=2,
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tiny_budget() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "BUDGETS", {**BUDGETS, "quick": TINY})
+        yield
+
+
+@pytest.fixture(scope="module")
+def classifier() -> RobustnessTokenForImageClassification:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return RobustnessTokenForImageClassification.from_base(
+            build_base("dinov2", classifier=True), num_robustness_tokens=2, initializer_range=0.5
+        )
+
+
+@pytest.fixture(scope="module")
+def images(classifier: RobustnessTokenForImageClassification) -> Images:
+    dataset, evaluated = Images(None), EvaluatedModel(classifier)
+    with torch.no_grad():
+        labels = evaluated.logits(dataset.images, None).argmax(dim=1).tolist()
+    return Images([*labels[:-1], (labels[-1] + 1) % 5])
+
+
+OWN = [torch.full((2, HIDDEN_SIZE), 0.1), torch.full((3, HIDDEN_SIZE), -0.1)]
+
+
+def run(model: Any, dataset: Any, **changes: Any) -> RobustnessReport:
+    defaults: dict[str, Any] = {
+        "own_tokens": OWN,
+        "eps": [EPS],
+        "eps_sweep": [0, EPS],
+        "diagnostics": False,
+        "batch_size": 4,
+        "disable_tqdm": True,
+    }
+    return evaluate_robustness(model, dataset, **{**defaults, **changes})
+
+
+@pytest.fixture(scope="module")
+def report(tiny_budget: None, classifier: RobustnessTokenForImageClassification, images: Images) -> RobustnessReport:
+    return run(classifier, images)
+
+
+def pick(results: list[Result], **wanted: Any) -> list[Result]:
+    def value(result: Result, key: str) -> Any:
+        return getattr(result, key) if hasattr(result, key) else result.attack_parameters.get(key)
+
+    return [result for result in results if all(value(result, key) == one for key, one in wanted.items())]
+
+
+def test_clean_numbers_are_the_models_own(
+    report: RobustnessReport, classifier: RobustnessTokenForImageClassification, images: Images
+) -> None:
+    (without,) = pick(report.results, knowledge=None, tokens="none", metric="accuracy")
+    assert without.value == (NUM_IMAGES - 1) / NUM_IMAGES
+    (cosine,) = pick(report.results, knowledge=None, tokens="none", metric="cosine")
+    assert cosine.value == pytest.approx(1, abs=1e-6)
+    evaluated = EvaluatedModel(classifier)
+    with torch.no_grad():
+        correct = evaluated.logits(images.images, evaluated.tokens).argmax(dim=1) == torch.tensor(images.labels)
+    (trained,) = pick(report.results, knowledge=None, tokens="trained", metric="accuracy")
+    assert trained.value == correct.double().mean().item()
+    assert {result.tokens for result in pick(report.results, knowledge=None)} == {
+        "trained",
+        "none",
+        "untrained",
+        "zero",
+        "mean",
+    }
+
+
+def test_eps_zero_equals_clean_exactly(
+    report: RobustnessReport, classifier: RobustnessTokenForImageClassification, images: Images
+) -> None:
+    whole = run(classifier, images, eps=[0.0], eps_sweep=[])
+    for result in pick(whole.results, eps=0.0):
+        if result.attack not in (None, "paper"):
+            (clean,) = pick(whole.results, knowledge=None, tokens=result.tokens, metric=result.metric)
+            assert (result.value, result.confidence_interval) == (clean.value, clean.confidence_interval)
+
+
+def test_every_level_has_its_worst_case(report: RobustnessReport) -> None:
+    for metric in ("accuracy", "cosine"):
+        for series in (None, "sweep"):
+            at_eps = pick(report.results, tokens="trained", metric=metric, eps=EPS, series=series)
+            worst = {result.knowledge: result.value for result in pick(at_eps, attack="worst_case")}
+            assert set(worst) == {"none", "base", "own_tokens", "full", "full_worst_case"}
+            for result in at_eps:
+                if result.attack != "worst_case":
+                    assert worst[result.knowledge] <= result.value
+            assert worst["full_worst_case"] <= min(worst.values())
+
+
+def test_the_first_worst_case_is_the_headline(report: RobustnessReport) -> None:
+    first = next(result for result in report.results if result.knowledge is not None)
+    assert (first.knowledge, first.attack, first.metric, first.eps) == (
+        "full_worst_case",
+        "worst_case",
+        "accuracy",
+        EPS,
+    )
+
+
+def test_every_number_says_what_it_means(report: RobustnessReport) -> None:
+    for result in report.results:
+        assert result.confidence_interval is not None
+        low, high = result.confidence_interval
+        assert low - 1e-9 <= result.value <= high + 1e-9
+        assert result.seed == 0
+        if result.attack not in (None, "worst_case"):
+            assert result.attack_parameters["view"]
+        elif result.attack is not None:
+            assert result.attack_parameters["attacks"]
+    views = {
+        result.attack_parameters["view"]
+        for result in pick(report.results, knowledge="own_tokens")
+        if "view" in result.attack_parameters
+    }
+    assert views == {"own_tokens_0", "own_tokens_1", "own_tokens_ensemble"}
+    for view, lengths in (("own_tokens_0", [2]), ("own_tokens_1", [3]), ("own_tokens_ensemble", [2, 3])):
+        for result in pick(report.results, view=view):
+            assert result.attack_parameters["num_robustness_tokens"] == lengths
+            assert result.attack_parameters["training"] == ["elsewhere, so that how is not known"]
+    assert RobustnessReport.from_dict(json.loads(json.dumps(report.to_dict()))) == report
+
+
+def test_the_curve_over_eps_has_a_point_per_eps_and_level(report: RobustnessReport) -> None:
+    for level in ("none", "base", "own_tokens", "full", "full_worst_case", "base, none"):
+        assert report.series[f"sweep/{level}/accuracy/eps"] == [0, EPS]
+        assert len(report.series[f"sweep/{level}/cosine/low"]) == 2
+    swept = pick(report.results, series="sweep", knowledge="own_tokens")
+    assert swept
+    for result in swept:  # of own tokens by the first set alone, and it says so
+        assert result.attack_parameters["num_robustness_tokens"] == [2]
+        assert all("(own_tokens_0)" in attack for attack in result.attack_parameters["attacks"])
+
+
+def test_restarts_and_queries_are_the_users(classifier: RobustnessTokenForImageClassification, images: Images) -> None:
+    found = run(
+        classifier,
+        images,
+        knowledge=["none", "full"],
+        attacks=["cross_entropy", "square"],
+        eps_sweep=[],
+        num_restarts=2,
+        num_queries=7,
+    )
+    assert {r.attack_parameters["num_restarts"] for r in pick(found.results, attack="cross_entropy")} == {2}
+    assert {r.attack_parameters["num_queries"] for r in pick(found.results, attack="square")} == {7}
+
+
+def test_numbers_do_not_depend_on_the_batches(
+    report: RobustnessReport, classifier: RobustnessTokenForImageClassification, images: Images
+) -> None:
+    other = run(classifier, images, batch_size=5, attacks=["cross_entropy", "square"], eps_sweep=[])
+    for result in pick(other.results, tokens="trained"):
+        if result.attack in ("cross_entropy", "square") and result.attack_parameters["view"] in (
+            "queries",
+            "base",
+            "full",
+            "own_tokens_0",
+        ):
+            (same,) = pick(
+                report.results,
+                tokens="trained",
+                metric=result.metric,
+                attack=result.attack,
+                view=result.attack_parameters["view"],
+                series=None,
+            )
+            assert result.value == pytest.approx(same.value, abs=1e-4)
+
+
+def test_what_is_finished_is_not_run_again(
+    classifier: RobustnessTokenForImageClassification,
+    images: Images,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    count = []
+    real = cells_module.run_attack
+
+    def counted(attack: Attack, *args: Any, **kwargs: Any) -> Tensor:
+        count.append(attack.name)
+        if len(count) == 8:
+            raise KeyboardInterrupt
+        return real(attack, *args, **kwargs)
+
+    monkeypatch.setattr(cells_module, "run_attack", counted)
+    with pytest.raises(KeyboardInterrupt):
+        run(classifier, images, output_dir=tmp_path)
+    assert len(list((tmp_path / "cells").iterdir())) == 2  # of three batches each
+    resumed = run(classifier, images, output_dir=tmp_path)
+    first = len(count)
+    again = run(classifier, images, output_dir=tmp_path)
+    assert len(count) == first
+    monkeypatch.setattr(cells_module, "run_attack", real)
+    expected = run(classifier, images)
+    assert resumed.results == again.results == expected.results
+
+
+def test_what_a_crash_left_damaged_is_run_again(
+    classifier: RobustnessTokenForImageClassification, images: Images, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fixed: dict[str, Any] = {"attacks": ["cross_entropy"], "knowledge": ["base", "full"], "eps_sweep": []}
+    first = run(classifier, images, output_dir=tmp_path, **fixed)
+    damaged, whole = sorted((tmp_path / "cells").iterdir())
+    untouched = whole.stat().st_mtime_ns
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    caplog.clear()
+    again = run(classifier, images, output_dir=tmp_path, **fixed)
+    assert [record.getMessage().partition(" is damaged")[0] for record in caplog.records] == [str(damaged)]
+    assert again.results == first.results
+    run(classifier, images, output_dir=tmp_path, **fixed)
+    assert len(caplog.records) == 1  # the file is mended
+    assert whole.stat().st_mtime_ns == untouched
+
+
+@pytest.mark.parametrize(
+    "change", [{"seed": 1}, {"num_steps": 4}, {"batch_size": 5}, {"eps": [8 / 255]}, {"num_images": 9}], ids=str
+)
+def test_a_changed_setting_is_not_mixed_in(
+    classifier: RobustnessTokenForImageClassification, images: Images, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    fixed: dict[str, Any] = {"attacks": ["cross_entropy"], "knowledge": ["full"], "eps_sweep": []}
+    run(classifier, images, output_dir=tmp_path, **fixed)
+    found = run(classifier, images, output_dir=tmp_path, **{**fixed, **change})
+    assert len(list((tmp_path / "cells").iterdir())) == 2
+    assert found.results == run(classifier, images, **{**fixed, **change}).results
+
+
+def test_other_tokens_are_not_mixed_in(
+    classifier: RobustnessTokenForImageClassification, images: Images, tmp_path: Path
+) -> None:
+    fixed: dict[str, Any] = {"attacks": ["cross_entropy"], "knowledge": ["base"], "eps_sweep": []}
+    run(classifier, images, output_dir=tmp_path, **fixed)
+    before = classifier.robustness_tokens.detach().clone()
+    try:
+        with torch.no_grad():
+            classifier.robustness_tokens.mul_(2)
+        run(classifier, images, output_dir=tmp_path, **fixed)
+    finally:
+        with torch.no_grad():
+            classifier.robustness_tokens.copy_(before)
+    assert len(list((tmp_path / "cells").iterdir())) == 2
+
+
+def test_another_surrogate_is_not_mixed_in(
+    classifier: RobustnessTokenForImageClassification, images: Images, tmp_path: Path
+) -> None:
+    fixed: dict[str, Any] = {"attacks": ["cross_entropy"], "knowledge": ["none"], "eps_sweep": []}
+    for seed in (1, 2, 2):
+        torch.manual_seed(seed)
+        base = build_base("dinov2", classifier=True)
+        with torch.no_grad():
+            base.classifier.weight.normal_()
+        other = RobustnessTokenForImageClassification.from_base(base)
+        found = run(classifier, images, output_dir=tmp_path, surrogate=other, **fixed)
+        assert found.results == run(classifier, images, surrogate=other, **fixed).results
+    assert len(list((tmp_path / "cells").iterdir())) == 2
+
+
+def test_half_precision_of_the_attacks_is_reported(
+    classifier: RobustnessTokenForImageClassification, images: Images
+) -> None:
+    found = run(
+        classifier, images, attack_precision="bf16", attacks=["cross_entropy"], knowledge=["full"], eps_sweep=[]
+    )
+    attacked = [result for result in found.results if result.attack is not None]
+    assert {result.attack_parameters["attack_precision"] for result in attacked} == {"bf16"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "num_images", "in_worst_case"),
+    [({}, 4, False), ({"eps": [2 / 255]}, NUM_IMAGES, True), ({"attacks": ["paper"]}, NUM_IMAGES, False)],
+    ids=["budget", "its own eps", "named"],
+)
+def test_the_published_attack_takes_all_images_where_it_is_asked_for(
+    classifier: RobustnessTokenForImageClassification,
+    images: Images,
+    changes: dict[str, Any],
+    num_images: int,
+    in_worst_case: bool,
+) -> None:
+    found = run(classifier, images, knowledge=["base"], eps_sweep=[], **changes)
+    (paper,) = pick(found.results, attack="paper", tokens="trained", metric="accuracy")
+    assert (paper.num_images, paper.eps) == (num_images, 2 / 255)
+    worst = pick(found.results, attack="worst_case", knowledge="base", tokens="trained", metric="accuracy")
+    assert any("paper (base)" in result.attack_parameters["attacks"] for result in worst) is in_worst_case
+    (check,) = (check for check in found.checks if check.number == 2)
+    assert "paper" in check.value
+
+
+def test_images_off_the_8_bit_grid_keep_the_papers_budget_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluate, "make_figures", lambda *args: {})  # which take seconds
+    model = RobustnessTokenModel.from_base(build_base("vit"), num_robustness_tokens=2)
+    dataset = Images(None)
+    largest = 8 / 255 * max(model.config.image_std or [])  # in pixel units
+    for images, eps in ((dataset.images, (math.floor(255 * largest) + 1) / 255), (0.9 * dataset.images, None)):
+        dataset.images = images
+        report = run(model, dataset, knowledge=["base"], attacks=["paper"], eps_sweep=[], num_images=2)
+        (check,) = (check for check in report.checks if check.number == 15)
+        assert check.passed, check.value
+        (result,) = pick(report.results, attack="paper", tokens="trained")
+        assert result.eps == pytest.approx(largest + 1 / 255 if eps is None else eps)
+
+
+def test_features_need_no_labels(tmp_path: Path) -> None:
+    model = RobustnessTokenModel.from_base(build_base("vit"), num_robustness_tokens=2)
+    report = run(model, Images(None))
+    assert {result.metric for result in report.results} == {"cosine"}
+    worst = pick(report.results, attack="worst_case", tokens="trained", series=None)
+    assert {result.knowledge for result in worst} == {"none", "base", "own_tokens", "full", "full_worst_case"}
+    (clean,) = pick(report.results, knowledge=None, tokens="trained")
+    assert all(result.value < clean.value for result in worst)
+
+
+def test_segmentation_by_a_probe() -> None:
+    model = RobustnessTokenModel.from_base(build_base("dinov2"), num_robustness_tokens=2)
+    probed = ProbedModel(model, SegmentationHead(HIDDEN_SIZE, 3))
+    with torch.no_grad():
+        probed.head.convolution.weight.copy_(torch.randn_like(probed.head.convolution.weight))  # type: ignore[operator, union-attr, arg-type]
+    evaluated = EvaluatedModel(probed)
+    dataset = Images(None)
+    with torch.no_grad():
+        labels = evaluated.pixel_logits(dataset.images, None, (IMAGE_SIZE, IMAGE_SIZE)).argmax(dim=1)
+    labels[:, :4] = 255
+    report = run(probed, Images(list(labels)), knowledge=["base", "full"])
+    (clean,) = pick(report.results, knowledge=None, tokens="none", metric="miou")
+    assert clean.value == 1
+    (attacked,) = pick(
+        report.results, knowledge="base", tokens="none", metric="miou", attack="cross_entropy", series=None
+    )
+    assert attacked.value < 1
+    worst = pick(report.results, knowledge="full_worst_case", metric="mean_image_miou", series=None)
+    each = pick(report.results, tokens="trained", metric="mean_image_miou", eps=EPS, series=None)
+    assert worst[0].value <= min(result.value for result in each)
+
+
+def test_the_attacker_trains_own_tokens(
+    classifier: RobustnessTokenForImageClassification, images: Images, tmp_path: Path
+) -> None:
+    arguments: dict[str, Any] = {
+        "own_tokens": None,
+        "knowledge": ["own_tokens"],
+        "own_tokens_overrides": {"attack": "pgd", "max_steps": 2, "num_attack_steps": 2},
+        "output_dir": tmp_path,
+        "eps_sweep": [],
+    }
+    first = run(classifier, images, **arguments)
+    assert pick(first.results, knowledge="own_tokens", attack="worst_case", metric="accuracy")
+    assert not pick(first.results, knowledge="full_worst_case")
+    training = [
+        "by the package's defaults, as the recipe is not known",
+        "but with max_steps=2 instead of 50",
+        "but with attack=pgd instead of paper",
+        "but with num_attack_steps=2 instead of 30",
+        "on 4 images of the evaluated dataset itself attacked once for all sets",
+    ]
+    for result in pick(first.results, knowledge="own_tokens"):
+        assert result.attack_parameters["training"] == training
+        if result.attack == "worst_case":
+            by_set = [2, 2] if result.metric == "accuracy" else [2]  # what is left counts for no cosine
+            assert result.attack_parameters["num_robustness_tokens"] == by_set
+    (check,) = (check for check in first.checks if check.number == 3)
+    assert check.value.endswith(f"; own tokens: sets of 2, 2, trained {', '.join(training)}")
+    for text in (render_report_markdown(first), render_report_html(first)):
+        assert "but with attack=pgd instead of paper" in text
+    files = sorted((tmp_path / "own_tokens").rglob("model.safetensors"))
+    assert len(files) == 2
+    times = [file.stat().st_mtime_ns for file in files]
+    assert run(classifier, images, **arguments).results == first.results
+    assert [file.stat().st_mtime_ns for file in files] == times
+
+
+def test_the_attacker_of_a_segmenter_trains_on_its_pictures(tmp_path: Path) -> None:
+    size, generator = (IMAGE_SIZE, IMAGE_SIZE), np.random.default_rng(0)
+    rows = {
+        "image": [Image.fromarray(generator.integers(0, 256, (*size, 3), dtype=np.uint8)) for _ in range(4)],
+        "mask": [Image.fromarray(generator.integers(0, 3, size, dtype=np.uint8)) for _ in range(4)],
+    }
+    kinds = datasets.Features({name: datasets.Image() for name in rows})
+    model = RobustnessTokenModel.from_base(build_base("dinov2"), num_robustness_tokens=2)
+    report = run(
+        ProbedModel(model, SegmentationHead(HIDDEN_SIZE, 3)),
+        datasets.Dataset.from_dict(rows, features=kinds),
+        own_tokens=None,
+        knowledge=["own_tokens"],
+        attacks=["cross_entropy"],
+        own_tokens_overrides={"attack": "pgd", "max_steps": 1, "num_attack_steps": 1},
+        image_size=IMAGE_SIZE,
+        eps_sweep=[],
+    )
+    assert pick(report.results, knowledge="own_tokens", metric="miou", attack="worst_case")
+
+
+def test_what_the_checks_look_at_is_run(classifier: RobustnessTokenForImageClassification, images: Images) -> None:
+    seen = []
+    real = evaluate_module.run_cells
+
+    def spy(planned: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.extend(planned)
+        return real(planned, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate_module, "run_cells", spy)
+        run(classifier, images, diagnostics=True, eps_sweep=[], knowledge=["full"], attacks=["cross_entropy"])
+    steps = [cell.attack.num_steps for cell in seen if cell.series == "steps"]
+    restarts = [cell.attack.num_restarts for cell in seen if cell.series == "restarts"]
+    assert (steps, restarts) == ([10, 20, 50, 100, 200], [1, 5, 10])
+    assert {cell.eps for cell in seen if cell.series == "unbounded"} == {1.0}
+    assert {cell.series for cell in seen} == {"suite", "steps", "restarts", "single_step", "unbounded"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"eps": [8.0]}, r"eps must lie in \[0, 1\]"),
+        ({"eps": []}, "at least one budget"),
+        ({"budget": "huge"}, "budget must be one of"),
+        ({"knowledge": "full"}, "knowledge must be a list"),
+        ({"knowledge": ["everything"]}, "knowledge must be among"),
+        ({"attacks": ["bim"]}, "unknown, expected one of"),
+        ({"attacks": ["square"], "knowledge": ["full"]}, "no attack fits"),
+        ({"num_images": 0}, "num_images must be a whole number"),
+        ({"image_size": 8}, "image_size=8 can't be applied"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(
+    classifier: RobustnessTokenForImageClassification, images: Images, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        run(classifier, images, **changes)
+
+
+def test_labels_must_be_there(classifier: RobustnessTokenForImageClassification) -> None:
+    with pytest.raises(ValueError, match="dataset has no labels"):
+        run(classifier, Images(None))

@@ -1,0 +1,402 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from datasets import Image as ImageFeature
+from PIL import Image
+from torch import Tensor
+from transformers import ViTImageProcessor
+
+from robustness_tokens import (
+    Normalizer,
+    RobustnessTokenModel,
+    RobustnessTokenTrainer,
+    RobustnessTokenTrainingArguments,
+    inject_tokens,
+)
+from robustness_tokens.data.adversarial_pairs import load_adversarial_pairs
+from robustness_tokens.evaluation import own_tokens
+from robustness_tokens.evaluation.own_tokens import (
+    OwnTokens,
+    OwnTokensSpec,
+    describe_training,
+    own_tokens_specs,
+    train_own_tokens,
+)
+from robustness_tokens.evaluation.threat_models import EvaluatedModel
+from tests.support.bases import HIDDEN_SIZE, IMAGE_SIZE, build_base
+
+
+STATED: dict[str, Any] = {
+    "attack": "pgd",
+    "eps": 8 / 255,
+    "num_attack_steps": 2,
+    "max_steps": 2,
+    "per_device_train_batch_size": 2,
+    "learning_rate": 0.05,
+    "seed": 2,
+}
+RECIPE: dict[str, Any] = {
+    **RobustnessTokenTrainingArguments(output_dir="", **STATED).recipe(),
+    "image_size": IMAGE_SIZE,
+    "num_processes": 1,
+    "num_steps_done": 2,
+    "dataset": {"num_images": 6},
+}
+
+
+@pytest.fixture
+def dataset() -> list[dict[str, Tensor]]:
+    images = torch.rand(6, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(8))
+    return [{"images": image} for image in images]
+
+
+@pytest.fixture
+def model() -> EvaluatedModel:
+    defended = RobustnessTokenModel.from_base(build_base("dinov2"), num_robustness_tokens=4)
+    defended.config.training = RECIPE
+    return EvaluatedModel(defended)
+
+
+def test_the_attacker_never_takes_the_defenders_seed_and_guesses_lengths() -> None:
+    specs = own_tokens_specs(6, num_robustness_tokens=10, recipe_seed=2, num_datasets=2)
+    assert [spec.seed for spec in specs] == [1, 3, 4, 5, 6, 7]
+    assert [spec.num_robustness_tokens for spec in specs] == [10, 10, 10, 5, 20, 10]
+    assert [spec.dataset for spec in specs] == [0, 1, 0, 1, 0, 1]
+    with pytest.raises(ValueError, match="num_seeds"):
+        own_tokens_specs(0, num_robustness_tokens=10, recipe_seed=None)
+
+
+@pytest.mark.parametrize("num_pairs", [None, 4])
+def test_it_trains_by_the_recipe_and_leaves_the_model_alone(
+    model: EvaluatedModel, dataset: list[dict[str, Tensor]], tmp_path: Path, num_pairs: int | None
+) -> None:
+    before = {name: value.clone() for name, value in model.model.state_dict().items()}
+    specs = [OwnTokensSpec(seed=5, num_robustness_tokens=4), OwnTokensSpec(seed=6, num_robustness_tokens=3)]
+    first, second = (
+        own.tokens
+        for own in train_own_tokens(
+            model, specs, [dataset], tmp_path, num_adversarial_pairs=num_pairs, disable_tqdm=True
+        )
+    )
+    assert (first.shape, second.shape) == ((4, HIDDEN_SIZE), (3, HIDDEN_SIZE))
+    assert not torch.equal(first[:3], second)
+    assert not torch.allclose(first, model.tokens, atol=1e-3)
+    after = model.model.state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    assert model.injector.enabled
+    assert len(list(tmp_path.rglob("adversarial_pairs.json"))) == (0 if num_pairs is None else 1)
+
+
+def described(
+    model: EvaluatedModel,
+    datasets: list[list[dict[str, Tensor]]],
+    folder: Path,
+    *,
+    num_pairs: int | None = None,
+    overrides: dict[str, Any] | None = None,
+    on_evaluated: bool = False,
+) -> list[str]:
+    specs = [OwnTokensSpec(seed=5, num_robustness_tokens=2, dataset=number) for number in range(len(datasets))]
+    arguments: dict[str, Any] = {"num_adversarial_pairs": num_pairs, "overrides": overrides, "disable_tqdm": True}
+    trained = train_own_tokens(model, specs, datasets, folder, **arguments)
+    again = train_own_tokens(model, specs, datasets, folder, **arguments)
+    words, stored = (
+        describe_training(model, own, overrides=overrides, on_evaluated=on_evaluated) for own in (trained, again)
+    )
+    assert words == stored
+    return words
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ({}, []),
+        ({"attack": "pgd", "max_steps": 2, "seed": 3}, []),  # no other than the recipe
+        (
+            {"eps": 4 / 255, "max_steps": 3},
+            ["but with max_steps=3 instead of 2", "but with eps=4/255 instead of 8/255"],
+        ),
+        ({"attack_through": "tokens"}, ["but with attack_through=tokens instead of base"]),
+    ],
+    ids=["none", "same", "changed", "another attacker"],
+)
+def test_it_is_said_how_own_tokens_are_trained(
+    model: EvaluatedModel,
+    dataset: list[dict[str, Tensor]],
+    tmp_path: Path,
+    overrides: dict[str, Any],
+    expected: list[str],
+) -> None:
+    found = described(model, [dataset], tmp_path, overrides=overrides)
+    assert found == ["by the recipe", *expected, "on 6 images"]
+
+
+NUM_SETTINGS = len(RECIPE.keys() - {"seed", "image_size", "num_processes", "num_steps_done", "dataset"})
+
+
+@pytest.mark.parametrize(
+    ("recipe", "changes", "overrides", "expected"),
+    [
+        (
+            {},
+            {},
+            {"max_steps": 2},
+            ["by the package's defaults, as the recipe is not known", "but with max_steps=2 instead of 50"],
+        ),
+        (
+            {"attack": "pgd"},
+            {},
+            {},
+            [
+                f"by the recipe, which leaves {NUM_SETTINGS - 1} of {NUM_SETTINGS} settings to the package's defaults",
+            ],
+        ),
+        (
+            {"attack": "pgd"},
+            {"max_steps": 3},
+            {"max_steps": 3},
+            [
+                f"by the recipe, which leaves {NUM_SETTINGS - 2} of {NUM_SETTINGS} settings to the package's defaults",
+                "but with max_steps=3 instead of 50",
+            ],
+        ),
+        (
+            {**RECIPE, "max_steps": 3},
+            {"max_steps": 3, "num_steps_done": 3},
+            {},
+            ["by the recipe", "but with num_steps_done=3 instead of 2"],
+        ),
+        (
+            {**RECIPE, "num_processes": 4},
+            {},
+            {},
+            ["by the recipe", "but with num_processes=1 instead of 4", "so with 2 images per step instead of 8"],
+        ),
+        (
+            {**RECIPE, "num_processes": 4},
+            {"gradient_accumulation_steps": 4},
+            {"gradient_accumulation_steps": 4},
+            [
+                "by the recipe",
+                "but with gradient_accumulation_steps=4 instead of 1",
+                "but with num_processes=1 instead of 4",
+            ],
+        ),
+        (
+            {**RECIPE, "previous": STATED},
+            {},
+            {},
+            ["by the recipe", "but from new tokens, where the defender's had been trained before"],
+        ),
+        (
+            {**RECIPE, "image_size": [224, 196]},
+            {},
+            {},
+            ["by the recipe", f"but with image_size={IMAGE_SIZE} instead of [224, 196]"],
+        ),
+        ({**RECIPE, "image_size": "\n" * 300, "num_processes": "all", "dataset": "all"}, {}, {}, ["by the recipe"]),
+        (
+            {**RECIPE, "lr_scheduler_type": "x" * 300},
+            {},
+            {},
+            ["by the recipe", f"but with lr_scheduler_type=constant instead of {'x' * 300}"[:200]],
+        ),
+    ],
+    ids=[
+        "unknown",
+        "defaults",
+        "defaults and overrides",
+        "cut short",
+        "processes",
+        "same batch",
+        "previous",
+        "image size",
+        "nonsense",
+        "long",
+    ],
+)
+def test_what_departs_from_any_part_of_the_recipe_is_said(
+    model: EvaluatedModel,
+    recipe: dict[str, Any],
+    changes: dict[str, Any],
+    overrides: dict[str, Any],
+    expected: list[str],
+) -> None:
+    assert model.adapter is not None
+    model.adapter.config.training = recipe
+    own = OwnTokens(tokens=torch.zeros(2, HIDDEN_SIZE), training={**RECIPE, **changes})
+    assert describe_training(model, [own], overrides=overrides) == [*expected, "on 6 images"]
+
+
+def test_it_is_said_what_own_tokens_are_trained_on(
+    model: EvaluatedModel, dataset: list[dict[str, Tensor]], tmp_path: Path
+) -> None:
+    assert described(model, [dataset, dataset[:3]], tmp_path / "pairs", num_pairs=4) == [
+        "by the recipe",
+        "on 4 images attacked once for all sets, the defender on 6",
+        "on 3 images attacked once for all sets, the defender on 6",
+    ]
+    alone = train_own_tokens(
+        model,
+        [OwnTokensSpec(seed=5, num_robustness_tokens=2, dataset=1)],
+        [dataset, dataset[:3]],
+        tmp_path / "one",
+        disable_tqdm=True,
+    )
+    assert describe_training(model, alone) == ["by the recipe", "on 3 images, the defender on 6"]
+    assert described(model, [dataset], tmp_path / "own", on_evaluated=True) == [
+        "by the recipe",
+        "on 6 images of the evaluated dataset itself",
+    ]
+    both = {"attack_through": "both"}
+    assert described(model, [dataset], tmp_path / "both", num_pairs=4, overrides=both) == [
+        "by the recipe",
+        "but with attack_through=both instead of base",
+        "on 6 images",
+    ]
+
+
+def test_a_config_names_no_folders_or_trackers_for_the_attacker(
+    dataset: list[dict[str, Tensor]], tmp_path: Path
+) -> None:
+    defended = RobustnessTokenModel.from_base(build_base("dinov2"), num_robustness_tokens=2)
+    foreign = {"resume_from_checkpoint": str(tmp_path / "theirs"), "report_to": "tensorboard", "save_steps": 1}
+    defended.config.training = RECIPE | foreign
+    specs = [OwnTokensSpec(seed=5, num_robustness_tokens=2)]
+    train_own_tokens(EvaluatedModel(defended), specs, [dataset], tmp_path / "own", disable_tqdm=True)
+    assert not list((tmp_path / "own").rglob("*checkpoint*"))
+
+
+def test_runs_with_equal_specs_are_equal_and_not_run_again(
+    model: EvaluatedModel, dataset: list[dict[str, Tensor]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = [OwnTokensSpec(seed=5, num_robustness_tokens=4)]
+    (first,) = train_own_tokens(model, spec, [dataset], tmp_path / "a", disable_tqdm=True)
+    (same,) = train_own_tokens(model, spec, [dataset], tmp_path / "b", disable_tqdm=True)
+    assert torch.equal(first.tokens, same.tokens)
+    others = [{"images": item["images"].flip(-1)} for item in dataset]
+    (elsewhere,) = train_own_tokens(model, spec, [others], tmp_path / "a", disable_tqdm=True)
+    assert not torch.equal(first.tokens, elsewhere.tokens)
+    longer = train_own_tokens(model, spec, [dataset], tmp_path / "a", overrides={"max_steps": 3}, disable_tqdm=True)
+    assert not torch.equal(first.tokens, longer[0].tokens)
+
+    class NoTrainer:
+        def __init__(self, *args: Any) -> None:
+            raise AssertionError("trained again")
+
+    monkeypatch.setattr(own_tokens, "RobustnessTokenTrainer", NoTrainer)
+    (stored,) = train_own_tokens(model, spec, [dataset], tmp_path / "a", disable_tqdm=True)
+    assert torch.equal(stored.tokens, first.tokens)
+    assert stored.training == first.training
+
+
+def test_images_that_change_in_the_middle_are_others(
+    model: EvaluatedModel, dataset: list[dict[str, Tensor]], tmp_path: Path
+) -> None:
+    spec = [OwnTokensSpec(seed=5, num_robustness_tokens=4)]
+    (first,) = train_own_tokens(model, spec, [dataset], tmp_path, disable_tqdm=True)
+    others = [
+        {"images": item["images"] if row in (0, 5) else item["images"].flip(-1)} for row, item in enumerate(dataset)
+    ]
+    (other,) = train_own_tokens(model, spec, [others], tmp_path, disable_tqdm=True)
+    assert not torch.equal(first.tokens, other.tokens)
+
+
+def test_tokens_begin_as_large_as_the_defenders(
+    model: EvaluatedModel, dataset: list[dict[str, Tensor]], tmp_path: Path
+) -> None:
+    assert model.adapter is not None
+    model.adapter.config.initializer_range = 3.0
+    spec = [OwnTokensSpec(seed=5, num_robustness_tokens=4)]
+    (own,) = train_own_tokens(
+        model, spec, [dataset], tmp_path, overrides={"learning_rate": 1e-9, "max_steps": 1}, disable_tqdm=True
+    )
+    assert own.tokens.std().item() == pytest.approx(3.0, rel=0.3)
+
+
+def test_a_second_run_attacks_the_images_of_the_first(
+    model: EvaluatedModel, dataset: list[dict[str, Tensor]], tmp_path: Path
+) -> None:
+    specs = [OwnTokensSpec(seed=seed, num_robustness_tokens=4) for seed in (5, 6)]
+    at_once = train_own_tokens(model, specs, [dataset], tmp_path / "a", num_adversarial_pairs=3, disable_tqdm=True)
+    train_own_tokens(model, specs[:1], [dataset], tmp_path / "b", num_adversarial_pairs=3, disable_tqdm=True)
+    later = train_own_tokens(model, specs, [dataset], tmp_path / "b", num_adversarial_pairs=3, disable_tqdm=True)
+    assert all(torch.equal(one.tokens, other.tokens) for one, other in zip(at_once, later, strict=True))
+
+
+def test_each_process_has_a_batch_to_train_on(
+    model: EvaluatedModel, dataset: list[dict[str, Tensor]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Trainer(RobustnessTokenTrainer):
+        def __init__(self, model: Any, args: Any, images: Any) -> None:
+            sizes.append(args.per_device_train_batch_size)
+            super().__init__(model, args, images)
+
+    sizes: list[int] = []
+    monkeypatch.setattr(own_tokens, "RobustnessTokenTrainer", Trainer)
+    spec = [OwnTokensSpec(seed=5, num_robustness_tokens=4)]
+    train_own_tokens(
+        model, spec, [dataset], tmp_path, overrides={"per_device_train_batch_size": 64}, disable_tqdm=True
+    )
+    assert sizes == [6]
+
+
+def test_of_many_images_some_at_random_are_attacked(
+    model: EvaluatedModel, dataset: list[dict[str, Tensor]], tmp_path: Path
+) -> None:
+    spec = [OwnTokensSpec(seed=5, num_robustness_tokens=4)]
+    train_own_tokens(model, spec, [dataset], tmp_path, num_adversarial_pairs=3, disable_tqdm=True)
+    (folder,) = tmp_path.glob("*/pairs-0")
+    rows = list(load_adversarial_pairs(folder).stored["index"])
+    assert len(set(rows)) == 3
+    assert rows != [0, 1, 2]
+
+
+@pytest.mark.parametrize("changes", [{"eps": 0.5 / 255}, {"resize": "processor"}], ids=["eps", "shapes"])
+def test_what_stored_pairs_cannot_hold_is_attacked_while_training(
+    model: EvaluatedModel, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    pictures = Dataset.from_list([{"image": Image.new("RGB", size)} for size in ((32, 24), (24, 32), (16, 16))])
+    pictures = pictures.cast_column("image", ImageFeature())
+    assert model.adapter is not None
+    model.adapter.image_processor = ViTImageProcessor(size={"shortest_edge": IMAGE_SIZE}, do_center_crop=False)
+    spec = [OwnTokensSpec(seed=5, num_robustness_tokens=4)]
+    overrides = {**changes, "per_device_train_batch_size": 1}
+    (own,) = train_own_tokens(
+        model, spec, [pictures], tmp_path, num_adversarial_pairs=2, overrides=overrides, disable_tqdm=True
+    )
+    assert "adversarial_pairs" not in own.training["dataset"]
+    (pairs,) = train_own_tokens(
+        model, spec, [pictures], tmp_path, num_adversarial_pairs=2, overrides={}, disable_tqdm=True
+    )
+    assert "adversarial_pairs" in pairs.training["dataset"]
+
+
+def test_a_classifier_that_tokens_were_injected_into_has_a_trunk_to_train_on(
+    dataset: list[dict[str, Tensor]], tmp_path: Path
+) -> None:
+    injected = inject_tokens(build_base("vit", classifier=True), torch.zeros(2, HIDDEN_SIZE))
+    model = EvaluatedModel(injected, normalizer=Normalizer([0.5] * 3, [0.25] * 3))
+    overrides = {key: RECIPE[key] for key in ("attack", "eps", "num_attack_steps", "max_steps")}
+    (own,) = train_own_tokens(
+        model,
+        [OwnTokensSpec(seed=1, num_robustness_tokens=2)],
+        [dataset],
+        tmp_path,
+        overrides=overrides,
+        disable_tqdm=True,
+    )
+    assert own.tokens.shape == (2, HIDDEN_SIZE)
+    assert own.tokens.isfinite().all()
+
+
+def test_without_features_there_is_nothing_to_train_on(tmp_path: Path) -> None:
+    injected = inject_tokens(build_base("vit", classifier=True), torch.zeros(2, HIDDEN_SIZE))
+    model = EvaluatedModel(injected, task="segmentation", normalizer=Normalizer([0.5] * 3, [0.25] * 3))
+    with pytest.raises(ValueError, match="feature_view"):
+        train_own_tokens(model, [OwnTokensSpec(seed=1, num_robustness_tokens=2)], [[]], tmp_path)

@@ -1,0 +1,349 @@
+import json
+import os
+import stat
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from robustness_tokens.hub.adapter_folder import (
+    AdapterFolder,
+    cached_commit,
+    check_base_is_repo_id,
+    check_no_other_model,
+    fetch_adapter,
+    holds_adapter,
+    is_repo_id,
+    normalize_subfolder,
+    read_config,
+    read_tokens,
+    write_tokens,
+)
+from robustness_tokens.utils.files import read_json, write_text
+from tests.support.adapters import COMMIT, cache_as_repo
+from tests.support.disks import broken_disk, full_disk
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    """Changes keys of config.json; `...` takes one out."""
+    content = {**json.loads((folder / "config.json").read_text()), **changes}
+    content = {key: value for key, value in content.items() if value is not ...}
+    (folder / "config.json").write_text(json.dumps(content))
+
+
+def read_both(folder: Path) -> Tensor:
+    adapter = AdapterFolder(folder, from_hub=False)
+    return read_tokens(adapter, read_config(adapter))
+
+
+# Finding an adapter
+
+
+def test_fetch_a_local_folder(adapter_folder: Path) -> None:
+    assert fetch_adapter(adapter_folder) == AdapterFolder(adapter_folder, from_hub=False, commit=None)
+    assert fetch_adapter(str(adapter_folder.parent), subfolder=adapter_folder.name).path == adapter_folder
+
+
+@pytest.mark.parametrize("missing", ["config.json", "model.safetensors"])
+def test_fetch_a_folder_that_is_no_adapter(adapter_folder: Path, missing: str) -> None:
+    (adapter_folder / missing).unlink()
+    with pytest.raises(ValueError, match=rf"{adapter_folder.name} is not a robustness-token adapter.* no {missing}$"):
+        fetch_adapter(adapter_folder)
+
+
+def test_fetch_names_every_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"has no config\.json and no model\.safetensors"):
+        fetch_adapter(tmp_path)
+
+
+def test_a_folder_named_like_the_weights_is_no_weights(adapter_folder: Path) -> None:
+    (adapter_folder / "model.safetensors").unlink()
+    (adapter_folder / "model.safetensors").mkdir()
+    with pytest.raises(ValueError, match=r"no model\.safetensors"):
+        fetch_adapter(adapter_folder)
+
+
+@pytest.mark.parametrize(
+    "name", ["", "/no/such/folder", "../adapter", "a/b/c", "C:\\adapter", "user/..", "user/na me"]
+)
+def test_fetch_what_is_neither_folder_nor_repo(name: str) -> None:
+    with pytest.raises(ValueError, match="neither a local folder nor the id of a Hub repo"):
+        fetch_adapter(name)
+
+
+def test_a_folder_has_no_revisions(adapter_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(adapter_folder.parent)
+    with pytest.raises(ValueError, match=r"'adapter' is a folder here, which has no revision 'v1'"):
+        fetch_adapter("adapter", revision="v1")
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"), [("", ""), (".", ""), ("small", "small"), ("./a//b/", "a/b"), (" a", " a")]
+)
+def test_subfolders(written: str, expected: str) -> None:
+    assert normalize_subfolder(written) == expected
+
+
+@pytest.mark.parametrize("subfolder", ["/small", "..", "a/../b", "../../x"])
+def test_a_subfolder_is_inside_the_repo(adapter_folder: Path, subfolder: str) -> None:
+    with pytest.raises(ValueError, match="subfolder must be a folder inside the repo"):
+        fetch_adapter(adapter_folder, subfolder=subfolder)
+
+
+def test_fetch_from_the_cache_of_the_hub(adapter_folder: Path, tmp_path: Path) -> None:
+    snapshot = cache_as_repo(adapter_folder, tmp_path / "cache")
+    found = fetch_adapter("user/adapter", cache_dir=tmp_path / "cache", local_files_only=True)
+    assert (found.path.resolve(), found.from_hub, found.commit) == (snapshot.resolve(), True, COMMIT)
+
+
+def test_fetch_knows_its_arguments(adapter_folder: Path) -> None:
+    with pytest.raises(TypeError, match="revison"):
+        fetch_adapter(adapter_folder, revison="main")  # type: ignore[call-arg]
+
+
+def test_the_commit_of_a_base(adapter_folder: Path, tmp_path: Path) -> None:
+    cache_as_repo(adapter_folder, tmp_path / "cache", "user/base")
+    assert cached_commit("user/base", cache_dir=tmp_path / "cache") == COMMIT
+    assert cached_commit("user/other", cache_dir=tmp_path / "cache") is None
+    assert cached_commit(str(adapter_folder)) is None
+
+
+# config.json
+
+
+def test_read_config(adapter_folder: Path) -> None:
+    config = read_config(AdapterFolder(adapter_folder, from_hub=False))
+    assert (config.num_robustness_tokens, config.hidden_size) == (3, 32)
+    assert config.base_model_class == "Dinov2Model"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_size": ...}, r"missing keys \['hidden_size'\]"),
+        ({"surprise": 1}, r"unknown keys \['surprise'\]"),
+        ({"schema_version": 99}, "schema_version 99"),
+        ({"model_type": "dinov2"}, "model_type 'dinov2', expected 'robustness_tokens'"),
+        ({"model_type": ...}, "model_type None"),
+        ({"num_robustness_tokens": -3}, "num_robustness_tokens"),
+        ({"image_mean": [0.5]}, "image_mean"),
+        ({"initializer_range": float("nan")}, "initializer_range"),
+    ],
+)
+def test_read_config_refuses(adapter_folder: Path, changes: dict[str, Any], message: str) -> None:
+    edit_config(adapter_folder, **changes)
+    with pytest.raises(ValueError, match=message):
+        read_config(AdapterFolder(adapter_folder, from_hub=False))
+
+
+BASE_NAMES_FROM_THE_HUB = ["/etc/passwd", "../../home", "./base", "a/b/c", "~/base", "C:\\base", "", "..", "user/../x"]
+
+
+@pytest.mark.parametrize("name", [*BASE_NAMES_FROM_THE_HUB, "https://example.org/base", "user/base.git", "us er/base"])
+def test_a_base_name_that_is_no_repo_id(name: str) -> None:
+    assert not is_repo_id(name)
+    with pytest.raises(ValueError, match="is no repo id: pass base_model="):
+        check_base_is_repo_id(name)
+
+
+@pytest.mark.parametrize("name", ["facebook/dinov2-small", "gpt2", "timm/vit_base.fb_in1k"])
+def test_a_base_name_that_is_a_repo_id(name: str) -> None:
+    check_base_is_repo_id(name)
+    assert is_repo_id(name)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "not valid JSON"),
+        (b"{", "not valid JSON"),
+        (b"\xff\xfe{}", "not valid JSON"),
+        (b"[" * 100_000, "not valid JSON"),
+        (b"[1]", "must hold a JSON object, got list"),
+        (b"null", "must hold a JSON object, got NoneType"),
+        (b" " * (1 << 20) + b"{}", r"has 1,048,578 bytes, expected at most 1,048,576"),
+    ],
+)
+def test_read_json_refuses(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "config.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message) as error:
+        read_json(path)
+    assert str(path) in str(error.value)
+
+
+def test_read_json(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('{"a": "ü"}', encoding="utf-8")
+    assert read_json(tmp_path / "a.json") == {"a": "ü"}
+
+
+# model.safetensors
+
+
+@pytest.mark.parametrize("keep", [0, 4, 8, 60, -1])
+def test_truncated_tokens(adapter_folder: Path, keep: int) -> None:
+    path = adapter_folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ValueError, match="not a valid safetensors file") as error:
+        read_both(adapter_folder)
+    assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("content", [b"garbage", b"\xff" * 64, b"\x00" * 64, b"PK\x03\x04" + b"x" * 60])
+def test_tokens_that_are_something_else(adapter_folder: Path, content: bytes) -> None:
+    (adapter_folder / "model.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match="not a valid safetensors file"):
+        read_both(adapter_folder)
+
+
+def test_a_pickle_is_not_read(adapter_folder: Path) -> None:
+    torch.save({"robustness_tokens": torch.zeros(3, 32)}, adapter_folder / "model.safetensors")
+    with pytest.raises(ValueError, match="not a valid safetensors file"):
+        read_both(adapter_folder)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({}, r"one tensor, 'robustness_tokens', got \[\]"),
+        ({"tokens": torch.zeros(3, 32)}, r"got \['tokens'\]"),
+        ({"robustness_tokens": torch.zeros(3, 32), "z": torch.zeros(1)}, r"got \['robustness_tokens', 'z'\]"),
+        ({"robustness_tokens": torch.zeros(4, 32)}, r"shape \(3, 32\) as config.json says.*shape \(4, 32\)"),
+        ({"robustness_tokens": torch.zeros(3, 31)}, r"shape \(3, 32\).*shape \(3, 31\)"),
+        ({"robustness_tokens": torch.zeros(1, 3, 32)}, r"shape \(1, 3, 32\)"),
+        ({"robustness_tokens": torch.zeros(96)}, r"shape \(96,\)"),
+        ({"robustness_tokens": torch.zeros(3, 32, dtype=torch.float16)}, "got torch.float16"),
+        ({"robustness_tokens": torch.zeros(3, 32, dtype=torch.float64)}, "got torch.float64"),
+        ({"robustness_tokens": torch.zeros(3, 32, dtype=torch.int32)}, "got torch.int32"),
+        ({"robustness_tokens": torch.full((3, 32), float("nan"))}, "not finite"),
+        ({"robustness_tokens": torch.full((3, 32), float("-inf"))}, "not finite"),
+    ],
+)
+def test_tokens_that_do_not_fit(adapter_folder: Path, tensors: dict[str, Tensor], message: str) -> None:
+    save_file(tensors, adapter_folder / "model.safetensors")
+    with pytest.raises(ValueError, match=message):
+        read_both(adapter_folder)
+
+
+def test_a_huge_file_is_refused_before_it_is_read(adapter_folder: Path) -> None:
+    path = adapter_folder / "model.safetensors"
+    os.truncate(path, 1 << 40)  # sparse
+    with pytest.raises(ValueError, match=r"has 1,099,511,627,776 bytes; tokens of shape \(3, 32\) need at most"):
+        read_both(adapter_folder)
+
+
+def test_huge_numbers_in_the_config_allocate_nothing(adapter_folder: Path) -> None:
+    edit_config(adapter_folder, num_robustness_tokens=2**20, hidden_size=2**20)
+    with pytest.raises(ValueError, match=r"shape \(1048576, 1048576\) as config.json says"):
+        read_both(adapter_folder)
+
+
+# Writing
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_tokens_are_written_as_float32(tmp_path: Path, dtype: torch.dtype) -> None:
+    tokens = torch.randn(4, 2, 6).to(dtype)[:, 1].requires_grad_()  # (4, 6), not contiguous
+    write_tokens(tmp_path, tokens)
+    written = load_file(tmp_path / "model.safetensors")
+    assert set(written) == {"robustness_tokens"}
+    assert written["robustness_tokens"].dtype == torch.float32
+    assert torch.equal(written["robustness_tokens"], tokens.detach().float())
+
+
+def test_tokens_are_readable_by_their_owner_alone(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"")
+    path.chmod(0o666)
+    before = os.umask(0)
+    try:
+        write_tokens(tmp_path, torch.zeros(2, 3))
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert [file.name for file in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_failed_write_keeps_the_last_good_tokens(tmp_path: Path, value: float) -> None:
+    write_tokens(tmp_path, torch.ones(2, 3))
+    with pytest.raises(ValueError, match="not finite: the training diverged"):
+        write_tokens(tmp_path, torch.full((2, 3), value))
+    assert torch.equal(load_file(tmp_path / "model.safetensors")["robustness_tokens"], torch.ones(2, 3))
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_full_disk_leaves_the_old_file_alone(tmp_path: Path) -> None:
+    write_tokens(tmp_path, torch.ones(2, 3))
+    path, report = tmp_path / "model.safetensors", tmp_path / "evaluation.json"
+    report.write_text("{}")  # of these tokens
+    with full_disk(), pytest.raises(OSError, match=rf"{path} could not be written \(File too large\)"):
+        write_tokens(tmp_path, torch.zeros(2, 3))
+    assert torch.equal(load_file(path)["robustness_tokens"], torch.ones(2, 3))
+    assert set(tmp_path.iterdir()) == {path, report}
+
+
+def test_tokens_are_on_the_disk_before_they_replace_others(tmp_path: Path) -> None:
+    write_tokens(tmp_path, torch.ones(2, 3))
+    path, report = tmp_path / "model.safetensors", tmp_path / "evaluation.json"
+    report.write_text("{}")  # of these tokens
+    message = r"could not be written \(Input/output error\), and what was there is left"
+    with broken_disk(), pytest.raises(OSError, match=message):
+        write_tokens(tmp_path, torch.zeros(2, 3))
+    assert torch.equal(load_file(path)["robustness_tokens"], torch.ones(2, 3))
+    assert set(tmp_path.iterdir()) == {path, report}
+
+
+def test_a_small_file_is_on_the_disk_before_it_replaces_another(tmp_path: Path) -> None:
+    path = tmp_path / "file.txt"
+    write_text(path, "before")
+    with broken_disk(), pytest.raises(OSError, match="Input/output error"):
+        write_text(path, "after")
+    assert path.read_text() == "before"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_readers_never_see_half_a_file(adapter_folder: Path) -> None:
+    adapter = AdapterFolder(adapter_folder, from_hub=False)
+    config = read_config(adapter)
+
+    def write() -> None:
+        for _ in range(50):
+            write_tokens(adapter_folder, torch.ones(3, 32))
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    while writer.is_alive():
+        assert read_tokens(adapter, config).shape == (3, 32)
+    writer.join()
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ((), False),
+        (("README.md", "notes.txt"), False),
+        (("config.json",), True),
+        (("model.safetensors",), True),
+        (("config.json", "model.safetensors", "README.md"), True),
+    ],
+)
+def test_holds_adapter(tmp_path: Path, files: tuple[str, ...], expected: bool) -> None:
+    for file in files:
+        (tmp_path / file).touch()
+    assert holds_adapter(tmp_path) is expected
+    assert not holds_adapter(tmp_path / "no such folder")
+
+
+def test_another_model_is_not_overwritten(adapter_folder: Path, base_folders: dict[str, Path], tmp_path: Path) -> None:
+    check_no_other_model(tmp_path)
+    check_no_other_model(adapter_folder)
+    with pytest.raises(ValueError, match="holds another model, of model_type 'vit'"):
+        check_no_other_model(base_folders["vit"])
+    (adapter_folder / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="not valid JSON"):
+        check_no_other_model(adapter_folder)

@@ -1,0 +1,382 @@
+"""The mechanism itself: where tokens enter and leave, against computations by hand; what it refuses."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from robustness_tokens.models.injection import TokenInjector, attach_tokens, find_injector, remove_tokens
+from robustness_tokens.models.layer_stack import find_layer_stack
+from tests.support.families import BATCH_SIZE, DEIT3, FAMILIES, HIDDEN_SIZE, hf, timm
+
+
+NUM_TOKENS = 3
+TIMM = ["timm_deit3", "timm_vit_registers", "timm_vit_no_cls", "timm_eva"]
+
+
+@pytest.fixture
+def tokens() -> Tensor:
+    return torch.randn(NUM_TOKENS, HIDDEN_SIZE, generator=torch.Generator().manual_seed(3))
+
+
+def build(name: str, **kwargs: Any) -> Any:
+    return FAMILIES[name].build(**kwargs).requires_grad_(False)
+
+
+def run(model: Any, name: str, **kwargs: Any) -> Any:
+    with torch.no_grad():
+        return model(**FAMILIES[name].inputs(), **kwargs)
+
+
+def prepend(tokens: Tensor, hidden_states: Tensor) -> Tensor:
+    return torch.cat([tokens.expand(hidden_states.shape[0], -1, -1), hidden_states], dim=1)
+
+
+def close(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_vit_by_hand(tokens: Tensor) -> None:
+    model, pixel_values = build("vit"), FAMILIES["vit"].inputs()["pixel_values"]
+    hidden_states = prepend(tokens, model.embeddings(pixel_values))
+    for layer in model.layers:
+        hidden_states = layer(hidden_states)
+    expected = model.layernorm(hidden_states[:, NUM_TOKENS:])
+    attach_tokens(model, tokens)
+    output = model(pixel_values)
+    close(output.last_hidden_state, expected)
+    close(output.pooler_output, model.pooler(expected))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", ["beit_relative", "beit_shared"])
+def test_relative_position_bias_by_hand(name: str, implementation: str, tokens: Tensor) -> None:
+    """Tokens attend and are attended to with bias 0; the patches keep theirs among each other."""
+    model, pixel_values = build(name, attn_implementation=implementation), FAMILIES[name].inputs()["pixel_values"]
+    hidden_states = prepend(tokens, model.embeddings(pixel_values))
+    sequence = hidden_states.shape[1]
+    for layer in model.layers:
+        bias = torch.zeros(4, sequence, sequence)  # 4 heads
+        source = layer.relative_position_bias or model.shared_position_bias
+        bias[:, NUM_TOKENS:, NUM_TOKENS:] = source((2, 2))[0]
+        attention, normed = layer.attention, layer.layernorm_before(hidden_states)
+        query, key, value = (
+            projection(normed).unflatten(2, (4, 8)).transpose(1, 2)
+            for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )
+        weights = (query @ key.transpose(2, 3) / 8**0.5 + bias).softmax(dim=-1)
+        mixed = attention.o_proj((weights @ value).transpose(1, 2).flatten(2))
+        hidden_states = hidden_states + layer.lambda_1 * mixed
+        hidden_states = hidden_states + layer.lambda_2 * layer.mlp(layer.layernorm_after(hidden_states))
+    attach_tokens(model, tokens)
+    close(model(pixel_values).last_hidden_state, model.layernorm(hidden_states[:, NUM_TOKENS:]))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize(("name", "masked"), [("vit_masked", slice(4, 5)), ("siglip2_vision", slice(2, 4))])
+def test_masked_positions_stay_masked(name: str, masked: slice, implementation: str, tokens: Tensor) -> None:
+    """A mask made for N positions is moved along with them: what it hid stays hidden, what it showed, shown."""
+    model, inputs = build(name, attn_implementation=implementation), FAMILIES[name].inputs()
+    attach_tokens(model, tokens)
+    before = model(**inputs).last_hidden_state
+    hidden, shown = copy.deepcopy(inputs), copy.deepcopy(inputs)
+    if name == "vit_masked":  # the second image's last patch is hidden, as position 4 behind the CLS token
+        hidden["pixel_values"][1, :, 8:, 8:] += 1.0
+        shown["pixel_values"][1, :, :8, :8] += 1.0
+    else:
+        hidden["pixel_values"][1, 2:] += 1.0
+        shown["pixel_values"][1, :1] += 1.0
+    kept = [index for index in range(before.shape[1]) if index not in range(masked.start, masked.stop)]
+    close(model(**hidden).last_hidden_state[:, kept], before[:, kept])
+    assert (model(**shown).last_hidden_state[1, kept] - before[1, kept]).abs().amax(dim=1).min() > 1e-3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_tokens_are_attended_to_under_a_mask(implementation: str, tokens: Tensor) -> None:
+    model, inputs = build("vit_masked", attn_implementation=implementation), FAMILIES["vit_masked"].inputs()
+    injector = attach_tokens(model, tokens)
+    before = model(**inputs).last_hidden_state
+    for index in range(NUM_TOKENS):
+        injector.robustness_tokens.copy_(tokens)
+        injector.robustness_tokens[index] *= -2.0
+        assert ((model(**inputs).last_hidden_state - before).abs().amax(dim=(1, 2)) > 1e-3).all()
+
+
+def test_two_dimensional_masks_of_flash_attention_are_extended(tokens: Tensor) -> None:
+    injector = TokenInjector(tokens)
+    hidden_states = torch.zeros(2, NUM_TOKENS + 2, HIDDEN_SIZE)
+    for mask in (torch.tensor([[1, 1], [1, 0]]), torch.tensor([[True, True], [True, False]])):
+        _, kwargs = injector.pad_attention_mask(nn.Identity(), (hidden_states,), {"attention_mask": mask})
+        assert kwargs["attention_mask"].tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 1, 0]]
+        assert kwargs["attention_mask"].dtype == mask.dtype
+
+
+@pytest.mark.parametrize(("mask", "expected"), [(torch.zeros(1, 1, 1, 2), 0.0), (torch.ones(1, 1, 1, 2).bool(), True)])
+def test_masks_of_one_row_stay_so(mask: Tensor, expected: float, tokens: Tensor) -> None:
+    args, _ = TokenInjector(tokens).pad_attention_mask(nn.Identity(), (torch.zeros(1, 5, HIDDEN_SIZE), mask), {})
+    assert args[1].shape == (1, 1, 1, NUM_TOKENS + 2)
+    assert (args[1] == expected).all()
+
+
+def test_masks_of_another_kind_are_refused(tokens: Tensor) -> None:
+    """flex attention's block masks; silently left alone they would be one sequence short."""
+    with pytest.raises(ValueError, match='attn_implementation="sdpa"'):
+        TokenInjector(tokens).pad_attention_mask(
+            nn.Identity(), (torch.zeros(1, 5, HIDDEN_SIZE),), {"attention_mask": object()}
+        )
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_beit_may_not_stretch_its_bias_over_the_tokens(implementation: str, tokens: Tensor) -> None:
+    model = build("beit_relative", attn_implementation=implementation)
+    before = run(model, "beit_relative", interpolate_pos_encoding=True).last_hidden_state
+    injector = attach_tokens(model, tokens)
+    with pytest.raises(ValueError, match="interpolate_pos_encoding=True"):
+        run(model, "beit_relative", interpolate_pos_encoding=True)
+    injector.set_enabled(False)
+    assert torch.equal(run(model, "beit_relative", interpolate_pos_encoding=True).last_hidden_state, before)
+
+
+@pytest.mark.parametrize("name", ["beit_shared", "beit_absolute"])
+def test_beit_may_interpolate_otherwise(name: str, tokens: Tensor) -> None:
+    model = build(name)
+    attach_tokens(model, tokens)
+    expected = run(model, name).last_hidden_state
+    close(run(model, name, interpolate_pos_encoding=True).last_hidden_state, expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [("dinov2", {}), ("dinov3_vit", {}), ("beit_relative", {}), ("vit", {"interpolate_pos_encoding": True})],
+)
+def test_other_image_sizes(name: str, kwargs: dict[str, Any], tokens: Tensor) -> None:
+    model, pixel_values = build(name), torch.randn(BATCH_SIZE, 3, 24, 32)
+    before = model(pixel_values, **kwargs).last_hidden_state
+    attach_tokens(model, tokens)
+    after = model(pixel_values, **kwargs).last_hidden_state
+    assert after.shape == before.shape
+    assert (after - before).abs().max() > 1e-3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("name", TIMM)
+def test_timm_intermediates_by_hand(name: str, norm: bool, tokens: Tensor) -> None:
+    model, pixel_values = build(name), FAMILIES[name].inputs()["pixel_values"]
+    seen: list[Tensor] = []
+    attach_tokens(model, tokens)
+    timm_model = model.timm_model
+    handles = [block.register_forward_hook(lambda m, args, out: seen.append(out)) for block in timm_model.blocks]
+    features = timm_model.forward_features(pixel_values)
+    for handle in handles:
+        handle.remove()
+    prefix = timm_model.num_prefix_tokens
+    states = [state[:, NUM_TOKENS:] for state in seen]
+    close(features, timm_model.norm(seen[-1]))
+    final, maps = timm_model.forward_intermediates(pixel_values, norm=norm)
+    assert torch.equal(final, features)
+    assert timm_model.num_prefix_tokens == prefix
+    remove_tokens(model)
+    expected = [timm_model.norm(state) if norm else state for state in states]
+    for image_map, state in zip(maps, expected, strict=True):
+        close(image_map, state[:, prefix:].transpose(1, 2).unflatten(2, (2, 2)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"output_fmt": "NLC"},
+        {"output_fmt": "NLC", "intermediates_only": True},
+        {"indices": [0], "stop_early": True, "intermediates_only": True},
+        {"return_prefix_tokens": True},
+        {"return_prefix_tokens": True, "intermediates_only": True, "norm": True},
+        {"output_dict": True},
+        {"output_dict": True, "return_prefix_tokens": True, "norm": True},
+        {"output_dict": True, "intermediates_only": True},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", TIMM)
+def test_timm_intermediates_have_the_bases_structure(name: str, kwargs: dict[str, Any], tokens: Tensor) -> None:
+    if name == "timm_eva" and "output_dict" in kwargs:
+        pytest.skip("Eva has no output_dict")
+    model, pixel_values = build(name), FAMILIES[name].inputs()["pixel_values"]
+    before = model.timm_model.forward_intermediates(pixel_values, **kwargs)
+    injector = attach_tokens(model, tokens)
+    after = model.timm_model.forward_intermediates(pixel_values, **kwargs)
+    assert structure(after) == structure(before)
+    injector.set_enabled(False)
+    torch.testing.assert_close(model.timm_model.forward_intermediates(pixel_values, **kwargs), before, rtol=0, atol=0)
+
+
+def structure(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return tuple(value.shape)
+    if isinstance(value, dict):
+        return {key: structure(item) for key, item in value.items()}
+    return (type(value).__name__, [structure(item) for item in value])
+
+
+def test_timm_prefix_tokens_come_without_the_robustness_tokens(tokens: Tensor) -> None:
+    model, pixel_values = build("timm_eva"), FAMILIES["timm_eva"].inputs()["pixel_values"]
+    attach_tokens(model, tokens)
+    with torch.no_grad():
+        features, pairs = model.timm_model.forward_intermediates(
+            pixel_values, norm=True, return_prefix_tokens=True, output_fmt="NLC"
+        )
+    patches, prefix = pairs[-1]
+    close(torch.cat([prefix, patches], dim=1), features)
+
+
+def test_evas_rotary_positions_skip_the_tokens(tokens: Tensor) -> None:
+    model = build("timm_eva")
+    attentions = [block.attn for block in model.timm_model.blocks]
+    assert [attention.num_prefix_tokens for attention in attentions] == [2, 2]
+    injector = attach_tokens(model, tokens)
+    assert [attention.num_prefix_tokens for attention in attentions] == [2 + NUM_TOKENS] * 2
+    assert model.timm_model.num_prefix_tokens == 2, "the head's own count is about the stripped sequence"
+    injector.set_enabled(False)
+    assert [attention.num_prefix_tokens for attention in attentions] == [2, 2]
+    injector.set_enabled(True)
+    remove_tokens(model)
+    assert [attention.num_prefix_tokens for attention in attentions] == [2, 2]
+
+
+def test_a_failed_timm_call_leaves_the_model_as_it_was(tokens: Tensor) -> None:
+    model, pixel_values = build("timm_eva"), FAMILIES["timm_eva"].inputs()["pixel_values"]
+    attach_tokens(model, tokens)
+    expected = run(model, "timm_eva").last_hidden_state
+    with pytest.raises(AssertionError, match="Output format"):
+        model.timm_model.forward_intermediates(pixel_values, output_fmt="other")
+    assert model.timm_model.num_prefix_tokens == 2
+    assert torch.equal(run(model, "timm_eva").last_hidden_state, expected)
+
+
+def test_timm_feature_extractors_are_found_inside_their_wrapper(tokens: Tensor) -> None:
+    model = timm("TimmWrapperModel", "vit_tiny_patch16_224", **DEIT3, features_only=True, out_indices=[0, 1])()
+    before = run(model, "timm_deit3").last_hidden_state
+    attach_tokens(model, tokens)
+    after = run(model, "timm_deit3").last_hidden_state
+    assert structure(after) == structure(before)
+    assert all((one - other).abs().max() > 1e-3 for one, other in zip(after, before, strict=True))
+
+
+SIZES: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 20}
+REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
+    "swin": (
+        hf("SwinModel", "SwinConfig", image_size=16, patch_size=2, embed_dim=8, depths=[1, 1], num_heads=[1, 1]),
+        "SwinModel is hierarchical",
+    ),
+    "convnext": (
+        hf("ConvNextModel", "ConvNextConfig", hidden_sizes=[4, 8], depths=[1, 1], num_stages=2),
+        "found in ConvNextModel.*convolutional",
+    ),
+    "resnet": (
+        hf("ResNetModel", "ResNetConfig", embedding_size=8, hidden_sizes=[8], depths=[1], layer_type="basic"),
+        "no stack of vision transformer layers found in ResNetModel.*convolutional",
+    ),
+    "vitdet": (
+        hf("VitDetBackbone", "VitDetConfig", hidden_size=16, num_hidden_layers=1, num_attention_heads=2),
+        "found in VitDetBackbone.*feature maps",
+    ),
+    "bert": (hf("BertModel", "BertConfig", **SIZES, intermediate_size=16), "found in BertModel.*text"),
+    "clip_text": (
+        hf("CLIPTextModel", "CLIPTextConfig", **SIZES, intermediate_size=16, bos_token_id=0, eos_token_id=1),
+        "found in CLIPTextModel.*text",
+    ),
+    "timm_resnet": (timm("TimmWrapperModel", "test_resnet"), "found in TimmWrapperModel"),
+    "timm_beit": (
+        timm("TimmWrapperModel", "beit_base_patch16_224", embed_dim=32, depth=1, num_heads=4),
+        "found in TimmWrapperModel",
+    ),
+    "no model of transformers": (lambda: nn.Sequential(nn.Linear(2, 2)), "found in Sequential"),
+}
+
+
+@pytest.mark.parametrize("name", list(REFUSED))
+def test_what_has_no_single_sequence_is_refused(name: str, tokens: Tensor) -> None:
+    make, message = REFUSED[name]
+    model = make()
+    with pytest.raises(ValueError, match=message):
+        attach_tokens(model, tokens)
+    assert find_injector(model) is None
+
+
+@pytest.mark.parametrize("shape", [(3, HIDDEN_SIZE + 1), (HIDDEN_SIZE,), (1, 3, HIDDEN_SIZE)])
+def test_tokens_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
+    model = build("dinov2")
+    with pytest.raises(ValueError, match=rf"\(K, {HIDDEN_SIZE}\) for Dinov2Model, got \({shape[0]},"):
+        attach_tokens(model, torch.zeros(shape))
+    assert find_injector(model) is None
+
+
+@pytest.mark.parametrize("name", ["dinov2", "dinov2_classifier", "timm_eva", "clip_two_towers"])
+def test_a_second_injection_is_refused(name: str, tokens: Tensor) -> None:
+    model = build(name)
+    injector = attach_tokens(model, tokens)
+    expected = run(model, name)
+    injector.set_enabled(False)
+    with pytest.raises(ValueError, match="has robustness tokens already: call remove_tokens"):
+        attach_tokens(model, tokens)
+    with pytest.raises(ValueError, match="has robustness tokens already"):
+        attach_tokens(copy.deepcopy(model), tokens)
+    injector.set_enabled(True)
+    assert torch.equal(run(model, name)[0], expected[0])
+
+
+def test_removing_what_is_not_there_is_refused() -> None:
+    with pytest.raises(ValueError, match="Dinov2Model has no robustness tokens to remove"):
+        remove_tokens(build("dinov2"))
+
+
+def test_removal_leaves_the_hooks_of_others(tokens: Tensor) -> None:
+    model = build("dinov2")
+    calls: list[str] = []
+    layer = find_layer_stack(model).layers[0]
+    layer.register_forward_pre_hook(lambda module, args: calls.append("pre"))
+    attach_tokens(model, tokens)
+    layer.register_forward_hook(lambda module, args, output: calls.append("post"))
+    remove_tokens(model)
+    run(model, "dinov2")
+    assert calls == ["pre", "post"]
+
+
+def test_layers_that_take_maps_are_refused_as_they_run(tokens: Tensor) -> None:
+    injector = TokenInjector(tokens)
+    with pytest.raises(ValueError, match=r"need a sequence \(B, N, D\) before the first layer, got \(2, 4, 4, 32\)"):
+        injector.insert_before_layer(nn.Identity(), (torch.zeros(2, 4, 4, HIDDEN_SIZE),), {})
+
+
+def test_attention_kernels_without_weights_record_none(tokens: Tensor) -> None:
+    model = build("dinov2", attn_implementation="sdpa")
+    before = run(model, "dinov2", output_attentions=True)
+    attach_tokens(model, tokens)
+    assert structure(dict(run(model, "dinov2", output_attentions=True))) == structure(dict(before))
+
+
+def test_gradients_match_finite_differences(tokens: Tensor) -> None:
+    model = build("beit_relative").double()
+    injector = attach_tokens(model, tokens.double())
+    pixel_values = FAMILIES["beit_relative"].inputs()["pixel_values"].double()
+    direction = torch.randn(NUM_TOKENS, HIDDEN_SIZE, generator=torch.Generator().manual_seed(4)).double()
+
+    def value() -> Tensor:
+        return F.cosine_similarity(model(pixel_values).last_hidden_state, torch.ones(HIDDEN_SIZE), dim=-1).sum()
+
+    (gradient,) = torch.autograd.grad(value(), injector.robustness_tokens)
+    with torch.no_grad():
+        injector.robustness_tokens.add_(direction, alpha=1e-5)
+        above = value()
+        injector.robustness_tokens.sub_(direction, alpha=2e-5)
+        slope = (above - value()) / 2e-5
+    torch.testing.assert_close((gradient * direction).sum(), slope, rtol=1e-5, atol=1e-7)

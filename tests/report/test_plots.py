@@ -1,0 +1,180 @@
+import builtins
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.colors import to_rgb
+from PIL import Image
+
+from robustness_tokens.report import plots
+
+
+LEVELS = (0.0, 0.5, 1.0, 4.0)
+WHO = ("base, none", "none", "base", "own_tokens", "full")
+
+
+def make_series(metric: str) -> dict[str, list[float]]:
+    """Curves of all attackers, and of two that are not drawn."""
+    series: dict[str, list[float]] = {}
+    for place, who in enumerate((*WHO, "full_worst_case", "base, zero")):
+        values = [0.9 - 0.1 * place - 0.02 * level for level in LEVELS]
+        name = f"sweep/{who}/{metric}"
+        series[f"{name}/eps"] = [level / 255 for level in LEVELS]
+        series[f"{name}/value"] = values
+        series[f"{name}/low"] = [value - 0.05 for value in values]
+        series[f"{name}/high"] = [value + 0.05 for value in values]
+    return series
+
+
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What is drawn, instead of files."""
+    drawn: list[Any] = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.append(figure))
+    return drawn
+
+
+def test_a_curve_per_attacker_with_its_band(figures: list[Any]) -> None:
+    plots.plot_eps_curves(make_series("accuracy"), "unused", metric="accuracy")
+    (axes,) = figures[0].get_axes()
+    assert [line.get_label() for line in axes.get_lines()] == [
+        "without tokens (knows the backbone)",
+        "knows nothing (noise)",
+        "knows the backbone (grey box)",
+        "trained own tokens",
+        "knows the tokens (white box)",
+    ]
+    white_box = axes.get_lines()[-1]
+    assert list(white_box.get_xdata()) == pytest.approx(LEVELS)
+    assert list(white_box.get_ydata()) == pytest.approx([50, 49, 48, 42])
+    band = axes.collections[-1].get_paths()[0].vertices
+    assert {(round(x, 6), round(y, 6)) for x, y in band} >= {(0, 45), (0, 55), (4, 37), (4, 47)}
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["0", "0.5", "1", "4"]
+    assert axes.get_xlabel() == "largest change of a pixel, eps, in n/255 (axis in doublings)"
+    assert axes.get_ylabel() == "accuracy in %"
+    (legend,) = figures[0].legends
+    assert legend.get_title().get_text() == "What the attacker knows"
+    assert len(legend.get_texts()) == 5
+
+
+def test_lines_differ_without_their_colour(figures: list[Any]) -> None:
+    plots.plot_eps_curves(make_series("cosine"), "unused", metric="cosine")
+    plots.plot_layer_maxima({name: [1.0, 2.0] for name in "abcd"}, "unused")
+    for figure in figures:
+        lines = figure.get_axes()[0].get_lines()
+        assert len({line.get_marker() for line in lines}) == len(lines)
+        looks = {(line.get_linestyle(), round(sum(to_rgb(line.get_color())), 2)) for line in lines}
+        assert len(looks) == len(lines)
+
+
+def test_a_cosine_is_no_percentage(figures: list[Any]) -> None:
+    plots.plot_eps_curves(make_series("cosine"), "unused", metric="cosine")
+    (axes,) = figures[0].get_axes()
+    assert list(axes.get_lines()[0].get_ydata()) == pytest.approx([0.9, 0.89, 0.88, 0.82])
+    assert axes.get_ylabel() == "cosine with the clean features\nwithout tokens (1 = the same)"
+
+
+def test_only_what_was_measured_is_drawn(figures: list[Any]) -> None:
+    series = {name: values for name, values in make_series("miou").items() if name.startswith("sweep/base/")}
+    plots.plot_eps_curves(series, "unused", metric="miou")
+    assert len(figures[0].get_axes()[0].get_lines()) == 1
+    with pytest.raises(ValueError, match=r"series must hold sweep/<who>/accuracy/eps"):
+        plots.plot_eps_curves(series, "unused", metric="accuracy")
+
+
+@pytest.mark.parametrize(("highest", "ticks"), [(22.0, [10, 15, 20]), (900.0, [10, 20, 50, 100, 200, 500, 1000])])
+def test_layers_are_counted_from_one_on_a_logarithmic_axis(
+    figures: list[Any], highest: float, ticks: list[float]
+) -> None:
+    plots.plot_layer_maxima({"clean": [9.0, 12.0, 11.0], "attacked": [9.0, 15.0, highest]}, "unused", heading="x")
+    (axes,) = figures[0].get_axes()
+    clean, attacked = axes.get_lines()
+    assert list(clean.get_xdata()) == [1, 2, 3]
+    assert list(attacked.get_ydata()) == [9, 15, highest]
+    assert axes.get_yscale() == "log"
+    low, high = axes.get_ylim()
+    assert [tick for tick in axes.get_yticks() if low <= tick <= high] == pytest.approx(ticks)
+    assert "logarithmic" in axes.get_ylabel()
+    assert axes.get_xlabel() == "layer (1 = the first)"
+
+
+@pytest.mark.parametrize(("eps", "factor"), [(16 / 255, "8"), (4 / 255, "32"), (0.5, "1.0")])
+def test_the_difference_is_amplified_by_the_factor_beside_it(figures: list[Any], eps: float, factor: str) -> None:
+    images = torch.full((2, 3, 4, 4), 0.5)
+    attacked = images.clone()
+    attacked[0, :, 0, 0] += eps
+    attacked[1, :, 0, 0] -= eps / 2
+    plots.plot_attacked_images(images, attacked, "unused", eps=eps, titles=[("a", "b"), ("c", "d")], heading="h")
+    grid = figures[0].get_axes()
+    assert len(grid) == 6
+    shown = [np.asarray(cell.get_images()[0].get_array()) for cell in grid]
+    assert shown[0] == pytest.approx(0.5)
+    assert shown[2][0, 0] == pytest.approx(0.5 + eps, abs=1e-6)
+    assert shown[4][0, 0] == pytest.approx(1.0, abs=1e-5)
+    assert shown[5][0, 0] == pytest.approx(0.25, abs=1e-5)
+    assert shown[4][1:] == pytest.approx(0.5)
+    assert grid[4].get_ylabel().startswith(f"difference\ntimes {factor}\n")
+    assert [cell.get_title() for cell in grid] == ["a", "c", "b", "d", "", ""]
+    with pytest.raises(ValueError, match="eps must be positive"):
+        plots.plot_attacked_images(images, attacked, "unused", eps=0.0)
+
+
+def test_columns_of_pictures_keep_their_own_size(figures: list[Any]) -> None:
+    images, maps = torch.rand(3, 3, 8, 8), torch.rand(3, 3, 2, 2)
+    plots.plot_image_columns([("image", images), ("features", maps)], "unused")
+    grid = figures[0].get_axes()
+    assert [cell.get_title() for cell in grid] == ["image", "features", "", "", "", ""]
+    assert np.asarray(grid[3].get_images()[0].get_array()) == pytest.approx(maps[1].permute(1, 2, 0).numpy())
+    assert {cell.get_images()[0].get_interpolation() for cell in grid} == {"nearest"}
+
+
+@pytest.mark.parametrize("name", ["$\\frac{", "$x", "a$b$c", "\\$"])
+def test_a_class_name_is_no_formula(tmp_path: Path, name: str) -> None:
+    images = torch.rand(1, 3, 4, 4)
+    target = tmp_path / "new" / "x.png"
+    plots.plot_attacked_images(images, images, target, eps=0.1, titles=[(name, name)], heading=name)
+    plots.plot_image_columns([(name, images)], target, heading=name)
+    assert target.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_trade_off_averages_the_seeds_of_a_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved: list[Any] = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: saved.append(figure))
+    rows: list[dict[str, Any]] = [
+        {"way": "a", "clean": "0.9", "grey_box": "0.2", "white_box": "0.1"},  # as a CSV has it
+        {"way": "a", "clean": 0.8, "grey_box": 0.4, "white_box": 0.1},
+        {"way": "b", "clean": 0.7, "grey_box": 0.5, "white_box": 0.3},
+        {"way": "c", "clean": 0.7, "grey_box": 0.6, "white_box": 0.3},
+    ]
+    plots.plot_trade_off(rows, tmp_path / "x.png", eps=16 / 255)
+    grey, white = saved[0].axes
+    points = [line.get_xydata().tolist()[0] for line in grey.lines]
+    assert points == [pytest.approx([0.85, 0.3]), [0.7, 0.5], [0.7, 0.6]]
+    assert [line.get_ydata()[0] for line in white.lines] == [pytest.approx(0.1), 0.3, 0.3]
+    assert [text.get_text() for text in grey.texts] == ["1", "2", "3"]
+    assert [text.get_text() for text in white.texts] == ["1", "2, 3"], "numbers at one point don't cover each other"
+    assert "16/255" in grey.get_ylabel()
+
+
+def test_an_open_file_gets_a_png() -> None:
+    file = io.BytesIO()
+    plots.plot_eps_curves(make_series("accuracy"), file, metric="accuracy")
+    with Image.open(file) as image:
+        assert image.format == "PNG"
+        assert image.size == (960, 735)
+
+
+def test_without_matplotlib_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = builtins.__import__
+
+    def missing(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name.startswith("matplotlib"):
+            raise ImportError(name)
+        return original(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", missing)
+    with pytest.raises(ImportError, match=r"pip install 'robustness-tokens\[plots\]'"):
+        plots.plot_layer_maxima({"clean": [1.0]}, "unused")

@@ -1,0 +1,55 @@
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from robustness_tokens.data.preprocessing import Normalizer
+from robustness_tokens.models.modeling import RobustnessTokenModel
+from robustness_tokens.training.arguments import RobustnessTokenTrainingArguments
+from robustness_tokens.training.losses import robustness_loss
+from robustness_tokens.training.step import accumulate_gradient, agreement_of, base_features
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"invariance_weight": 0.5, "adversarial_weight": 2.0},
+        {"head_distance_weight": 4.0, "attack_through": "both"},
+    ],
+    ids=["paper", "weighted", "head distance, both routes"],
+)
+def test_gradient_is_that_of_the_loss_on_all_images(
+    make_base: Callable[..., Any], tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    model = RobustnessTokenModel.from_base(make_base("dinov2"), num_robustness_tokens=3)
+    normalizer = Normalizer((0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
+    args = RobustnessTokenTrainingArguments(output_dir=str(tmp_path), **settings)
+    clean, attacked = torch.rand(2, 6, 3, 16, 16)
+    # Stored pairs, so that both see the same attacked images.
+    batches = [
+        {"images": clean[i], "adversarial_images": attacked[i], "index": torch.arange(6)[i]}
+        for i in (slice(0, 2), slice(2, 6))
+    ]
+    metrics = accumulate_gradient(
+        model, model.get_features, batches, args=args, accelerator=Accelerator(), normalizer=normalizer, step=0
+    )
+    pixel_values = normalizer(clean)
+    losses = robustness_loss(
+        model.get_features,
+        pixel_values,
+        normalizer(attacked),
+        base_features(model, pixel_values),
+        invariance_weight=args.invariance_weight,
+        adversarial_weight=args.adversarial_weight,
+        **agreement_of(model, args, pixel_values),
+    )
+    (expected,) = torch.autograd.grad(losses.loss, model.robustness_tokens)
+    assert model.robustness_tokens.grad is not None
+    torch.testing.assert_close(model.robustness_tokens.grad, expected, rtol=1e-3, atol=1e-6)
+    assert metrics["loss"] == pytest.approx(losses.loss.item(), abs=1e-4)
+    assert metrics["invariance_cosine"] == pytest.approx(losses.invariance.item(), abs=1e-4)
+    assert metrics["adversarial_cosine"] == pytest.approx(losses.adversarial.item(), abs=1e-4)
