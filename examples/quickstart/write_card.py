@@ -10,7 +10,7 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from robustness_tokens.hub import CONFIG_FILE, EVALUATION_FILE, AdapterFolder, read_config, read_report, render_card
+from robustness_tokens.hub import CONFIG_FILE, EVALUATION_FILE, load_adapter, read_config, read_report, render_card
 
 
 HERE = Path(__file__).parent
@@ -20,20 +20,19 @@ MODEL_CARD = HERE.parent.parent / "MODEL_CARD.md"
 
 def render_quickstart_card() -> str:
     """The card that the stored config and report make."""
-    folder = AdapterFolder(STORED, from_hub=False)
     return render_card(
-        read_config(folder),
+        read_config(STORED),
         name="outputs/quickstart/adapter",
         license="mit",  # as the card of the backbone says
         datasets=["zalando-datasets/fashion_mnist"],
-        report=read_report(folder),
+        report=read_report(STORED),
     )
 
 
 def take_over(adapter: Path) -> None:
     """Stores the config and the report of an adapter, its base named as it is from the root of the repository."""
-    folder = AdapterFolder(adapter, from_hub=False)
-    config, report = read_config(folder), read_report(folder)
+    loaded = load_adapter(adapter)
+    config, report = loaded.config, loaded.report
     config.base_model_name_or_path = "examples/quickstart/backbone"
     STORED.mkdir(exist_ok=True)
     (STORED / CONFIG_FILE).write_text(config.to_json_string(use_diff=False), encoding="utf-8")

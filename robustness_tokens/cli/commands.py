@@ -16,12 +16,9 @@ from ..data import processor_image_size
 from ..evaluation import EvaluationArguments
 from ..hub import (
     EVALUATION_FILE,
-    fetch_adapter,
+    load_adapter,
     push_adapter,
     push_adversarial_pairs,
-    read_config,
-    read_report,
-    read_tokens,
     to_eval_results,
 )
 from ..models import RobustnessTokenForImageClassification, RobustnessTokenModel, import_published_tokens
@@ -168,17 +165,16 @@ def info(
     subfolder: Annotated[str, typer.Option(help="Folder inside the repo.")] = "",
 ) -> None:
     """Print what an adapter holds, without loading its base."""
-    folder = fetch_adapter(adapter, revision=revision, subfolder=subfolder)
-    config = read_config(folder)
-    tokens = read_tokens(folder, config)
+    loaded = load_adapter(adapter, revision=revision, subfolder=subfolder)
+    config = loaded.config
     rows = {
-        "adapter": f"{adapter} (commit {folder.commit})" if folder.commit else adapter,
+        "adapter": f"{adapter} (commit {loaded.commit})" if loaded.commit else adapter,
         "base": config.base_model_name_or_path,
         "base commit": config.base_model_revision or "none pinned",
         "base class": config.base_model_class,
         "tokens": f"{config.num_robustness_tokens} of width {config.hidden_size}",
-        "size": f"{sum(file.stat().st_size for file in folder.path.iterdir() if file.is_file()):,} bytes",
-        "token norm": f"{torch.linalg.vector_norm(tokens, dim=1).mean():.3f} on average",
+        "size": f"{sum(file.stat().st_size for file in loaded.folder.iterdir() if file.is_file()):,} bytes",
+        "token norm": f"{torch.linalg.vector_norm(loaded.tokens, dim=1).mean():.3f} on average",
         "features": f"{config.feature_view}, cosine along the {config.similarity_axis} axis",
         "normalisation": f"mean {config.image_mean}, std {config.image_std}",
     }
@@ -187,7 +183,7 @@ def info(
     typer.echo(f"{'training':<15}" + ("" if config.training else "none: the tokens are untrained"))
     for name, value in (config.training or {}).items():
         typer.echo(f"  {name:<29}{value}")
-    if (report := read_report(folder)) is not None:
+    if (report := loaded.report) is not None:
         typer.echo(f"{'evaluation':<15}" + (headline(report) or f"{len(report.results)} results"))
         for result in to_eval_results(report):
             typer.echo(f"  {result.metric_name}: {result.metric_value:.4g}")

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..configuration import RobustnessTokenConfig
 from ..data import choose_rows, describe_dataset, find_image_shape
-from ..hub import fetch_adapter, holds_adapter, read_config, read_tokens
+from ..hub import holds_adapter, load_adapter
 from ..models import RobustnessTokenModel, find_layer_stack, layer_fingerprint, remove_tokens, vision_trunk
 from ..report import format_setting
 from ..training import (
@@ -175,9 +175,8 @@ def _read_run(folder: Path) -> OwnTokens | None:
     """What a run left, or None if it isn't over: its adapter is written last."""
     if not holds_adapter(folder):
         return None
-    adapter = fetch_adapter(folder)
-    config = read_config(adapter)
-    return OwnTokens(tokens=read_tokens(adapter, config), training=dict(config.training or {}))
+    adapter = load_adapter(folder)
+    return OwnTokens(tokens=adapter.tokens, training=dict(adapter.config.training or {}))
 
 
 def _count_pairs(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -22,8 +23,10 @@ from huggingface_hub.utils import (
 )
 from safetensors.torch import load_file, save
 from torch import Tensor
+from transformers import BaseImageProcessor
 
 from ..configuration import RobustnessTokenConfig
+from ..data import read_image_processor
 from ..report import FIGURE_FILES, HTML_FILE, MARKDOWN_FILE, REPORT_FILE, RobustnessReport
 from ..utils import flush_to_disk, has_cache_hash, read_json, replacing
 
@@ -41,13 +44,52 @@ TOKENS_KEY = "robustness_tokens"
 _MAX_SAFETENSORS_HEADER_BYTES = 1 << 16
 
 
-@dataclass(frozen=True)
-class AdapterFolder:
-    """An adapter on disk: where it lies, and whether it came from the Hub (then its config is less trusted)."""
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """An adapter that was read strictly.
 
-    path: Path
-    from_hub: bool
-    commit: str | None = None
+    Args:
+        folder: Where it is on disk.
+        config: Its config.json. One from the Hub is less trusted: see [`check_base_is_repo_id`].
+        tokens: (K, D) float32, finite.
+        commit: Its commit on the Hub; None for a local folder.
+    """
+
+    folder: Path
+    config: RobustnessTokenConfig
+    tokens: Tensor
+    commit: str | None
+
+    @cached_property
+    def image_processor(self) -> BaseImageProcessor:
+        """Its image processor; `ValueError` if the file is damaged or names code."""
+        return read_image_processor(self.folder / PROCESSOR_FILE)
+
+    @cached_property
+    def report(self) -> RobustnessReport | None:
+        """Its evaluation.json, None if there is none; `ValueError` if it is damaged."""
+        return read_report(self.folder)
+
+
+def load_adapter(
+    name_or_path: str | os.PathLike[str], *, revision: str | None = None, subfolder: str = "", **hub_kwargs: Any
+) -> Adapter:
+    """Reads an adapter from a local folder or from the Hub, without its base.
+
+    Args:
+        name_or_path: Local folder or Hub repo id.
+        revision: Branch, tag, commit or `refs/pr/N`.
+        subfolder: Folder of the adapter inside the repo.
+        hub_kwargs: `token`, `cache_dir`, `local_files_only`, `force_download`, as in
+            `huggingface_hub.snapshot_download`.
+
+    Raises:
+        ValueError: If there is no adapter, its config or its tokens are damaged, or `revision` is given for a local
+            folder. Errors of the Hub pass through.
+    """
+    folder, commit = fetch_adapter(name_or_path, revision=revision, subfolder=subfolder, **hub_kwargs)
+    config = read_config(folder)
+    return Adapter(folder, config, read_tokens(folder, config), commit)
 
 
 def fetch_adapter(
@@ -59,19 +101,8 @@ def fetch_adapter(
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
     force_download: bool = False,
-) -> AdapterFolder:
-    """The folder of an adapter, downloaded from the Hub (only an adapter's files) unless it is a local folder.
-
-    Args:
-        name_or_path: Local folder or Hub repo id.
-        revision: Branch, tag, commit or `refs/pr/N`.
-        subfolder: Folder of the adapter inside the repo.
-        token, cache_dir, local_files_only, force_download: As in `huggingface_hub.snapshot_download`.
-
-    Raises:
-        ValueError: If there is no adapter, or a revision of a local folder is asked for; errors of the Hub pass
-            through.
-    """
+) -> tuple[Path, str | None]:
+    """Returns an adapter's folder and commit; downloads only an adapter's files, unless it is a local folder."""
     subfolder = normalize_subfolder(subfolder)
     if os.path.isdir(name_or_path):
         if revision is not None:
@@ -79,7 +110,7 @@ def fetch_adapter(
                 f"{str(name_or_path)!r} is a folder here, which has no revision {revision!r}: leave revision= out, or "
                 "work in another folder if the Hub repo of that name is meant"
             )
-        folder = AdapterFolder(Path(name_or_path) / subfolder, from_hub=False)
+        folder, commit = Path(name_or_path) / subfolder, None
     else:
         repo_id = str(name_or_path)
         if not is_repo_id(repo_id):
@@ -101,9 +132,9 @@ def fetch_adapter(
             raise ValueError(
                 f"{name_or_path} is no folder here and not in the cache, and the Hub can't be reached: {exc}"
             ) from exc
-        folder = AdapterFolder(snapshot / subfolder, from_hub=True, commit=snapshot.name)
-    _check_files(folder.path, [CONFIG_FILE, TOKENS_FILE, PROCESSOR_FILE], name_or_path)
-    return folder
+        folder, commit = snapshot / subfolder, snapshot.name
+    _check_files(folder, [CONFIG_FILE, TOKENS_FILE, PROCESSOR_FILE], name_or_path)
+    return folder, commit
 
 
 def normalize_subfolder(subfolder: str) -> str:
@@ -136,13 +167,13 @@ def _check_files(folder: Path, files: Iterable[str], name: str | os.PathLike[str
         raise ValueError(f"{name} is not a robustness-token adapter: it has no {' and no '.join(missing)}")
 
 
-def read_config(folder: AdapterFolder) -> RobustnessTokenConfig:
+def read_config(folder: Path) -> RobustnessTokenConfig:
     """Reads config.json strictly. Whoever loads the base that it names first calls [`check_base_is_repo_id`].
 
     Raises:
         ValueError: If it is damaged, or of a newer schema.
     """
-    path = folder.path / CONFIG_FILE
+    path = folder / CONFIG_FILE
     config_dict = _read_config_dict(path)
     try:
         config: RobustnessTokenConfig = RobustnessTokenConfig.from_dict(config_dict)
@@ -176,7 +207,7 @@ def check_base_is_repo_id(name: str) -> None:
         )
 
 
-def read_tokens(folder: AdapterFolder, config: RobustnessTokenConfig) -> Tensor:
+def read_tokens(folder: Path, config: RobustnessTokenConfig) -> Tensor:
     """Reads the tokens, strictly: one finite float32 tensor of the shape that the config announces.
 
     Returns:
@@ -185,7 +216,7 @@ def read_tokens(folder: AdapterFolder, config: RobustnessTokenConfig) -> Tensor:
     Raises:
         ValueError: If the file is damaged or holds anything else.
     """
-    path, shape = folder.path / TOKENS_FILE, (config.num_robustness_tokens, config.hidden_size)
+    path, shape = folder / TOKENS_FILE, (config.num_robustness_tokens, config.hidden_size)
     largest = 4 * shape[0] * shape[1] + _MAX_SAFETENSORS_HEADER_BYTES
     if (size := path.stat().st_size) > largest:
         raise ValueError(f"{path} has {size:,} bytes; tokens of shape {shape} need at most {largest:,}")
@@ -206,15 +237,15 @@ def read_tokens(folder: AdapterFolder, config: RobustnessTokenConfig) -> Tensor:
     return tokens
 
 
-def read_report(folder: AdapterFolder) -> RobustnessReport | None:
+def read_report(folder: Path) -> RobustnessReport | None:
     """Reads evaluation.json, strictly; None if the adapter has none.
 
     Raises:
         ValueError: If it is damaged.
     """
-    if not (folder.path / EVALUATION_FILE).is_file():
+    path = folder / EVALUATION_FILE
+    if not path.is_file():
         return None
-    path = folder.path / EVALUATION_FILE
     try:
         return RobustnessReport.from_dict(read_json(path))
     except ValueError as exc:
@@ -223,7 +254,7 @@ def read_report(folder: AdapterFolder) -> RobustnessReport | None:
 
 def report_of(folder: Path, tokens: Tensor) -> RobustnessReport | None:
     """The report that lies in a folder, if it is about these tokens; `ValueError` if it is damaged."""
-    return read_report(AdapterFolder(folder, from_hub=False)) if _holds_tokens(folder / TOKENS_FILE, tokens) else None
+    return read_report(folder) if _holds_tokens(folder / TOKENS_FILE, tokens) else None
 
 
 def remove_report(folder: Path) -> None:

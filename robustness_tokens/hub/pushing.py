@@ -12,7 +12,6 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
 from ..configuration import REMOTE_CODE, REMOTE_CODE_FILE, RobustnessTokenConfig
-from ..data import read_image_processor
 from ..utils import has_cache_hash
 from .adapter_folder import (
     CARD_FILE,
@@ -20,12 +19,9 @@ from .adapter_folder import (
     EVALUATION_FILE,
     PROCESSOR_FILE,
     TOKENS_FILE,
-    fetch_adapter,
     is_repo_id,
+    load_adapter,
     normalize_subfolder,
-    read_config,
-    read_report,
-    read_tokens,
     report_of,
 )
 from .card import render_card
@@ -78,11 +74,9 @@ def push_adapter(
     path = Path(folder)
     if not path.is_dir():
         raise ValueError(f"folder must be that of an adapter, as save_pretrained writes it; there is no {str(path)!r}")
-    adapter = fetch_adapter(path)
-    config = read_config(adapter)
-    tokens = read_tokens(adapter, config)
-    read_image_processor(path / PROCESSOR_FILE)
-    report = read_report(adapter)
+    adapter = load_adapter(path)
+    _ = adapter.image_processor  # reads it
+    config, report = adapter.config, adapter.report
     subfolder = normalize_subfolder(subfolder)
     prefix = f"{subfolder}/" if subfolder else ""
     api = HfApi(token=token)
@@ -110,7 +104,7 @@ def push_adapter(
         contents[EVALUATION_FILE] = report.to_json_string().encode()
     elif (stored := _download(api, repo_id, prefix + EVALUATION_FILE, parent)) is not None:
         _download(api, repo_id, prefix + TOKENS_FILE, parent)
-        report = report_of(stored.parent, tokens)
+        report = report_of(stored.parent, adapter.tokens)
         if report is None:
             operations.append(CommitOperationDelete(prefix + EVALUATION_FILE))
     card = render_card(

@@ -22,21 +22,18 @@ from transformers import (
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..configuration import AUTO_MAP, REMOTE_CODE, REMOTE_CODE_FILE, FeatureView, RobustnessTokenConfig, SimilarityAxis
-from ..data import read_image_processor, with_normalization
+from ..data import with_normalization
 from ..hub import (
     CARD_FILE,
     CONFIG_FILE,
-    PROCESSOR_FILE,
-    AdapterFolder,
+    Adapter,
     cached_commit,
     check_base_is_repo_id,
     check_no_other_model,
-    fetch_adapter,
     is_generated,
     is_repo_id,
+    load_adapter,
     push_adapter,
-    read_config,
-    read_tokens,
     render_card,
     report_of,
     update_card,
@@ -212,12 +209,10 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
         if base_kwargs.pop("output_loading_info", False):
             raise ValueError("output_loading_info=True has no use here: an adapter that is not whole is an error")
         hub_kwargs = {name: base_kwargs[name] for name in HUB_KWARGS if base_kwargs.get(name) is not None}
-        folder = fetch_adapter(pretrained_model_name_or_path, revision=revision, subfolder=subfolder, **hub_kwargs)
-        adapter_config = read_config(folder)
+        adapter = load_adapter(pretrained_model_name_or_path, revision=revision, subfolder=subfolder, **hub_kwargs)
         if config is not None and config._attn_implementation is not None:
             base_kwargs.setdefault("attn_implementation", config._attn_implementation)  # AutoModel moved it there
-        tokens = read_tokens(folder, adapter_config)
-        image_processor = read_image_processor(folder.path / PROCESSOR_FILE)
+        image_processor = adapter.image_processor
         base_kwargs = {name: value for name, value in base_kwargs.items() if value is not None}
         if isinstance(base_model, PreTrainedModel):
             served = (*HUB_KWARGS, "trust_remote_code")  # the adapter takes these, and AutoModel always passes one
@@ -225,26 +220,24 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
             _check_no_loading_arguments("the base is", for_base)
             base = base_model
         elif base_model is not None:
-            base = cls._load_base(os.fspath(base_model), adapter_config.base_model_class, None, base_kwargs)
+            base = cls._load_base(os.fspath(base_model), adapter.config.base_model_class, None, base_kwargs)
         else:
-            base = cls._load_named_base(folder, adapter_config, base_kwargs)
+            base = cls._load_named_base(adapter, base_kwargs)
         if not ignore_base_mismatch:
-            _check_base(base, adapter_config)
-        model = cls(adapter_config, base)
+            _check_base(base, adapter.config)
+        model = cls(adapter.config, base)
         with torch.no_grad():
-            model.robustness_tokens.copy_(tokens)
+            model.robustness_tokens.copy_(adapter.tokens)
         model.image_processor = image_processor
         model.name_or_path = str(pretrained_model_name_or_path)
         return model
 
     @classmethod
-    def _load_named_base(
-        cls, folder: AdapterFolder, config: RobustnessTokenConfig, base_kwargs: Mapping[str, Any]
-    ) -> PreTrainedModel:
-        name = config.base_model_name_or_path
+    def _load_named_base(cls, adapter: Adapter, base_kwargs: Mapping[str, Any]) -> PreTrainedModel:
+        config, name = adapter.config, adapter.config.base_model_name_or_path
         if not name:
             raise ValueError("the adapter doesn't name its base: pass base_model= (a folder, a Hub id or a model)")
-        if folder.from_hub:
+        if adapter.commit is not None:  # from the Hub
             check_base_is_repo_id(name)
         elif not os.path.isdir(name) and not is_repo_id(name):
             raise ValueError(f"the adapter's base was the folder {name!r}, which is gone: pass base_model=")
@@ -482,11 +475,10 @@ def inject_tokens(
         _check_no_loading_arguments("the tokens are", given)
         tokens = _check_tokens(adapter).detach().clone()
     else:
-        folder: AdapterFolder = fetch_adapter(adapter, revision=revision, subfolder=subfolder, **hub_kwargs)
-        config = read_config(folder)
-        tokens = read_tokens(folder, config)
+        loaded = load_adapter(adapter, revision=revision, subfolder=subfolder, **hub_kwargs)
+        tokens = loaded.tokens
         if not ignore_base_mismatch:
-            _check_base(model, config)
+            _check_base(model, loaded.config)
     injector = attach_tokens(model, tokens.to(next(model.parameters()).device))
     injector.requires_grad_(False)
     return model

@@ -22,7 +22,7 @@ from accelerate import Accelerator
 
 from ..configuration import RobustnessTokenConfig
 from ..data import AdversarialPairs, Normalizer, describe_dataset, describe_image_size
-from ..hub import AdapterFolder, holds_adapter, read_config, read_tokens
+from ..hub import holds_adapter, load_adapter, read_config
 from ..models import RobustnessTokenPreTrainedModel
 from ..report import plot_sweep
 from ..utils import share_from_main, write_text
@@ -109,7 +109,7 @@ def find_finished(
     for path in sorted(Path(args.output_dir).glob("tokens-*_lr-*_seed-*")):
         if not holds_adapter(path):
             continue
-        config = read_config(AdapterFolder(path, from_hub=False))
+        config = read_config(path)
         training = config.training or {}
         learning_rate, seed = training.get("learning_rate"), training.get("seed")
         if isinstance(learning_rate, int | float) and isinstance(seed, int):
@@ -131,9 +131,9 @@ def _is_finished(
     config: RobustnessTokenConfig, args: RobustnessTokenTrainingArguments, known: Mapping[str, Any]
 ) -> bool:
     """Whether the folder holds the tokens that this training would give; `known` is what no argument says of it."""
-    folder = AdapterFolder(Path(args.output_dir), from_hub=False)
-    log = read_log(folder.path / LOG_FILE, last_step=args.max_steps)
-    if not holds_adapter(folder.path) or not log or log[-1]["step"] != args.max_steps:
+    folder = Path(args.output_dir)
+    log = read_log(folder / LOG_FILE, last_step=args.max_steps)
+    if not holds_adapter(folder) or not log or log[-1]["step"] != args.max_steps:
         return False
     stored = read_config(folder)
     expected = {**args.recipe(), **known, "num_steps_done": args.max_steps}
@@ -152,10 +152,10 @@ def read_finished(
     member: RobustnessTokenPreTrainedModel, args: RobustnessTokenTrainingArguments
 ) -> list[dict[str, float]]:
     """Gives the model the tokens of its folder; returns the log of their training."""
-    folder = AdapterFolder(Path(args.output_dir), from_hub=False)
+    folder = Path(args.output_dir)
     with torch.no_grad():
-        member.robustness_tokens.copy_(read_tokens(folder, member.config))
-    return read_log(folder.path / LOG_FILE, last_step=args.max_steps)
+        member.robustness_tokens.copy_(load_adapter(folder).tokens)
+    return read_log(folder / LOG_FILE, last_step=args.max_steps)
 
 
 @dataclass(kw_only=True)

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import stat
 import threading
 from pathlib import Path
@@ -10,14 +11,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from robustness_tokens.data.image_processors import read_image_processor
 from robustness_tokens.hub.adapter_folder import (
-    AdapterFolder,
     cached_commit,
     check_base_is_repo_id,
     check_no_other_model,
     fetch_adapter,
     holds_adapter,
     is_repo_id,
+    load_adapter,
     normalize_subfolder,
     read_config,
     read_tokens,
@@ -26,6 +28,7 @@ from robustness_tokens.hub.adapter_folder import (
 from robustness_tokens.utils.files import read_json, write_text
 from tests.support.adapters import COMMIT, cache_as_repo
 from tests.support.disks import broken_disk, full_disk
+from tests.support.reports import make_report
 
 
 def edit_config(folder: Path, **changes: Any) -> None:
@@ -36,16 +39,15 @@ def edit_config(folder: Path, **changes: Any) -> None:
 
 
 def read_both(folder: Path) -> Tensor:
-    adapter = AdapterFolder(folder, from_hub=False)
-    return read_tokens(adapter, read_config(adapter))
+    return read_tokens(folder, read_config(folder))
 
 
 # Finding an adapter
 
 
 def test_fetch_a_local_folder(adapter_folder: Path) -> None:
-    assert fetch_adapter(adapter_folder) == AdapterFolder(adapter_folder, from_hub=False, commit=None)
-    assert fetch_adapter(str(adapter_folder.parent), subfolder=adapter_folder.name).path == adapter_folder
+    assert fetch_adapter(adapter_folder) == (adapter_folder, None)
+    assert fetch_adapter(str(adapter_folder.parent), subfolder=adapter_folder.name) == (adapter_folder, None)
 
 
 @pytest.mark.parametrize("missing", ["config.json", "model.safetensors"])
@@ -96,13 +98,43 @@ def test_a_subfolder_is_inside_the_repo(adapter_folder: Path, subfolder: str) ->
 
 def test_fetch_from_the_cache_of_the_hub(adapter_folder: Path, tmp_path: Path) -> None:
     snapshot = cache_as_repo(adapter_folder, tmp_path / "cache")
-    found = fetch_adapter("user/adapter", cache_dir=tmp_path / "cache", local_files_only=True)
-    assert (found.path.resolve(), found.from_hub, found.commit) == (snapshot.resolve(), True, COMMIT)
+    folder, commit = fetch_adapter("user/adapter", cache_dir=tmp_path / "cache", local_files_only=True)
+    assert (folder.resolve(), commit) == (snapshot.resolve(), COMMIT)
 
 
 def test_fetch_knows_its_arguments(adapter_folder: Path) -> None:
     with pytest.raises(TypeError, match="revison"):
         fetch_adapter(adapter_folder, revison="main")  # type: ignore[call-arg]
+
+
+def test_an_adapter_is_read_in_one_call(adapter_folder: Path) -> None:
+    make_report().save(adapter_folder)
+    adapter = load_adapter(adapter_folder)
+    assert (adapter.folder, adapter.commit) == (adapter_folder, None)
+    assert adapter.config.to_dict() == read_config(adapter_folder).to_dict()
+    assert torch.equal(adapter.tokens, load_file(adapter_folder / "model.safetensors")["robustness_tokens"])
+    assert (
+        adapter.image_processor.to_dict()
+        == read_image_processor(adapter_folder / "preprocessor_config.json").to_dict()
+    )
+    assert adapter.report == make_report()
+
+
+def test_errors_come_in_the_order_of_reading(adapter_folder: Path) -> None:
+    files = ("config.json", "model.safetensors", "preprocessor_config.json", "evaluation.json")
+    whole = {file: (adapter_folder / file).read_bytes() for file in files[:3]}
+    for file in files:
+        (adapter_folder / file).write_text("{")
+
+    def read() -> None:
+        adapter = load_adapter(adapter_folder)
+        _ = adapter.image_processor, adapter.report
+
+    for file in files:
+        with pytest.raises(ValueError, match=re.escape(str(adapter_folder / file))):
+            read()
+        (adapter_folder / file).write_bytes(whole.get(file, make_report().to_json_string().encode()))
+    read()
 
 
 def test_the_commit_of_a_base(adapter_folder: Path, tmp_path: Path) -> None:
@@ -116,7 +148,7 @@ def test_the_commit_of_a_base(adapter_folder: Path, tmp_path: Path) -> None:
 
 
 def test_read_config(adapter_folder: Path) -> None:
-    config = read_config(AdapterFolder(adapter_folder, from_hub=False))
+    config = read_config(adapter_folder)
     assert (config.num_robustness_tokens, config.hidden_size) == (3, 32)
     assert config.base_model_class == "Dinov2Model"
 
@@ -137,7 +169,7 @@ def test_read_config(adapter_folder: Path) -> None:
 def test_read_config_refuses(adapter_folder: Path, changes: dict[str, Any], message: str) -> None:
     edit_config(adapter_folder, **changes)
     with pytest.raises(ValueError, match=message):
-        read_config(AdapterFolder(adapter_folder, from_hub=False))
+        read_config(adapter_folder)
 
 
 BASE_NAMES_FROM_THE_HUB = ["/etc/passwd", "../../home", "./base", "a/b/c", "~/base", "C:\\base", "", "..", "user/../x"]
@@ -308,8 +340,7 @@ def test_a_small_file_is_on_the_disk_before_it_replaces_another(tmp_path: Path) 
 
 
 def test_readers_never_see_half_a_file(adapter_folder: Path) -> None:
-    adapter = AdapterFolder(adapter_folder, from_hub=False)
-    config = read_config(adapter)
+    config = read_config(adapter_folder)
 
     def write() -> None:
         for _ in range(50):
@@ -318,7 +349,7 @@ def test_readers_never_see_half_a_file(adapter_folder: Path) -> None:
     writer = threading.Thread(target=write)
     writer.start()
     while writer.is_alive():
-        assert read_tokens(adapter, config).shape == (3, 32)
+        assert read_tokens(adapter_folder, config).shape == (3, 32)
     writer.join()
 
 

@@ -31,8 +31,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub reads it
 from transformers import AutoModel, logging
 
 from robustness_tokens.cli.commands import info
-from robustness_tokens.data.image_processors import read_image_processor
-from robustness_tokens.hub.adapter_folder import fetch_adapter, read_config, read_report, read_tokens
+from robustness_tokens.hub.adapter_folder import load_adapter
 from robustness_tokens.models.injection import find_injector
 from robustness_tokens.models.modeling import RobustnessTokenModel
 
@@ -198,11 +197,8 @@ class Watch:
 
 
 def read(folder: Path, base: Any) -> None:
-    adapter = fetch_adapter(folder)
-    config = read_config(adapter)
-    read_tokens(adapter, config)
-    read_image_processor(folder / "preprocessor_config.json")
-    read_report(adapter)
+    adapter = load_adapter(folder)
+    _ = adapter.image_processor, adapter.report  # reads them
 
 
 def load(folder: Path, base: Any) -> None:

@@ -18,7 +18,7 @@ from transformers import AutoModel, AutoModelForImageClassification, pipeline
 
 from robustness_tokens.cli import commands
 from robustness_tokens.data.adversarial_pairs import load_adversarial_pairs
-from robustness_tokens.hub.adapter_folder import fetch_adapter, read_config, read_tokens
+from robustness_tokens.hub.adapter_folder import load_adapter
 from robustness_tokens.hub.push_pairs import push_adversarial_pairs
 from robustness_tokens.hub.pushing import push_adapter
 from robustness_tokens.models.modeling import RobustnessTokenModel, RobustnessTokenPreTrainedModel
@@ -160,9 +160,9 @@ def push(folder: str, repo_id: str, *, token: str = "hf_alice", xet: bool = True
 def fetch(repo_id: str, *, token: str | None = "hf_alice", xet: bool = True, **kwargs: Any) -> dict[str, str]:
     """Downloads an adapter and reads its tokens, without its base."""
     choose_upload(xet)
-    folder = fetch_adapter(repo_id, token=token or False, **kwargs)
-    files = {path.name: path.read_bytes().hex() for path in folder.path.iterdir() if path.is_file()}
-    return {**files, "tokens": digits(read_tokens(folder, read_config(folder)))}
+    adapter = load_adapter(repo_id, token=token or False, **kwargs)
+    files = {path.name: path.read_bytes().hex() for path in adapter.folder.iterdir() if path.is_file()}
+    return {**files, "tokens": digits(adapter.tokens)}
 
 
 def robtok(*, arguments: list[str], token: str | None, xet: bool = True) -> tuple[int, str]:

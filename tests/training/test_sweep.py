@@ -23,7 +23,7 @@ from robustness_tokens.cli import commands
 from robustness_tokens.cli.parsing import DataArguments, ModelArguments, parse_groups
 from robustness_tokens.data.adversarial_pairs import load_adversarial_pairs
 from robustness_tokens.data.image_datasets import choose_rows
-from robustness_tokens.hub.adapter_folder import AdapterFolder, read_config, read_tokens
+from robustness_tokens.hub.adapter_folder import load_adapter, read_config
 from robustness_tokens.models.modeling import RobustnessTokenModel
 from robustness_tokens.report import plots
 from robustness_tokens.training import make_pairs, sweep, trainer
@@ -80,7 +80,7 @@ def test_the_folder_holds_an_adapter_per_combination(swept: tuple[Path, list[Swe
     assert {path.name for path in folder.iterdir()} == {*members, CSV_FILE, FIGURE_FILE, PAIRS_FOLDER}
     assert [(row.num_robustness_tokens, row.seed) for row in rows] == [(1, 0), (1, 1), (4, 0), (4, 1)]
     for name, count in members.items():
-        config = read_config(AdapterFolder(folder / name, from_hub=False))
+        config = read_config(folder / name)
         assert config.num_robustness_tokens == count
         assert config.training is not None
         assert config.training["dataset"]["num_images"] == MAX_STEPS * BATCH
@@ -134,8 +134,8 @@ def test_a_combination_ends_as_a_training_on_the_same_pairs(
         pairs.select(range(MAX_STEPS * BATCH)),
     )
     trainer.train()
-    adapter = AdapterFolder(folder / "tokens-4_lr-0.02_seed-1", from_hub=False)
-    assert torch.equal(read_tokens(adapter, read_config(adapter)), trainer.model.robustness_tokens)
+    adapter = load_adapter(folder / "tokens-4_lr-0.02_seed-1")
+    assert torch.equal(adapter.tokens, trainer.model.robustness_tokens)
 
     assert rows[3].train_adversarial_cosine == pytest.approx(trainer.log_history[-1]["adversarial_cosine"], abs=1e-6)
     items = [pairs[row] for row in range(MAX_STEPS * BATCH, len(pairs))]
@@ -481,7 +481,7 @@ def test_the_command_line_attacks_once_and_trains_many(base_folders: dict[str, P
     assert load_adversarial_pairs(tmp_path / "pairs").info.attack["eps"] == 8 / 255
 
     assert robtok("train", "pairs", "run").exit_code == 0
-    training = read_config(AdapterFolder(tmp_path / "run", from_hub=False)).training or {}
+    training = read_config(tmp_path / "run").training or {}
     assert (training["attack"], training["eps"], training["num_attack_steps"]) == ("pgd", 8 / 255, 2)
     assert "adversarial_pairs" in training["dataset"]
     assert "attack='paper'" in str(robtok("train", "pairs", "other", "--attack", "paper").exception)
