@@ -35,7 +35,7 @@ from ..models import (
     find_layer_stack,
     layer_fingerprint,
     resize_logits,
-    tokens_enabled,
+    tokens_in,
 )
 
 
@@ -92,8 +92,13 @@ def train_probe(
         FloatingPointError: If the training diverges.
     """
     base = base_of(model)
-    if with_tokens and find_injector(base) is None:
-        raise ValueError(f"with_tokens=True, but {type(base).__name__} has no robustness tokens: inject_tokens first")
+    tokens: Tensor | None = None
+    if with_tokens:
+        if (injector := find_injector(base)) is None:
+            raise ValueError(
+                f"with_tokens=True, but {type(base).__name__} has no robustness tokens: inject_tokens first"
+            )
+        tokens = injector.robustness_tokens
     for name, value in (("num_epochs", num_epochs), ("batch_size", batch_size), ("learning_rate", learning_rate)):
         if not value > 0:
             raise ValueError(f"{name} must be above 0, got {value}")
@@ -110,7 +115,7 @@ def train_probe(
                 for images, labels in _labelled(loader, broken_images, head_class, num_labels)
             )
 
-    with torch.no_grad(), tokens_enabled(base, with_tokens):
+    with torch.no_grad(), tokens_in(base, tokens):
         num_images = len(prepared) if hasattr(prepared, "__len__") else None
         first = next(next(read(shuffle=False)), None)
         if first is None:

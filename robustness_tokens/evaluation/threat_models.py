@@ -5,8 +5,8 @@ Shapes: B images, N sequence, K robustness tokens, D width, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -21,12 +21,12 @@ from ..models import (
     ProbedModel,
     RobustnessTokenForImageClassification,
     RobustnessTokenPreTrainedModel,
-    TokenInjector,
     computing_faster,
     default_feature_view,
     extract_features,
     find_injector,
     runs_in_half,
+    tokens_in,
 )
 
 
@@ -146,7 +146,7 @@ class EvaluatedModel:
 
     def _run(self, function: Callable[[Tensor], Tensor], images: Tensor, tokens: Tensor | None, exact: bool) -> Tensor:
         half = self.attack_precision == "bf16" and not exact
-        with active_tokens(self.injector, tokens), torch.autocast(self.device.type, torch.bfloat16, enabled=half):
+        with tokens_in(self.model, tokens), torch.autocast(self.device.type, torch.bfloat16, enabled=half):
             return function(self.normalizer(images)).float()
 
 
@@ -162,22 +162,6 @@ def _task_of(model: nn.Module) -> Task:
         f"task is not given, and a {type(model).__name__} doesn't say whether it classifies or segments: give "
         f"one of {get_args(Task)}"
     )
-
-
-@contextmanager
-def active_tokens(injector: TokenInjector, tokens: Tensor | None) -> Iterator[None]:
-    """Within the context the model holds these tokens, (K, D) for any K, or none; no gradient goes to them."""
-    own, enabled = injector.robustness_tokens, injector.enabled
-    injector.set_enabled(False)  # while they are swapped, since what counts them must follow their number
-    try:
-        if tokens is not None:
-            injector.robustness_tokens = nn.Parameter(tokens.detach().to(own.device), requires_grad=False)
-            injector.set_enabled(True)
-        yield
-    finally:
-        injector.set_enabled(False)
-        injector.robustness_tokens = own
-        injector.set_enabled(enabled)
 
 
 @dataclass(frozen=True, kw_only=True)

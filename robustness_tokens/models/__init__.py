@@ -16,9 +16,8 @@ from .heads import (
     base_of,
     load_head,
     resize_logits,
-    tokens_enabled,
 )
-from .injection import TokenInjector, find_injector, remove_tokens
+from .injection import find_injector, remove_tokens, tokens_in
 from .layer_stack import LayerStack, find_layer_stack, layer_fingerprint, vision_trunk
 from .merging import extract_tokens
 from .modeling import (
@@ -54,7 +53,6 @@ __all__ = [
     "RobustnessTokenModel",
     "RobustnessTokenPreTrainedModel",
     "SegmentationHead",
-    "TokenInjector",
     "attention_configs",
     "base_of",
     "check_patches",
@@ -79,6 +77,6 @@ __all__ = [
     "resize_logits",
     "run_compiled",
     "runs_in_half",
-    "tokens_enabled",
+    "tokens_in",
     "vision_trunk",
 ]

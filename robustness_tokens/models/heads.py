@@ -9,8 +9,8 @@ import json
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from ..data import IGNORE_INDEX
 from ..utils import read_json, write_bytes, write_text
 from .features import count_patches, extract_features, find_patch_size, head_inputs
-from .injection import find_injector
+from .injection import find_injector, tokens_in
 from .layer_stack import find_layer_stack, layer_fingerprint, vision_trunk
 from .modeling import RobustnessTokenPreTrainedModel
 
@@ -311,11 +311,9 @@ class ProbedModel(nn.Module):
         head = self.base_head if is_plain and self.base_head is not None else self.head
         return resize_logits(head(head.extract(base, pixel_values)), pixel_values.shape[-2:]).float()
 
-    @contextmanager
-    def disable_adapter(self) -> Iterator[None]:
-        """Within the context the tokens are off; a base without tokens stays what it is."""
-        with tokens_enabled(base_of(self.model), False):
-            yield
+    def disable_adapter(self) -> AbstractContextManager[None]:
+        """Turns the tokens off for the time of a `with` block; a base without tokens stays as it is."""
+        return tokens_in(self, None)
 
     def train(self, mode: bool = True) -> Self:
         """Stays in eval mode, whatever `mode`: a probe measures, and its batch norm must not drift."""
@@ -327,20 +325,6 @@ def resize_logits(logits: Tensor, size: torch.Size) -> Tensor:
     if logits.dim() == 2:
         return logits
     return F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=False)
-
-
-@contextmanager
-def tokens_enabled(base: PreTrainedModel, enabled: bool) -> Iterator[None]:
-    injector = find_injector(base)
-    if injector is None:
-        yield
-        return
-    before = injector.enabled
-    injector.set_enabled(enabled)
-    try:
-        yield
-    finally:
-        injector.set_enabled(before)
 
 
 def base_of(model: PreTrainedModel) -> PreTrainedModel:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -151,6 +152,37 @@ def attach_tokens(model: nn.Module, robustness_tokens: Tensor) -> TokenInjector:
 def find_injector(model: nn.Module) -> TokenInjector | None:
     """The injector that is attached to the model, or None."""
     return next((hook.__self__ for _, _, hook in _own_hooks(model)), None)
+
+
+@contextmanager
+def tokens_in(model: nn.Module, tokens: Tensor | None) -> Iterator[None]:
+    """Runs a model with other tokens for the time of the context, or without tokens; contexts nest.
+
+    Args:
+        model: A model with tokens in it. With `None` also a model without tokens, which stays as it is.
+        tokens: (K, D) for any K, to which no gradient goes. `None` turns the tokens off: the model computes bit for
+            bit what its base does.
+
+    Raises:
+        ValueError: If tokens are given for a model without tokens.
+    """
+    injector = find_injector(model)
+    if injector is None:
+        if tokens is not None:
+            raise ValueError(f"{type(model).__name__} has no robustness tokens to replace: call inject_tokens first")
+        yield
+        return
+    own, enabled = injector.robustness_tokens, injector.enabled
+    injector.set_enabled(False)  # rotary modules count the active tokens, whose number may change
+    try:
+        if tokens is not None:
+            injector.robustness_tokens = nn.Parameter(tokens.detach().to(own.device), requires_grad=False)
+            injector.set_enabled(True)
+        yield
+    finally:
+        injector.set_enabled(False)
+        injector.robustness_tokens = own
+        injector.set_enabled(enabled)
 
 
 def remove_tokens(model: nn.Module) -> Any:

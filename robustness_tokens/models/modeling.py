@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Self
 
@@ -42,7 +42,7 @@ from ..hub import (
 from ..report import RobustnessReport
 from ..utils import write_text
 from .features import default_feature_view, extract_features
-from .injection import TokenInjector, attach_tokens, remove_tokens
+from .injection import TokenInjector, attach_tokens, remove_tokens, tokens_in
 from .layer_stack import check_fingerprint, find_layer_stack, layer_fingerprint
 from .loading import (
     HUB_KWARGS,
@@ -280,15 +280,9 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
         """The features that the tokens were trained on (`config.feature_view`), (B, N, D) or (B, D)."""
         return extract_features(self.get_base_model(), pixel_values, feature_view=self.config.feature_view)
 
-    @contextmanager
-    def disable_adapter(self) -> Iterator[None]:
-        """Within the context the tokens are off, and the model computes bit for bit what the base does."""
-        before = self.injector.enabled
-        self.injector.set_enabled(False)
-        try:
-            yield
-        finally:
-            self.injector.set_enabled(before)
+    def disable_adapter(self) -> AbstractContextManager[None]:
+        """Turns the tokens off for the time of a `with` block: the model computes bit for bit what the base does."""
+        return tokens_in(self, None)
 
     def get_base_model(self) -> PreTrainedModel:
         """The base, tokens active in it (as in PEFT); see [`unload`]."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from robustness_tokens.models.injection import TokenInjector, attach_tokens, find_injector, remove_tokens
+from robustness_tokens.models.injection import TokenInjector, attach_tokens, find_injector, remove_tokens, tokens_in
 from robustness_tokens.models.layer_stack import find_layer_stack
 from tests.support.families import BATCH_SIZE, DEIT3, FAMILIES, HIDDEN_SIZE, hf, timm
 
@@ -250,6 +250,58 @@ def test_evas_rotary_positions_skip_the_tokens(tokens: Tensor) -> None:
     injector.set_enabled(True)
     remove_tokens(model)
     assert [attention.num_prefix_tokens for attention in attentions] == [2, 2]
+
+
+@pytest.mark.parametrize("name", ["dinov2", "beit_relative", "timm_deit3", "timm_eva"])
+def test_a_context_puts_other_tokens_in_and_nests(name: str, tokens: Tensor) -> None:
+    model, more = build(name), torch.randn(7, HIDDEN_SIZE)
+    plain = run(model, name).last_hidden_state
+    attach_tokens(model, more)
+    with_more = run(model, name).last_hidden_state
+    remove_tokens(model)
+    injector = attach_tokens(model, tokens)
+    own, with_own = injector.robustness_tokens, run(model, name).last_hidden_state
+    with tokens_in(model, more):
+        assert torch.equal(run(model, name).last_hidden_state, with_more)
+        with tokens_in(model, None):
+            assert torch.equal(run(model, name).last_hidden_state, plain)
+            with tokens_in(model, tokens):
+                assert torch.equal(run(model, name).last_hidden_state, with_own)
+                assert not injector.robustness_tokens.requires_grad
+            assert torch.equal(run(model, name).last_hidden_state, plain)
+        assert torch.equal(run(model, name).last_hidden_state, with_more)
+    assert injector.robustness_tokens is own
+    assert torch.equal(run(model, name).last_hidden_state, with_own)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+@pytest.mark.parametrize("given", [None, torch.zeros(1, HIDDEN_SIZE)])
+@pytest.mark.parametrize("name", ["dinov2", "timm_eva"])
+def test_tokens_come_back_after_an_error(name: str, given: Tensor | None, enabled: bool, tokens: Tensor) -> None:
+    model = build(name)
+    injector = attach_tokens(model, tokens)
+    injector.set_enabled(enabled)
+    own, expected = injector.robustness_tokens, run(model, name).last_hidden_state
+
+    def fail() -> None:
+        with tokens_in(model, given):
+            assert injector.num_active_tokens == (0 if given is None else 1)
+            raise RuntimeError("inside")
+
+    with pytest.raises(RuntimeError, match="inside"):
+        fail()
+    assert injector.robustness_tokens is own
+    assert injector.enabled is enabled
+    assert torch.equal(run(model, name).last_hidden_state, expected)
+
+
+def test_a_model_without_tokens_takes_none_in_a_context(tokens: Tensor) -> None:
+    model = build("dinov2")
+    before = run(model, "dinov2").last_hidden_state
+    with tokens_in(model, None):
+        assert torch.equal(run(model, "dinov2").last_hidden_state, before)
+    with pytest.raises(ValueError, match="Dinov2Model has no robustness tokens to replace"), tokens_in(model, tokens):
+        pass
 
 
 def test_a_failed_timm_call_leaves_the_model_as_it_was(tokens: Tensor) -> None:
