@@ -64,7 +64,7 @@ class RobustnessTokenConfig(PreTrainedConfig):
         base_model_revision (`str`, *optional*): Commit of the base on the Hub.
         base_model_class (`str`): The transformers class that loads the base, such as `"Dinov2Model"`.
         base_model_fingerprint (`dict[str, str]`): sha256 of the base's first and last layer by floating dtype, see
-            [`~robustness_tokens.models.layer_stack.layer_fingerprint`].
+            [`~robustness_tokens.models.layer_stack.base_fingerprint`].
         num_robustness_tokens (`int`): K, the number of tokens.
         hidden_size (`int`): D, the width of the base.
         initializer_range (`float`): Standard deviation of the tokens before training (paper: 0.01).
@@ -198,6 +198,27 @@ def check_schema_version(version: object) -> None:
             f"the adapter has schema_version {version}, this package reads up to {SCHEMA_VERSION}: "
             "pip install --upgrade robustness-tokens"
         )
+
+
+def check_same_base(
+    found: Mapping[str, str], expected: Mapping[str, str], *, found_name: str, expected_name: str, made: str, fix: str
+) -> None:
+    """Raises `ValueError` unless two fingerprints belong to one base: each digest that both hold must be equal.
+
+    `made` says what depends on the expected base, such as "the tokens were trained on"; `fix` what to do.
+    """
+    shared = sorted(set(found) & set(expected))
+    if not shared:
+        raise ValueError(
+            f"cannot tell whether {found_name} is {expected_name}: it has fingerprints for {sorted(found)}, expected "
+            f"one for {sorted(expected)}: load the base in float32, or {fix}"
+        )
+    for dtype in shared:
+        if found[dtype] != expected[dtype]:
+            raise ValueError(
+                f"{made} {expected_name}, but the base given is {found_name}, with other weights "
+                f"({dtype} fingerprint {found[dtype][:12]}, not {expected[dtype][:12]}): {fix}"
+            )
 
 
 def _checked_auto_map(auto_map: object) -> dict[str, str]:

@@ -1,4 +1,3 @@
-import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -7,7 +6,15 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from robustness_tokens.configuration import AUTO_MAP, RobustnessTokenConfig, check_config_dict, own_keys
+import robustness_tokens
+from robustness_tokens.configuration import (
+    AUTO_MAP,
+    REMOTE_CODE_FILE,
+    RobustnessTokenConfig,
+    check_config_dict,
+    check_same_base,
+    own_keys,
+)
 
 
 FIELDS = {
@@ -206,7 +213,24 @@ def test_the_packages_own_code_may_be_named() -> None:
     assert "auto_map" not in config_dict()
     for code in AUTO_MAP.values():
         module, name = code.split(".")
-        assert hasattr(importlib.import_module(f"robustness_tokens.{module}"), name)
+        assert f"{module}.py" == REMOTE_CODE_FILE
+        assert hasattr(robustness_tokens, name)
+
+
+SAME = {"found_name": "FOUND", "expected_name": "EXPECTED", "made": "the pairs were made for", "fix": "make pairs"}
+
+
+def test_every_digest_that_both_fingerprints_hold_must_be_equal() -> None:
+    first, second = {"bfloat16": "a" * 64}, {"float16": "b" * 64}
+    both = first | second
+    for found, expected in ((both, both), (both, first), (second, both)):
+        check_same_base(found, expected, **SAME)
+    message = "the pairs were made for EXPECTED, but the base given is FOUND, with other weights"
+    with pytest.raises(ValueError, match=rf"{message} \(float16 fingerprint c{{12}}, not b{{12}}\): make pairs$"):
+        check_same_base(both | {"float16": "c" * 64}, both, **SAME)
+    for found, expected in ((first, second), ({}, both), (both, {})):
+        with pytest.raises(ValueError, match=r"cannot tell whether FOUND is EXPECTED.*float32, or make pairs$"):
+            check_same_base(found, expected, **SAME)
 
 
 def test_a_newer_schema_says_so_before_it_complains_of_keys() -> None:

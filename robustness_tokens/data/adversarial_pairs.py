@@ -29,7 +29,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..configuration import RobustnessTokenConfig
+from ..configuration import RobustnessTokenConfig, check_same_base
 from ..utils import read_json, write_text
 
 
@@ -366,21 +366,14 @@ def check_base(info: PairsInfo, config: RobustnessTokenConfig) -> None:
     Raises:
         ValueError: With what differs.
     """
-    found = config.base_model_fingerprint or {}
-    shared = sorted(set(found) & set(info.base_model_fingerprint))
-    if not shared:
-        raise ValueError(
-            f"cannot tell whether the pairs were made for {config.base_model_name_or_path!r}: they hold fingerprints "
-            f"for {sorted(info.base_model_fingerprint)}, the model's config for {sorted(found)}: load the base in "
-            "float32"
-        )
-    if differing := [name for name in shared if found[name] != info.base_model_fingerprint[name]]:
-        name = differing[0]
-        raise ValueError(
-            f"the pairs were made for {info.base_model_class} {info.base_model!r}, but the model's base is "
-            f"{config.base_model_class} {config.base_model_name_or_path!r}, with other weights ({name} fingerprint "
-            f"{found[name][:12]}, not {info.base_model_fingerprint[name][:12]}): make pairs for it by robtok attack"
-        )
+    check_same_base(
+        config.base_model_fingerprint or {},
+        info.base_model_fingerprint,
+        found_name=f"{config.base_model_class} {config.base_model_name_or_path!r}",
+        expected_name=f"{info.base_model_class} {info.base_model!r}",
+        made="the pairs were made for",
+        fix="make pairs for it by robtok attack",
+    )
     names = ["feature_view", "image_mean", "image_std"]
     if info.attack["attack"] != "paper":  # whose cosine is along dim 1, whatever the axis of the loss
         names.append("similarity_axis")

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..configuration import RobustnessTokenConfig
 from ..data import choose_rows, describe_dataset, find_image_shape
 from ..hub import holds_adapter, load_adapter
-from ..models import RobustnessTokenModel, find_layer_stack, layer_fingerprint, remove_tokens, vision_trunk
+from ..models import RobustnessTokenModel, base_fingerprint, remove_tokens, vision_trunk
 from ..report import format_setting
 from ..training import (
     RobustnessTokenTrainer,
@@ -259,7 +259,7 @@ def _key(
 ) -> str:
     """A name for everything that the attacker's tokens depend on, but for the spec."""
     content = {
-        "base": layer_fingerprint(find_layer_stack(base).layers),
+        "base": base_fingerprint(base),
         "features": [model.feature_view, model.similarity_axis],
         "initializer_range": _initializer_range(model),
         "normalizer": repr(model.normalizer.image_mean.tolist() + model.normalizer.image_std.tolist()),

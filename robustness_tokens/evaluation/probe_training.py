@@ -30,10 +30,9 @@ from ..models import (
     ProbeHead,
     RobustnessTokenPreTrainedModel,
     SegmentationHead,
+    base_fingerprint,
     base_of,
     find_injector,
-    find_layer_stack,
-    layer_fingerprint,
     resize_logits,
     tokens_in,
 )
@@ -157,7 +156,7 @@ def _build_head(
         head = head_class(
             in_features,
             num_labels,
-            base_model_fingerprint=layer_fingerprint(find_layer_stack(base).layers),
+            base_model_fingerprint=base_fingerprint(base),
             trained_with_tokens=with_tokens,
         )
     return head.to(base.device)

@@ -18,7 +18,7 @@ from .heads import (
     resize_logits,
 )
 from .injection import find_injector, remove_tokens, tokens_in
-from .layer_stack import LayerStack, find_layer_stack, layer_fingerprint, vision_trunk
+from .layer_stack import LayerStack, base_fingerprint, find_layer_stack, vision_trunk
 from .merging import extract_tokens
 from .modeling import (
     RobustnessTokenForImageClassification,
@@ -54,6 +54,7 @@ __all__ = [
     "RobustnessTokenPreTrainedModel",
     "SegmentationHead",
     "attention_configs",
+    "base_fingerprint",
     "base_of",
     "check_patches",
     "choose_attention",
@@ -69,7 +70,6 @@ __all__ = [
     "head_inputs",
     "import_published_tokens",
     "inject_tokens",
-    "layer_fingerprint",
     "load_head",
     "onednn_is_faster",
     "packed_once",

@@ -25,7 +25,7 @@ from ..data import IGNORE_INDEX
 from ..utils import read_json, write_bytes, write_text
 from .features import count_patches, extract_features, find_patch_size, head_inputs
 from .injection import find_injector, tokens_in
-from .layer_stack import find_layer_stack, layer_fingerprint, vision_trunk
+from .layer_stack import check_base, vision_trunk
 from .modeling import RobustnessTokenPreTrainedModel
 
 
@@ -290,8 +290,14 @@ class ProbedModel(nn.Module):
         self.model = model
         base = base_of(model)
         for one in heads:
-            if not ignore_base_mismatch:
-                _check_base(base, one)
+            if one.base_model_fingerprint and not ignore_base_mismatch:
+                check_base(
+                    base,
+                    one.base_model_fingerprint,
+                    expected_name="the head's own base",
+                    made=f"the {one.task} head was trained on",
+                    fix="train a head on this base",
+                )
             one.to(base.device).requires_grad_(False)
         self.head, self.base_head, self.task = head, base_head, head.task
         self.eval()
@@ -329,13 +335,3 @@ def resize_logits(logits: Tensor, size: torch.Size) -> Tensor:
 
 def base_of(model: PreTrainedModel) -> PreTrainedModel:
     return model.get_base_model() if isinstance(model, RobustnessTokenPreTrainedModel) else model
-
-
-def _check_base(base: PreTrainedModel, head: ProbeHead) -> None:
-    found = layer_fingerprint(find_layer_stack(base).layers)
-    expected = head.base_model_fingerprint
-    if expected and not any(expected.get(dtype) == digest for dtype, digest in found.items()):
-        raise ValueError(
-            f"the {head.task} head was trained on a base with other weights than this {type(base).__name__}: train a "
-            "head on this one, or pass ignore_base_mismatch=True if you know that they are the same"
-        )

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..configuration import check_same_base
+
 
 # A model is loaded in any of these; rounding float32 to them is deterministic, so their bytes identify it in all.
 _FINGERPRINT_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -74,21 +76,13 @@ def find_layer_stack(model: nn.Module) -> LayerStack:
     )
 
 
-def layer_fingerprint(
-    layers: nn.ModuleList | nn.Sequential, dtypes: Mapping[str, torch.dtype] = _FINGERPRINT_DTYPES
-) -> dict[str, str]:
-    """Identifies a backbone by its first and last layer, the same under a head, in a DPT, or loaded in half precision.
+def base_fingerprint(model: nn.Module, dtypes: Mapping[str, torch.dtype] = _FINGERPRINT_DTYPES) -> dict[str, str]:
+    """Identifies a base by its first and last layer: the same under a head, in a DPT, or loaded in half precision.
 
     sha256 over the tensors' names relative to the stack, their shapes, and their values rounded to bfloat16 and to
-    float16. A model held in one of these two can only be fingerprinted in that one.
-
-    Args:
-        layers: The layer stack of the base.
-        dtypes: Which of the two to compute.
-
-    Returns:
-        Hexadecimal digests by dtype name. Compare with [`check_fingerprint`].
+    float16, by dtype name. A model in one of these two dtypes has a digest in that one alone.
     """
+    layers = find_layer_stack(model).layers
     tensors: dict[str, Tensor] = {}
     for index in sorted({0, len(layers) - 1}):
         tensors |= {f"{index}.{name}": tensor for name, tensor in sorted(layers[index].state_dict().items())}
@@ -108,33 +102,19 @@ def layer_fingerprint(
     return digests
 
 
-def check_fingerprint(
-    layers: nn.ModuleList | nn.Sequential, expected: Mapping[str, str], *, found_name: str, expected_name: str
-) -> None:
-    """Refuses a base that is not the one the tokens were trained on.
-
-    Args:
-        layers: The layer stack of the base at hand.
-        expected: What [`layer_fingerprint`] gave for the base of the adapter.
-        found_name: How to call the base at hand in the error.
-        expected_name: How to call the adapter's base in the error.
-
-    Raises:
-        ValueError: If they differ, or cannot be compared.
-    """
-    mend = "load that base, or pass ignore_base_mismatch=True if you know that they are the same"
-    for dtype_name, dtype in _FINGERPRINT_DTYPES.items():
-        found = layer_fingerprint(layers, {dtype_name: dtype}) if dtype_name in expected else {}
-        if dtype_name in found:
-            if found[dtype_name] == expected[dtype_name]:
-                return
-            raise ValueError(
-                f"the tokens were trained on {expected_name}, but the base given is {found_name}, with other weights "
-                f"({dtype_name} fingerprint {found[dtype_name][:12]}, not {expected[dtype_name][:12]}): {mend}"
-            )
-    raise ValueError(
-        f"cannot tell whether {found_name} is {expected_name}: the adapter holds fingerprints for {sorted(expected)}, "
-        f"and the base is in none of these: load it in float32, or {mend}"
+def check_base(model: nn.Module, expected: Mapping[str, str], *, expected_name: str, made: str, fix: str) -> None:
+    """Raises `ValueError` unless the model's base has the expected fingerprint, see [`check_same_base`]."""
+    found: dict[str, str] = {}
+    for name, dtype in _FINGERPRINT_DTYPES.items():
+        if name in expected and not found:  # one digest is enough, and each takes a pass over the weights
+            found = base_fingerprint(model, {name: dtype})
+    check_same_base(
+        found,
+        expected,
+        found_name=f"{type(model).__name__} {getattr(getattr(model, 'config', None), 'name_or_path', '')!r}",
+        expected_name=expected_name,
+        made=made,
+        fix=f"{fix}, or pass ignore_base_mismatch=True if you know that they are the same",
     )
 
 

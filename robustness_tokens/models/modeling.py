@@ -43,7 +43,7 @@ from ..report import RobustnessReport
 from ..utils import write_text
 from .features import default_feature_view, extract_features
 from .injection import TokenInjector, attach_tokens, remove_tokens, tokens_in
-from .layer_stack import check_fingerprint, find_layer_stack, layer_fingerprint
+from .layer_stack import base_fingerprint, check_base, find_layer_stack
 from .loading import (
     HUB_KWARGS,
     headless_class_name,
@@ -161,7 +161,7 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
             base_model_name_or_path=name,
             base_model_revision=cached_commit(name, revision=revision, cache_dir=cache_dir) if is_pinned else None,
             base_model_class=base_class,
-            base_model_fingerprint=layer_fingerprint(stack.layers),
+            base_model_fingerprint=base_fingerprint(base),
             num_robustness_tokens=num_robustness_tokens,
             hidden_size=stack.hidden_size,
             initializer_range=initializer_range,
@@ -499,11 +499,12 @@ def _check_tokens(tokens: Tensor) -> Tensor:
 
 def _check_base(base: PreTrainedModel, config: RobustnessTokenConfig) -> None:
     revision = f" at {config.base_model_revision}" if config.base_model_revision else ""
-    check_fingerprint(
-        find_layer_stack(base).layers,
+    check_base(
+        base,
         config.base_model_fingerprint or {},
-        found_name=f"{type(base).__name__} {getattr(getattr(base, 'config', None), 'name_or_path', '')!r}",
         expected_name=f"{config.base_model_class} {config.base_model_name_or_path!r}{revision}",
+        made="the tokens were trained on",
+        fix="load that base",
     )
 
 

@@ -20,20 +20,20 @@ from transformers import (
 )
 
 from robustness_tokens.models.layer_stack import (
-    check_fingerprint,
+    base_fingerprint,
+    check_base,
     find_layer_stack,
-    layer_fingerprint,
     square_size,
     vision_trunk,
 )
 
 
 def fingerprint(model: nn.Module) -> dict[str, str]:
-    return layer_fingerprint(find_layer_stack(model).layers)
+    return base_fingerprint(model)
 
 
 def check(model: nn.Module, expected: dict[str, str]) -> None:
-    check_fingerprint(find_layer_stack(model).layers, expected, found_name="FOUND", expected_name="EXPECTED")
+    check_base(model, expected, expected_name="EXPECTED", made="the tokens were trained on", fix="load that base")
 
 
 def test_finds_the_stack(base: PreTrainedModel) -> None:
@@ -141,7 +141,7 @@ def test_fingerprint_sees_one_changed_weight(base: PreTrainedModel, layer: int) 
     found = fingerprint(base)
     assert all(found[name] != expected[name] for name in expected)
     with pytest.raises(
-        ValueError, match=r"trained on EXPECTED, but the base given is FOUND.*ignore_base_mismatch=True"
+        ValueError, match=r"trained on EXPECTED, but the base given is \w+ ''.*ignore_base_mismatch=True"
     ):
         check(base, expected)
 
@@ -155,15 +155,15 @@ def test_fingerprint_sees_swapped_layers(base: PreTrainedModel) -> None:
 
 def test_fingerprints_that_cannot_be_compared(base: PreTrainedModel) -> None:
     expected = fingerprint(copy.deepcopy(base).bfloat16())
-    with pytest.raises(ValueError, match=r"cannot tell whether FOUND is EXPECTED.*\['bfloat16'\].*float32"):
+    with pytest.raises(ValueError, match=r"cannot tell whether \w+ '' is EXPECTED.*\['bfloat16'\].*float32"):
         check(base.half(), expected)
     with pytest.raises(ValueError, match="cannot tell"):
         check(base.float(), {})
 
 
-def test_fingerprint_needs_the_weights() -> None:
+def test_fingerprint_needs_the_weights(base: PreTrainedModel) -> None:
     with pytest.raises(ValueError, match="meta device"):
-        layer_fingerprint(nn.ModuleList([nn.Linear(2, 2, device="meta")]))
+        fingerprint(base.to("meta"))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
