@@ -1,6 +1,6 @@
-"""Writes MODEL_CARD.md, the card of the quickstart's adapter.
+"""Writes docs/example_card.md, the card of the quickstart's adapter.
 
-python examples/quickstart/write_card.py outputs/quickstart/adapter   # takes config and report of a run over, to card/
+python examples/quickstart/write_card.py outputs/quickstart/adapter   # stores the run's config and report in card/
 python examples/quickstart/write_card.py                              # from card/ alone
 """
 
@@ -15,11 +15,11 @@ from robustness_tokens.hub import CONFIG_FILE, EVALUATION_FILE, load_adapter, re
 
 HERE = Path(__file__).parent
 STORED = HERE / "card"
-MODEL_CARD = HERE.parent.parent / "MODEL_CARD.md"
+EXAMPLE_CARD = HERE.parent.parent / "docs" / "example_card.md"
 
 
 def render_quickstart_card() -> str:
-    """The card that the stored config and report make."""
+    """Returns the card of the stored config and report."""
     return render_card(
         read_config(STORED),
         name="outputs/quickstart/adapter",
@@ -44,12 +44,12 @@ def take_over(adapter: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("adapter", type=Path, nargs="?", help="folder of a run's adapter, to be taken over first")
+    parser.add_argument("adapter", type=Path, nargs="?", help="folder of a run's adapter, to be stored first")
     args = parser.parse_args()
     if args.adapter is not None:
         take_over(args.adapter)
-    MODEL_CARD.write_text(render_quickstart_card(), encoding="utf-8")
-    print(f"wrote {MODEL_CARD}")
+    EXAMPLE_CARD.write_text(render_quickstart_card(), encoding="utf-8")
+    print(f"wrote {EXAMPLE_CARD}")
 
 
 if __name__ == "__main__":

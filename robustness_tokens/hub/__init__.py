@@ -17,8 +17,7 @@ from .adapter_folder import (
     report_of,
     write_tokens,
 )
-from .card import render_card
-from .card_update import is_generated, update_card
+from .card import is_generated, render_card, update_card
 from .eval_results import to_eval_results
 from .push_pairs import push_adversarial_pairs
 from .pushing import push_adapter

@@ -1,4 +1,4 @@
-"""The card of an adapter: what it is, how to load it, what was measured, what it does not promise."""
+"""The card of an adapter: rendered from card.md.j2, and merged into a card that a person wrote in."""
 
 from __future__ import annotations
 
@@ -6,21 +6,35 @@ import json
 import re
 import shlex
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import yaml
 from huggingface_hub import ModelCardData
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
 from ..configuration import RobustnessTokenConfig
-from ..report import RobustnessReport, code, format_eps, format_setting, headline, plain, render_report_markdown, table
+from ..report import (
+    RobustnessReport,
+    code,
+    format_eps,
+    headline,
+    plain,
+    prose,
+    results_table,
+)
 from .adapter_folder import is_repo_id
-from .card_update import BEGIN, END
-from .eval_results import to_eval_results
+from .eval_results import EVALUATED_WITH, PACKAGE, main_results, to_eval_results
 
 
-UNKNOWN_DATASET = "PATH_OR_HUB_ID"
+BEGIN = "<!-- robustness_tokens:begin -->"
+END = "<!-- robustness_tokens:end -->"
+PLACEHOLDER = "PATH_OR_HUB_ID"
 
-# What of a recipe `robtok train` is told.
+# The settings of a recipe that `robtok train` takes.
 RECIPE_ARGUMENTS = (
     *("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type"),
     *("warmup_steps", "max_grad_norm", "invariance_weight", "adversarial_weight", "attack", "attack_through", "eps"),
@@ -43,140 +57,47 @@ _USES = {
 }
 # By the `attack_through` of the recipe.
 _ATTACKERS = {
-    "base": "They were trained against an attacker who knows the backbone but not the tokens (grey box)",
-    "tokens": "They were trained against an attacker who knows the backbone and the tokens (white box)",
-    "both": "They were trained against attackers who know the backbone, with and without the tokens",
+    "base": "an attacker who knows the backbone but not the tokens (grey box)",
+    "tokens": "an attacker who knows the backbone and the tokens (white box)",
+    "both": "attackers who know the backbone, with and without the tokens",
 }
-
-_MAX_SETTING = 1000
-
-_BODY = """\
-{begin}
-<!-- robustness_tokens writes anew what stands from here to its end mark; text outside stays as it is. -->
-
-# Robustness tokens for {base}
-
-{count} learned input tokens (width {width}) that make the frozen backbone {base} more robust to adversarial images.
-The backbone's weights are not changed, and not in this repository: they are loaded from where they are.
-{headline}
-## Use
-
-`pip install robustness-tokens`, then:
-
-```python
-from robustness_tokens import {model_class}
-from PIL import Image
-
-model = {model_class}.from_pretrained({arguments})
-image = Image.new("RGB", (224, 224))  # yours: Image.open("picture.jpg")
-pixel_values = model.image_processor(image, return_tensors="pt")["pixel_values"]
-{call}
-```
-
-With the package imported, `{auto_class}` and `pipeline("{pipeline_tag}", ...)` work on this folder or repository
-too. A model that has a head of its own on this backbone keeps it: {inject}.
-
-{evaluation}
-## Threat model
-
-{threat}
-
-## Limits
-
-{limits}
-
-## Base
-
-{base_table}
-
-Another base is refused on loading.
-
-## Training
-
-{training}
-
-## How to reproduce
-
-{reproduction}
-
-The method is that of [Robustness Tokens](https://arxiv.org/abs/2503.10191) (ECCV 2024).
-
-{end}
-"""
+# What an adapter is; nothing else of a person's metadata is replaced.
+_OWN_KEYS = ("base_model", "base_model_relation", "library_name", "pipeline_tag", "datasets")
+_MARKER_LINE = re.compile(r"^<!-- robustness_tokens:(begin|end) -->[ \t]*\r?$", re.MULTILINE)
+_MAX_RECORDED = 1000
 
 
-def train_command(config: RobustnessTokenConfig, training: Mapping[str, Any], trained_on: str | None) -> str:
-    """The `robtok train` that makes such tokens.
+class _Dumper(yaml.SafeDumper):
+    """Writes lists of plain values, and metrics with their arguments, on one line, so that a card stays short."""
 
-    Args:
-        config: The adapter's configuration.
-        training: Its recipe.
-        trained_on: Hub id of the training data, if they are there.
-
-    Returns:
-        Lines for a shell.
-    """
-    num_processes = training.get("num_processes")
-    program = "robtok train"
-    if isinstance(num_processes, int) and num_processes > 1:
-        program = f"accelerate launch --num_processes {num_processes} -m robustness_tokens train"
-    options: dict[str, Any] = {
-        "base_model": config.base_model_name_or_path or "BASE_MODEL",
-        "base_model_revision": config.base_model_revision,
-        "dataset": trained_on or UNKNOWN_DATASET,
-        "output_dir": "outputs/adapter",
-        "num_robustness_tokens": config.num_robustness_tokens,
-        "initializer_range": config.initializer_range,
-        "feature_view": config.feature_view,
-        "similarity_axis": config.similarity_axis,
-        "image_mean": config.image_mean,
-        "image_std": config.image_std,
-    }
-    if trained_on is not None:
-        entry = training["dataset"]
-        options |= _plain_values({"dataset_config": entry.get("config"), "split": entry.get("split")})
-    options |= _plain_values({key: training.get(key) for key in RECIPE_ARGUMENTS})
-    if training.get("resize") == "processor":
-        options.pop("image_size", None)  # it came of the processor, and was not asked for
-    return _command(program, options)
+    def represent_mapping(self, tag: str, mapping: Any, flow_style: bool | None = None) -> yaml.MappingNode:
+        if not self.represented_objects:  # the outermost
+            flow_style = False
+        elif "args" in mapping:
+            flow_style = True
+        return super().represent_mapping(tag, mapping, flow_style)
 
 
-def evaluate_command(report: RobustnessReport, *, name: str) -> str:
-    """The `robtok evaluate` that makes such a report of the adapter of that name."""
-    options = {
-        "dataset": report.dataset["name"],
-        "split": report.dataset["split"],
-        "output_dir": "outputs/evaluation",
-        "task": "classification" if any(result.task == "classification" for result in report.results) else None,
-        "budget": report.budget,
-        "seed": report.seed,
-    }
-    return _command(f"robtok evaluate {_word(name)}", options)
+def _dump(values: Mapping[str, Any]) -> str:
+    dumped: str = yaml.dump(
+        values, Dumper=_Dumper, sort_keys=False, default_flow_style=None, allow_unicode=True, width=10**6
+    )
+    return dumped
 
 
-def _plain_values(options: Mapping[str, Any]) -> dict[str, Any]:
-    """A list would be several words, and a word of its own may be an option."""
-    return {key: value for key, value in options.items() if isinstance(value, str | int | float)}
+def _as_text(value: object) -> object:
+    """Keeps what a config or a report says from being markup, in every `{{ }}` without a filter."""
+    return value if isinstance(value, Markup) else prose(value)
 
 
-def _command(program: str, options: Mapping[str, Any]) -> str:
-    words = [_option(key, value) for key, value in options.items() if value is not None]
-    return " \\\n    ".join([program, *words])
-
-
-def _option(key: str, value: Any) -> str:
-    is_like_option = plain(value).startswith("-") and not isinstance(value, int | float)
-    return f"--{key}{'=' if is_like_option else ' '}{_words(value)}"
-
-
-def _words(value: Any) -> str:
-    if isinstance(value, float) and 0 < value < 1 and value == round(255 * value) / 255:
-        return f"{round(255 * value)}/255"
-    return " ".join(map(_word, value)) if isinstance(value, list) else _word(value)
-
-
-def _word(value: object) -> str:
-    return shlex.quote(plain(value))
+_ENVIRONMENT = Environment(
+    loader=FileSystemLoader(Path(__file__).parent),
+    undefined=StrictUndefined,
+    finalize=_as_text,
+    trim_blocks=True,
+    keep_trailing_newline=True,
+)
+_ENVIRONMENT.filters["code"] = lambda text: Markup(code(text))
 
 
 def render_card(
@@ -189,88 +110,147 @@ def render_card(
     report: RobustnessReport | None = None,
     tags: Sequence[str] = (),
 ) -> str:
-    """The README.md of an adapter. What config and report say is shown as text, never as markup.
+    """Renders the README.md of an adapter.
 
     Args:
         config: The adapter's configuration, with its training recipe.
         name: Folder or repo id that the load lines name.
         subfolder: Folder of the adapter inside the repo.
-        license: Of the base, which goes for its adapter too.
+        license: License of the base, which applies to its adapter too.
         datasets: Hub ids of the training data; by default that of the recipe, if it is one.
-        report: What was measured.
+        report: Results of an evaluation.
         tags: More tags for the Hub.
 
     Returns:
-        Markdown with the metadata that the Hub reads; all but the metadata stands between our markers.
+        Markdown: the metadata that the Hub reads, and the rest between our markers.
     """
     training = config.training or {}
-    base_id = config.base_model_name_or_path if is_repo_id(config.base_model_name_or_path) else None
     trained_on = _dataset_of_recipe(training)
     datasets = [trained_on] if datasets is None and trained_on else datasets
     model_class = next((name for name in config.architectures or () if name in _USES), "RobustnessTokenModel")
     auto_class, pipeline_tag, call = _USES[model_class]
-    eval_results = [] if report is None else to_eval_results(report)
     arguments = _literal(name) + (f", subfolder={_literal(subfolder)}" if subfolder else "")
+    eval_results = [] if report is None else to_eval_results(report)
+    has_repo_id = is_repo_id(config.base_model_name_or_path)
     data = ModelCardData(
-        base_model=base_id,
-        base_model_relation="adapter" if base_id else None,
+        base_model=config.base_model_name_or_path if has_repo_id else None,
+        base_model_relation="adapter" if has_repo_id else None,
         datasets=list(datasets) if datasets else None,
-        library_name="robustness_tokens",
+        library_name=PACKAGE,
         license=license,
         pipeline_tag=pipeline_tag,
         tags=["robustness-tokens", "adversarial-robustness", *tags],
         model_name=plain(name) if eval_results else None,
         eval_results=eval_results or None,
     )
-    body = _BODY.format(
+    recipe = _recipe(config, training, trained_on) if "max_steps" in training else {}
+    told = RECIPE_ARGUMENTS if recipe else ()
+    recorded = {key: value for key, value in training.items() if key not in told and value is not None}
+    body = _ENVIRONMENT.get_template("card.md.j2").render(
         begin=BEGIN,
         end=END,
-        base=code(config.base_model_name_or_path or config.base_model_class),
-        count=config.num_robustness_tokens,
-        width=config.hidden_size,
-        headline=f"\n{sentence}\n" if report is not None and (sentence := headline(report)) else "",
+        config=config,
+        base=config.base_model_name_or_path or config.base_model_class,
         model_class=model_class,
         arguments=arguments,
         auto_class=auto_class,
         pipeline_tag=pipeline_tag,
         call=call,
-        inject=code(f"inject_tokens(model, {arguments})"),
-        evaluation=(
-            "## Evaluation\n\nHow far these tokens protect has not been measured yet: `robtok evaluate` does that.\n"
-            if report is None
-            else render_report_markdown(report, level=2)
-        ),
-        threat=_render_threat_model(config, training),
-        limits=_render_limits(training),
-        base_table=_render_base(config),
-        training=_render_training(training),
-        reproduction=_render_reproduction(config, training, trained_on, name=name, report=report),
+        inject=f"inject_tokens(model, {arguments})",
+        headline=None if report is None else headline(report),
+        report=report,
+        table=None if report is None or not (leading := main_results(report)) else results_table(leading),
+        verdicts=[] if report is None else [check.passed for check in report.checks],
+        failed=[] if report is None else [check for check in report.checks if check.passed is False],
+        evaluate_command=None if report is None else _evaluate_command(report, name, subfolder),
+        training=training,
+        is_public=str(training.get("secrecy")).startswith("none"),
+        attacker=_ATTACKERS.get(str(training.get("attack_through"))),
+        attack=_attack_in_words(config, training),
+        recipe=_dump(recipe).rstrip() if recipe else None,
+        train_command=_train_command(training),
+        placeholder=PLACEHOLDER,
+        recorded=json.dumps(recorded, ensure_ascii=False, sort_keys=True)[:_MAX_RECORDED] if recorded else None,
     )
-    return f"---\n{data.to_yaml()}\n---\n\n{body}"
+    return f"---\n{_dump(data.to_dict()).rstrip()}\n---\n\n{body}"
 
 
 def _dataset_of_recipe(training: Mapping[str, Any]) -> str | None:
-    """The Hub id of the training data; without a namespace it may be a folder's name, and nothing is known."""
     entry = training.get("dataset")
-    name = entry.get("name") if isinstance(entry, dict) else None
+    return _hub_dataset(entry.get("name")) if isinstance(entry, dict) else None
+
+
+def _hub_dataset(name: object) -> str | None:
+    """Returns the Hub id that a dataset's name is; None without a namespace, since that may be a folder's name."""
     return name if isinstance(name, str) and "/" in name and is_repo_id(name) else None
 
 
-def _render_threat_model(config: RobustnessTokenConfig, training: Mapping[str, Any]) -> str:
-    if str(training.get("secrecy")).startswith("none"):
-        secret = (
-            "The defence rests on tokens that the attacker doesn't know, and these are published: whoever reads them "
-            "can attack through them (white box), and then they protect far less."
-        )
-    else:
-        secret = (
-            "The tokens are a secret, and the defence rests on it. Whoever can read this repository can attack "
-            "through them (white box), and then they protect far less. Keep the repository private."
-        )
-    attacker = _ATTACKERS.get(str(training.get("attack_through")))
-    if attacker is None:
-        return secret
-    return f"{secret}\n\n{attacker}{_attack_in_words(config, training)}."
+def _literal(text: str) -> str:
+    """Returns a string as Python code, in double quotes as formatters have it: JSON's are Python's."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _recipe(config: RobustnessTokenConfig, training: Mapping[str, Any], trained_on: str | None) -> dict[str, Any]:
+    """Returns the arguments of the `robtok train` that makes such tokens, as its YAML file holds them."""
+    given = dict(training)
+    if training.get("resize") == "processor":
+        del given["image_size"]  # it came of the processor, and was not asked for
+    entry = given["dataset"] if trained_on is not None else {}
+    settings = {
+        "base_model": config.base_model_name_or_path or "BASE_MODEL",
+        "base_model_revision": config.base_model_revision,
+        "dataset": trained_on or PLACEHOLDER,
+        "dataset_config": entry.get("config"),
+        "split": entry.get("split"),
+        "num_robustness_tokens": config.num_robustness_tokens,
+        "initializer_range": config.initializer_range,
+        "feature_view": config.feature_view,
+        "similarity_axis": config.similarity_axis,
+        **{key: given.get(key) for key in RECIPE_ARGUMENTS},
+    }
+    recipe: dict[str, Any] = {
+        key: _setting(value) for key, value in settings.items() if isinstance(value, str | int | float)
+    }
+    means = {"image_mean": config.image_mean, "image_std": config.image_std}
+    return recipe | {key: value for key, value in means.items() if value is not None}
+
+
+def _setting(value: str | int | float) -> str | int | float:
+    """Returns a value on one line; a fraction of 255 as one."""
+    if isinstance(value, float) and 0 < value < 1 and value == round(255 * value) / 255:
+        return f"{round(255 * value)}/255"
+    return plain(value) if isinstance(value, str) else value
+
+
+def _train_command(training: Mapping[str, Any]) -> str:
+    num_processes = training.get("num_processes")
+    program = "robtok train"
+    if isinstance(num_processes, int) and num_processes > 1:
+        program = f"accelerate launch --num_processes {num_processes} -m robustness_tokens train"
+    return f"{program} recipe.yaml --output_dir outputs/adapter"
+
+
+def _evaluate_command(report: RobustnessReport, name: str, subfolder: str) -> str:
+    """Returns the `robtok evaluate` of such a report; a placeholder stands for what the report doesn't say."""
+    tasks = {result.task for result in report.results}
+    options = {
+        "dataset": _hub_dataset(report.dataset["name"]) or PLACEHOLDER,
+        "split": report.dataset["split"],
+        "task": "classification" if "classification" in tasks else None,
+        "head": "HEAD" if "segmentation" in tasks else None,
+        "budget": report.budget,
+        "seed": report.seed,
+        "output_dir": "outputs/evaluation",
+    }
+    words = [f"--{key}={_word(value)}" for key, value in options.items() if value is not None]
+    if not subfolder:
+        return " ".join(["robtok evaluate", _word(name), *words])
+    download = f"hf download {_word(name)} --include {_word(f'{subfolder}/*')} --local-dir adapter"
+    return " ".join([download, "&& robtok evaluate", _word(f"adapter/{subfolder}"), *words])
+
+
+def _word(value: object) -> str:
+    return shlex.quote(plain(value))
 
 
 def _attack_in_words(config: RobustnessTokenConfig, training: Mapping[str, Any]) -> str:
@@ -285,72 +265,114 @@ def _attack_in_words(config: RobustnessTokenConfig, training: Mapping[str, Any])
     return ""
 
 
-def _render_limits(training: Mapping[str, Any]) -> str:
-    limits = [
-        "Nothing is proven: a number says what the attacks that were tried achieved. A better attack does more.",
-        "Only small changes of every pixel (L-inf) count here. Patches, rotations, blur and the like are other "
-        "threats.",
-        "A change larger than that of the training is another threat too.",
-        "On loading, the base is known by its first and its last layer. A base that was changed only between them is "
-        "taken for the right one, and the tokens may not protect it.",
-    ]
-    if (size := training.get("image_size")) is not None:
-        limits.append(f"Trained on images of {code(size)} pixels a side; at another size measure anew.")
-    if training.get("resize") == "squash":
-        limits.append(
-            "In training, whole pictures were squashed to a square. The image processor beside the tokens is the "
-            "base's own and may crop instead."
+def is_generated(card: str) -> bool:
+    """Tells whether a card holds a part that this package wrote."""
+    return _find_block(card) is not None
+
+
+def update_card(existing: str | None, new: str) -> str:
+    """Replaces our part of a card, or appends it; what a person wrote stays byte for byte.
+
+    Of the metadata, the keys that say what an adapter is are ours; tags and evaluation results are united; any other
+    key stays as it is. Doing it twice changes nothing more.
+
+    Args:
+        existing: The card so far; None where there is none.
+        new: A card from `render_card`.
+
+    Raises:
+        ValueError: If the metadata of the existing card are no YAML mapping.
+    """
+    if existing is None or not existing.strip():
+        return new
+    newline = "\r\n" if "\r\n" in existing else "\n"
+    new_metadata, new_body = _split(new)
+    old_metadata, body = _split(existing.removeprefix("\ufeff"))
+    begin, end = _find_block(new_body) or (0, len(new_body))
+    block = new_body[begin:end].replace("\n", newline)
+    if (span := _find_block(body)) is not None:
+        body = body[: span[0]] + block + body[span[1] :]
+    else:
+        while not body.endswith(2 * newline):
+            body += newline
+        body += block + newline
+    metadata = _merge_metadata(old_metadata or "", yaml.safe_load(new_metadata or "")).replace("\r\n", "\n")
+    gap = newline if old_metadata is None else ""
+    return "".join(line + newline for line in ("---", *metadata.split("\n"), "---")) + gap + body
+
+
+def _find_block(text: str) -> tuple[int, int] | None:
+    """Returns the span from a begin mark to the first end mark after it, with no other mark between."""
+    begin = None
+    for marker in _MARKER_LINE.finditer(text):
+        if marker[1] == "begin":
+            begin = marker.start()
+        elif begin is not None:
+            return begin, marker.end() - marker[0].endswith("\r")
+    return None
+
+
+def _split(card: str) -> tuple[str | None, str]:
+    """Returns the YAML of a card, None where there is none, and the rest."""
+    match = REGEX_YAML_BLOCK.search(card)
+    return (None, card) if match is None else (match[2], card[match.end() :])
+
+
+def _merge_metadata(old_yaml: str, new: dict[str, Any]) -> str:
+    """Returns the YAML with our keys in it; the lines of other keys, and comments, stay as they are."""
+    try:
+        old = yaml.safe_load(old_yaml)
+    except yaml.YAMLError as exc:
+        raise ValueError(f"the metadata of the existing README are not valid YAML, correct them first: {exc}") from exc
+    old = {} if old is None else old
+    if not isinstance(old, dict):
+        raise ValueError(
+            "the metadata of the existing README (between the --- at its top) must be a YAML mapping, got "
+            f"{type(old).__name__}: correct them first"
         )
-    return "\n".join(f"- {limit}" for limit in limits)
+    merged = {**old, **{key: value for key, value in new.items() if key in _OWN_KEYS or key not in old}}
+    tags = _as_list(old.get("tags"))
+    merged["tags"] = tags + [tag for tag in new["tags"] if tag not in tags]
+    merged["model-index"] = [*_results_of_others(old.get("model-index")), *new.get("model-index", [])]
+    if not merged["model-index"]:
+        del merged["model-index"]
+    text = old_yaml
+    for key in {**old, **merged}:
+        if key not in old or key not in merged or old[key] != merged[key]:
+            lines = _dump({key: merged[key]}) if key in merged else ""
+            # A key's lines: its own, and those after it that are indented, empty or items of a list.
+            of_key = re.compile(rf"^{re.escape(str(key))}:.*\n(?:(?:[ \t-].*)?\n)*", re.MULTILINE)
+            text, count = of_key.subn(lambda _: lines, text.rstrip("\n") + "\n", count=1)  # noqa: B023
+            text += "" if count else lines
+    try:
+        is_right = yaml.safe_load(text) == merged
+    except yaml.YAMLError:
+        is_right = False
+    # Lines can't be exchanged in `{a: 1}`, nor where there are anchors: then all of it is written again.
+    return (text if is_right else _dump(merged)).strip("\n")
 
 
-def _render_base(config: RobustnessTokenConfig) -> str:
-    rows = {
-        "model": code(config.base_model_name_or_path or "not named"),
-        "class": code(config.base_model_class),
-        "commit": code(config.base_model_revision) if config.base_model_revision else "not pinned",
-        "features": f"{config.feature_view}, cosine along the {config.similarity_axis} axis",
-        "normalisation": f"mean {config.image_mean}, std {config.image_std}",
-    }
-    return table(("", ""), rows.items())
+def _results_of_others(model_index: object) -> list[Any]:
+    """Returns the entries of a model-index without our metrics, and without what held nothing else."""
+    return [e for entry in _as_list(model_index) if (e := _without_ours(entry, "results", "metrics")) is not None]
 
 
-def _render_training(training: Mapping[str, Any]) -> str:
-    if not training:
-        return "The tokens have not been trained."
-    rows = []
-    for key, value in sorted(training.items()):
-        if value is not None:
-            is_word, is_number = re.fullmatch(r"[a-z]+(_[a-z]+)*", key), type(value) in (int, float)
-            shown = (
-                format_setting(key, value) if is_number else code(json.dumps(value, ensure_ascii=False)[:_MAX_SETTING])
-            )
-            rows.append((key if is_word else code(key), shown))
-    return table(("setting", "value"), rows)
+def _without_ours(element: Any, *levels: str) -> Any:
+    """Returns an entry, a result or a metric without what is ours in it; None if nothing else was."""
+    if not isinstance(element, dict):
+        return element
+    if not levels:
+        arguments = element.get("args")
+        is_ours = isinstance(arguments, dict) and str(arguments.get(EVALUATED_WITH)).startswith(PACKAGE)
+        return None if is_ours else element
+    before = _as_list(element.get(levels[0]))
+    after = [kept for part in before if (kept := _without_ours(part, *levels[1:])) is not None]
+    if before and not after:
+        return None
+    return element if after == before else {**element, levels[0]: after}
 
 
-def _literal(text: str) -> str:
-    """A string as Python code, in double quotes as formatters have it: JSON's are Python's."""
-    return json.dumps(text, ensure_ascii=False)
-
-
-def _render_reproduction(
-    config: RobustnessTokenConfig,
-    training: Mapping[str, Any],
-    trained_on: str | None,
-    *,
-    name: str,
-    report: RobustnessReport | None,
-) -> str:
-    blocks = []
-    if "max_steps" in training:
-        blocks.append(f"```bash\n{train_command(config, training, trained_on)}\n```")
-        if trained_on is None:
-            blocks.append(f"`{UNKNOWN_DATASET}` stands for the training images: a folder, a parquet file or a Hub id.")
-        if training.get("previous"):
-            blocks.append("This was the last of several trainings; the table above holds those before it.")
-    elif training:
-        blocks.append("These tokens were not trained by this package: the table above says where they come from.")
-    if report is not None:
-        blocks.append(f"```bash\n{evaluate_command(report, name=name)}\n```")
-    return "\n\n".join(blocks) or "There is nothing to reproduce."
+def _as_list(value: object) -> list[Any]:
+    if value is None:
+        return []
+    return value if isinstance(value, list) else [value]

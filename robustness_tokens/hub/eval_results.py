@@ -1,7 +1,8 @@
-"""The report as the Hub's model-index holds it."""
+"""The results of a report that the Hub's model-index holds."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from huggingface_hub import EvalResult
@@ -25,12 +26,16 @@ _METRIC_TYPES = {
 }
 
 
-def to_eval_results(report: RobustnessReport) -> list[EvalResult]:
-    """What leads the report of the adapter itself, with what the attacker knew, eps in pixels, and all else.
+def main_results(report: RobustnessReport) -> list[Result]:
+    """Returns what leads a report, by its main metric, the first of those that were measured."""
+    groups = list(group_results(report.results).values())
+    return groups[0].leading if groups else []
 
-    Numbers of the bare base and of the baselines are not the adapter's; these, the single attacks that a worst case is
-    over, and the curve over eps stay in the report.
-    """
+
+def to_eval_results(report: RobustnessReport) -> list[EvalResult]:
+    """Returns the adapter's main metric on clean images, in the grey box and in the white box, for the model-index."""
+    results = [result for result in main_results(report) if result.tokens == "trained"]
+    has_worst_case = any(result.knowledge == "full_worst_case" for result in results)
     name = plain(report.dataset["name"])
     return [
         EvalResult(
@@ -43,10 +48,15 @@ def to_eval_results(report: RobustnessReport) -> list[EvalResult]:
             metric_name=_metric_name(result),
             metric_args={EVALUATED_WITH: f"{PACKAGE} {plain(report.package_version)}", **_metric_args(result)},
         )
-        for group in group_results(report.results).values()
-        for result in group.leading
-        if result.tokens == "trained"
+        for knowledge in (None, "base", "full_worst_case" if has_worst_case else "full")
+        if (result := _strongest([result for result in results if result.knowledge == knowledge])) is not None
     ]
+
+
+def _strongest(results: Sequence[Result]) -> Result | None:
+    """Returns the lowest number at the first eps."""
+    at_first_eps = (result for result in results if result.eps == results[0].eps)
+    return min(at_first_eps, key=lambda result: result.value, default=None)
 
 
 def _metric_name(result: Result) -> str:
@@ -66,7 +76,6 @@ def _metric_args(result: Result) -> dict[str, Any]:
         "norm": result.norm,
         "eps_in_pixels": result.eps,
         "attack": None if result.attack is None else plain(result.attack),
-        "attack_parameters": {plain(k): v for k, v in result.attack_parameters.items() if v is not None} or None,
         "num_images": result.num_images,
         "seed": result.seed,
         "confidence_interval_95": None if interval is None else list(interval),

@@ -24,8 +24,7 @@ from .adapter_folder import (
     normalize_subfolder,
     report_of,
 )
-from .card import render_card
-from .card_update import update_card
+from .card import render_card, update_card
 
 
 logger = logging.getLogger(__name__)

@@ -1,7 +1,17 @@
 """The report of an evaluation: its schema, and how it reads."""
 
 from .html import render_report_html
-from .markdown import code, format_eps, format_setting, headline, plain, render_report_markdown, table
+from .markdown import (
+    code,
+    format_eps,
+    format_setting,
+    headline,
+    plain,
+    prose,
+    render_report_markdown,
+    results_table,
+    table,
+)
 from .plots import (
     plot_attacked_images,
     plot_eps_curves,
@@ -44,7 +54,9 @@ __all__ = [
     "plot_sweep",
     "plot_trade_off",
     "plot_training_curves",
+    "prose",
     "render_report_html",
     "render_report_markdown",
+    "results_table",
     "table",
 ]

@@ -134,11 +134,13 @@ def _render_results(results: Sequence[Result], hashes: str) -> list[str]:
     for (task, metric), groups in group_results(results).items():
         blocks.append(f"{hashes}## {TASKS[task]}: {METRICS[metric]}")
         if groups.leading:
-            blocks.append(_results_table(groups.leading, ("none", "trained"), in_short=True))
+            blocks.append(results_table(groups.leading))
         if groups.single:
-            blocks += _details("Every single attack", _results_table(groups.single, ("none", "trained")))
+            blocks += _details("Every single attack", results_table(groups.single, in_short=False))
         if groups.baselines:
-            blocks += _details("Baselines: other tokens in their place", _results_table(groups.baselines, BASELINES))
+            blocks += _details(
+                "Baselines: other tokens in their place", results_table(groups.baselines, BASELINES, in_short=False)
+            )
         if groups.sweep:
             blocks += _details("The curve over eps: one or two attacks, fewer images", _sweep_table(groups.sweep))
     return blocks
@@ -163,7 +165,9 @@ def _sweep_table(results: Sequence[Result]) -> str:
     )
 
 
-def _results_table(results: Sequence[Result], tokens: Sequence[str], *, in_short: bool = False) -> str:
+def results_table(
+    results: Sequence[Result], tokens: Sequence[str] = ("none", "trained"), *, in_short: bool = True
+) -> str:
     """One row per attack, one column per kind of tokens that occurs; in short, a worst case says over how many."""
     columns = [kind for kind in tokens if any(r.tokens == kind for r in results)]
     rows: dict[tuple[str, ...], dict[str, list[str]]] = {}

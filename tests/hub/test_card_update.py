@@ -6,8 +6,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from robustness_tokens.configuration import RobustnessTokenConfig
-from robustness_tokens.hub.card import render_card
-from robustness_tokens.hub.card_update import BEGIN, END, is_generated, update_card
+from robustness_tokens.hub.card import BEGIN, END, is_generated, render_card, update_card
 from tests.support.reports import make_report, make_result
 
 
@@ -114,8 +113,10 @@ def test_a_persons_metadata_stay_as_they_were_written() -> None:
     updated = update_card(PERSONS, NEW)
     lines = updated.split("---\n")[1].splitlines()
     theirs = PERSONS_METADATA.splitlines()
-    at = theirs.index("base_model: user/old")
-    expected = [*theirs[:at], "- adversarial-robustness", "base_model: user/base", *theirs[at + 1 :]]
+    at = theirs.index("tags:")
+    assert theirs[at : at + 4] == ["tags:", "- mine", "- robustness-tokens", "base_model: user/old"]
+    tags = "tags: [mine, robustness-tokens, adversarial-robustness]"
+    expected = [*theirs[:at], tags, "base_model: user/base", *theirs[at + 4 :]]
     assert lines[: len(expected)] == expected
     assert metadata(updated) == {
         **yaml.safe_load(PERSONS_METADATA),

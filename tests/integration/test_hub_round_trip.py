@@ -330,7 +330,7 @@ def test_the_report_goes_with_its_tokens(
     assert hub.repos[ADAPTER].files() == FILES | {EVALUATION_FILE}
     assert committed(hub) == [FILES | {EVALUATION_FILE}]
     card = card_data(hub.repos[ADAPTER].commit().files["README.md"].data.decode())
-    assert card["model-index"][0]["results"][0]["metrics"][0]["value"] == 0.25
+    assert [metric["value"] for metric in card["model-index"][0]["results"][0]["metrics"]] == [0.9, 0.25]
     # Pulled and pushed again, from a folder without the report.
     again = tmp_path / "again"
     client("load_and_save", adapter=ADAPTER, folder=str(again), token="hf_alice")
