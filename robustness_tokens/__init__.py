@@ -7,6 +7,7 @@ from .evaluation import evaluate_robustness
 from .models import (
     RobustnessTokenForImageClassification,
     RobustnessTokenModel,
+    export_onnx,
     extract_features,
     extract_tokens,
     inject_tokens,
@@ -26,6 +27,7 @@ __all__ = [
     "__version__",
     "cosine_similarity",
     "evaluate_robustness",
+    "export_onnx",
     "extract_features",
     "extract_tokens",
     "inject_tokens",

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..models import LayerStack, find_layer_stack, find_patch_size
+from ..models import find_layer_stack, find_patch_size
 from ..report import (
     Metric,
     plain,
@@ -202,7 +202,7 @@ def observe_layers(model: EvaluatedModel, images: Tensor, tokens: Tensor | None)
     finally:
         for handle in handles:
             handle.remove()
-    height, width = _patch_size(stack)
+    height, width = _patch_size(stack.owner)
     rows, columns = images.shape[2] // height, images.shape[3] // width
     if last.shape[1] < rows * columns:
         raise ValueError(
@@ -274,14 +274,10 @@ def _titles(model: EvaluatedModel, images: Tensor, attacked: Tensor) -> list[tup
     ]
 
 
-def _patch_size(stack: LayerStack) -> tuple[int, int]:
-    if stack.is_timm:
-        patch_embed: Any = stack.owner.patch_embed
-        height, width = patch_embed.patch_size
-        return height, width
-    size = find_patch_size(stack.owner)
+def _patch_size(owner: nn.Module) -> tuple[int, int]:
+    size = find_patch_size(owner)
     if size is None:
-        raise ValueError(f"{type(stack.owner).__name__} names no patch size, so its patches can't be put on a map")
+        raise ValueError(f"{type(owner).__name__} names no patch size, so its patches can't be put on a map")
     return size
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..configuration import RobustnessTokenConfig
 from ..data import choose_rows, describe_dataset, find_image_shape
 from ..hub import holds_adapter, load_adapter
-from ..models import RobustnessTokenModel, base_fingerprint, remove_tokens, vision_trunk
+from ..models import RobustnessTokenModel, base_fingerprint, headless_model, remove_tokens
 from ..report import format_setting
 from ..training import (
     RobustnessTokenTrainer,
@@ -133,7 +133,7 @@ def train_own_tokens(
             'knowledge "own_tokens" trains tokens on the features of the base, and what they are is not known: give '
             "feature_view, or own_tokens, or leave the level out"
         )
-    base: Any = remove_tokens(copy.deepcopy(vision_trunk(_base_of(model))))
+    base: Any = remove_tokens(copy.deepcopy(headless_model(_base_of(model))))
     values = _recipe(model) | dict(overrides or {}) | {"disable_tqdm": disable_tqdm}
     folder = output_dir / _key(model, base, values, datasets, num_adversarial_pairs)
     prepared: dict[int, Any] = {}

@@ -1,4 +1,4 @@
-"""A frozen base with tokens in it."""
+"""A frozen base with robustness tokens in it."""
 
 from .features import (
     check_patches,
@@ -18,7 +18,7 @@ from .heads import (
     resize_logits,
 )
 from .injection import find_injector, remove_tokens, tokens_in
-from .layer_stack import LayerStack, base_fingerprint, find_layer_stack, vision_trunk
+from .layer_stack import base_fingerprint, find_layer_stack, headless_model
 from .merging import extract_tokens
 from .modeling import (
     RobustnessTokenForImageClassification,
@@ -27,6 +27,7 @@ from .modeling import (
     inject_tokens,
 )
 from .onednn import onednn_is_faster, packed_once
+from .onnx_export import export_onnx
 from .published_tokens import import_published_tokens
 from .speedups import (
     AUTO,
@@ -45,7 +46,6 @@ __all__ = [
     "AUTO",
     "BASE",
     "ClassificationHead",
-    "LayerStack",
     "MixedPrecision",
     "ProbeHead",
     "ProbedModel",
@@ -61,6 +61,7 @@ __all__ = [
     "computing_faster",
     "count_patches",
     "default_feature_view",
+    "export_onnx",
     "extract_features",
     "extract_tokens",
     "find_injector",
@@ -68,6 +69,7 @@ __all__ = [
     "find_patch_size",
     "has_bfloat16",
     "head_inputs",
+    "headless_model",
     "import_published_tokens",
     "inject_tokens",
     "load_head",
@@ -78,5 +80,4 @@ __all__ = [
     "run_compiled",
     "runs_in_half",
     "tokens_in",
-    "vision_trunk",
 ]

@@ -1,4 +1,4 @@
-"""What "the features" of a backbone are: the paper's f, for every family.
+"""The features of a base, the paper's f, for every family.
 
 Shapes: B images, N the sequence, P patches, D width, E projection.
 """
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..configuration import FeatureView
-from .layer_stack import vision_trunk
+from .layer_stack import headless_model, is_timm_vit, vision_config
 
 
 # The paper takes the pooled and projected embedding of CLIP, the normalised last hidden state of everything else.
@@ -22,78 +22,71 @@ _CLS_NAMES = {"cls_token", "class_embedding"}
 
 
 def default_feature_view(model: nn.Module) -> FeatureView:
-    """The view that the paper uses for this family: `"pooled"` for CLIP, `"cls_and_patches"` for all others."""
-    model_type = getattr(getattr(vision_trunk(model), "config", None), "model_type", None)
+    """Returns the paper's view for this family: `"pooled"` for CLIP, `"cls_and_patches"` for all others."""
+    model_type = getattr(getattr(headless_model(model), "config", None), "model_type", None)
     return "pooled" if model_type in _POOLED_MODEL_TYPES else "cls_and_patches"
 
 
 def extract_features(
     model: nn.Module, pixel_values: Tensor, *, feature_view: FeatureView, **model_inputs: Any
 ) -> Tensor:
-    """Features of normalised images, with whatever tokens are active in the model.
+    """Computes the features of normalised images, with the tokens that are active in the model.
 
-    ViT-MAE sees all patches, in their order, whatever its `mask_ratio`.
+    ViT-MAE sees all patches in their own order, whatever its `mask_ratio`.
 
     Args:
         model: A transformers vision model, bare or under a classification head (the head is not run), or a two-tower
             model such as CLIPModel (the text tower is not run).
-        pixel_values: (B, 3, H, W) normalised images; for SigLIP 2 also its processor's (B, P, 3 * patch_size ** 2)
-            patches, with `pixel_attention_mask` and `spatial_shapes` in `model_inputs`.
-        feature_view: `"cls_and_patches"`: (B, 1 + P, D), or (B, P, D) where the family has no CLS token; registers
-            and a distillation token are dropped. `"cls"`: (B, D). `"patches"`: (B, P, D). `"pooled"`: (B, E), the
-            projected embedding where there is a projection, else the pooler's output.
-        model_inputs: Whatever else the model's forward takes.
+        pixel_values: (B, 3, H, W) normalised images. SigLIP 2 also takes its processor's patches,
+            (B, P, 3 * patch_size ** 2), with `pixel_attention_mask` and `spatial_shapes` in `model_inputs`.
+        feature_view: `"cls_and_patches"`, `"cls"`, `"patches"` or `"pooled"`.
+        model_inputs: Other arguments of the model's forward.
 
     Returns:
-        The features.
+        In the model's dtype: (B, 1 + P, D) for `"cls_and_patches"`, or (B, P, D) where the family has no CLS token
+        (registers and a distillation token are dropped); (B, D) for `"cls"`; (B, P, D) for `"patches"`; (B, E) for
+        `"pooled"`, the projected embedding where there is a projection, else the pooler's output.
 
     Raises:
-        ValueError: If the family has no such view, or the model is no feature extractor (a Backbone, a DPT).
+        ValueError: If the family has no such view, or the model returns no features (a Backbone, a DPT).
 
     Source: section 3 of Pulfer et al., ECCV 2024, arXiv 2503.10191, and its published code.
     """
-    trunk: Any = vision_trunk(model)
-    if _is_timm(trunk):
-        pixel_values = pixel_values.to(trunk.device, trunk.dtype)  # as its wrapper does
-        hidden_states = trunk.timm_model.forward_features(pixel_values, **model_inputs)
+    headless: Any = headless_model(model)
+    if _is_timm(headless):
+        pixel_values = pixel_values.to(headless.device, headless.dtype)  # as its wrapper does
+        hidden_states = headless.timm_model.forward_features(pixel_values, **model_inputs)
         if feature_view == "pooled":
-            pooled: Tensor = trunk.timm_model.forward_head(hidden_states, pre_logits=True)
+            pooled: Tensor = headless.timm_model.forward_head(hidden_states, pre_logits=True)
             return pooled
-        return _select_tokens(hidden_states, trunk, count_patches(trunk, pixel_values), feature_view)
-    num_patches = count_patches(trunk, pixel_values)
-    if _vision_config(trunk).model_type == "siglip2_vision_model" and pixel_values.dim() == 4:
-        pixel_values, model_inputs = _siglip2_inputs(trunk, pixel_values, model_inputs)
-    with _all_patches_in_order(trunk, pixel_values) as mae_inputs:
-        forward = getattr(trunk, "get_image_features", trunk)  # two towers: the vision tower, then the projection
+        return _select_tokens(hidden_states, headless, count_patches(headless, pixel_values), feature_view)
+    num_patches = count_patches(headless, pixel_values)
+    if vision_config(headless).model_type == "siglip2_vision_model" and pixel_values.dim() == 4:
+        pixel_values, model_inputs = _siglip2_inputs(headless, pixel_values, model_inputs)
+    with _all_patches_in_order(headless, pixel_values) as mae_inputs:
+        forward = getattr(headless, "get_image_features", headless)  # two towers: vision tower and projection
         output = forward(pixel_values=pixel_values, **{**mae_inputs, **model_inputs})
     if feature_view == "pooled":
         for key in ("image_embeds", "pooler_output"):
             if getattr(output, key, None) is not None:
                 return getattr(output, key)
         raise ValueError(
-            f'{type(trunk).__name__} has no pooled output: choose feature_view="cls_and_patches", "cls" or "patches"'
+            f"{type(headless).__name__} has no pooled output: choose feature_view="
+            '"cls_and_patches", "cls" or "patches"'
         )
-    return _select_tokens(getattr(output, "last_hidden_state", None), trunk, num_patches, feature_view)
+    return _select_tokens(getattr(output, "last_hidden_state", None), headless, num_patches, feature_view)
 
 
-def count_patches(trunk: nn.Module, pixel_values: Tensor) -> int:
-    """P, the number of patches that the model cuts these pixel values into."""
+def count_patches(model: nn.Module, pixel_values: Tensor) -> int:
+    """Returns P, the number of patches that the model cuts these pixel values into."""
     if pixel_values.dim() == 3:
-        return pixel_values.shape[1]  # patches already: SigLIP 2
-    height, width = _patch_size(trunk)
+        return pixel_values.shape[1]  # SigLIP 2's processor has cut them
+    height, width = _patch_size(model)
     return (pixel_values.shape[-2] // height) * (pixel_values.shape[-1] // width)
 
 
 def head_inputs(features: Tensor, num_patches: int) -> Tensor:
-    """What a linear head reads: the CLS token beside the mean of the patches, or the mean alone without one.
-
-    Args:
-        features: (B, N, D) of the view `"cls_and_patches"` or `"patches"`; (B, D) is what a head reads already.
-        num_patches: P, see [`count_patches`].
-
-    Returns:
-        (B, 2 D) or (B, D).
-    """
+    """Concatenates CLS token and mean of the P patches: (B, 1 + P, D) -> (B, 2 D), (B, P, D) or (B, D) -> (B, D)."""
     if features.dim() == 2:
         return features
     num_prefix = features.shape[1] - num_patches
@@ -101,9 +94,9 @@ def head_inputs(features: Tensor, num_patches: int) -> Tensor:
     return torch.cat([cls.flatten(1), patches.mean(dim=1)], dim=1)
 
 
-def _select_tokens(hidden_states: Any, trunk: nn.Module, num_patches: int, feature_view: FeatureView) -> Tensor:
-    """The wanted rows of a last hidden state (B, N, D): the CLS token comes first, the patches last."""
-    name = type(trunk).__name__
+def _select_tokens(hidden_states: Any, headless: nn.Module, num_patches: int, feature_view: FeatureView) -> Tensor:
+    """Selects rows of a last hidden state (B, N, D): the CLS token comes first, the patches last."""
+    name = type(headless).__name__
     if not isinstance(hidden_states, Tensor) or hidden_states.dim() != 3:
         raise ValueError(
             f"{name} gives no last hidden state (B, N, D), so it has no features to extract: pass the headless model "
@@ -114,7 +107,7 @@ def _select_tokens(hidden_states: Any, trunk: nn.Module, num_patches: int, featu
     if feature_view == "patches":
         return patches
     # Without a prefix a cls_token is a pooling head's own query (AIMv2); without that name the prefix is registers.
-    has_cls = num_prefix > 0 and any(key.rpartition(".")[2] in _CLS_NAMES for key, _ in trunk.named_parameters())
+    has_cls = num_prefix > 0 and any(key.rpartition(".")[2] in _CLS_NAMES for key, _ in headless.named_parameters())
     if feature_view == "cls":
         if not has_cls:
             raise ValueError(f'{name} has no CLS token: choose feature_view="cls_and_patches" or "patches"')
@@ -122,45 +115,35 @@ def _select_tokens(hidden_states: Any, trunk: nn.Module, num_patches: int, featu
     return torch.cat([hidden_states[:, :1], patches], dim=1) if has_cls else patches  # (B, 1 + P, D) or (B, P, D)
 
 
-def _is_timm(trunk: nn.Module) -> bool:
-    return hasattr(trunk, "timm_model")
+def _is_timm(headless: nn.Module) -> bool:
+    return hasattr(headless, "timm_model")
 
 
-def _vision_config(trunk: Any) -> Any:
-    """The vision half of a two-tower model's configuration, or the configuration itself."""
-    return getattr(trunk.config, "vision_config", trunk.config)
-
-
-def find_patch_size(trunk: Any) -> tuple[int, int] | None:
-    """Height and width of a headless model's patches in pixels; None where it names none."""
-    owner = trunk.timm_model.patch_embed if _is_timm(trunk) else _vision_config(trunk)
-    size: Any = getattr(owner, "patch_size", None)
+def find_patch_size(model: nn.Module) -> tuple[int, int] | None:
+    """Returns height and width of the model's patches in pixels, or None where it names no patch size."""
+    headless: Any = headless_model(model)
+    vision_transformer = getattr(headless, "timm_model", headless)
+    is_timm = is_timm_vit(vision_transformer)
+    size: Any = getattr(vision_transformer.patch_embed if is_timm else vision_config(headless), "patch_size", None)
     if size is None:
         return None
     height, width = (size, size) if isinstance(size, int) else size
     return height, width
 
 
-def _patch_size(trunk: Any) -> tuple[int, int]:
-    size = find_patch_size(trunk)
+def _patch_size(model: nn.Module) -> tuple[int, int]:
+    size = find_patch_size(model)
     if size is None:
-        raise ValueError(f"{type(trunk).__name__} names no patch size: pass the headless model or a classifier on it")
+        raise ValueError(f"{type(model).__name__} names no patch size: pass the headless model or a classifier on it")
     return size
 
 
-def _siglip2_inputs(trunk: nn.Module, images: Tensor, model_inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
-    """What SigLIP 2's processor makes of images, differentiably: patches of (row, column, channel), none padded.
-
-    Args:
-        images: (B, 3, H, W).
-
-    Returns:
-        (B, P, 3 * patch_size ** 2) patches, and the inputs that go with them.
-    """
+def _siglip2_inputs(base: nn.Module, images: Tensor, model_inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+    """Cuts (B, 3, H, W) into (B, P, 3 * patch_size ** 2) as SigLIP 2's processor does, but differentiably."""
     batch, channels, height, width = images.shape
-    patch_height, patch_width = _patch_size(trunk)
+    patch_height, patch_width = _patch_size(base)
     rows, columns = height // patch_height, width // patch_width
-    images = images[..., : rows * patch_height, : columns * patch_width]  # the rest is no whole patch
+    images = images[..., : rows * patch_height, : columns * patch_width]  # whole patches only
     grid = images.reshape(batch, channels, rows, patch_height, columns, patch_width)
     patches = grid.permute(0, 2, 4, 3, 5, 1).reshape(batch, rows * columns, -1)  # (B, P, patch area * C)
     shapes = torch.tensor([[rows, columns]] * batch, device=images.device)
@@ -169,37 +152,27 @@ def _siglip2_inputs(trunk: nn.Module, images: Tensor, model_inputs: dict[str, An
 
 
 @contextmanager
-def _all_patches_in_order(trunk: Any, pixel_values: Tensor) -> Iterator[dict[str, Tensor]]:
-    """ViT-MAE drops and shuffles patches at random: keeps it from either, and yields the inputs that it takes."""
-    if trunk.config.model_type != "vit_mae":
+def _all_patches_in_order(headless: Any, pixel_values: Tensor) -> Iterator[dict[str, Tensor]]:
+    """Keeps ViT-MAE from dropping and shuffling patches at random; yields the inputs for its forward."""
+    if headless.config.model_type != "vit_mae":
         yield {}
         return
-    before = trunk.config.mask_ratio
-    trunk.config.mask_ratio = 0.0
-    order = torch.arange(count_patches(trunk, pixel_values), dtype=torch.float32, device=pixel_values.device)
+    before = headless.config.mask_ratio
+    headless.config.mask_ratio = 0.0
+    order = torch.arange(count_patches(headless, pixel_values), dtype=torch.float32, device=pixel_values.device)
     try:
         yield {"noise": order.expand(pixel_values.shape[0], -1)}  # patches are shuffled by the rank of their noise
     finally:
-        trunk.config.mask_ratio = before
+        headless.config.mask_ratio = before
 
 
 def check_patches(base: nn.Module, image_shape: tuple[int, int]) -> None:
-    """Refuses images that the base can't cut into patches.
-
-    Args:
-        base: Of the model; one that names no patch size is not checked.
-        image_shape: Height and width in pixels.
-
-    Raises:
-        ValueError: If a side is smaller than a patch, or no multiple of it.
-    """
-    trunk: Any = vision_trunk(base)
-    config = getattr(trunk.config, "vision_config", trunk.config)
-    patch_shape = find_patch_size(trunk)
+    """Raises `ValueError` if a side of the images, (height, width) in pixels, is no multiple of the base's patches."""
+    patch_shape = find_patch_size(base)
     if patch_shape is None:
         return
-    # Some bases leave out a border of the size that they were made for: SigLIP has 384 pixels and patches of 14.
-    own_size = getattr(config, "image_size", None)
+    # Some bases ignore a border at their own image size: SigLIP has 384 pixels and patches of 14.
+    own_size = getattr(vision_config(headless_model(base)), "image_size", None)
     if image_shape in (own_size, (own_size, own_size)):
         return
     if any(side < patch or side % patch for side, patch in zip(image_shape, patch_shape, strict=True)):

@@ -25,7 +25,7 @@ from ..data import IGNORE_INDEX
 from ..utils import read_json, write_bytes, write_text
 from .features import count_patches, extract_features, find_patch_size, head_inputs
 from .injection import find_injector, tokens_in
-from .layer_stack import check_base, vision_trunk
+from .layer_stack import check_base
 from .modeling import RobustnessTokenPreTrainedModel
 
 
@@ -98,7 +98,7 @@ class ClassificationHead(ProbeHead):
     @staticmethod
     def extract(base: PreTrainedModel, pixel_values: Tensor) -> Tensor:
         features = _cls_and_patches(base, pixel_values)
-        return head_inputs(features, count_patches(vision_trunk(base), pixel_values))  # (B, 2 D) or (B, D)
+        return head_inputs(features, count_patches(base, pixel_values))  # (B, 2 D) or (B, D)
 
     def forward(self, features: Tensor) -> Tensor:
         logits: Tensor = self.linear(features)
@@ -129,8 +129,8 @@ class SegmentationHead(ProbeHead):
 
     @staticmethod
     def extract(base: PreTrainedModel, pixel_values: Tensor) -> Tensor:
-        patches = _cls_and_patches(base, pixel_values)[:, -count_patches(vision_trunk(base), pixel_values) :]
-        patch_size = find_patch_size(vision_trunk(base))
+        patches = _cls_and_patches(base, pixel_values)[:, -count_patches(base, pixel_values) :]
+        patch_size = find_patch_size(base)
         assert patch_size is not None  # the patches were counted by it
         rows, columns = pixel_values.shape[-2] // patch_size[0], pixel_values.shape[-1] // patch_size[1]
         return patches.transpose(1, 2).unflatten(2, (rows, columns))  # (B, P, D) -> (B, D, h, w)

@@ -1,4 +1,4 @@
-"""Finds what every vision transformer has, whatever its family: a stack of like layers, a width, a fingerprint."""
+"""Finds the layers of a vision transformer of any family, its width, and its fingerprint."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from ..configuration import check_same_base
 
 
-# A model is loaded in any of these; rounding float32 to them is deterministic, so their bytes identify it in all.
+# A base may be loaded in either; rounding float32 is deterministic, so these digests identify it in all dtypes.
 _FINGERPRINT_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -24,10 +24,10 @@ class LayerStack:
     """The layers between which tokens live.
 
     Attributes:
-        owner: The module whose forward runs the layers: it records their hidden states and attentions.
-        layers: The transformer layers, first to last; each reads and writes (B, N, D).
+        owner: The module whose forward runs the layers and records their hidden states and attentions.
+        layers: The transformer layers, first to last; each maps (B, N, D) to (B, N, D).
         hidden_size: D.
-        attention_class: The class of the attention modules, where transformers names it.
+        attention_class: Class of the attention modules, where transformers names it.
         is_timm: Whether `owner` is a timm model (inside a transformers wrapper).
     """
 
@@ -39,22 +39,13 @@ class LayerStack:
 
 
 def find_layer_stack(model: nn.Module) -> LayerStack:
-    """Finds the first stack of vision transformer layers in a model.
+    """Finds the first stack of vision transformer layers in a model; `ValueError` if none, or a hierarchical one.
 
     transformers models name the class of their layers in `_can_record_outputs`; timm models call them `blocks`.
-
-    Args:
-        model: A transformers vision model, bare or under a head, or a model that contains one.
-
-    Returns:
-        The stack.
-
-    Raises:
-        ValueError: If there is none, or if its layers are not alike (hierarchical models such as Swin).
     """
     owners: dict[str, nn.Module] = {"": model}
     for name, module in model.named_modules():
-        if _is_timm_vit(module):
+        if is_timm_vit(module):
             _check_alike(module.blocks, model)
             return LayerStack(module, module.blocks, module.embed_dim, None, True)
         owners[name] = module if isinstance(module, PreTrainedModel) else owners[name.rpartition(".")[0]]
@@ -118,39 +109,44 @@ def check_base(model: nn.Module, expected: Mapping[str, str], *, expected_name: 
     )
 
 
-def vision_trunk(model: nn.Module) -> nn.Module:
-    """The headless model inside a classifier (`classifier.dinov2`), or the model itself where it has no head."""
+def headless_model(model: nn.Module) -> nn.Module:
+    """Returns the headless model inside a classifier (`classifier.dinov2`), or the model itself if it has no head."""
     if _projects_images(model):
         return model
-    for name in (getattr(model, "base_model_prefix", ""), "vision_model"):  # the latter in CLIP's classifier
+    for name in (getattr(model, "base_model_prefix", ""), "vision_model"):  # CLIP's classifier has the latter
         base = getattr(model, name, None) if name else None
         # DINOv3's `model` is its bare encoder, which takes no images.
         if isinstance(base, PreTrainedModel) and "pixel_values" in inspect.signature(base.forward).parameters:
-            return vision_trunk(base)
+            return headless_model(base)
     return model
 
 
+def vision_config(model: Any) -> Any:
+    """Returns the config of a model's vision half (of two towers), or the model's own config."""
+    return getattr(model.config, "vision_config", model.config)
+
+
 def square_size(size: Any) -> int | None:
-    """The side in pixels of a size given as a number, a pair or nothing; None where it is not square."""
+    """Returns the side in pixels of a size given as a number, a pair or nothing; None where it is not square."""
     if isinstance(size, list | tuple):
         return size[0] if len(set(size)) == 1 else None
     return size
 
 
 def _recorded_class(owner: PreTrainedModel, key: str) -> type[nn.Module] | None:
-    """The module class whose outputs transformers records as `key` ("hidden_states" or "attentions")."""
+    """Returns the module class whose outputs transformers records as `key`: "hidden_states" or "attentions"."""
     spec = (owner._can_record_outputs or {}).get(key)
     spec = spec[0] if isinstance(spec, list) else spec
     return spec if isinstance(spec, type) else getattr(spec, "target_class", None)
 
 
 def _projects_images(model: nn.Module) -> bool:
-    """Whether the model's own output, not its vision tower's, is the image's embedding (CLIP, SigLIP)."""
+    """Tells whether the image's embedding is the output of the model, not of its vision tower (CLIP, SigLIP)."""
     return hasattr(model, "visual_projection") or hasattr(model, "get_image_features")
 
 
-def _is_timm_vit(module: nn.Module) -> bool:
-    """Whether this is a columnar timm model; by name, so that timm need not be installed."""
+def is_timm_vit(module: nn.Module) -> bool:
+    """Tells whether a module is timm's plain vision transformer, by name: timm need not be installed."""
     return any(
         base.__module__.startswith("timm.") and base.__name__ in ("VisionTransformer", "Eva")
         for base in type(module).__mro__

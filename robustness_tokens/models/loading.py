@@ -1,5 +1,5 @@
-"""The frozen base: which class loads it, from where, and its image processor. No code of a repository is ever run
-unless the user passes `trust_remote_code=True` himself."""
+"""Loads the frozen base and its image processor. Code of a repository runs only if the user passes
+`trust_remote_code=True`."""
 
 from __future__ import annotations
 
@@ -10,23 +10,14 @@ import transformers
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
 
 from ..data import build_image_processor, load_image_processor
-from .layer_stack import square_size
+from .layer_stack import square_size, vision_config
 
 
 HUB_KWARGS = ("token", "cache_dir", "local_files_only", "force_download")
 
 
 def headless_class_name(name: str, revision: str | None, base_kwargs: Mapping[str, Any]) -> str:
-    """The class of a base's vision features, by its config: AutoModel's, or the vision half of two towers.
-
-    Args:
-        name: Hub id or folder.
-        revision: Branch, tag or commit.
-        base_kwargs: For `from_pretrained`; those for the Hub and `trust_remote_code` are used.
-
-    Raises:
-        ValueError: If there is no such base, or transformers has no model class for it.
-    """
+    """Returns the name of a base's headless class by its config: AutoModel's, or the vision half of two towers."""
     hub_kwargs = {key: base_kwargs[key] for key in HUB_KWARGS if key in base_kwargs}
     trust_remote_code = base_kwargs.get("trust_remote_code", False)
     try:
@@ -44,12 +35,8 @@ def headless_class_name(name: str, revision: str | None, base_kwargs: Mapping[st
 
 
 def load_base(name: str, base_class: str, revision: str | None, base_kwargs: Mapping[str, Any]) -> PreTrainedModel:
-    """Loads a base by the name of its class in transformers.
-
-    Raises:
-        ValueError: If there is no such class, or the base has no safetensors weights.
-    """
-    # getattr on transformers alone: a name in a config never reaches any other code.
+    """Loads a base by the name of its class in transformers; `ValueError` if it has no safetensors weights."""
+    # The class comes from transformers only: a name in a config never reaches any other code.
     loader = getattr(transformers, base_class, None)
     if not (isinstance(loader, type) and issubclass(loader, PreTrainedModel)):
         raise ValueError(
@@ -60,11 +47,7 @@ def load_base(name: str, base_class: str, revision: str | None, base_kwargs: Map
 
 
 def load_classifier(name: str, revision: str | None, base_kwargs: Mapping[str, Any]) -> PreTrainedModel:
-    """Loads a base under its classification head.
-
-    Raises:
-        ValueError: If it has no head (transformers would make a random one), or no safetensors weights.
-    """
+    """Loads a base with its classification head; `ValueError` if it has none: transformers would make a random one."""
     options = {"trust_remote_code": False, **base_kwargs, "output_loading_info": True}
     base, info = _load(AutoModelForImageClassification, name, revision, options)
     if info["missing_keys"]:
@@ -73,7 +56,7 @@ def load_classifier(name: str, revision: str | None, base_kwargs: Mapping[str, A
 
 
 def no_head_error(name: str) -> ValueError:
-    """The error for a base that is no classifier."""
+    """Returns the error for a base that is no classifier."""
     return ValueError(
         f"{name}: there is no classification head on this base. Load a classifier that stands on it, and "
         "inject_tokens(classifier, adapter)"
@@ -81,9 +64,8 @@ def no_head_error(name: str) -> ValueError:
 
 
 def processor_of(base: PreTrainedModel, name: str, *, revision: str | None, base_kwargs: Mapping[str, Any]) -> Any:
-    """The image processor that lies beside a base, or one built from its input size."""
-    config = getattr(base.config, "vision_config", base.config)
-    image_size = square_size(getattr(config, "image_size", None))
+    """Loads the image processor beside a base, or builds one from the base's image size."""
+    image_size = square_size(getattr(vision_config(base), "image_size", None))
     if name:
         wanted = (*HUB_KWARGS[:3], "trust_remote_code")
         options = {key: base_kwargs[key] for key in wanted if key in base_kwargs}
@@ -96,7 +78,7 @@ def processor_of(base: PreTrainedModel, name: str, *, revision: str | None, base
 
 
 def vision_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
-    """The vision half of a two-tower model (CLIP, SigLIP, ...), with its projection where there is one; else None."""
+    """Returns the class of the vision half of two towers (CLIP, SigLIP), with its projection if any; else None."""
     if not hasattr(config, "vision_config") or not hasattr(config, "text_config"):
         return None
     stem = type(config).__name__.removesuffix("Config")

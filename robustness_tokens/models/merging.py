@@ -41,7 +41,7 @@ _REGISTER_NAMES = ("register_tokens", "reg_token")
 
 _ALTERNATIVES = (
     "ship the adapter instead (save_pretrained, then from_pretrained or inject_tokens), or export the model with its "
-    "tokens to ONNX (robustness_tokens.models.onnx_export.export_onnx)"
+    "tokens to ONNX (robustness_tokens.export_onnx)"
 )
 
 

@@ -1,4 +1,4 @@
-"""The models that users type: a frozen base with robustness tokens, saved and loaded as a small adapter."""
+"""The models: a frozen base with robustness tokens, saved and loaded as a small adapter."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from ..report import RobustnessReport
 from ..utils import write_text
 from .features import default_feature_view, extract_features
 from .injection import TokenInjector, attach_tokens, remove_tokens, tokens_in
-from .layer_stack import base_fingerprint, check_base, find_layer_stack
+from .layer_stack import base_fingerprint, check_base, find_layer_stack, vision_config
 from .loading import (
     HUB_KWARGS,
     headless_class_name,
@@ -57,7 +57,7 @@ from .merging import merge
 
 
 class RobustnessTokenPreTrainedModel(PreTrainedModel):
-    """What both models share. The base stays frozen and in eval mode; the tokens are the only trainable parameters."""
+    """Shared by both models: the base is frozen and in eval mode, the tokens are the only trainable parameters."""
 
     config: RobustnessTokenConfig
     config_class = RobustnessTokenConfig
@@ -82,12 +82,12 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
 
     @property
     def robustness_tokens(self) -> nn.Parameter:
-        """The tokens, (K, D)."""
+        """The tokens, (K, D) float32."""
         return self.injector.robustness_tokens
 
     @property
     def dtype(self) -> torch.dtype:
-        """The base's: pipelines cast their inputs to it, while the tokens stay float32 and are cast as they enter."""
+        """The base's dtype, which pipelines cast images to. The tokens stay float32 and are cast as they enter."""
         return self.get_base_model().dtype
 
     @classmethod
@@ -105,24 +105,25 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
         revision: str | None = None,
         **base_kwargs: Any,
     ) -> Self:
-        """A base with new, untrained tokens.
+        """Puts new, untrained tokens into a base.
 
         Args:
-            base_model: Hub id or folder (with safetensors weights), or a model in memory, which is hooked in place.
-            num_robustness_tokens: K (paper: 10).
-            initializer_range: Standard deviation of the new tokens (paper: 0.01).
-            feature_view: What "the features" are; by default what the paper takes for the family.
-            similarity_axis: `"token"` (what the published code computes) or `"feature"` (the paper's formula).
-            image_mean, image_std: Normalisation that the tokens will be trained with; by default the base's own.
-            image_processor: Of the base; by default loaded from beside it, or built from its input size.
-            revision: Branch, tag or commit of the base; of a model in memory, the one that it was loaded from.
+            base_model: Hub id or folder with safetensors weights, or a model in memory, which is changed in place.
+            num_robustness_tokens: K, at least 1 (paper: 10).
+            initializer_range: Standard deviation of the new tokens, at least 0 (paper: 0.01).
+            feature_view: `"cls_and_patches"`, `"cls"`, `"patches"` or `"pooled"`, see [`extract_features`]; by default
+                the paper's for the family.
+            similarity_axis: `"token"` (as the published code computes) or `"feature"` (the paper's formula).
+            image_mean, image_std: Per-channel normalisation of [0, 1] images to train with; by default the base's.
+            image_processor: The base's image processor; by default loaded from the base, or built from its image size.
+            revision: Branch, tag or commit of the base; for a model in memory, the one it was loaded from.
             base_kwargs: For the base's `from_pretrained`: `dtype`, `device_map`, `attn_implementation`, `token`, ...
 
         Returns:
             The model, in eval mode.
 
         Raises:
-            ValueError: If the base is no vision transformer, holds tokens already, or has no safetensors weights.
+            ValueError: If the base is no vision transformer, has tokens already, or has no safetensors weights.
         """
         if isinstance(base_model, PreTrainedModel):
             _check_no_loading_arguments("the base is", base_kwargs)
@@ -148,13 +149,13 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
             image_processor = with_normalization(
                 image_processor, image_mean or image_processor.image_mean, image_std or image_processor.image_std
             )
-        channels = getattr(getattr(base.config, "vision_config", base.config), "num_channels", None)
+        channels = getattr(vision_config(base), "num_channels", None)
         if channels not in (None, len(image_processor.image_mean)):
             raise ValueError(
                 f"{type(base).__name__} takes images of {channels} channels, its image processor normalises "
                 f"{len(image_processor.image_mean)}: robustness tokens are trained on RGB images"
             )
-        # Whatever revision a model in memory came from, nobody but the user can tell.
+        # A model in memory doesn't say which revision it came from.
         is_pinned = revision is not None or base is not base_model
         cache_dir = base_kwargs.get("cache_dir")
         config = RobustnessTokenConfig(
@@ -187,16 +188,16 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
         adapter_kwargs: Mapping[str, Any] | None = None,
         **base_kwargs: Any,
     ) -> Self:
-        """A base with its trained tokens.
+        """Loads an adapter and its base.
 
         Args:
             pretrained_model_name_or_path: Folder or Hub id of the adapter.
-            config: Given by the Auto classes: of it the attention counts, all else is read from the adapter.
-            base_model: Folder, Hub id or model in memory to use as the base instead of the one the adapter names.
-            ignore_base_mismatch: Accept a base whose fingerprint is not the one the tokens were trained on.
-            revision: Branch, tag, commit or `refs/pr/N` of the adapter; the base comes at the commit it pins.
+            config: Passed by the Auto classes; only its attention implementation is used.
+            base_model: Folder, Hub id or model in memory to use instead of the base that the adapter names.
+            ignore_base_mismatch: Accept a base with another fingerprint than the tokens were trained on.
+            revision: Branch, tag, commit or `refs/pr/N` of the adapter, which itself pins the commit of the base.
             subfolder: Folder of the adapter inside its repo.
-            adapter_kwargs: Given by the Auto classes (for PEFT), unused.
+            adapter_kwargs: Passed by the Auto classes for PEFT; not used.
             base_kwargs: For the base's `from_pretrained`: `dtype`, `device_map`, `attn_implementation`, `token`,
                 `cache_dir`, `local_files_only`, `trust_remote_code`, ...
 
@@ -204,10 +205,10 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
             The model, in eval mode.
 
         Raises:
-            ValueError: If the adapter is damaged, or its base is not the one it was trained on.
+            ValueError: If the adapter is damaged, or the base is not the one that its tokens were trained on.
         """
         if base_kwargs.pop("output_loading_info", False):
-            raise ValueError("output_loading_info=True has no use here: an adapter that is not whole is an error")
+            raise ValueError("output_loading_info=True can't be used: loading an incomplete adapter is an error")
         hub_kwargs = {name: base_kwargs[name] for name in HUB_KWARGS if base_kwargs.get(name) is not None}
         adapter = load_adapter(pretrained_model_name_or_path, revision=revision, subfolder=subfolder, **hub_kwargs)
         if config is not None and config._attn_implementation is not None:
@@ -250,82 +251,96 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
         return load_base(name, base_class, revision, base_kwargs)
 
     def train(self, mode: bool = True) -> Self:
-        """Sets the training mode of the tokens; the base stays in eval, so that it computes what it always did."""
+        """Sets the training mode of the tokens. The base stays in eval mode.
+
+        Args:
+            mode: Training mode if true, eval mode otherwise.
+
+        Returns:
+            This model.
+        """
         super().train(mode)
         if "backbone" in self._modules:
             self.backbone.eval()
             for module in self.backbone.modules():
-                # transformers checkpoints a layer only if it is in training mode; what is inside it stays in eval.
+                # transformers checkpoints a layer only in training mode; the modules inside it stay in eval mode.
                 if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
                     module.training = mode
         return self
 
     def _set_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> None:
         super()._set_gradient_checkpointing(*args, **kwargs)
-        self.train(self.training)  # now the layers that checkpoint are others
+        self.train(self.training)  # other layers checkpoint now
 
     def forward(self, pixel_values: Tensor, **kwargs: Any) -> Any:
-        """The base's forward, with the tokens in its sequence.
+        """Runs the base with the tokens in its sequence.
 
         Args:
             pixel_values: (B, 3, H, W) normalised images.
-            kwargs: Whatever the base's forward takes.
+            kwargs: Other arguments of the base's forward.
 
         Returns:
-            The base's own output class, every shape as without tokens.
+            The base's output, with the same class and shapes as without tokens.
         """
         return self.get_base_model()(pixel_values=pixel_values, **kwargs)
 
     def get_features(self, pixel_values: Tensor) -> Tensor:
-        """The features that the tokens were trained on (`config.feature_view`), (B, N, D) or (B, D)."""
+        """Computes the features that the tokens were trained on, `config.feature_view`.
+
+        Args:
+            pixel_values: (B, 3, H, W) normalised images.
+
+        Returns:
+            (B, N, D) or (B, D) in the base's dtype, see [`extract_features`].
+        """
         return extract_features(self.get_base_model(), pixel_values, feature_view=self.config.feature_view)
 
     def disable_adapter(self) -> AbstractContextManager[None]:
-        """Turns the tokens off for the time of a `with` block: the model computes bit for bit what the base does."""
+        """Turns the tokens off inside a `with` block: the model then computes bit for bit what its base does."""
         return tokens_in(self, None)
 
     def get_base_model(self) -> PreTrainedModel:
-        """The base, tokens active in it (as in PEFT); see [`unload`]."""
+        """Returns the base with the tokens active in it, as in PEFT; `ValueError` after [`unload`]."""
         if "backbone" not in self._modules:
             raise ValueError("the base was taken out by unload(): load the adapter again")
         return self.backbone
 
     def unload(self) -> PreTrainedModel:
-        """Takes the base out, every hook gone, frozen and in eval mode; this model is of no more use."""
+        """Removes the tokens and returns the frozen base, in eval mode. Do not use this model afterwards."""
         base: PreTrainedModel = remove_tokens(self.get_base_model())
         del self.backbone
         return base
 
     def merge_and_unload(self, image_size: int | None = None) -> PreTrainedModel:
-        """A new plain model whose native registers are the tokens; this one stays as it was.
+        """Returns a plain model that holds the tokens as native registers; this model stays as it is.
 
         Args:
-            image_size: Side in pixels of the images that the plain model will see; by default the base's own.
+            image_size: Side in pixels of the images for the plain model; by default the base's image size.
 
         Returns:
-            A model of transformers or timm that needs no add-on; see [`~robustness_tokens.models.merging.merge`].
+            A model of a transformers class with K more registers, in eval mode, which needs no add-on.
 
         Raises:
-            ValueError: If the base's family has no registers.
+            ValueError: If the tokens are off, the base's family has no registers, or `image_size` doesn't fit it.
         """
         return merge(self.get_base_model(), image_size=image_size)
 
     def print_trainable_parameters(self) -> None:
-        """Prints how many parameters are trained, in PEFT's words."""
+        """Prints the number of trainable parameters, as in PEFT."""
         trainable = sum(p.numel() for p in self.parameters() if p.requires_grad)
         total = sum(p.numel() for p in self.parameters())
         print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str | type | None = None) -> None:
-        """Makes `save_pretrained` write a file beside each adapter that imports this package.
+        """Makes `save_pretrained` write a file that imports this package beside each adapter.
 
-        Then the Auto class loads the adapter with `trust_remote_code=True` before anything has imported the package;
-        where the package is not installed, transformers names it. Once it is imported, no code of an adapter is run.
+        The Auto class can then load the adapter with `trust_remote_code=True` before the package is imported;
+        transformers names the package where it is missing. Once it is imported, code beside an adapter never runs.
 
         Args:
-            auto_class: `"AutoModel"` or `"AutoModelForImageClassification"`, the one that fits this class; by default
-                that one.
+            auto_class: `"AutoModel"` for features, `"AutoModelForImageClassification"` for a classifier; by default
+                the one for this class.
 
         Raises:
             ValueError: If it is another class.
@@ -348,21 +363,21 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
     ) -> None:
         """Writes the adapter: config.json, model.safetensors (the tokens alone), preprocessor_config.json, README.md.
 
-        As any model of transformers it overwrites what it wrote before; an evaluation.json of other tokens goes.
+        Overwrites an adapter in the folder, and deletes an evaluation.json that was measured with other tokens.
 
         Args:
-            save_directory: Folder; made if needed. A README.md that a person wrote is left as it is.
-            is_main_process: Only the main process of a distributed run writes, and pushes.
-            push_to_hub: Also push, see [`push_to_hub`].
-            repo_id: Where to push; by default the folder's name.
-            base_model_id: Hub id to name as the base, where it was loaded from a folder.
+            save_directory: Folder, created if needed. A README.md that a person wrote is kept.
+            is_main_process: Write and push only on the main process of a distributed run.
+            push_to_hub: Push as well, see [`push_to_hub`].
+            repo_id: Repo to push to; by default the folder's name.
+            base_model_id: Hub id to name as the base if it was loaded from a folder.
             push_kwargs: For [`push_to_hub`].
 
         Raises:
             ValueError: If the tokens are not finite, or the folder holds another model. Nothing is written then.
         """
         if push_kwargs and not push_to_hub:
-            raise ValueError(f"save_pretrained got {sorted(push_kwargs)}, unknown, or for push_to_hub=True alone")
+            raise ValueError(f"save_pretrained got {sorted(push_kwargs)}, unknown, or for push_to_hub=True only")
         if not is_main_process:
             return
         self._write(Path(save_directory), base_model_id=base_model_id, name=os.fspath(save_directory))
@@ -377,16 +392,16 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
 
         Args:
             repo_id: `user/name`.
-            report: What was measured of these tokens, to go with them and into the card.
-            push_kwargs: `base_model_id` (required where the base was loaded from a folder), `private`, `token`,
-                `revision`, `create_pr`, `commit_message`, `tags`, `subfolder`: see
+            report: Evaluation of these tokens, uploaded with them and shown in the card.
+            push_kwargs: `base_model_id` (required if the base was loaded from a folder), `private`, `token`,
+                `revision`, `create_pr`, `commit_message`, `tags`, `subfolder`, see
                 [`~robustness_tokens.hub.pushing.push_adapter`].
 
         Returns:
-            The commit's information.
+            The commit.
 
         Raises:
-            ValueError: If the base is a folder and `base_model_id` is missing, or the repo is public.
+            ValueError: If the base is a folder and `base_model_id` is missing, or if the repo exists and is public.
         """
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
@@ -395,7 +410,7 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
             return push_adapter(folder, repo_id, **push_kwargs)
 
     def _write(self, folder: Path, *, base_model_id: str | None, name: str) -> None:
-        self.get_base_model()  # which is gone after unload()
+        self.get_base_model()  # raises after unload()
         folder.mkdir(parents=True, exist_ok=True)
         check_no_other_model(folder)
         config = RobustnessTokenConfig.from_dict(self.config.to_dict())
@@ -413,18 +428,18 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
         if self.image_processor is not None:
             self.image_processor.save_pretrained(folder)
         card = folder / CARD_FILE
-        # A person's card may be in any encoding, with any line breaks.
+        # A card that a person wrote may have any encoding and line breaks.
         existing = card.read_bytes().decode("utf-8", "surrogateescape") if card.exists() else None
         if existing is None or is_generated(existing):
             write_text(card, update_card(existing, card_text))
 
 
 class RobustnessTokenModel(RobustnessTokenPreTrainedModel):
-    """A frozen vision transformer with robustness tokens; its outputs are the base's (features)."""
+    """A frozen vision transformer with robustness tokens. It returns its base's outputs: features."""
 
 
 class RobustnessTokenForImageClassification(RobustnessTokenPreTrainedModel):
-    """A frozen image classifier with robustness tokens; its outputs are the base's (logits)."""
+    """A frozen image classifier with robustness tokens. It returns its base's outputs: logits."""
 
     def __init__(self, config: RobustnessTokenConfig, base_model: PreTrainedModel | None = None) -> None:
         base_config: Any = type(getattr(base_model, "config", None))
@@ -449,20 +464,22 @@ def inject_tokens(
     subfolder: str = "",
     **hub_kwargs: Any,
 ) -> Any:
-    """Puts trained tokens into any vision model in place: a classifier, DPT or UperNet keeps its own head.
+    """Puts trained tokens into a vision model in place; a classifier, DPT or UperNet keeps its own head.
 
     Args:
         model: A model that is, or contains, the vision transformer that the tokens were trained on.
-        adapter: Folder or Hub id of the adapter, or the tokens themselves, (K, D) (then nothing is checked but D).
-        ignore_base_mismatch: Accept a model with other weights than those the tokens were trained on.
-        revision, subfolder: Of the adapter on the Hub.
-        hub_kwargs: `token`, `cache_dir`, `local_files_only`, `force_download`.
+        adapter: Folder or Hub id of the adapter; or the tokens, (K, D) floating, whose base is not checked.
+        ignore_base_mismatch: Accept a model with other weights than the tokens were trained on.
+        revision: Branch, tag, commit or `refs/pr/N` of an adapter on the Hub.
+        subfolder: Folder of the adapter inside its repo.
+        hub_kwargs: `token`, `cache_dir`, `local_files_only`, `force_download`, as in `snapshot_download`.
 
     Returns:
-        The model, with frozen tokens in it. [`remove_tokens`] takes them out again.
+        The same model, with frozen tokens in it. [`remove_tokens`] removes them.
 
     Raises:
-        ValueError: If the model has tokens already, is no vision transformer, or has other weights.
+        ValueError: If the model has tokens already, is no vision transformer, or has other weights, or if the adapter
+            is damaged.
     """
     if isinstance(adapter, Tensor):
         given = {"revision": revision, "subfolder": subfolder or None, **hub_kwargs}
@@ -479,7 +496,7 @@ def inject_tokens(
 
 
 def _absolute_if_folder(name: str) -> str:
-    """A folder by its whole path, since a relative one means something else, or a Hub id, in another place."""
+    """Returns a folder's absolute path: elsewhere a relative one may be another folder, or a Hub id."""
     return os.path.abspath(name) if name and os.path.isdir(name) else name
 
 

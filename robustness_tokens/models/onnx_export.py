@@ -1,4 +1,4 @@
-"""Export to ONNX: a model with its tokens in one file that needs neither this package nor PyTorch (extra `onnx`)."""
+"""Exports a model with its tokens to ONNX: the file needs neither this package nor PyTorch (extra `onnx`)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .injection import TokenInjector, find_injector
-from .layer_stack import find_layer_stack, square_size
+from .layer_stack import find_layer_stack, square_size, vision_config
 
 
 logger = logging.getLogger(__name__)
@@ -28,21 +28,23 @@ _MAX_INLINE_BYTES = 1_900_000_000  # protobuf ends at 2 GiB
 
 
 def export_onnx(model: PreTrainedModel, file: str | os.PathLike[str], *, image_size: int | None = None) -> list[str]:
-    """Writes a model with its tokens as ONNX, and checks with ONNX Runtime that it computes the same.
+    """Writes a model with its tokens as ONNX, and checks the file with ONNX Runtime.
+
+    The file holds the tokens, the secret of the defence; it gets mode 0600, and a warning is logged.
 
     Args:
-        model: A `RobustnessTokenModel`, or any model that `inject_tokens` was called on; in float32 and eval mode.
-        file: Where to write; above 1.9 GB the weights lie beside it, in `<file>.data`.
-        image_size: Side in pixels of the images; by default the model's own. The batch size stays free.
+        model: A `RobustnessTokenModel`, or a model that `inject_tokens` was called on; float32, in eval mode.
+        file: Path of the file. Weights above 1.9 GB go beside it, into `<file>.data`.
+        image_size: Side of the images in pixels; by default the model's own. The batch size stays free.
 
     Returns:
-        The names of the outputs; the input is `pixel_values`, (B, C, image_size, image_size) normalised.
+        Names of the outputs. The input is `pixel_values`, (B, C, image_size, image_size) float32, normalised.
 
     Raises:
         ImportError: If packages of the extra `onnx` are missing.
-        ValueError: If the model has no tokens, or they are turned off; if it isn't in float32 or not in eval mode,
-            takes anything but images, names no square image size, returns no tensors, or random ones.
-        RuntimeError: If ONNX Runtime computes anything else (by more than 1e-4).
+        ValueError: If the model has no tokens or they are off; if it isn't float32 in eval mode; if it takes more
+            than images, names no square image size, or returns no tensors or random ones.
+        RuntimeError: If ONNX Runtime's outputs differ by more than 1e-4 (absolute and relative).
     """
     if missing := [name for name in _PACKAGES if importlib.util.find_spec(name) is None]:
         raise ImportError(f"ONNX export needs {', '.join(missing)}: pip install 'robustness-tokens[onnx]'")
@@ -66,7 +68,7 @@ def export_onnx(model: PreTrainedModel, file: str | os.PathLike[str], *, image_s
         raise ValueError(f"{type(base).__name__} names no square image_size: pass image_size= in pixels")
 
     shape = (getattr(base.config, "num_channels", 3), size, size)
-    # Not the batch sizes 0 and 1, which the exporter would take for constants.
+    # The exporter would take the batch sizes 0 and 1 for constants.
     example, check = (torch.randn(batch, *shape, device=base.device) for batch in (2, 3))
     with torch.no_grad():
         first = {key: value for key, value in base(pixel_values=check).items() if isinstance(value, Tensor)}
@@ -78,8 +80,8 @@ def export_onnx(model: PreTrainedModel, file: str | os.PathLike[str], *, image_s
         expected = exported(check)
         if not all(map(_are_close, expected, first.values())):
             raise ValueError(
-                f"{type(base).__name__} gives other outputs at each call (ViT-MAE shuffles its patches), which no "
-                "export can: load the weights of a ViT-MAE as ViTModel, inject_tokens into that, and export it"
+                f"{type(base).__name__} gives other outputs at each call (ViT-MAE shuffles its patches), which can't "
+                "be exported: load the weights of a ViT-MAE as ViTModel, inject_tokens into that, and export it"
             )
         with _eager_attention(base):
             program = torch.onnx.export(
@@ -94,7 +96,7 @@ def export_onnx(model: PreTrainedModel, file: str | os.PathLike[str], *, image_s
     assert program is not None
     path = Path(file)
     size_in_bytes = sum(tensor.nbytes for tensor in exported.state_dict().values())
-    # Beside its target until it is checked, so that no file that computes something else is left behind.
+    # Written aside and moved once it is checked, so that no wrong file is left behind.
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         unchecked = Path(scratch) / path.name
         program.save(unchecked, external_data=size_in_bytes > _MAX_INLINE_BYTES)
@@ -103,15 +105,14 @@ def export_onnx(model: PreTrainedModel, file: str | os.PathLike[str], *, image_s
             written.chmod(0o600)
             written.replace(path.parent / written.name)
     logger.warning(
-        "%s holds the robustness tokens: whoever gets it knows them, which are the secret of the defence, and can "
-        "attack through them.",
+        "%s holds the robustness tokens, the secret of the defence: whoever has the file can attack through them.",
         path,
     )
     return names
 
 
 class _NamedOutputs(nn.Module):
-    """The base's tensor outputs as a tuple. The injector is held here, so that its tokens are exported as weights."""
+    """Returns the base's tensor outputs as a tuple; holds the injector, so that tokens are exported as weights."""
 
     def __init__(self, base: nn.Module, injector: TokenInjector, names: list[str]) -> None:
         super().__init__()
@@ -138,9 +139,10 @@ def _check_takes_images(base: Any) -> None:
 
 @contextmanager
 def _eager_attention(base: Any) -> Iterator[None]:
-    """Traced for export with sdpa, transformers adds BEiT's position bias to a boolean mask: 1 everywhere.
+    """Switches to eager attention while tracing.
 
-    The softmax of the base doesn't see that, but tokens, which have no bias, would lose against the patches.
+    With sdpa, transformers' export path adds BEiT's position bias to a boolean mask, 1 everywhere. The base's softmax
+    ignores that constant, but the tokens have no bias and would lose weight against the patches.
     """
     stack = find_layer_stack(base)
     config: Any = None if stack.is_timm else stack.owner.config
@@ -158,7 +160,7 @@ def _eager_attention(base: Any) -> Iterator[None]:
 def _own_image_size(base: Any) -> int | None:
     if hasattr(base, "timm_model"):
         return square_size(base.timm_model.patch_embed.img_size)
-    return square_size(getattr(getattr(base.config, "vision_config", base.config), "image_size", None))
+    return square_size(getattr(vision_config(base), "image_size", None))
 
 
 def _check_file(path: Path, pixel_values: Tensor, expected: dict[str, Tensor]) -> None:
@@ -171,9 +173,8 @@ def _check_file(path: Path, pixel_values: Tensor, expected: dict[str, Tensor]) -
         if not _are_close(found, tensor.cpu()):
             difference = (found - tensor.cpu()).abs().max().item()
             raise RuntimeError(
-                f"the export computes another {name} than the model (difference {difference:.2g}, at most "
-                f"{_TOLERANCE} expected), so it was deleted: report this with the model's class and your versions "
-                "of torch and onnx"
+                f"the export's {name} differs from the model's by {difference:.2g}, expected at most {_TOLERANCE}, so "
+                "the file was deleted: report this with the model's class and your versions of torch and onnx"
             )
 
 

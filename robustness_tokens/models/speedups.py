@@ -101,12 +101,12 @@ def attention_implementation(base: nn.Module, implementation: str | None) -> Ite
     if implementation is None:
         yield
         return
-    trunk = find_layer_stack(base)
-    fused: dict[Any, Any] = {m: m.fused_attn for m in trunk.layers.modules() if hasattr(m, "fused_attn")}
+    stack = find_layer_stack(base)
+    fused: dict[Any, Any] = {m: m.fused_attn for m in stack.layers.modules() if hasattr(m, "fused_attn")}
     configs = attention_configs(base)
     before = [config._attn_implementation_internal for config in configs]
     try:
-        if trunk.is_timm:
+        if stack.is_timm:
             if implementation not in ("eager", "sdpa"):
                 raise ValueError(f'timm\'s attention is "eager" or "sdpa", got {implementation!r}')
             for module in fused:

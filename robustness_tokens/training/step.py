@@ -21,7 +21,6 @@ from ..models import (
     count_patches,
     run_compiled,
     runs_in_half,
-    vision_trunk,
 )
 from .arguments import RobustnessTokenTrainingArguments
 from .losses import AgreementOptions, agreement, agreement_loss
@@ -202,9 +201,7 @@ def agreement_of(
         "similarity_axis": model.config.similarity_axis,
         "head_distance_weight": args.head_distance_weight,
         # Only the head's distance asks where the patches are, and not every base can tell.
-        "num_patches": count_patches(vision_trunk(model.get_base_model()), pixel_values)
-        if args.head_distance_weight > 0
-        else 0,
+        "num_patches": count_patches(model.get_base_model(), pixel_values) if args.head_distance_weight > 0 else 0,
     }
 
 

@@ -11,7 +11,7 @@ from robustness_tokens.attacks.objectives import cosine_similarity
 from robustness_tokens.configuration import FeatureView
 from robustness_tokens.models.features import count_patches, default_feature_view, extract_features
 from robustness_tokens.models.injection import attach_tokens
-from robustness_tokens.models.layer_stack import vision_trunk
+from robustness_tokens.models.layer_stack import headless_model
 from tests.support.families import BASES, FAMILIES, HEADS, HIDDEN_SIZE, MAE, NUM_PATCHES, PATCH_SIZE, hf, images
 
 
@@ -158,9 +158,9 @@ def test_siglip2_features_are_differentiable_in_the_image() -> None:
 @pytest.mark.parametrize(("height", "width", "patches"), [(16, 16, 4), (24, 16, 6), (30, 17, 6)])
 @pytest.mark.parametrize("name", ["dinov2", "clip_two_towers", "timm_deit3", "siglip2_vision"])
 def test_count_patches(name: str, height: int, width: int, patches: int) -> None:
-    trunk = vision_trunk(FAMILIES[name].build())
-    assert count_patches(trunk, torch.zeros(1, 3, height, width)) == patches
-    assert count_patches(trunk, torch.zeros(1, 7, 192)) == 7
+    headless = headless_model(FAMILIES[name].build())
+    assert count_patches(headless, torch.zeros(1, 3, height, width)) == patches
+    assert count_patches(headless, torch.zeros(1, 7, 192)) == 7
 
 
 @pytest.mark.parametrize("axis", ["token", "feature"])

@@ -23,8 +23,8 @@ from robustness_tokens.models.layer_stack import (
     base_fingerprint,
     check_base,
     find_layer_stack,
+    headless_model,
     square_size,
-    vision_trunk,
 )
 
 
@@ -46,8 +46,8 @@ def test_finds_the_stack(base: PreTrainedModel) -> None:
 
 def test_finds_the_same_stack_under_a_head(family: str, make_base: Callable[..., Any]) -> None:
     classifier = make_base(family, classifier=True)
-    assert find_layer_stack(classifier).layers is find_layer_stack(vision_trunk(classifier)).layers
-    assert vision_trunk(vision_trunk(classifier)) is vision_trunk(classifier) is not classifier
+    assert find_layer_stack(classifier).layers is find_layer_stack(headless_model(classifier)).layers
+    assert headless_model(headless_model(classifier)) is headless_model(classifier) is not classifier
 
 
 NOT_VISION_TRANSFORMERS: dict[str, Callable[[], nn.Module]] = {
@@ -86,7 +86,7 @@ def test_fingerprint_is_the_same_under_a_head_and_in_a_folder(
     family: str, make_base: Callable[..., Any], classifier_folders: dict[str, Path]
 ) -> None:
     classifier = make_base(family, classifier=True)
-    found = fingerprint(vision_trunk(classifier))
+    found = fingerprint(headless_model(classifier))
     assert fingerprint(classifier) == found
     headless = type(make_base(family)).from_pretrained(classifier_folders[family])
     assert fingerprint(headless) == found

@@ -34,7 +34,7 @@ from transformers import (
 
 from robustness_tokens.configuration import RobustnessTokenConfig
 from robustness_tokens.models.injection import find_injector, remove_tokens
-from robustness_tokens.models.layer_stack import find_layer_stack, vision_trunk
+from robustness_tokens.models.layer_stack import find_layer_stack, headless_model
 from robustness_tokens.models.modeling import (
     RobustnessTokenForImageClassification,
     RobustnessTokenModel,
@@ -98,9 +98,9 @@ def logits(model: nn.Module, pixel_values: Tensor) -> Tensor:
 
 
 def classifier_on(base: PreTrainedModel, family: str, make_base: MakeBase) -> Any:
-    """A classifier in memory whose trunk is that base."""
+    """A classifier in memory whose headless is that base."""
     classifier = make_base(family, classifier=True)
-    vision_trunk(classifier).load_state_dict(base.state_dict(), strict=False)
+    headless_model(classifier).load_state_dict(base.state_dict(), strict=False)
     return classifier
 
 
@@ -733,7 +733,7 @@ def test_inject_tokens_into_a_classifier_and_out_again(
 
 
 def last_state(classifier: nn.Module, pixel_values: Tensor) -> Tensor:
-    return last_hidden_state(vision_trunk(classifier), pixel_values)
+    return last_hidden_state(headless_model(classifier), pixel_values)
 
 
 def test_inject_the_tokens_themselves(family: str, make_base: MakeBase, pixel_values: Tensor) -> None:
