@@ -1,4 +1,4 @@
-"""The adapter folder, on disk and on the Hub: strict reading, careful writing, private by default.
+"""Reads an adapter from disk or from the Hub, strictly, and writes its tokens.
 
 An adapter is `config.json`, `model.safetensors`, `preprocessor_config.json`, `README.md`, and perhaps
 `evaluation.json`. Only safetensors and JSON are read; nothing is unpickled, nothing downloaded is executed.
@@ -36,7 +36,7 @@ TOKENS_FILE = "model.safetensors"
 PROCESSOR_FILE = "preprocessor_config.json"
 CARD_FILE = "README.md"
 EVALUATION_FILE = REPORT_FILE
-# For people, beside it; they stay on this machine, since the card on the Hub says the same.
+# The report for people; not pushed.
 RENDERED_FILES = (MARKDOWN_FILE, HTML_FILE, *FIGURE_FILES)
 ADAPTER_FILES = (CONFIG_FILE, TOKENS_FILE, PROCESSOR_FILE, CARD_FILE, EVALUATION_FILE)
 TOKENS_KEY = "robustness_tokens"
@@ -123,7 +123,7 @@ def fetch_adapter(
         }
         prefix = f"{subfolder}/" if subfolder else ""
         try:
-            # Alone at first: it tells an adapter from a model with gigabytes of weights.
+            # The config comes first: it tells an adapter from a model with gigabytes of weights.
             snapshot = _download(repo_id, [prefix + CONFIG_FILE], revision=revision, **options)
             _check_files(snapshot / subfolder, [CONFIG_FILE], repo_id)
             _read_config_dict(snapshot / subfolder / CONFIG_FILE)
@@ -138,7 +138,7 @@ def fetch_adapter(
 
 
 def normalize_subfolder(subfolder: str) -> str:
-    """`"a/b"` of `"./a/b/"`, empty for the root of the repo; `ValueError` if it leads out of the repo."""
+    """Returns `"a/b"` for `"./a/b/"`; `ValueError` if it leads out of the repo."""
     path = PurePosixPath(subfolder)
     if path.is_absolute() or ".." in path.parts:
         raise ValueError(f"subfolder must be a folder inside the repo, such as 'small', got {subfolder!r}")
@@ -146,16 +146,16 @@ def normalize_subfolder(subfolder: str) -> str:
 
 
 def _download(repo_id: str, files: Iterable[str], *, revision: str | None, **options: Any) -> Path:
-    """The snapshot of a repo with those of the files that it has, each whole and unchanged.
+    """Downloads those files that a repo has, and compares each with the hash in its blob name.
 
-    huggingface_hub looks at sizes alone: here a file must have the hash by which the cache names it.
+    huggingface_hub compares sizes alone.
     """
     snapshot = Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(files), **options))
     damaged = [file for file in files if (snapshot / file).is_file() and not has_cache_hash(snapshot / file)]
     if damaged and (options["force_download"] or options["local_files_only"]):
         raise ValueError(
-            f"{repo_id}: {' and '.join(damaged)} came damaged over the network, or was damaged in the cache "
-            f"({snapshot}): load it again, with force_download=True"
+            f"{repo_id}: {' and '.join(damaged)} was damaged on the network or in the cache ({snapshot}): load it "
+            "again, with force_download=True"
         )
     if damaged:
         return _download(repo_id, damaged, revision=snapshot.name, **{**options, "force_download": True})
@@ -168,11 +168,7 @@ def _check_files(folder: Path, files: Iterable[str], name: str | os.PathLike[str
 
 
 def read_config(folder: Path) -> RobustnessTokenConfig:
-    """Reads config.json strictly. Whoever loads the base that it names first calls [`check_base_is_repo_id`].
-
-    Raises:
-        ValueError: If it is damaged, or of a newer schema.
-    """
+    """Reads config.json; `ValueError` if it is damaged, or of a newer schema."""
     path = folder / CONFIG_FILE
     config_dict = _read_config_dict(path)
     try:
@@ -187,8 +183,8 @@ def _read_config_dict(path: Path) -> dict[str, Any]:
     if config_dict.get("model_type") != RobustnessTokenConfig.model_type:
         raise ValueError(
             f"{path} has model_type {config_dict.get('model_type')!r}, expected "
-            f"{RobustnessTokenConfig.model_type!r}: it is the config of another model, not of an adapter (new tokens "
-            "on that model: RobustnessTokenModel.from_base)"
+            f"{RobustnessTokenConfig.model_type!r}: it is the config of another model, not of an adapter (for new "
+            "tokens on that model: RobustnessTokenModel.from_base)"
         )
     return config_dict
 
@@ -208,14 +204,7 @@ def check_base_is_repo_id(name: str) -> None:
 
 
 def read_tokens(folder: Path, config: RobustnessTokenConfig) -> Tensor:
-    """Reads the tokens, strictly: one finite float32 tensor of the shape that the config announces.
-
-    Returns:
-        (K, D) float32.
-
-    Raises:
-        ValueError: If the file is damaged or holds anything else.
-    """
+    """Reads the tokens; `ValueError` unless the file holds one finite float32 tensor of the config's shape, (K, D)."""
     path, shape = folder / TOKENS_FILE, (config.num_robustness_tokens, config.hidden_size)
     largest = 4 * shape[0] * shape[1] + _MAX_SAFETENSORS_HEADER_BYTES
     if (size := path.stat().st_size) > largest:
@@ -238,11 +227,7 @@ def read_tokens(folder: Path, config: RobustnessTokenConfig) -> Tensor:
 
 
 def read_report(folder: Path) -> RobustnessReport | None:
-    """Reads evaluation.json, strictly; None if the adapter has none.
-
-    Raises:
-        ValueError: If it is damaged.
-    """
+    """Reads evaluation.json; None if there is none, `ValueError` if it is damaged."""
     path = folder / EVALUATION_FILE
     if not path.is_file():
         return None
@@ -253,22 +238,22 @@ def read_report(folder: Path) -> RobustnessReport | None:
 
 
 def report_of(folder: Path, tokens: Tensor) -> RobustnessReport | None:
-    """The report that lies in a folder, if it is about these tokens; `ValueError` if it is damaged."""
+    """Reads the report in a folder if it was measured with these tokens; `ValueError` if it is damaged."""
     return read_report(folder) if _holds_tokens(folder / TOKENS_FILE, tokens) else None
 
 
 def remove_report(folder: Path) -> None:
-    """Takes away what tells of other tokens than the folder is going to hold."""
+    """Deletes a report that was measured with other tokens."""
     for file in (EVALUATION_FILE, *RENDERED_FILES):
         (folder / file).unlink(missing_ok=True)
 
 
 def write_tokens(folder: Path, tokens: Tensor) -> None:
-    """Writes the tokens as float32, readable by their owner alone (they are the secret of the defence).
+    """Writes the tokens as float32, readable by their owner alone (the defence rests on their secrecy).
 
     Raises:
         ValueError: If they are not finite.
-        OSError: If the file can't be written; the one before is as it was.
+        OSError: If the file can't be written; the previous one is left unchanged.
     """
     path = folder / TOKENS_FILE
     tokens = tokens.detach().to("cpu", torch.float32).contiguous()
@@ -280,13 +265,13 @@ def write_tokens(folder: Path, tokens: Tensor) -> None:
         with replacing(path) as partial:
             partial.write_bytes(content)
             partial.chmod(0o600)
-            flush_to_disk(partial)  # before the report goes, which a failure must leave
-            if not _holds_tokens(path, tokens):  # last, when nothing but the renaming is left
+            flush_to_disk(partial)  # first, so that a failure leaves the report
+            if not _holds_tokens(path, tokens):  # last, just before the renaming
                 remove_report(folder)
     except OSError as exc:
         raise OSError(
             exc.errno,
-            f"{path} could not be written ({exc.strerror}), and what was there is left: make room, or mend the "
+            f"{path} could not be written ({exc.strerror}), and what was there is left: make room, or correct the "
             "permissions, and save again",
         ) from exc
 
@@ -300,12 +285,12 @@ def _holds_tokens(path: Path, tokens: Tensor) -> bool:
 
 
 def holds_adapter(folder: str | os.PathLike[str]) -> bool:
-    """Whether a folder holds an adapter's files that saving would overwrite."""
+    """Tells whether a folder holds an adapter's files that saving would overwrite."""
     return any((Path(folder) / file).exists() for file in (CONFIG_FILE, TOKENS_FILE))
 
 
 def is_repo_id(name: str) -> bool:
-    """Whether the Hub could have a repo of this name."""
+    """Tells whether a name has the form of a Hub repo id."""
     try:
         validate_repo_id(name)
     except HFValidationError:
@@ -326,7 +311,7 @@ def check_no_other_model(folder: Path) -> None:
 
 
 def cached_commit(repo_id: str, *, revision: str | None = None, cache_dir: str | Path | None = None) -> str | None:
-    """The commit of a repo as it lies in the local cache, so the one just loaded; None for a path or no name."""
+    """Returns the commit of a repo in the local cache, so the one just loaded; None for a folder."""
     if os.path.isdir(repo_id) or not is_repo_id(repo_id):
         return None
     cached = try_to_load_from_cache(repo_id, CONFIG_FILE, revision=revision, cache_dir=cache_dir)

@@ -17,15 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from ..configuration import RobustnessTokenConfig
-from ..report import (
-    RobustnessReport,
-    code,
-    format_eps,
-    headline,
-    plain,
-    prose,
-    results_table,
-)
+from ..report import RobustnessReport, code, format_eps, headline, plain, prose, results_table
 from .adapter_folder import is_repo_id
 from .eval_results import EVALUATED_WITH, PACKAGE, main_results, to_eval_results
 
@@ -42,18 +34,18 @@ RECIPE_ARGUMENTS = (
     *("seed", "mixed_precision"),
 )
 
-# By the adapter's class: the Auto class, the task of `pipeline`, and what to do with an image.
+# By the adapter's class: the Auto class, the task of `pipeline`, and a call.
 _USES = {
-    "RobustnessTokenModel": (
-        "AutoModel",
-        "image-feature-extraction",
-        "features = model.get_features(pixel_values)",
-    ),
-    "RobustnessTokenForImageClassification": (
-        "AutoModelForImageClassification",
-        "image-classification",
-        "logits = model(pixel_values=pixel_values).logits",
-    ),
+    "RobustnessTokenModel": {
+        "auto_class": "AutoModel",
+        "pipeline_tag": "image-feature-extraction",
+        "call": "features = model.get_features(pixel_values)",
+    },
+    "RobustnessTokenForImageClassification": {
+        "auto_class": "AutoModelForImageClassification",
+        "pipeline_tag": "image-classification",
+        "call": "logits = model(pixel_values=pixel_values).logits",
+    },
 }
 # By the `attack_through` of the recipe.
 _ATTACKERS = {
@@ -128,7 +120,6 @@ def render_card(
     trained_on = _dataset_of_recipe(training)
     datasets = [trained_on] if datasets is None and trained_on else datasets
     model_class = next((name for name in config.architectures or () if name in _USES), "RobustnessTokenModel")
-    auto_class, pipeline_tag, call = _USES[model_class]
     arguments = _literal(name) + (f", subfolder={_literal(subfolder)}" if subfolder else "")
     eval_results = [] if report is None else to_eval_results(report)
     has_repo_id = is_repo_id(config.base_model_name_or_path)
@@ -138,7 +129,7 @@ def render_card(
         datasets=list(datasets) if datasets else None,
         library_name=PACKAGE,
         license=license,
-        pipeline_tag=pipeline_tag,
+        pipeline_tag=_USES[model_class]["pipeline_tag"],
         tags=["robustness-tokens", "adversarial-robustness", *tags],
         model_name=plain(name) if eval_results else None,
         eval_results=eval_results or None,
@@ -153,15 +144,11 @@ def render_card(
         base=config.base_model_name_or_path or config.base_model_class,
         model_class=model_class,
         arguments=arguments,
-        auto_class=auto_class,
-        pipeline_tag=pipeline_tag,
-        call=call,
+        **_USES[model_class],
         inject=f"inject_tokens(model, {arguments})",
         headline=None if report is None else headline(report),
         report=report,
         table=None if report is None or not (leading := main_results(report)) else results_table(leading),
-        verdicts=[] if report is None else [check.passed for check in report.checks],
-        failed=[] if report is None else [check for check in report.checks if check.passed is False],
         evaluate_command=None if report is None else _evaluate_command(report, name, subfolder),
         training=training,
         is_public=str(training.get("secrecy")).startswith("none"),
@@ -192,10 +179,10 @@ def _literal(text: str) -> str:
 
 def _recipe(config: RobustnessTokenConfig, training: Mapping[str, Any], trained_on: str | None) -> dict[str, Any]:
     """Returns the arguments of the `robtok train` that makes such tokens, as its YAML file holds them."""
-    given = dict(training)
-    if training.get("resize") == "processor":
-        del given["image_size"]  # it came of the processor, and was not asked for
-    entry = given["dataset"] if trained_on is not None else {}
+    settings = {key: training.get(key) for key in RECIPE_ARGUMENTS}
+    if settings["resize"] == "processor":
+        settings["image_size"] = None  # the processor decides it
+    entry = training["dataset"] if trained_on is not None else {}
     settings = {
         "base_model": config.base_model_name_or_path or "BASE_MODEL",
         "base_model_revision": config.base_model_revision,
@@ -206,7 +193,7 @@ def _recipe(config: RobustnessTokenConfig, training: Mapping[str, Any], trained_
         "initializer_range": config.initializer_range,
         "feature_view": config.feature_view,
         "similarity_axis": config.similarity_axis,
-        **{key: given.get(key) for key in RECIPE_ARGUMENTS},
+        **settings,
     }
     recipe: dict[str, Any] = {
         key: _setting(value) for key, value in settings.items() if isinstance(value, str | int | float)

@@ -1,4 +1,4 @@
-"""A folder of adversarial pairs to the Hub, as a dataset that everyone's tools can show: PNG images."""
+"""Pushes a folder of adversarial pairs to the Hub, as a dataset of PNG images that every viewer can show."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from PIL import Image
 
 from ..data import INFO_FILE, PAIR_FEATURES, PAIRS_SPLIT, PairsInfo, load_adversarial_pairs
 from .adapter_folder import CARD_FILE, is_repo_id
+from .pushing import create_repo
 
 
 UNFINISHED_FILE = "adversarial_pairs.unfinished.json"
-"""Takes the place of the description in a repo while pairs are uploaded."""
+"""Replaces the description in a repo while pairs are uploaded."""
 
 _IMAGE_COLUMNS = ("image", "adversarial_image")
 _PNG_FEATURES = datasets.Features({**PAIR_FEATURES, **{column: datasets.Image() for column in _IMAGE_COLUMNS}})
@@ -36,48 +37,43 @@ def push_adversarial_pairs(
 ) -> CommitInfo:
     """Uploads a folder of pairs as a dataset of PNG images, shard by shard.
 
-    Pairs don't reveal the tokens, since the attack never saw any; but they hold the images, which may not be
-    everyone's to see.
+    Pairs don't reveal the tokens, since the attack never saw any. But they hold the images, which may be private.
 
     Args:
-        folder: That [`make_adversarial_pairs`] wrote.
-        repo_id: `user/name`; made if it doesn't exist.
-        base_model_id: Hub id to name as the base; required where it was loaded from a folder.
-        private: A repo that is public already refuses the push unless this is False.
-        token: Of the Hub; by default the one that is logged in.
+        folder: Folder written by [`make_adversarial_pairs`].
+        repo_id: `user/name`; created if it doesn't exist.
+        base_model_id: Hub id of the base; required if the base was loaded from a folder.
+        private: A repo that is already public refuses the push unless this is False.
+        token: Hub token; by default the one that is logged in.
 
     Returns:
-        The last commit, that of the description: without it no pairs are found in the repo.
+        The last commit, which adds the description: no pairs are found in a repo without it.
 
     Raises:
-        ValueError: If the pairs are not all there, or none, their base is a folder and `base_model_id` is missing,
-            the repo holds something else, or it is public and `private` is True.
+        ValueError: If pairs are missing, or there are none, if their base is a folder and `base_model_id` is missing,
+            if the repo holds something else, or if it is public and `private` is True.
     """
     pairs = load_adversarial_pairs(folder)
     if not len(pairs):
-        raise ValueError(f"{os.fspath(folder)!r} holds no pair, since all images were broken: attack others")
+        raise ValueError(f"{os.fspath(folder)!r} holds no pairs, because all images were broken: attack other images")
     info = dataclasses.replace(pairs.info, base_model=base_model_id or pairs.info.base_model)
     if not is_repo_id(info.base_model):
         raise ValueError(
             f"the pairs' base is the folder {info.base_model!r}, which nobody else has: pass base_model_id= with its "
-            "id on the Hub"
+            "Hub id"
         )
     api = HfApi(token=token)
-    repo_id = api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True).repo_id
-    repo = api.dataset_info(repo_id)
-    if private and not repo.private:
-        raise ValueError(
-            f"{repo_id} exists and is public, and the pairs hold the images of the dataset: make the repo private, or "
-            "pass private=False if everyone may see them"
-        )
+    reason = "the pairs hold the images of the dataset"
+    repo = create_repo(api, repo_id, private=private, reason=reason, repo_type="dataset")
+    repo_id = repo.id
     files = {file.rfilename for file in repo.siblings or ()}
     others = sorted(files - {CARD_FILE, ".gitattributes"})
     if others and not files & {INFO_FILE, UNFINISHED_FILE}:
         raise ValueError(
-            f"{repo_id} holds other files, such as {others[0]}, and no adversarial pairs, whose upload would replace "
+            f"{repo_id} holds other files, such as {others[0]}, and no adversarial pairs. The upload would replace "
             "them: choose another repo_id"
         )
-    # Without a description until it tells of the images that are there.
+    # The description comes last, so that it never describes images that are not there.
     old = [CommitOperationDelete(INFO_FILE)] if INFO_FILE in files else []
     api.create_commit(
         repo_id,
@@ -116,9 +112,9 @@ def _describe_for_people(info: PairsInfo) -> str:
     attack = ", ".join(f"{name} {value}" for name, value in info.attack.items() if value is not None)
     return f"""{_HEADING}
 Images and attacked versions of them, made by `robtok attack` of robustness_tokens {info.package_version} to train
-robustness tokens on. The attack ({attack}) went through {info.base_model_class} `{info.base_model}` alone and moves no
-pixel by more than {info.max_pixel_difference}/255; `{INFO_FILE}` says everything that was set. The pairs reveal no
-tokens, since the attack never saw any.
+robustness tokens. The attack ({attack}) used {info.base_model_class} `{info.base_model}` alone and changes no pixel by
+more than {info.max_pixel_difference}/255; `{INFO_FILE}` holds all settings. The pairs reveal no tokens, since the
+attack never saw any.
 
     robtok train --base_model {info.base_model} --dataset <this dataset> --output_dir tokens
 """

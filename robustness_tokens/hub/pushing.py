@@ -1,4 +1,4 @@
-"""An adapter folder to the Hub: one commit, private by default, nothing but the adapter's files."""
+"""Pushes an adapter folder to the Hub: one commit, private by default, nothing but the adapter's files."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, DatasetInfo, HfApi, ModelInfo
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
 from ..configuration import REMOTE_CODE, REMOTE_CODE_FILE, RobustnessTokenConfig
@@ -43,36 +43,36 @@ def push_adapter(
     tags: Sequence[str] = (),
     subfolder: str = "",
 ) -> CommitInfo:
-    """Uploads an adapter folder in one commit; none is made where the repo holds the same already.
+    """Uploads an adapter folder in one commit; makes none if the repo already holds the same.
 
-    What is uploaded: the configuration, the tokens, the image processor, the evaluation report if there is one, and
-    the card, made anew for this repo. A card that is on the Hub already keeps all that stands outside our markers,
-    and a report that is there stays while the tokens are those that it tells of.
+    Uploads the configuration, the tokens, the image processor, the evaluation report if there is one, and a card
+    rendered for this repo. A card on the Hub keeps everything outside our markers. A report on the Hub stays if it was
+    measured with these tokens.
 
     Args:
-        folder: What `save_pretrained` wrote. It is left as it is.
-        repo_id: `user/name`; made if it doesn't exist.
-        base_model_id: Hub id of the base, required where it was loaded from a folder. It is pinned to its last commit,
-            unless the folder pins one of that base.
-        private: Tokens are secrets: anyone who reads them can attack through them. A repo that is public already
+        folder: Adapter folder written by `save_pretrained`; not changed.
+        repo_id: `user/name`; created if it doesn't exist.
+        base_model_id: Hub id of the base; required if the base was loaded from a folder. It is pinned to its last
+            commit, unless the folder pins one of that base.
+        private: Tokens are secrets: anyone who reads them can attack through them. A repo that is already public
             refuses the push unless this is False.
-        token: Of the Hub; by default the one that is logged in.
-        revision: Branch, made if it doesn't exist; or an open pull request, `refs/pr/N`.
-        create_pr: Open a pull request instead of committing to the branch, which must exist then.
+        token: Hub token; by default the one that is logged in.
+        revision: Branch, created if it doesn't exist; or an open pull request, `refs/pr/N`.
+        create_pr: Open a pull request instead of committing to the branch, which must exist.
         commit_message: First line of the commit.
         tags: More tags for the card.
-        subfolder: Folder inside the repo.
+        subfolder: Folder of the adapter inside the repo.
 
     Returns:
         The commit, or the repo's last one if there was nothing to commit.
 
     Raises:
-        ValueError: If the folder holds no whole adapter, if its base is a folder and `base_model_id` is not given, or
+        ValueError: If the folder holds no complete adapter, if its base is a folder and `base_model_id` is missing, or
             if the repo is public and `private` is True. Errors of the Hub pass through.
     """
     path = Path(folder)
     if not path.is_dir():
-        raise ValueError(f"folder must be that of an adapter, as save_pretrained writes it; there is no {str(path)!r}")
+        raise ValueError(f"folder must be that of an adapter, written by save_pretrained; there is no {str(path)!r}")
     adapter = load_adapter(path)
     _ = adapter.image_processor  # reads it
     config, report = adapter.config, adapter.report
@@ -80,11 +80,14 @@ def push_adapter(
     prefix = f"{subfolder}/" if subfolder else ""
     api = HfApi(token=token)
     _name_base_by_id(config, base_model_id, api)
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    _check_visibility(api, repo_id, private)
+    repo_id = create_repo(api, repo_id, private=private, reason="tokens are secrets").id
+    if not private:
+        logger.warning(
+            "Whoever reads the tokens in %s can attack through them, and they protect far less against that.", repo_id
+        )
     if revision is not None and not create_pr and not revision.startswith("refs/"):
         api.create_branch(repo_id, branch=revision, exist_ok=True)
-    # Whoever commits between this and our commit makes it fail, instead of being overwritten.
+    # Our commit fails, instead of overwriting it, if somebody else commits after this.
     parent = api.model_info(repo_id, revision=revision).sha
 
     contents: dict[str, str | Path | bytes] = {
@@ -95,7 +98,7 @@ def push_adapter(
     operations: list[CommitOperationAdd | CommitOperationDelete] = []
     if report is not None:
         report = replace(
-            report,  # which names folders of this machine
+            report,  # it names local folders
             adapter=repo_id,
             base_model=config.base_model_name_or_path,
             base_model_revision=config.base_model_revision,
@@ -124,45 +127,44 @@ def push_adapter(
             create_pr=create_pr,
             parent_commit=parent,
         )
-    except RuntimeError as exc:  # which keeps its reason to itself
+    except RuntimeError as exc:  # its message leaves out the reason
         raise OSError(f"nothing was pushed to {repo_id}, push again: {exc} {exc.__cause__ or ''}".rstrip()) from exc
-    except HfHubHTTPError:  # which says what happened
+    except HfHubHTTPError:  # its message is clear
         raise
     except HTTPError as exc:
         raise OSError(
-            f"the connection broke while pushing to {repo_id}: push again, which changes nothing if all has arrived "
+            f"the connection broke while pushing to {repo_id}: push again; that changes nothing if everything arrived "
             f"({exc})"
         ) from exc
+
+
+def create_repo(
+    api: HfApi, repo_id: str, *, private: bool, reason: str, repo_type: str = "model"
+) -> ModelInfo | DatasetInfo:
+    """Creates a repo unless it exists, and returns what the Hub knows of it; a public one needs `private=False`."""
+    repo_id = api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True).repo_id
+    repo = api.dataset_info(repo_id) if repo_type == "dataset" else api.model_info(repo_id)
+    if private and not repo.private:
+        raise ValueError(
+            f"{repo_id} exists and is public: {reason}. Make the repo private, or pass private=False if everyone may "
+            "see them"
+        )
+    if repo.private and not private:
+        logger.warning("%s exists and stays private. Make it public in its settings.", repo_id)
+    return repo
 
 
 def _name_base_by_id(config: RobustnessTokenConfig, base_model_id: str | None, api: HfApi) -> None:
     name = config.base_model_name_or_path if base_model_id is None else base_model_id
     if not is_repo_id(name):
         what = f"the base is {name!r}" if base_model_id is None else f"base_model_id={name!r}"
-        raise ValueError(f"{what}, which is no id of a Hub repo: pass base_model_id= with one, such as 'user/name'")
+        raise ValueError(f"{what}, which is not a Hub repo id: pass base_model_id= with one, such as 'user/name'")
     if name != config.base_model_name_or_path or config.base_model_revision is None:
         config.base_model_name_or_path, config.base_model_revision = name, api.model_info(name).sha
 
 
-def _check_visibility(api: HfApi, repo_id: str, private: bool) -> None:
-    is_private = api.model_info(repo_id).private
-    if private and not is_private:
-        raise ValueError(
-            f"{repo_id} exists and is public: tokens are secrets, so they are not pushed there. Make the repo "
-            "private, or pass private=False if everyone may know the tokens"
-        )
-    if is_private and not private:
-        logger.warning("%s exists and is private: it stays so. Make it public in its settings.", repo_id)
-    elif not private:
-        logger.warning(
-            "%s is public: whoever reads the tokens there can attack through them, and against such an attacker they "
-            "protect far less.",
-            repo_id,
-        )
-
-
 def _license_of_base(config: RobustnessTokenConfig, api: HfApi) -> str | None:
-    """What the base's card says; None where there is none to read."""
+    """Returns the license that the base's card names; None if there is no card to read."""
     try:
         card = api.model_info(config.base_model_name_or_path, revision=config.base_model_revision).card_data
     except HfHubHTTPError:
@@ -171,7 +173,7 @@ def _license_of_base(config: RobustnessTokenConfig, api: HfApi) -> str | None:
 
 
 def _download(api: HfApi, repo_id: str, file: str, commit: str | None) -> Path | None:
-    """A file of the repo, as it is there; None if there is none."""
+    """Downloads a file of the repo; None if it has none."""
     if not api.file_exists(repo_id, file, revision=commit):
         return None
     path = Path(api.hf_hub_download(repo_id, file, revision=commit, force_download=True))
@@ -186,4 +188,4 @@ def _read_card(path: Path) -> str | None:
     try:
         return path.read_bytes().decode("utf-8")  # with its own line breaks
     except UnicodeDecodeError as exc:
-        raise ValueError(f"{path} is not in UTF-8, as a card on the Hub must be: save it anew ({exc})") from exc
+        raise ValueError(f"{path} must be in UTF-8, as every card on the Hub: save it in UTF-8 ({exc})") from exc

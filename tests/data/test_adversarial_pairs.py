@@ -667,14 +667,14 @@ def test_pairs_come_back_from_the_hub_bit_for_bit(made: dict[str, Path], hub: Hu
     assert json.loads(files[INFO_FILE].data) == {**local, "base_model": "alice/base"}
     card = files["README.md"].data.decode()
     assert card.count("# Adversarial pairs") == 1
-    assert "reveal no\ntokens" in card
+    assert "The pairs reveal no tokens" in card
     assert any(name.endswith(".parquet") for name in files)
 
 
 def test_pairs_are_not_pushed_to_a_public_repo_unasked(made: dict[str, Path], hub: Hub, client: HubClient) -> None:
     push = {"folder": str(made["pgd"]), **PUSH}
     client("api", method="create_repo", token="hf_alice", repo_id="alice/pairs", repo_type="dataset", private=False)
-    with pytest.raises(ClientError, match="is public, and the pairs hold the images"):
+    with pytest.raises(ClientError, match="is public: the pairs hold the images"):
         client("push_pairs_and_read_them", **push)
     assert INFO_FILE not in hub.repos["alice/pairs"].files()
     client("push_pairs_and_read_them", **push, private=False)

@@ -371,6 +371,11 @@ def test_a_config_from_the_hub_brings_nothing_into_the_recipe(value: str) -> Non
     assert set(settings) <= known | set(RECIPE_ARGUMENTS) - {"max_steps"}
 
 
+def test_a_recipe_that_leaves_settings_out_is_shown_as_it_is() -> None:
+    (written,) = blocks(render_card(config(training={"max_steps": 3, "resize": "processor"}), name="u/a"), "yaml")
+    assert {"max_steps": 3, "resize": "processor"}.items() <= yaml.safe_load(written).items()
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, 1e308, 10**400, -1.5, True, [], {}, "x", None])
 def test_a_strange_number_in_a_recipe_is_shown_and_breaks_nothing(value: Any) -> None:
     training = dict.fromkeys((*RECIPE_ARGUMENTS, *NO_ARGUMENTS), value)
