@@ -1,4 +1,4 @@
-"""The linear heads of a probe, and their two files: safetensors and JSON, read strictly.
+"""Linear heads on a frozen base: a probe's head, its two files (safetensors and JSON), and the model under it.
 
 Shapes: B images, P patches in a grid of h rows and w columns, D width, F what a head reads, C classes.
 """
@@ -40,14 +40,14 @@ class ProbeHead(nn.Module, ABC):
     """A linear head; see [`ClassificationHead`] and [`SegmentationHead`].
 
     Args:
-        in_features: F, width of what it reads.
-        num_labels: C, number of classes.
-        base_model_fingerprint: Of the base that it is trained on, see `backbones.layer_fingerprint`; empty where
-            nobody knows.
-        trained_with_tokens: Whether robustness tokens were in the base while it was trained.
+        in_features: F, the width of the features that it reads.
+        num_labels: C, the number of classes.
+        base_model_fingerprint: sha256 digests of the base that it was trained on, as in [`RobustnessTokenConfig`];
+            empty if unknown.
+        trained_with_tokens: Whether robustness tokens were in the base during its training.
 
     Raises:
-        ValueError: If a size is not positive.
+        ValueError: If a size is below 1.
     """
 
     task: ClassVar[str]
@@ -72,23 +72,28 @@ class ProbeHead(nn.Module, ABC):
     @staticmethod
     @abstractmethod
     def extract(base: PreTrainedModel, pixel_values: Tensor) -> Tensor:
-        """What the head reads of normalised images (B, 3, H, W), in float32: (B, F), or (B, F, h, w) maps."""
+        """Computes the head's input for normalised images (B, 3, H, W), in float32: (B, F), or maps (B, F, h, w)."""
 
     @abstractmethod
     def forward(self, features: Tensor) -> Tensor:
-        """Logits of what [`extract`] gave: (B, C), or (B, C, h, w) maps."""
+        """Computes logits from what [`extract`] returns: (B, C), or maps (B, C, h, w)."""
 
 
 class ClassificationHead(ProbeHead):
-    """A linear layer on the CLS token and the mean of the patches, as DINOv2's own; without CLS on the mean alone.
+    """A linear layer on the CLS token and the mean of the patches, as DINOv2's linear heads.
 
-    F is 2 D, or D in families that have no CLS token.
+    F is 2 D, or D in families without a CLS token, where the head reads the mean only.
+
+    Args:
+        in_features: F, the width of the features.
+        num_labels: C, the number of classes.
+        provenance: `base_model_fingerprint` and `trained_with_tokens`, see [`ProbeHead`].
 
     Source: Oquab et al., "DINOv2", arXiv 2304.07193, and its released linear heads.
     """
 
     task = "classification"
-    ignore_index = -100  # no class at all: every label counts
+    ignore_index = -100  # no class has it, so every label counts
 
     def __init__(self, in_features: int, num_labels: int, **provenance: Any) -> None:
         super().__init__(in_features, num_labels, **provenance)
@@ -106,12 +111,17 @@ class ClassificationHead(ProbeHead):
 
 
 class SegmentationHead(ProbeHead):
-    """Batch norm and a 1x1 convolution on the grid of patches, as DINOv2's and the paper's; F is D.
+    """Batch norm and a 1x1 convolution on the grid of patches, as in DINOv2 and the paper; F is D.
 
-    Its logits are upsampled bilinearly to the labels' size by whoever uses it.
+    Its logits (B, C, h, w) have one value per patch; [`ProbedModel`] resizes them to the images.
+
+    Args:
+        in_features: F, the width of the features.
+        num_labels: C, the number of classes, at most 255: 255 marks ignored pixels.
+        provenance: `base_model_fingerprint` and `trained_with_tokens`, see [`ProbeHead`].
 
     Raises:
-        ValueError: If a class would be `IGNORE_INDEX`.
+        ValueError: If there are more than 255 classes.
     """
 
     task = "segmentation"
@@ -147,8 +157,8 @@ def save_head(head: ProbeHead, folder: str | os.PathLike[str]) -> None:
     """Writes head.json and head.safetensors.
 
     Args:
-        head: Of a probe.
-        folder: Made if needed; the two files are overwritten.
+        head: The head.
+        folder: Created if needed; the two files are overwritten.
 
     Raises:
         ValueError: If a weight is not finite. Nothing is written then.
@@ -173,27 +183,27 @@ def load_head(folder: str | os.PathLike[str]) -> ProbeHead:
     """Reads a head that [`save_head`] wrote.
 
     Args:
-        folder: Where head.json and head.safetensors lie.
+        folder: Folder with head.json and head.safetensors.
 
     Returns:
         The head, frozen and in eval mode.
 
     Raises:
-        ValueError: If a file is missing, damaged, of a newer schema, or the two don't fit each other.
+        ValueError: If a file is missing, damaged or of a newer schema, or if the two don't fit together.
     """
     path = Path(folder)
     if missing := [name for name in (HEAD_CONFIG_FILE, HEAD_WEIGHTS_FILE) if not (path / name).is_file()]:
         raise ValueError(f"{path} holds no head of a probe: it has no {' and no '.join(missing)}")
     config = _check_config(read_json(path / HEAD_CONFIG_FILE), path / HEAD_CONFIG_FILE)
     head_class = _HEAD_CLASSES[config.pop("task")]
-    with torch.device("meta"):  # no memory before the file is known to be as large as the config says
+    with torch.device("meta"):  # takes no memory until the file's size is checked
         head = head_class(**config)
     head.load_state_dict(_read_weights(path / HEAD_WEIGHTS_FILE, head.state_dict()), assign=True)
     return head.eval().requires_grad_(False)
 
 
 def _cls_and_patches(base: PreTrainedModel, pixel_values: Tensor) -> Tensor:
-    """(B, N, D) in float32: the CLS token, in families that have one, then the patches."""
+    """Computes (B, N, D) in float32: the CLS token if the family has one, then the patches."""
     if pixel_values.dim() != 4:
         raise ValueError(f"pixel_values must have shape (B, 3, H, W), got {tuple(pixel_values.shape)}")
     return extract_features(base, pixel_values.to(base.dtype), feature_view="cls_and_patches").float()
@@ -257,19 +267,19 @@ def _check_finite(tensors: Mapping[str, Tensor], what: str) -> None:
 
 
 class ProbedModel(nn.Module):
-    """A frozen model under a probe's head: pixel values to logits.
+    """A frozen model with a probe's head on its features: maps pixel values to logits.
 
-    With the tokens on and off it is the same head, unless `base_head` is given. It is always in eval mode, and the
-    heads are frozen.
+    The same head serves with the tokens on and off, unless `base_head` is given. The heads are frozen, and the model
+    is always in eval mode.
 
     Args:
         model: A `RobustnessTokenModel`, a model that `inject_tokens` was called on, or a base without tokens.
-        head: Reads the features.
-        base_head: Reads the features while the tokens are off; by default `head` does.
-        ignore_base_mismatch: Accept a base that a head was not trained on.
+        head: Head on the features; it is moved to the base's device.
+        base_head: Head for the time that the tokens are off; by default `head`.
+        ignore_base_mismatch: Accept heads that were trained on another base.
 
     Raises:
-        ValueError: If a head was trained on another base, or the heads are of different tasks.
+        ValueError: If a head was trained on another base, or the heads differ in task or number of classes.
     """
 
     def __init__(
@@ -303,13 +313,13 @@ class ProbedModel(nn.Module):
         self.eval()
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """Logits of normalised images.
+        """Computes logits of normalised images.
 
         Args:
-            pixel_values: (B, 3, H, W).
+            pixel_values: (B, 3, H, W) normalised images.
 
         Returns:
-            Float32 logits: (B, C), or (B, C, H, W) of a segmentation.
+            (B, C) float32 logits, or (B, C, H, W) for a segmentation.
         """
         base = base_of(self.model)
         injector = find_injector(base)
@@ -318,20 +328,21 @@ class ProbedModel(nn.Module):
         return resize_logits(head(head.extract(base, pixel_values)), pixel_values.shape[-2:]).float()
 
     def disable_adapter(self) -> AbstractContextManager[None]:
-        """Turns the tokens off for the time of a `with` block; a base without tokens stays as it is."""
+        """Turns the tokens off inside a `with` block; a base without tokens stays as it is."""
         return tokens_in(self, None)
 
     def train(self, mode: bool = True) -> Self:
-        """Stays in eval mode, whatever `mode`: a probe measures, and its batch norm must not drift."""
+        """Stays in eval mode, whatever `mode`: the statistics of the batch norm must not change."""
         return super().train(False)
 
 
 def resize_logits(logits: Tensor, size: torch.Size) -> Tensor:
-    """Maps (B, C, h, w) at the labels' size; logits of whole images, (B, C), as they are."""
+    """Resizes logits (B, C, h, w) bilinearly to `size`; returns logits of whole images, (B, C), as they are."""
     if logits.dim() == 2:
         return logits
     return F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=False)
 
 
 def base_of(model: PreTrainedModel) -> PreTrainedModel:
+    """Returns the base of a model that has tokens, or the model itself."""
     return model.get_base_model() if isinstance(model, RobustnessTokenPreTrainedModel) else model

@@ -1,6 +1,6 @@
-"""Robustness tokens enter in front of the first layer's sequence and leave after the last layer, by hooks.
+"""Inserts robustness tokens in front of the first layer's sequence and strips them after the last layer, by hooks.
 
-Nothing of the base is copied or changed: heads, poolers and backbone wrappers downstream see the sequence they expect.
+Nothing of the base is copied or changed: heads, poolers and wrappers downstream see the sequence that they expect.
 Shapes: B images, N the base's own sequence, K robustness tokens, D width.
 """
 
@@ -20,11 +20,7 @@ from .layer_stack import LayerStack, find_layer_stack
 
 
 class TokenInjector(nn.Module):
-    """Holds the tokens; its bound methods are the hooks, so that deepcopy and pickle keep hooks and tokens together.
-
-    Args:
-        robustness_tokens: (K, D) floating.
-    """
+    """Holds the tokens, (K, D). Its bound methods are the hooks, so deepcopy and pickle keep both together."""
 
     def __init__(self, robustness_tokens: Tensor) -> None:
         super().__init__()
@@ -35,10 +31,11 @@ class TokenInjector(nn.Module):
 
     @property
     def num_active_tokens(self) -> int:
+        """K, or 0 while the tokens are off."""
         return self.robustness_tokens.shape[0] if self.enabled else 0
 
     def set_enabled(self, enabled: bool) -> None:
-        """Turns the tokens on or off; off, the base computes exactly what it did before."""
+        """Turns the tokens on or off. While they are off, the base computes exactly what it does without them."""
         before = self.num_active_tokens
         self.enabled = enabled
         for module in self._rotary_modules:
@@ -50,7 +47,7 @@ class TokenInjector(nn.Module):
             self._attach_timm(stack)
             return
         stack.layers[0].register_forward_pre_hook(self.insert_before_layer, with_kwargs=True)
-        # Prepended, so that transformers' recorder of hidden states sees the stripped output too.
+        # Prepended, so that transformers' recorder of hidden states sees the stripped output.
         stack.layers[-1].register_forward_hook(self.strip_after_layer, prepend=True)
         stack.owner.register_forward_hook(self.trim_recorded)
         for module in stack.layers.modules():
@@ -59,7 +56,7 @@ class TokenInjector(nn.Module):
 
     def _attach_timm(self, stack: LayerStack) -> None:
         timm_model: Any = stack.owner
-        # Between norm_pre and norm, so that all intermediate outputs alike hold the tokens, as extra prefix tokens.
+        # From norm_pre to norm, so that every intermediate output holds the tokens, as extra prefix tokens.
         timm_model.norm_pre.register_forward_hook(self.insert_after_norm_pre)
         timm_model.norm.register_forward_pre_hook(self.strip_before_norm)
         timm_model.forward_intermediates = functools.partial(_forward_intermediates, timm_model, self)
@@ -68,7 +65,7 @@ class TokenInjector(nn.Module):
             module.num_prefix_tokens += self.num_active_tokens  # type: ignore[operator, assignment]
 
     def _insert(self, hidden_states: Tensor) -> Tensor:
-        """(B, N, D) -> (B, K + N, D), or unchanged when disabled."""
+        """Maps (B, N, D) to (B, K + N, D); returns it unchanged while the tokens are off."""
         if not self.enabled:
             return hidden_states
         if hidden_states.dim() != 3:
@@ -89,7 +86,7 @@ class TokenInjector(nn.Module):
         return output[:, self.num_active_tokens :]  # (B, K + N, D) -> (B, N, D)
 
     def pad_attention_mask(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        """Extends masks and relative position biases, made for the base's own sequence, to the tokens in front."""
+        """Extends masks and relative position biases of the base's own sequence to the tokens in front of it."""
         by_position = len(args) > 1
         mask = args[1] if by_position else kwargs.get("attention_mask")
         if mask is None or not self.enabled:
@@ -101,7 +98,7 @@ class TokenInjector(nn.Module):
         return args, {**kwargs, "attention_mask": mask}
 
     def trim_recorded(self, module: nn.Module, args: Any, output: Any) -> Any:
-        """Takes the tokens out of `hidden_states` and `attentions`, where the owner of the layers recorded them."""
+        """Removes the tokens from `hidden_states` and `attentions` that the owner of the layers recorded."""
         k = self.num_active_tokens
         if k == 0:
             return output
@@ -122,18 +119,7 @@ class TokenInjector(nn.Module):
 
 
 def attach_tokens(model: nn.Module, robustness_tokens: Tensor) -> TokenInjector:
-    """Injects tokens into a model, in place.
-
-    Args:
-        model: A vision transformer, bare or under a head.
-        robustness_tokens: (K, D) floating, D the model's width.
-
-    Returns:
-        The injector, which holds the tokens as a parameter.
-
-    Raises:
-        ValueError: If the model has tokens already, is no vision transformer, or has another width.
-    """
+    """Puts tokens, (K, D) floating, into a model in place; returns the injector, which holds them as a parameter."""
     if find_injector(model) is not None:
         raise ValueError(
             f"{type(model).__name__} has robustness tokens already: call remove_tokens(model) (or .unload()) first"
@@ -150,21 +136,15 @@ def attach_tokens(model: nn.Module, robustness_tokens: Tensor) -> TokenInjector:
 
 
 def find_injector(model: nn.Module) -> TokenInjector | None:
-    """The injector that is attached to the model, or None."""
+    """Returns the injector that is attached to the model, or None."""
     return next((hook.__self__ for _, _, hook in _own_hooks(model)), None)
 
 
 @contextmanager
 def tokens_in(model: nn.Module, tokens: Tensor | None) -> Iterator[None]:
-    """Runs a model with other tokens for the time of the context, or without tokens; contexts nest.
+    """Runs a model with other tokens, (K, D) for any K, or with None bit for bit as its base; contexts nest.
 
-    Args:
-        model: A model with tokens in it. With `None` also a model without tokens, which stays as it is.
-        tokens: (K, D) for any K, to which no gradient goes. `None` turns the tokens off: the model computes bit for
-            bit what its base does.
-
-    Raises:
-        ValueError: If tokens are given for a model without tokens.
+    No gradient goes to the given tokens. A model without tokens accepts None only, and stays as it is.
     """
     injector = find_injector(model)
     if injector is None:
@@ -173,7 +153,7 @@ def tokens_in(model: nn.Module, tokens: Tensor | None) -> Iterator[None]:
         yield
         return
     own, enabled = injector.robustness_tokens, injector.enabled
-    injector.set_enabled(False)  # rotary modules count the active tokens, whose number may change
+    injector.set_enabled(False)  # rotary modules follow the number of active tokens
     try:
         if tokens is not None:
             injector.robustness_tokens = nn.Parameter(tokens.detach().to(own.device), requires_grad=False)
@@ -186,16 +166,16 @@ def tokens_in(model: nn.Module, tokens: Tensor | None) -> Iterator[None]:
 
 
 def remove_tokens(model: nn.Module) -> Any:
-    """Takes the tokens out of a model, in place; it is what it was before they came.
+    """Removes the tokens and all hooks from a model, in place: it is again what it was before [`inject_tokens`].
 
     Args:
-        model: A model that [`inject_tokens`] has been called on.
+        model: A model that [`inject_tokens`] was called on.
 
     Returns:
-        The model.
+        The same model.
 
     Raises:
-        ValueError: If it has no robustness tokens.
+        ValueError: If the model has no robustness tokens.
     """
     injector = find_injector(model)
     if injector is None:
@@ -216,7 +196,7 @@ def remove_tokens(model: nn.Module) -> Any:
 
 
 def _own_hooks(model: nn.Module) -> Iterator[tuple[nn.Module, int, Any]]:
-    """(module, hook id, bound method) of every hook that is an injector's. Handles would not survive a deepcopy."""
+    """Yields (module, hook id, bound method) for every hook of an injector. Handles would not survive a deepcopy."""
     for module in model.modules():
         registries: tuple[dict[int, Callable[..., Any]], ...] = (module._forward_pre_hooks, module._forward_hooks)
         for registry in registries:
@@ -226,11 +206,7 @@ def _own_hooks(model: nn.Module) -> Iterator[tuple[nn.Module, int, Any]]:
 
 
 def _pad_mask(mask: Any, k: int, sequence: int) -> Tensor:
-    """(B, H, N or 1, N) -> (B, H, K + N or 1, K + N), or (B, N) -> (B, K + N) as flash attention takes it.
-
-    Raises:
-        ValueError: If it isn't made for the N tokens that the base itself has.
-    """
+    """Maps (B, H, N or 1, N) to (B, H, K + N or 1, K + N), or flash attention's (B, N) to (B, K + N)."""
     if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
         raise ValueError(
             f"an attention mask of type {type(mask).__name__} can't be extended to the robustness tokens: load the "
@@ -244,24 +220,24 @@ def _pad_mask(mask: Any, k: int, sequence: int) -> Tensor:
         )
     if mask.dim() == 2:
         return F.pad(mask, (k, 0), value=1)
-    if mask.shape[-2] != 1:  # one row is broadcast over the queries
+    if mask.shape[-2] != 1:  # a single row is broadcast over the queries
         mask = torch.cat([_token_row(mask).expand(-1, -1, k, -1), mask], dim=-2)  # (B, H, K + N, N)
     return F.pad(mask, (k, 0), value=0.0 if mask.is_floating_point() else True)
 
 
 def _token_row(mask: Tensor) -> Tensor:
-    """(B, H, N, N) -> (B, H, 1, N): no bias, but padding that no query sees, no token sees (it would leak)."""
+    """Maps (B, H, N, N) to the tokens' row (B, H, 1, N): no bias, but padding stays hidden, or it would leak."""
     if not mask.is_floating_point():
         return mask.any(dim=-2, keepdim=True)
     lowest = torch.finfo(mask.dtype).min
-    hidden = (mask <= lowest / 2).all(dim=-2, keepdim=True)  # biases are nowhere near
+    hidden = (mask <= lowest / 2).all(dim=-2, keepdim=True)  # no bias is as low
     return torch.zeros_like(mask[..., :1, :]).masked_fill(hidden, lowest)
 
 
 def _trim(recorded: Any, k: int) -> Any:
-    """Hidden states (B, K + N, D), of which the last is stripped already, or attentions (B, H, K + N, K + N)."""
+    """Trims hidden states (B, K + N, D), whose last is stripped already, or attentions (B, H, K + N, K + N)."""
     if not recorded:
-        return recorded  # attention kernels that keep no weights record none
+        return recorded  # some attention kernels keep no weights
     *inner, last = recorded
     if last is not None and last.dim() == 4:
         return tuple(attention[..., k:, k:] for attention in recorded)
@@ -269,7 +245,7 @@ def _trim(recorded: Any, k: int) -> Any:
 
 
 def _forward_intermediates(timm_model: Any, injector: TokenInjector, *args: Any, **kwargs: Any) -> Any:
-    """timm's own method; the tokens pass for prefix tokens, which it splits off, and then leave the prefix."""
+    """Runs timm's own method, which splits off the tokens as prefix tokens; then removes them from the prefix."""
     own, k = timm_model.num_prefix_tokens, injector.num_active_tokens
     timm_model.num_prefix_tokens = own + k
     injector.strips_before_norm = False  # with norm=True the intermediates pass through the norm before the split

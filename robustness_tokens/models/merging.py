@@ -1,7 +1,7 @@
-"""Tokens become native register tokens: a plain checkpoint that needs no add-on; and back again.
+"""Turns tokens into native register tokens, in a plain checkpoint that needs no add-on; and extracts them again.
 
-Only families whose library class has registers can hold them. Attention doesn't know the order of a sequence without
-positions, so tokens after the CLS token compute what tokens in front of it do; rotary positions skip registers.
+The base's family needs a class with registers. Attention ignores the order of a sequence without positions, so tokens
+after the CLS token have the same effect as in front of it; rotary positions skip registers.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from .layer_stack import square_size
 
 logger = logging.getLogger(__name__)
 
-# The class that computes the same with registers in its sequence, for every class of transformers that has one. By
-# name, since not every supported release of transformers has all of them.
+# For each class of transformers the one that computes the same with registers in its sequence. By name, since not
+# every supported release of transformers has all of them.
 _REGISTER_CLASSES = {
     "Dinov2Model": "Dinov2WithRegistersModel",
     "Dinov2ForImageClassification": "Dinov2WithRegistersForImageClassification",
@@ -34,7 +34,7 @@ _REGISTER_CLASSES = {
     "DINOv3ViTBackbone": "DINOv3ViTBackbone",
 }
 _TIMM_WRAPPERS = ("TimmWrapperModel", "TimmWrapperForImageClassification")
-# timm's own classes alone: their subclasses (distilled, hybrid, ...) may take the argument and not use it.
+# timm's own classes only: their subclasses (distilled, hybrid, ...) may take the argument and not use it.
 _TIMM_REGISTER_ARGUMENTS = {"VisionTransformer": "reg_tokens", "Eva": "num_reg_tokens"}
 
 _REGISTER_NAMES = ("register_tokens", "reg_token")
@@ -46,21 +46,10 @@ _ALTERNATIVES = (
 
 
 def merge(model: PreTrainedModel, *, image_size: int | None = None) -> PreTrainedModel:
-    """A plain copy of a model in which its robustness tokens are registers; the model stays as it was.
+    """Returns a plain copy of a model, in eval mode, with its robustness tokens as registers.
 
-    Args:
-        model: A DINOv2, DINOv3 or timm (VisionTransformer, Eva) model with tokens in it, bare or under its
-            classification head: what `inject_tokens` returned, or `RobustnessTokenModel.get_base_model()`.
-        image_size: Side in pixels of the images that the plain model will see; by default the model's own. Positions
-            are stored as the model resamples them for this size.
-
-    Returns:
-        A model of a library class, in eval mode: DINOv2 as DINOv2 with registers, all others in their own class with
-        K more registers behind those that they have. Its features are the model's once the registers are dropped.
-
-    Raises:
-        ValueError: If the model has no tokens, or they are turned off; if its family has no registers that compute
-            the same; or if `image_size` doesn't fit it.
+    DINOv2 becomes DINOv2 with registers; DINOv3 and timm's VisionTransformer and Eva keep their class, with K more
+    registers behind their own. Positions are stored as the model resamples them for `image_size` pixels.
     """
     injector = find_injector(model)
     if injector is None:
@@ -79,24 +68,24 @@ def merge(model: PreTrainedModel, *, image_size: int | None = None) -> PreTraine
             f"and Eva have): {_ALTERNATIVES}"
         )
     logger.warning(
-        "The merged model holds the robustness tokens as registers: whoever gets its file knows the tokens, which are "
-        "the secret of the defence, and can attack through them."
+        "The merged model holds the robustness tokens, the secret of the defence, as registers: whoever has its file "
+        "can attack through them."
     )
     return plain
 
 
 def extract_tokens(plain: nn.Module, *, num_robustness_tokens: int = 10) -> Tensor:
-    """The tokens that [`merge`] put into a plain model: the last of its registers.
+    """Returns the tokens that `merge_and_unload` put into a plain model: the last K of its registers.
 
     Args:
         plain: A merged model, bare or under its head.
-        num_robustness_tokens: K, how many there are; any registers before them are the base's own.
+        num_robustness_tokens: K, at least 1; registers before the last K are the base's own.
 
     Returns:
-        (K, D) float32 on the CPU; bit-equal to the tokens merged if the base was in float32.
+        (K, D) float32 on the CPU; bit-equal to the tokens that were merged if the base was float32.
 
     Raises:
-        ValueError: If the model has fewer than K registers.
+        ValueError: If the model has fewer than K registers, or K is below 1.
     """
     if num_robustness_tokens < 1:
         raise ValueError(f"num_robustness_tokens must be at least 1, got {num_robustness_tokens}")
@@ -130,7 +119,7 @@ def _merge_transformers(model: PreTrainedModel, tokens: Tensor, image_size: int 
     tokens = tokens.to(state[f"{stem}cls_token"])
     state[f"{stem}register_tokens"] = torch.cat([registers.to(tokens), tokens[None]], dim=1)  # (1, R + K, D)
     config.num_register_tokens = registers.shape[1] + tokens.shape[0]
-    # A DINOv2 may do without a mask token, one with registers may not; unused unless patches are masked.
+    # DINOv2 may have no mask token, DINOv2 with registers must; it is unused unless patches are masked.
     state.setdefault(f"{stem}mask_token", tokens.new_zeros(1, tokens.shape[1]))
     if f"{stem}position_embeddings" in state:
         size = square_size(config.image_size)
@@ -138,7 +127,7 @@ def _merge_transformers(model: PreTrainedModel, tokens: Tensor, image_size: int 
             raise ValueError(f"{type(model).__name__} names no square image_size: pass image_size= in pixels")
         embeddings: Any = model.get_submodule(stem.removesuffix("."))
         height, width = (size // patch for patch in _pair(config.patch_size))
-        sequence = tokens.new_empty(1, 1 + height * width, tokens.shape[1])  # only its shape is looked at
+        sequence = tokens.new_empty(1, 1 + height * width, tokens.shape[1])  # only its shape matters
         with torch.no_grad():
             positions = embeddings.interpolate_pos_encoding(sequence, size, size)  # (1, 1 + P, D)
         state[f"{stem}position_embeddings"] = positions.detach().clone()
@@ -157,10 +146,10 @@ def _merge_timm(model: PreTrainedModel, tokens: Tensor, image_size: int | None) 
         raise ValueError(f"timm's {name} has no registers for the tokens to become: {_ALTERNATIVES}")
     if not isinstance(timm_model.norm_pre, nn.Identity):
         raise ValueError(
-            f"this {name} normalises its sequence before the first layer, its registers too, which the tokens come "
-            f"after; no register gives them: {_ALTERNATIVES}"
+            f"this {name} normalises its sequence with its registers before the first layer, and the tokens enter "
+            f"after that, so no register can hold them: {_ALTERNATIVES}"
         )
-    # Eva has no such setting: its attention pooling always sees the prefix.
+    # Eva lacks that setting: its attention pooling always sees the prefix.
     if getattr(timm_model, "pool_include_prefix", timm_model.attn_pool is not None):
         raise ValueError(f"this {name} pools over its registers, so its head would see the tokens: {_ALTERNATIVES}")
 
@@ -175,7 +164,7 @@ def _merge_timm(model: PreTrainedModel, tokens: Tensor, image_size: int | None) 
 
     config: Any = copy.deepcopy(model.config)
     count = registers.shape[1] + tokens.shape[0]
-    own_size = tuple(timm_model.patch_embed.img_size)  # not the config's if set_input_size() was called
+    own_size = tuple(timm_model.patch_embed.img_size)  # the config's is stale after set_input_size()
     config.model_args = {**(config.model_args or {}), "img_size": own_size, _TIMM_REGISTER_ARGUMENTS[name]: count}
     plain = _fill(type(model)(config), state, model)
     if image_size is not None and (image_size, image_size) != own_size:
@@ -185,13 +174,13 @@ def _merge_timm(model: PreTrainedModel, tokens: Tensor, image_size: int | None) 
         config.model_args["img_size"] = (image_size, image_size)
         if isinstance(data := getattr(config, "pretrained_cfg", None), dict):
             config.pretrained_cfg = {**data, "input_size": [timm_model.in_chans, image_size, image_size]}
-        if positions is not None and timm_model.dynamic_img_size:  # all others refuse other sizes
+        if positions is not None and timm_model.dynamic_img_size:  # otherwise timm refuses other sizes
             _warn_of_other_sizes(image_size)
     return plain
 
 
 def _fill(plain: PreTrainedModel, state: dict[str, Tensor], model: PreTrainedModel) -> PreTrainedModel:
-    # Assigned, not copied into, so that each tensor keeps its dtype and buffers that are not saved keep float32.
+    # Assigned, not copied, so that each tensor keeps its dtype and unsaved buffers stay float32.
     plain.load_state_dict(state, strict=True, assign=True)
     plain.config.name_or_path = ""
     return plain.to(model.device).eval()  # type: ignore[arg-type]
@@ -209,8 +198,8 @@ def _pair(size: Any) -> tuple[int, int]:
 
 def _warn_of_other_sizes(image_size: int) -> None:
     logger.warning(
-        "The merged model computes what this one does on images of %d x %d pixels only; it resamples its positions in "
-        "another way for other sizes. Merge again with image_size= for another size.",
+        "The merged model equals this one on images of %d x %d pixels only: it resamples its positions differently. "
+        "Merge again with image_size= for another size.",
         image_size,
         image_size,
     )

@@ -1,4 +1,4 @@
-"""The linear layers of a frozen base computed by oneDNN, of weights that are laid out once.
+"""Computes the linear layers of a frozen base by oneDNN, with weights that are packed once.
 
 Shapes: B images, D width.
 """
@@ -16,30 +16,26 @@ from torch.nn import functional as F
 
 
 def onednn_is_faster(*, device: torch.device, half_precision: bool) -> bool:
-    """Whether [`onednn_products`] computes faster than torch by itself: on a CPU, unless that takes MKL with AVX2.
+    """Tells whether [`onednn_products`] is faster than torch alone: on a CPU, unless torch uses MKL with AVX2 only.
 
-    torch gives float32 products to MKL where it has it. That leaves AVX-512 alone on processors that are not Intel's,
-    and then takes twice as long as oneDNN; with AVX2 alone it is 7% faster. In bfloat16 torch takes oneDNN itself, but
-    casts the weights, and lays them out anew, at each call.
-
-    Args:
-        device: That computes.
-        half_precision: Whether it does so under bfloat16 autocast.
+    torch gives float32 products to MKL if it has it. On processors that are not Intel's MKL doesn't use AVX-512, and
+    takes twice as long as oneDNN; with AVX2 only it is 7% faster. For bfloat16 torch uses oneDNN, but casts and packs
+    the weights at each call.
     """
     return device.type == "cpu" and (half_precision or has_avx512() or not torch.backends.mkl.is_available())
 
 
 def has_avx512() -> bool:
-    """Whether this processor has AVX-512, and torch uses it."""
+    """Tells whether this processor has AVX-512 and torch uses it."""
     return "AVX512" in torch.backends.cpu.get_cpu_capability()
 
 
 @contextmanager
 def packed_once() -> Iterator[None]:
-    """Within the context a layer's weight is laid out once, however often [`onednn_products`] is entered and left.
+    """Keeps packed weights inside the context, so that entering [`onednn_products`] again packs nothing twice.
 
-    Between these the copies stay, which is what a loop over them holds at its peak anyway. A weight that has changed,
-    but not behind autograd's back by `.data`, is laid out anew. A context within another changes nothing.
+    The copies stay in memory between entries. A weight that changed is packed again, unless it was changed through
+    `.data`. Nesting changes nothing.
     """
     if _kept.get() is not None:
         yield
@@ -53,17 +49,13 @@ def packed_once() -> Iterator[None]:
 
 @contextmanager
 def onednn_products(base: nn.Module, *, dtype: torch.dtype = torch.float32) -> Iterator[None]:
-    """Within the context a frozen base on a CPU computes its linear layers by oneDNN, its patches among them.
+    """Computes the linear layers and the patch embedding of a frozen base on a CPU by oneDNN, inside the context.
 
-    Weights are cast and laid out once, for the forward and for the backward pass, which keeps two more copies of them
-    for the time of the context, or of [`packed_once`]. Results differ by rounding. Layers that are trained, of another
-    class, in another precision, or not on a CPU are left alone.
+    Weights are cast to `dtype` (float32, or bfloat16 under autocast) and packed once for the forward and once for the
+    backward pass; the two copies live as long as the context, or as [`packed_once`]. Results differ by rounding.
+    Layers that are trained, of another class or dtype, or not on a CPU are left as they are.
 
-    Within the context the base must not be changed, copied or pickled.
-
-    Args:
-        base: A model.
-        dtype: What it computes in: `torch.float32`, or `torch.bfloat16` under autocast.
+    Do not change, copy or pickle the base inside the context.
     """
     swapped: dict[Any, type[nn.Module]] = {}
     try:
@@ -86,7 +78,7 @@ def _can_be_packed(module: nn.Module, dtype: torch.dtype) -> bool:
     parameters = list(module.parameters())
     return (
         all(type(one) is nn.Parameter and one.device.type == "cpu" and not one.requires_grad for one in parameters)
-        # A float32 product of weights in half precision would hide that somebody forgot autocast.
+        # A float32 product of half-precision weights would hide a missing autocast.
         and (dtype != torch.float32 or all(one.dtype == torch.float32 for one in parameters))
         and (isinstance(module, nn.Linear) or _cuts_patches(module))
     )
@@ -99,10 +91,10 @@ def _has_onednn(dtype: torch.dtype) -> bool:
 
 
 class _PackedWeight:
-    """A layer's weight in the layouts that oneDNN's forward and backward products take."""
+    """Holds a layer's weight in oneDNN's layouts for the forward and the backward product."""
 
     def __init__(self, module: Any, dtype: torch.dtype) -> None:
-        with torch.inference_mode(False), torch.no_grad():  # or autograd could not save them
+        with torch.inference_mode(False), torch.no_grad():  # autograd can't save inference tensors
             matrix = module.weight.flatten(1).to(dtype)  # (outputs, inputs)
             self.forward: Tensor = torch.ops.mkldnn._reorder_linear_weight(matrix, None)
             self.backward: Tensor = torch.ops.mkldnn._reorder_linear_weight(matrix.t().contiguous(), None)
@@ -110,15 +102,15 @@ class _PackedWeight:
         self.dtype = dtype
 
 
-# By layer: its packed weight, of which parameters (kept, so that none takes the identity of another), in what state.
+# By layer: packed weight, its parameters (kept alive, so that their ids stay unique), and their state when packed.
 _kept: ContextVar[dict[nn.Module, tuple[_PackedWeight, list[Tensor], Any]] | None] = ContextVar("kept", default=None)
 
 
 def _pack(module: Any, dtype: torch.dtype) -> _PackedWeight:
-    """A layer's packed weight: the one that is kept, if it is still that."""
+    """Returns a layer's packed weight, the one that is kept if it is still valid."""
     kept = _kept.get()
     parameters = list(module.parameters())
-    if kept is None or any(one.is_inference() for one in parameters):  # which don't count their changes
+    if kept is None or any(one.is_inference() for one in parameters):  # they count no changes
         return _PackedWeight(module, dtype)
     state = dtype, [(id(one), one.data_ptr(), one._version) for one in parameters]
     if module not in kept or kept[module][2] != state:
@@ -126,10 +118,10 @@ def _pack(module: Any, dtype: torch.dtype) -> _PackedWeight:
     return kept[module][0]
 
 
-# An operator of its own, since torch.compile takes oneDNN's only where the weights are constants.
+# A custom operator, since torch.compile supports oneDNN's only with constant weights.
 @torch.library.custom_op("robustness_tokens::onednn_product", mutates_args=())
 def _onednn_product(inputs: Tensor, forward: Tensor, backward: Tensor, bias: Tensor | None) -> Tensor:
-    """inputs @ weight.T + bias, of packed weight.T and weight, with a gradient to the inputs alone."""
+    """Computes inputs @ weight.T + bias from packed weights; only the inputs get a gradient."""
     product: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, forward, bias, "none", [], "")
     return product
 
@@ -166,12 +158,12 @@ class _OneDNNLinear(nn.Linear):
 
 
 class _PatchProducts(nn.Conv2d):
-    """A convolution whose patches don't overlap, as one product: oneDNN's backward takes four times as long."""
+    """Computes a convolution without overlap as one product: oneDNN's own backward takes four times as long."""
 
     def forward(self, input: Tensor) -> Tensor:
         height, width = self.kernel_size
         rows, columns = input.shape[-2] // height, input.shape[-1] // width
-        whole = input[..., : rows * height, : columns * width]  # the rest is no whole patch
+        whole = input[..., : rows * height, : columns * width]  # whole patches only
         grid = whole.unflatten(3, (columns, width)).unflatten(2, (rows, height))  # (B, 3, rows, h, columns, w)
         patches = grid.permute(0, 2, 4, 1, 3, 5).flatten(3)  # (B, rows, columns, 3 * h * w)
         return _product(patches, self).permute(0, 3, 1, 2)  # (B, D, rows, columns)

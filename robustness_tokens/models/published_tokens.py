@@ -1,4 +1,4 @@
-"""The authors' released tokens become adapters: the one place where a pickle is read, and with great care."""
+"""Imports the authors' released tokens as adapters. Only this module reads a pickle, with `weights_only=True`."""
 
 from __future__ import annotations
 
@@ -25,39 +25,29 @@ _KEY = "rtokens"
 _LAYOUT = f'{{"{_KEY}": (1, K, D) float32}}'
 # The largest of the 14 has 63 kB; 50 tokens of width 1664 have 333 kB.
 _MAX_BYTES = 4 << 20
-_MEND = f"take the file from {SOURCE_URL} again, or train tokens of your own"
+_FIX = f"take the file from {SOURCE_URL} again, or train tokens of your own"
 
 
 def read_published_tokens(file: str | os.PathLike[str]) -> Tensor:
-    """Reads one of the authors' files, without running anything that is in it.
-
-    Args:
-        file: A `.pt` that `torch.save` wrote: `{"rtokens": (1, K, D) float32}`, on whatever device.
-
-    Returns:
-        (K, D) float32 on the CPU.
-
-    Raises:
-        ValueError: If it is anything else.
-    """
+    """Reads one of the authors' files, `{"rtokens": (1, K, D) float32}`, as (K, D) on the CPU; runs nothing in it."""
     path = Path(file)
     _check_archive(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as exc:  # a damaged or hostile pickle can make the reader raise anything
-        raise ValueError(f"{path} holds more than tensors, or is damaged ({_LAYOUT} expected): {_MEND}") from exc
+    except Exception as exc:  # a damaged or hostile pickle may raise any exception
+        raise ValueError(f"{path} holds more than tensors, or is damaged ({_LAYOUT} expected): {_FIX}") from exc
     if not isinstance(content, dict) or set(content) != {_KEY}:
         found = f"keys {sorted(map(str, content))[:5]}" if isinstance(content, dict) else type(content).__name__
-        raise ValueError(f"{path} must hold {_LAYOUT}, got {found}: {_MEND}")
+        raise ValueError(f"{path} must hold {_LAYOUT}, got {found}: {_FIX}")
     tokens = content[_KEY]
     if not isinstance(tokens, Tensor) or tokens.layout != torch.strided or tokens.dtype != torch.float32:
         found = f"{tokens.dtype}, {tokens.layout}" if isinstance(tokens, Tensor) else type(tokens).__name__
-        raise ValueError(f"{path} must hold {_LAYOUT}, got {found} under {_KEY!r}: {_MEND}")
+        raise ValueError(f"{path} must hold {_LAYOUT}, got {found} under {_KEY!r}: {_FIX}")
     # Strides of 0 can make a small file a huge tensor.
     if tokens.dim() != 3 or tokens.shape[0] != 1 or not 0 < 4 * tokens.numel() <= _MAX_BYTES or tokens.is_meta:
-        raise ValueError(f"{path} must hold {_LAYOUT}, got the shape {tuple(tokens.shape)} under {_KEY!r}: {_MEND}")
+        raise ValueError(f"{path} must hold {_LAYOUT}, got the shape {tuple(tokens.shape)} under {_KEY!r}: {_FIX}")
     if not torch.isfinite(tokens).all():
-        raise ValueError(f"{path} holds tokens that are not finite, expected finite numbers: {_MEND}")
+        raise ValueError(f"{path} holds tokens that are not finite, expected finite numbers: {_FIX}")
     return tokens.detach()[0].clone(memory_format=torch.contiguous_format)  # (1, K, D) -> (K, D)
 
 
@@ -75,20 +65,22 @@ def import_published_tokens(
     """Writes an adapter from one of the authors' files, with its provenance in config and card.
 
     Args:
-        file: See [`read_published_tokens`].
-        base_model: The model that the tokens were trained on: Hub id, folder, or in memory (then hooked in place).
-        output_dir: Folder of the adapter.
-        overwrite: Replace an adapter that is there already.
-        base_model_id: Hub id to name as the base, where `base_model` is a folder.
-        image_mean, image_std: Normalisation of [0, 1] images that the tokens were trained with: ImageNet's for all 14,
-            OpenCLIP's too.
+        file: One of the authors' `.pt` files, `{"rtokens": (1, K, D) float32}`, at most 4 MiB.
+        base_model: The model that the tokens were trained on: Hub id, folder, or model in memory (changed in place).
+        output_dir: Folder of the adapter, created if needed.
+        overwrite: Replace an adapter in that folder.
+        base_model_id: Hub id to name as the base if `base_model` is a folder.
+        image_mean, image_std: Per-channel normalisation of [0, 1] images that the tokens were trained with; ImageNet's
+            for all 14 files, OpenCLIP's too.
         base_kwargs: For [`RobustnessTokenModel.from_base`]: `revision`, `dtype`, `token`, `image_processor`, ...
 
     Returns:
-        The model, with the tokens in it.
+        The model with these tokens, in eval mode.
 
     Raises:
-        ValueError: If the file holds anything else, the base has another width, or there is an adapter already.
+        ValueError: If the file holds anything else, the base has another width, or the folder holds an adapter.
+
+    Source: the tokens released at https://github.com/BrianPulfer/robustness-tokens.
     """
     if not overwrite and holds_adapter(output_dir):
         raise ValueError(f"output_dir={str(output_dir)!r} holds an adapter already: pass overwrite=True to replace it")
@@ -98,7 +90,7 @@ def import_published_tokens(
     )
     if tokens.shape[1] != model.config.hidden_size:
         name = model.config.base_model_name_or_path or model.config.base_model_class
-        model.unload()  # a base that came in memory goes back as it was
+        model.unload()  # leaves a base in memory as it was
         raise ValueError(
             f"{file} holds tokens of width {tokens.shape[1]}, the base {name} has the width "
             f"{model.config.hidden_size}: choose the base that the file is named after"
@@ -118,15 +110,15 @@ def import_published_tokens(
 
 
 def _check_archive(path: Path) -> None:
-    """Refuses what isn't a small zip archive, before anything of it is unpacked."""
+    """Raises `ValueError` unless a file is a small zip archive, before unpacking any of it."""
     if not path.is_file():
-        raise ValueError(f"{path} is no file, expected a .pt of the authors: {_MEND}")
+        raise ValueError(f"{path} is no file, expected a .pt of the authors: {_FIX}")
     size = path.stat().st_size
     if size <= _MAX_BYTES:
         try:
             with zipfile.ZipFile(path) as archive:
                 size = sum(entry.file_size for entry in archive.infolist())
         except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError) as exc:
-            raise ValueError(f"{path} is no archive that torch.save wrote, expected {_LAYOUT}: {_MEND}") from exc
+            raise ValueError(f"{path} is no archive that torch.save wrote, expected {_LAYOUT}: {_FIX}") from exc
     if size > _MAX_BYTES:
-        raise ValueError(f"{path} holds {size:,} bytes, expected at most {_MAX_BYTES:,} for {_LAYOUT}: {_MEND}")
+        raise ValueError(f"{path} holds {size:,} bytes, expected at most {_MAX_BYTES:,} for {_LAYOUT}: {_FIX}")

@@ -1,4 +1,4 @@
-"""What makes a frozen base faster to attack and to train through, for the time of a context; each can be left out."""
+"""Makes a frozen base faster to attack and to train through, inside a context; each speedup is optional."""
 
 from __future__ import annotations
 
@@ -23,21 +23,16 @@ logger = logging.getLogger(__name__)
 
 AUTO, BASE = "auto", "base"
 
-# Without this each attack would try again, and fail after seconds.
+# Remembered, since every attack would try again and fail after seconds.
 _not_compilable: WeakSet[nn.Module] = WeakSet()
 
 MixedPrecision = Literal["no", "bf16"]
 
 
 def runs_in_half(mixed_precision: str, *, device: torch.device) -> bool:
-    """Whether to compute under bfloat16 autocast: where it is asked for, and the device has instructions for it.
+    """Tells whether to use bfloat16 autocast: `"bf16"` is asked for, and the device has instructions for it.
 
-    Without them torch computes a product in bfloat16 a hundred times slower than in float32, which is taken then,
-    and logged once.
-
-    Args:
-        mixed_precision: `"no"` or `"bf16"`.
-        device: That computes.
+    Without them a bfloat16 product takes a hundred times as long as a float32 one; that is logged once.
     """
     if mixed_precision != "bf16":
         return False
@@ -49,12 +44,12 @@ def runs_in_half(mixed_precision: str, *, device: torch.device) -> bool:
 
 @functools.cache
 def has_bfloat16(device_type: str) -> bool:
-    """Whether devices of this type, such as `"cpu"`, have instructions for bfloat16 here."""
+    """Tells whether devices of a type such as `"cpu"` have bfloat16 instructions here."""
     if device_type == "cpu":
         return bool(torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
     if device_type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return True  # Accelerate, or torch itself, refuses what can't
+    return True  # Accelerate or torch refuses devices that can't
 
 
 @functools.cache
@@ -67,14 +62,10 @@ def _say_that_float32_is_used(device_type: str) -> None:
 
 
 def choose_attention(attn_implementation: str, *, device: torch.device, half_precision: bool) -> str | None:
-    """The attention implementation to attack and train with; None leaves the base's own.
+    """Returns the attention implementation to attack and train with; None keeps the base's own, as `"base"` does.
 
-    Args:
-        attn_implementation: `"auto"`, `"base"` (the base's own), or one of transformers' such as `"eager"`. `"auto"`
-            is eager in bfloat16 on a CPU, where the backward of the fused kernel takes longer than all of eager
-            attention, and the base's own elsewhere.
-        device: Where the base is.
-        half_precision: Whether it runs under bfloat16 autocast.
+    `"auto"` is eager in bfloat16 on a CPU, where the fused kernel's backward alone takes longer than all of eager
+    attention, and the base's own elsewhere. Other values are implementations of transformers.
     """
     if attn_implementation == AUTO:
         return "eager" if device.type == "cpu" and half_precision else None
@@ -82,21 +73,16 @@ def choose_attention(attn_implementation: str, *, device: torch.device, half_pre
 
 
 def attention_configs(base: nn.Module) -> list[Any]:
-    """The configs, each once, in which the parts of a base of transformers look up how to compute attention."""
+    """Returns the configs, each once, in which the modules of a transformers base look up their attention."""
     found: list[Any] = [module.config for module in base.modules() if hasattr(module, "config")]
     return list({id(config): config for config in found if isinstance(config, PreTrainedConfig)}.values())
 
 
 @contextmanager
 def attention_implementation(base: nn.Module, implementation: str | None) -> Iterator[None]:
-    """Within the context a base computes its attention by another implementation; None changes nothing.
+    """Switches a base's attention inside the context; None changes nothing; `ValueError` if it isn't supported.
 
-    Args:
-        base: Of transformers; in one of timm, `"eager"` is its unfused attention and `"sdpa"` its fused one.
-        implementation: One that the base supports.
-
-    Raises:
-        ValueError: If the base does not support it.
+    For timm, `"eager"` is the unfused attention and `"sdpa"` the fused one.
     """
     if implementation is None:
         yield
@@ -133,17 +119,9 @@ def computing_faster(
     attn_implementation: str = AUTO,
     onednn: bool = True,
 ) -> Iterator[None]:
-    """Within the context a frozen base computes faster, and the same but for rounding; nesting it changes nothing.
+    """Makes a frozen base faster inside the context, with equal results up to rounding; nesting changes nothing.
 
-    Args:
-        base: A model.
-        device: Where it is computed.
-        half_precision: Whether under bfloat16 autocast.
-        attn_implementation: See [`choose_attention`].
-        onednn: Let oneDNN compute its linear layers where [`~robustness_tokens.models.onednn.onednn_is_faster`].
-
-    Raises:
-        ValueError: If the base does not support the attention.
+    Uses the attention of [`choose_attention`], and oneDNN for linear layers where [`onednn_is_faster`].
     """
     attention = choose_attention(attn_implementation, device=device, half_precision=half_precision)
     use_onednn = onednn and onednn_is_faster(device=device, half_precision=half_precision)
@@ -156,16 +134,10 @@ def computing_faster(
 
 
 def run_compiled(base: nn.Module, function: Callable[[], Tensor]) -> Tensor:
-    """Calls a function while a base's layers are compiled where they need a gradient; without, if that fails.
+    """Calls a function that runs a base, with the base's layers compiled wherever a gradient is needed.
 
-    All layers share what one of them is compiled to, so it takes seconds for a base of any depth; hooks stay outside.
-
-    Args:
-        base: What the function runs.
-        function: Called once more from the beginning after a failure, which is said in a `RuntimeWarning`.
-
-    Returns:
-        What the function returns.
+    All layers share one compiled layer, so compiling takes seconds at any depth; hooks stay outside. If it fails,
+    warns with a `RuntimeWarning` and calls the function again without it.
     """
     if base not in _not_compilable:
         try:
@@ -174,8 +146,8 @@ def run_compiled(base: nn.Module, function: Callable[[], Tensor]) -> Tensor:
         except (TorchDynamoException, FailOnRecompileLimitHit) as exc:
             _not_compilable.add(base)
             warnings.warn(
-                f"torch.compile failed, the attack goes on without it ({type(exc).__name__}: {str(exc)[:500]}). "
-                "On a CPU it needs a C++ compiler; torch_compile=False leaves it out",
+                f"torch.compile failed, so the attack runs without it ({type(exc).__name__}: {str(exc)[:500]}). "
+                "On a CPU it needs a C++ compiler; torch_compile=False turns it off",
                 RuntimeWarning,
                 stacklevel=2,
             )
@@ -201,7 +173,7 @@ def _compile_where_differentiated(forward: Callable[..., Any]) -> Callable[..., 
 
 @contextmanager
 def _own_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    before = module.__dict__.get("forward")  # Accelerate's hooks, say, have set one
+    before = module.__dict__.get("forward")  # Accelerate's hooks set one
     module.__dict__["forward"] = forward
     try:
         yield

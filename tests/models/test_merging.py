@@ -326,7 +326,7 @@ def test_families_without_registers_name_the_alternatives(base: Callable[[], Pre
 @pytest.mark.parametrize(
     ("architecture", "model_args", "message"),
     [
-        ("vit_base_patch16_clip_224", {}, "normalises its sequence before the first layer"),
+        ("vit_base_patch16_clip_224", {}, "normalises its sequence with its registers before the first layer"),
         ("vit_tiny_patch16_224", {"global_pool": "avg", "pool_include_prefix": True}, "pools over its registers"),
         ("eva02_tiny_patch14_224", {"global_pool": "map"}, "pools over its registers"),
         ("deit_tiny_distilled_patch16_224", {}, "VisionTransformerDistilled has no registers"),
