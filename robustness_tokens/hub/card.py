@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -59,6 +60,10 @@ _MARKER_LINE = re.compile(r"^<!-- robustness_tokens:(begin|end) -->[ \t]*\r?$", 
 _MAX_RECORDED = 1000
 
 
+# A string as JSON has it, in double quotes, is one of Python too.
+_quote = partial(json.dumps, ensure_ascii=False)
+
+
 class _Dumper(yaml.SafeDumper):
     """Writes lists of plain values, and metrics with their arguments, on one line, so that a card stays short."""
 
@@ -90,6 +95,7 @@ _ENVIRONMENT = Environment(
     keep_trailing_newline=True,
 )
 _ENVIRONMENT.filters["code"] = lambda text: Markup(code(text))
+_ENVIRONMENT.globals |= {"begin": BEGIN, "end": END, "placeholder": PLACEHOLDER}
 
 
 def render_card(
@@ -117,10 +123,11 @@ def render_card(
         Markdown: the metadata that the Hub reads, and the rest between our markers.
     """
     training = config.training or {}
-    trained_on = _dataset_of_recipe(training)
+    entry = training.get("dataset")
+    trained_on = _hub_dataset(entry.get("name")) if isinstance(entry, dict) else None
     datasets = [trained_on] if datasets is None and trained_on else datasets
     model_class = next((name for name in config.architectures or () if name in _USES), "RobustnessTokenModel")
-    arguments = _literal(name) + (f", subfolder={_literal(subfolder)}" if subfolder else "")
+    arguments = _quote(name) + (f", subfolder={_quote(subfolder)}" if subfolder else "")
     eval_results = [] if report is None else to_eval_results(report)
     has_repo_id = is_repo_id(config.base_model_name_or_path)
     data = ModelCardData(
@@ -138,8 +145,6 @@ def render_card(
     told = RECIPE_ARGUMENTS if recipe else ()
     recorded = {key: value for key, value in training.items() if key not in told and value is not None}
     body = _ENVIRONMENT.get_template("card.md.j2").render(
-        begin=BEGIN,
-        end=END,
         config=config,
         base=config.base_model_name_or_path or config.base_model_class,
         model_class=model_class,
@@ -155,16 +160,9 @@ def render_card(
         attacker=_ATTACKERS.get(str(training.get("attack_through"))),
         attack=_attack_in_words(config, training),
         recipe=_dump(recipe).rstrip() if recipe else None,
-        train_command=_train_command(training),
-        placeholder=PLACEHOLDER,
-        recorded=json.dumps(recorded, ensure_ascii=False, sort_keys=True)[:_MAX_RECORDED] if recorded else None,
+        recorded=_quote(recorded, sort_keys=True)[:_MAX_RECORDED] if recorded else None,
     )
     return f"---\n{_dump(data.to_dict()).rstrip()}\n---\n\n{body}"
-
-
-def _dataset_of_recipe(training: Mapping[str, Any]) -> str | None:
-    entry = training.get("dataset")
-    return _hub_dataset(entry.get("name")) if isinstance(entry, dict) else None
 
 
 def _hub_dataset(name: object) -> str | None:
@@ -172,13 +170,8 @@ def _hub_dataset(name: object) -> str | None:
     return name if isinstance(name, str) and "/" in name and is_repo_id(name) else None
 
 
-def _literal(text: str) -> str:
-    """Returns a string as Python code, in double quotes as formatters have it: JSON's are Python's."""
-    return json.dumps(text, ensure_ascii=False)
-
-
 def _recipe(config: RobustnessTokenConfig, training: Mapping[str, Any], trained_on: str | None) -> dict[str, Any]:
-    """Returns the arguments of the `robtok train` that makes such tokens, as its YAML file holds them."""
+    """Returns the arguments of `robtok train` that train such tokens."""
     settings = {key: training.get(key) for key in RECIPE_ARGUMENTS}
     if settings["resize"] == "processor":
         settings["image_size"] = None  # the processor decides it
@@ -207,14 +200,6 @@ def _setting(value: str | int | float) -> str | int | float:
     if isinstance(value, float) and 0 < value < 1 and value == round(255 * value) / 255:
         return f"{round(255 * value)}/255"
     return plain(value) if isinstance(value, str) else value
-
-
-def _train_command(training: Mapping[str, Any]) -> str:
-    num_processes = training.get("num_processes")
-    program = "robtok train"
-    if isinstance(num_processes, int) and num_processes > 1:
-        program = f"accelerate launch --num_processes {num_processes} -m robustness_tokens train"
-    return f"{program} recipe.yaml --output_dir outputs/adapter"
 
 
 def _evaluate_command(report: RobustnessReport, name: str, subfolder: str) -> str:
@@ -320,43 +305,43 @@ def _merge_metadata(old_yaml: str, new: dict[str, Any]) -> str:
     merged = {**old, **{key: value for key, value in new.items() if key in _OWN_KEYS or key not in old}}
     tags = _as_list(old.get("tags"))
     merged["tags"] = tags + [tag for tag in new["tags"] if tag not in tags]
-    merged["model-index"] = [*_results_of_others(old.get("model-index")), *new.get("model-index", [])]
+    merged["model-index"] = [*(_without_ours(_as_list(old.get("model-index"))) or []), *new.get("model-index", [])]
     if not merged["model-index"]:
         del merged["model-index"]
-    text = old_yaml
+    if merged == old:
+        return old_yaml
+    text, is_right = f"{old_yaml.rstrip()}\n" if old_yaml.strip() else "", True
     for key in {**old, **merged}:
-        if key not in old or key not in merged or old[key] != merged[key]:
-            lines = _dump({key: merged[key]}) if key in merged else ""
-            # A key's lines: its own, and those after it that are indented, empty or items of a list.
-            of_key = re.compile(rf"^{re.escape(str(key))}:.*\n(?:(?:[ \t-].*)?\n)*", re.MULTILINE)
-            text, count = of_key.subn(lambda _: lines, text.rstrip("\n") + "\n", count=1)  # noqa: B023
-            text += "" if count else lines
+        if key in old and key in merged and old[key] == merged[key]:
+            continue
+        lines = _dump({key: merged[key]}) if key in merged else ""
+        if key not in old:
+            text += lines
+            continue
+        # A key's lines end with the last one that is indented or an item of a list.
+        of_key = rf"^{re.escape(str(key))}:.*\n(?:(?:(?:#.*)?\n)*[ \t-].*\n)*"
+        head, *tail = re.split(of_key, text, maxsplit=1, flags=re.MULTILINE)
+        text, is_right = head + lines + "".join(tail), is_right and bool(tail)
     try:
-        is_right = yaml.safe_load(text) == merged
+        is_right = is_right and yaml.safe_load(text) == merged
     except yaml.YAMLError:
         is_right = False
     # Lines can't be exchanged in `{a: 1}`, nor where there are anchors: then all of it is written again.
-    return (text if is_right else _dump(merged)).strip("\n")
+    return (text if is_right else _dump(merged)).rstrip("\n")
 
 
-def _results_of_others(model_index: object) -> list[Any]:
-    """Returns the entries of a model-index without our metrics, and without what held nothing else."""
-    return [e for entry in _as_list(model_index) if (e := _without_ours(entry, "results", "metrics")) is not None]
-
-
-def _without_ours(element: Any, *levels: str) -> Any:
-    """Returns an entry, a result or a metric without what is ours in it; None if nothing else was."""
-    if not isinstance(element, dict):
-        return element
-    if not levels:
-        arguments = element.get("args")
-        is_ours = isinstance(arguments, dict) and str(arguments.get(EVALUATED_WITH)).startswith(PACKAGE)
-        return None if is_ours else element
-    before = _as_list(element.get(levels[0]))
-    after = [kept for part in before if (kept := _without_ours(part, *levels[1:])) is not None]
-    if before and not after:
+def _without_ours(part: Any) -> Any:
+    """Returns a part of a model-index without our metrics and what held only those; None if nothing else was in it."""
+    if isinstance(part, list):
+        kept = [element for element in map(_without_ours, part) if element is not None]
+        return kept if kept or not part else None
+    if not isinstance(part, dict):
+        return part
+    arguments = part.get("args")
+    if isinstance(arguments, dict) and str(arguments.get(EVALUATED_WITH)).startswith(PACKAGE):
         return None
-    return element if after == before else {**element, levels[0]: after}
+    lists = {key: _without_ours(value) for key, value in part.items() if isinstance(value, list)}
+    return None if None in lists.values() else {**part, **lists}
 
 
 def _as_list(value: object) -> list[Any]:

@@ -60,6 +60,9 @@ EXISTING = {
     "metadata alone": "---\nlicense: mit\n---",
     "metadata of one line": "---\n{license: apache-2.0, tags: mine}\n---\ntext",
     "metadata with anchors": "---\ntags: &t [a, b]\nother: *t\n---\ntext",
+    "metadata with quotes around keys": "---\n\"tags\": [a]\n'base_model': user/old\n---\ntext",
+    "metadata with comments in a list": "---\ntags:\n# first\n- a\n\n# last\n- b\n\n# mine\nx: 1\n\n---\ntext",
+    "metadata with text that looks like a key": "---\nx: |\n  a\n\n  tags: b\ny: 'a\n  tags: b'\n---\ntext",
     "metadata of a comment": "---\n# nothing\n---\ntext",
     "no end": f"# Mine\n{BEGIN}\nText.\n",
     "no begin": f"# Mine\n{END}\nText.\n",
@@ -76,7 +79,10 @@ def test_twice_is_as_good_as_once(existing: str | None, new: str) -> None:
     once = update_card(existing, new)
     assert update_card(once, new) == once
     assert is_generated(once)
-    assert metadata(once.replace("\r\n", "\n"))["base_model"] == "user/base"
+    updated = once.replace("\r\n", "\n")
+    assert metadata(updated)["base_model"] == "user/base"
+    keys = [key.value for key, _ in yaml.compose(updated.split("---\n")[1]).value]
+    assert len(keys) == len(set(keys))
     # And the Hub's own client reads it.
     assert ModelCard(once).data.to_dict()["library_name"] == "robustness_tokens"
 
@@ -131,6 +137,14 @@ def test_a_persons_metadata_stay_as_they_were_written() -> None:
 def test_a_comment_goes_with_the_key_below_it() -> None:
     updated = update_card("---\nbase_model: user/old\n# of the base\nlicense: mit\n---\n", NEW)
     assert updated.startswith("---\nbase_model: user/base\n# of the base\nlicense: mit\n")
+
+
+def test_comments_and_empty_lines_of_other_keys_stay() -> None:
+    updated = update_card(EXISTING["metadata with comments in a list"], NEW)
+    kept = "---\ntags: [a, b, robustness-tokens, adversarial-robustness]\n\n# mine\nx: 1\nbase_model: user/base\n"
+    assert updated.startswith(kept)
+    assert update_card("---\n# mine\n---\ntext", NEW).startswith("---\n# mine\nbase_model: user/base\n")
+    assert update_card("---\n\n# mine\n\nx: 1\n---\ntext", NEW).startswith("---\n\n# mine\n\nx: 1\nbase_model")
 
 
 def test_a_persons_results_stand_beside_ours_and_survive_them() -> None:
