@@ -32,9 +32,7 @@ from benchmarks.common import (
     write_result,
 )
 from benchmarks.published_step import PublishedStep
-from robustness_tokens import RobustnessTokenModel, RobustnessTokenTrainer
-from robustness_tokens.data import AdversarialPairs
-from robustness_tokens.training import make_adversarial_pairs
+from robustness_tokens import AdversarialPairs, RobustnessTokenModel, RobustnessTokenTrainer, make_adversarial_pairs
 
 
 PRECISIONS = {"fp32": {"mixed_precision": "no"}, "bf16": {"mixed_precision": "bf16"}}

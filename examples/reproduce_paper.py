@@ -35,25 +35,22 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from robustness_tokens import (
+    ImageDataset,
+    ImageTransform,
     Normalizer,
     RobustnessTokenForImageClassification,
     RobustnessTokenModel,
     RobustnessTokenTrainer,
     RobustnessTokenTrainingArguments,
     cosine_similarity,
+    load_image_dataset,
     paper_attack,
+    resolve_preset,
 )
 from robustness_tokens.attacks import example_generators
-from robustness_tokens.data import (
-    ImageDataset,
-    ImageTransform,
-    IterableImageDataset,
-    build_dataloader,
-    load_image_dataset,
-)
+from robustness_tokens.data import IterableImageDataset, build_dataloader
 from robustness_tokens.hub import holds_adapter
 from robustness_tokens.models import RobustnessTokenPreTrainedModel
-from robustness_tokens.training import resolve_preset
 
 
 FEATURES = "features attacked (cosine)"

@@ -1,6 +1,6 @@
 """`python -m robustness_tokens` is `robtok`."""
 
-from .cli import main
+from robtok import main
 
 
 main()

@@ -15,7 +15,7 @@ import datasets
 import numpy as np
 from PIL import Image
 
-from robustness_tokens.data import load_image_dataset
+from robustness_tokens import load_image_dataset
 
 
 HERE = Path(__file__).parent

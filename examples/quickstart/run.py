@@ -22,16 +22,19 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from robustness_tokens import (
+    ImageDataset,
+    ImageTransform,
     Normalizer,
+    RobustnessReport,
     RobustnessTokenForImageClassification,
     RobustnessTokenTrainer,
     RobustnessTokenTrainingArguments,
     evaluate_robustness,
+    load_image_dataset,
+    resolve_preset,
 )
-from robustness_tokens.data import ImageDataset, ImageTransform, collate_images, load_image_dataset
+from robustness_tokens.data import collate_images
 from robustness_tokens.evaluation import training_figures
-from robustness_tokens.report import RobustnessReport
-from robustness_tokens.training import resolve_preset
 
 
 HERE = Path(__file__).parent

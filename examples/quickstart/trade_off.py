@@ -22,9 +22,9 @@ from robustness_tokens import (
     RobustnessTokenForImageClassification,
     RobustnessTokenTrainer,
     RobustnessTokenTrainingArguments,
+    evaluate_robustness,
+    load_image_dataset,
 )
-from robustness_tokens.data import load_image_dataset
-from robustness_tokens.evaluation import evaluate_robustness
 from robustness_tokens.report import plot_trade_off
 
 

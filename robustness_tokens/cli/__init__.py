@@ -1,6 +1,6 @@
-"""The command `robtok`."""
+"""The commands of `robtok`; the program itself is `robtok.py`, beside the package."""
 
-from .commands import main
+from .commands import run_command
 from .parsing import ModelArguments, load_eval_dataset, load_train_dataset, parse_arguments
 
 
@@ -8,6 +8,6 @@ __all__ = [
     "ModelArguments",
     "load_eval_dataset",
     "load_train_dataset",
-    "main",
     "parse_arguments",
+    "run_command",
 ]

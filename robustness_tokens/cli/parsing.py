@@ -1,7 +1,8 @@
-"""From a command line, or a YAML file, to the dataclasses that say what a command is told."""
+"""Command lines and YAML files -> the dataclasses with a command's arguments."""
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import sys
 from collections.abc import Collection, Sequence
@@ -15,77 +16,171 @@ from transformers import AutoConfig, HfArgumentParser
 from ..configuration import FeatureView, SimilarityAxis
 from ..data import PAIRS_SPLIT, find_pairs, load_adversarial_pairs, load_image_dataset
 from ..models import AUTO, BASE
+from ..report import format_setting
 from ..training import PAPER, RobustnessTokenTrainingArguments, resolve_preset
+
+
+# How the help groups arguments; one name is in one group, whichever command takes it.
+GROUPS = {
+    "base and tokens": (
+        *("base", "base_model", "base_model_revision", "preset", "num_robustness_tokens", "initializer_range"),
+        *("feature_view", "similarity_axis", "image_mean", "image_std", "classifier"),
+        *("head", "surrogate", "surrogate_head"),
+    ),
+    "data": (
+        *("dataset", "dataset_config", "dataset_name", "split", "streaming", "eval_dataset", "eval_split"),
+        *("attacker_dataset", "attacker_split", "image_column_name", "image_size", "resize", "ignore_index"),
+        *("num_images", "num_eval_pairs", "shuffle_buffer_size", "max_broken_images"),
+    ),
+    "attack": (
+        *("attack", "attack_through", "eps", "step_size", "num_attack_steps"),
+        *("task", "budget", "knowledge", "attacks", "eps_sweep", "num_steps", "num_restarts", "num_queries"),
+        *("num_own_tokens", "diagnostics"),
+    ),
+    "optimisation": (
+        *("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate"),
+        *("lr_scheduler_type", "warmup_steps", "max_grad_norm", "seed"),
+        *("invariance_weight", "adversarial_weight", "head_distance_weight"),
+        *("sweep_num_tokens", "sweep_learning_rates", "sweep_seeds"),
+    ),
+    "precision and speed": (
+        *("mixed_precision", "attack_precision", "torch_compile", "onednn", "attn_implementation"),
+        *("train_attn_implementation", "dataloader_num_workers", "batch_size", "per_device_eval_batch_size"),
+    ),
+    "saving": (
+        *("output_dir", "overwrite_output_dir", "save_steps", "save_total_limit", "resume_from_checkpoint"),
+        "images_per_shard",
+    ),
+    "logging": ("logging_steps", "eval_steps", "report_to", "disable_tqdm"),
+    "Hub": (
+        *("push_to_hub", "public", "base_model_id", "revision", "subfolder", "create_pr", "commit_message", "tag"),
+    ),
+}
 
 
 def parse_arguments(
     argv: Sequence[str] | None = None, *, prog: str | None = None
 ) -> tuple[ModelArguments, DataArguments, RobustnessTokenTrainingArguments]:
-    """Reads a command line: `--name value` pairs, and first, if wanted, a YAML file with the same names.
+    """Reads the arguments of a training from a command line.
 
     Args:
-        argv: Words of the command line without the program's name; `sys.argv[1:]` if None.
+        argv: Words of the command line without the program's name; `sys.argv[1:]` if None. The first word may be a
+            YAML file with the same names, over which later words win.
         prog: Name of the program in the help.
 
     Returns:
-        The three groups of arguments. Numbers may be fractions such as `8/255`; later words win over the file. With
-        an `eval_dataset` and no `eval_steps` these are `max_steps`: it is measured once, at the end.
+        The three groups of arguments. Numbers may be fractions such as `8/255`. With an `eval_dataset` and no
+        `eval_steps`, `eval_steps` becomes `max_steps`: one measurement, at the end.
 
     Raises:
-        ValueError: If a value is out of range, or the file can't be read or is no mapping of names to plain values,
-            or there are `eval_steps` without an `eval_dataset`.
+        ValueError: If a value is out of range, if the file can't be read or is no mapping of names to plain values,
+            or if there are `eval_steps` without an `eval_dataset`.
         SystemExit: On a word that is not understood, and after `--help`.
     """
-    groups = (ModelArguments, DataArguments, RobustnessTokenTrainingArguments)
-    model_args, data_args, training_args = parse_groups(argv, groups, prog=prog)
+    model_args, data_args, training_args = parse_groups(argv, TRAINING_GROUPS, prog=prog)
+    finish_training_arguments(data_args, training_args)
+    return model_args, data_args, training_args
+
+
+def finish_training_arguments(data_args: DataArguments, training_args: RobustnessTokenTrainingArguments) -> None:
+    """Settles when held-out images are measured; `ValueError` for `eval_steps` without an `eval_dataset`."""
     if training_args.eval_steps is not None and data_args.eval_dataset is None:
         raise ValueError(
             f"eval_steps={training_args.eval_steps} needs an eval_dataset: give one, or leave eval_steps out"
         )
     if training_args.eval_steps is None and data_args.eval_dataset is not None:
         training_args.eval_steps = training_args.max_steps
-    return model_args, data_args, training_args
 
 
 def parse_groups(argv: Sequence[str] | None, groups: Sequence[type], *, prog: str | None = None) -> tuple[Any, ...]:
-    """Reads a command line as [`parse_arguments`] does, for a command with arguments of its own.
+    """Reads a command line into an instance per dataclass; see [`parse_arguments`]."""
+    return CommandParser(groups, prog=prog).parse(sys.argv[1:] if argv is None else argv)[0]
+
+
+class CommandParser(HfArgumentParser):
+    """The parser of one command: dataclasses in groups, both spellings of a name, YAML files, presets, fractions.
 
     Args:
-        argv: As there.
-        groups: Dataclasses, whose fields are the arguments; only `ModelArguments` has presets.
-        prog: As there.
-
-    Returns:
-        An instance per group.
-
-    Raises:
-        ValueError, SystemExit: As there.
+        groups: Dataclasses with the command's arguments; `add_argument` adds others.
+        kwargs: Arguments of `argparse.ArgumentParser`.
     """
-    words = list(sys.argv[1:] if argv is None else argv)
-    if words and words[0].endswith((".yaml", ".yml")):
-        lists = {field.name for group in groups for field in dataclasses.fields(group) if "list[" in str(field.type)}
-        words = [*_words_of_file(Path(words[0]), lists), *words[1:]]
-    parser = _ArgumentParser(groups, prog=prog, allow_abbrev=False)  # type: ignore[arg-type]
-    parser.register("type", float, _as_number)
-    values = vars(parser.parse_args(words))
-    if values.get("preset") is not None:
-        model_type = None
-        if values["preset"] == PAPER:
-            revision = values["base_model_revision"]
-            model_type = AutoConfig.from_pretrained(values["base_model"], revision=revision).model_type
-        parser.set_defaults(**resolve_preset(values["preset"], model_type))
-        values = vars(parser.parse_args(words))  # once more: what the user says wins over the preset
-    if values["attn_implementation"] is not None and values.get("train_attn_implementation") == AUTO:
-        values["train_attn_implementation"] = BASE  # which is then what the user asked for
-    return tuple(group(**{f.name: values[f.name] for f in dataclasses.fields(group)}) for group in groups)
 
+    def __init__(self, groups: Sequence[type] = (), **kwargs: Any) -> None:
+        self._groups: dict[str, Any] = {}
+        super().__init__(groups, formatter_class=_HelpFormatter, allow_abbrev=False, **kwargs)  # type: ignore[arg-type]
+        self.register("type", float, _as_number)
 
-class _ArgumentParser(HfArgumentParser):
     def add_argument(self, *names: Any, **kwargs: Any) -> Any:
-        """Reads as a word what may be a word or a flag, a type that argparse can't call."""
-        if kwargs.get("type") == str | bool | None:
+        """Adds an argument to its group, under both spellings of its name."""
+        if kwargs.get("type") == str | bool | None:  # a word or a flag, a type that argparse can't call
             kwargs["type"] = str
-        return super().add_argument(*names, **kwargs)
+        spellings = dict.fromkeys([*names, *(name.replace("_", "-") for name in names if name.startswith("--"))])
+        name = kwargs.get("dest") or names[0].removeprefix("--")
+        title = next((title for title, members in GROUPS.items() if name in members and "--" in names[0]), None)
+        if title is None:
+            return super().add_argument(*spellings, **kwargs)
+        if not self._groups:
+            self._groups = {title: self.add_argument_group(title) for title in GROUPS}
+        return self._groups[title].add_argument(*spellings, **kwargs)
+
+    def parse(self, words: Sequence[str]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Returns an instance per dataclass, and the values of the other arguments by name."""
+        groups: Any = self.dataclass_types
+        positionals = [action.dest for action in self._actions if not action.option_strings]
+        if groups:
+            required = [
+                f"{a.option_strings[0]} {a.dest.upper()}" for a in self._actions if a.option_strings and a.required
+            ]
+            words_first = " ".join([*(name.upper() for name in positionals), "[FILE.yaml]"])
+            self.usage = f"%(prog)s {words_first} {' '.join(required)} [options]"
+            self.epilog = "FILE.yaml holds names and values of these options, over which the words after it win."
+            words = self._with_file(list(words), len(positionals))
+        values = vars(self.parse_args(words))
+        if values.get("preset") is not None:
+            model_type = None
+            if values["preset"] == PAPER:
+                revision = values["base_model_revision"]
+                model_type = AutoConfig.from_pretrained(values["base_model"], revision=revision).model_type
+            self.set_defaults(**resolve_preset(values["preset"], model_type))
+            values = vars(self.parse_args(words))  # once more: what the user says wins over the preset
+        if values.get("attn_implementation") is not None and values.get("train_attn_implementation") == AUTO:
+            values["train_attn_implementation"] = BASE  # which is then what the user asked for
+        instances = tuple(group(**{f.name: values.pop(f.name) for f in dataclasses.fields(group)}) for group in groups)
+        return instances, values
+
+    def _with_file(self, words: list[str], place: int) -> list[str]:
+        """Puts the words of a YAML file where its name stands."""
+        if len(words) > place and words[place].endswith((".yaml", ".yml")):
+            fields = [field for group in self.dataclass_types for field in dataclasses.fields(group)]
+            lists = {field.name for field in fields if "list[" in str(field.type)}
+            words[place : place + 1] = _words_of_file(Path(words[place]), lists)
+        return words
+
+
+class _HelpFormatter(argparse.HelpFormatter):
+    """Shows one spelling of each name, and the default where the help does not name it."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if len(action.option_strings) < 2 or "-h" in action.option_strings:
+            return super()._format_action_invocation(action)
+        shown, action.option_strings = action.option_strings, action.option_strings[:1]
+        try:
+            return super()._format_action_invocation(action)
+        finally:
+            action.option_strings = shown
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        if not action.option_strings or action.default == argparse.SUPPRESS:
+            return text
+        if isinstance(action, argparse._StoreFalseAction):
+            return f"The opposite of --{action.dest}."
+        if action.required:
+            return f"{text} Required."
+        if action.default is None or "default" in text:
+            return text
+        values = action.default if isinstance(action.default, list) else [action.default]
+        return f"{text} Default: {' '.join(format_setting('eps', value) for value in values) or 'none'}."
 
 
 def _words_of_file(path: Path, lists: Collection[str]) -> list[str]:
@@ -116,7 +211,7 @@ def _as_number(word: str) -> float:
 
 
 def load_eval_dataset(data_args: DataArguments) -> Any:
-    """The held-out images that the command line names, if it does.
+    """Loads the held-out images; returns None if the command line names none.
 
     Raises:
         ValueError: If they can't be loaded.
@@ -131,22 +226,36 @@ class ModelArguments:
     """The base and its new tokens."""
 
     base_model: str = field(metadata={"help": "Hub id or folder of the frozen base."})
-    base_model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the base."})
+    base_model_revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of the base; by default its main branch."}
+    )
     preset: str | None = field(
         default=None,
-        metadata={"help": "Start from a recipe: paper (by family), dinov2, deit3, openclip; or adaptive."},
+        metadata={
+            "help": "Recipe to start from: paper (by the base's family), dinov2, deit3, openclip, or adaptive; by "
+            "default none. Arguments that are given win over it."
+        },
     )
-    num_robustness_tokens: int = field(default=10, metadata={"help": "How many tokens to learn (paper: 10)."})
+    num_robustness_tokens: int = field(default=10, metadata={"help": "Number of tokens to learn (paper: 10)."})
     initializer_range: float = field(default=0.01, metadata={"help": "Standard deviation of the new tokens."})
     feature_view: FeatureView | None = field(
-        default=None, metadata={"help": "What the features are; by default what the paper takes for the family."}
+        default=None, metadata={"help": "What the features are; by default what the paper uses for the base's family."}
     )
     similarity_axis: SimilarityAxis = field(
         default="token", metadata={"help": "Axis of the cosine: token (published code) or feature (paper's formula)."}
     )
-    image_mean: list[float] | None = field(default=None, metadata={"help": "Normalisation; the base's own if None."})
-    image_std: list[float] | None = field(default=None, metadata={"help": "Normalisation; the base's own if None."})
-    attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flash_attention_2, ..."})
+    image_mean: list[float] | None = field(
+        default=None, metadata={"help": "Mean per channel for the normalisation; by default the base's own."}
+    )
+    image_std: list[float] | None = field(
+        default=None, metadata={"help": "Standard deviation per channel for it; by default the base's own."}
+    )
+    attn_implementation: str | None = field(
+        default=None,
+        metadata={
+            "help": "Attention of the base: eager, sdpa, flash_attention_2, ...; by default transformers' choice."
+        },
+    )
 
     def from_base_kwargs(self) -> dict[str, Any]:
         """Keyword arguments for `RobustnessTokenModel.from_base(model_args.base_model, ...)`."""
@@ -160,19 +269,26 @@ class ModelArguments:
 class DataArguments:
     """The images to train on. No labels are needed."""
 
-    dataset: str = field(metadata={"help": "Hub id, folder of images, or parquet file."})
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the dataset on the Hub."})
+    dataset: str = field(metadata={"help": "Hub id, folder or parquet file of images, or folder of stored pairs."})
+    dataset_config: str | None = field(
+        default=None, metadata={"help": "Configuration of the dataset on the Hub; by default its own default."}
+    )
     split: str = field(default="train", metadata={"help": "Split of the dataset."})
     streaming: bool = field(default=False, metadata={"help": "Stream the dataset instead of downloading it."})
     eval_dataset: str | None = field(
         default=None,
-        metadata={"help": "Held-out images, measured every eval_steps or once at the end: Hub id, folder, parquet."},
+        metadata={
+            "help": "Hub id, folder or parquet file of held-out images, measured every eval_steps or once at the end; "
+            "by default none."
+        },
     )
-    eval_split: str = field(default="test", metadata={"help": "Its split, or a slice such as validation[:64]."})
+    eval_split: str = field(
+        default="test", metadata={"help": "Split of eval_dataset, or a slice such as validation[:64]."}
+    )
 
 
 def load_train_dataset(data_args: DataArguments) -> Any:
-    """What the command line names: adversarial pairs, where `robtok attack` made it, or else a dataset of images.
+    """Loads the dataset that the command line names: adversarial pairs made by `robtok attack`, or images.
 
     Raises:
         ValueError: If it can't be loaded, or an argument has no meaning for pairs.
@@ -187,3 +303,6 @@ def load_train_dataset(data_args: DataArguments) -> Any:
             "the disk as they are needed: leave streaming, dataset_config and split out"
         )
     return load_adversarial_pairs(data_args.dataset)
+
+
+TRAINING_GROUPS: tuple[type, ...] = (ModelArguments, DataArguments, RobustnessTokenTrainingArguments)

@@ -4,7 +4,7 @@ from .arguments import EvaluationArguments
 from .attack_suite import Attack
 from .evaluate import evaluate_robustness
 from .figures import training_figures
-from .probe_training import Batch
+from .probe_training import Batch, train_probe
 
 
 __all__ = [
@@ -12,5 +12,6 @@ __all__ = [
     "Batch",
     "EvaluationArguments",
     "evaluate_robustness",
+    "train_probe",
     "training_figures",
 ]

@@ -16,6 +16,7 @@ from .heads import (
     base_of,
     load_head,
     resize_logits,
+    save_head,
 )
 from .injection import find_injector, remove_tokens, tokens_in
 from .layer_stack import base_fingerprint, find_layer_stack, headless_model
@@ -79,5 +80,6 @@ __all__ = [
     "resize_logits",
     "run_compiled",
     "runs_in_half",
+    "save_head",
     "tokens_in",
 ]

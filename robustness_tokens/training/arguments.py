@@ -89,7 +89,9 @@ class RobustnessTokenTrainingArguments:
     learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of Adam."})
     lr_scheduler_type: str = field(default="constant", metadata={"help": "As in transformers, such as cosine."})
     warmup_steps: int = field(default=0, metadata={"help": "Steps of linear warm-up."})
-    max_grad_norm: float | None = field(default=None, metadata={"help": "Clip the tokens' gradient to this norm."})
+    max_grad_norm: float | None = field(
+        default=None, metadata={"help": "Clip the tokens' gradient to this norm; not by default."}
+    )
     invariance_weight: float = field(default=1.0, metadata={"help": "Weight of the loss on clean images."})
     adversarial_weight: float = field(default=1.0, metadata={"help": "Weight of the loss on attacked images."})
     head_distance_weight: float = field(
@@ -109,11 +111,13 @@ class RobustnessTokenTrainingArguments:
         default="base", metadata={"help": "Whom the attacker sees: the base (paper), the tokens too, or each once."}
     )
     eps: float | None = field(
-        default=None, metadata={"help": "pgd only: budget in pixel units of [0, 1] images, 4/255."}
+        default=None, metadata={"help": "pgd only: budget in pixel units of [0, 1] images; by default 4/255."}
     )
     step_size: float | None = field(
         default=None,
-        metadata={"help": "Of the attack: paper 0.01 (normalised units), pgd 2.5 * eps / steps (pixels)."},
+        metadata={
+            "help": "Step of the attack: by default 0.01 (paper, normalised units) or 2.5 * eps / steps (pgd, pixels)."
+        },
     )
     num_attack_steps: int = field(
         default=None,  # type: ignore[assignment]
@@ -151,10 +155,17 @@ class RobustnessTokenTrainingArguments:
         metadata={"help": "On a CPU, let oneDNN compute the base's linear layers where it is faster."},
     )
     logging_steps: int = field(default=1, metadata={"help": "Write the log every so many steps."})
-    save_steps: int | None = field(default=None, metadata={"help": "Save a checkpoint every so many steps."})
-    save_total_limit: int | None = field(default=None, metadata={"help": "Keep only so many checkpoints."})
+    save_steps: int | None = field(
+        default=None, metadata={"help": "Save a checkpoint every so many steps; by default none."}
+    )
+    save_total_limit: int | None = field(
+        default=None, metadata={"help": "Keep only so many checkpoints; by default all."}
+    )
     eval_steps: int | None = field(
-        default=None, metadata={"help": "Measure the tokens on eval_dataset every so many steps, and at the end."}
+        default=None,
+        metadata={
+            "help": "Measure the tokens on eval_dataset every so many steps, and at the end; by default at the end."
+        },
     )
     per_device_eval_batch_size: int = field(
         default=8, metadata={"help": "Images per process and forward of these measurements."}
@@ -164,7 +175,9 @@ class RobustnessTokenTrainingArguments:
     )
     resume_from_checkpoint: str | bool | None = field(
         default=None,
-        metadata={"help": "True: go on from the last checkpoint in output_dir, if there is one yet; or its folder."},
+        metadata={
+            "help": "True: go on from the last checkpoint in output_dir, if any; or its folder; by default False."
+        },
     )
     disable_tqdm: bool = field(default=False, metadata={"help": "No progress bar."})
 

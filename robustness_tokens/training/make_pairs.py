@@ -61,9 +61,12 @@ class PairsArguments:
     images_per_shard: int = field(
         default=500, metadata={"help": "Images per file; a file is what a resumed run keeps."}
     )
-    push_to_hub: str | None = field(default=None, metadata={"help": "Upload the pairs to this dataset, user/name."})
+    push_to_hub: str | None = field(
+        default=None, metadata={"help": "Upload the pairs to this dataset, user/name; by default nowhere."}
+    )
     base_model_id: str | None = field(
-        default=None, metadata={"help": "Hub id of the base, to name there if it is a folder here."}
+        default=None,
+        metadata={"help": "Hub id of the base, to name there if it is a folder here; by default base_model."},
     )
     public: bool = field(default=False, metadata={"help": "Let everyone see the pairs on the Hub."})
 

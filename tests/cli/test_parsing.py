@@ -6,21 +6,31 @@ from pathlib import Path
 import pytest
 from transformers import AutoConfig
 
-from robustness_tokens.cli.parsing import DataArguments, ModelArguments, parse_arguments, parse_groups
+from robtok import COMMANDS
+from robustness_tokens.cli.commands import build_parser
+from robustness_tokens.cli.parsing import GROUPS, _HelpFormatter, parse_arguments
 from robustness_tokens.training.arguments import RobustnessTokenTrainingArguments
-from robustness_tokens.training.make_pairs import PairsArguments
-from robustness_tokens.training.sweep import SweepArguments
 
 
 ROOT = Path(__file__).parents[2]
-COMMAND = re.compile(r"^\s*[^`|]*?(examples/train\.py|robtok (?P<name>train|attack|sweep))(?= )")
+COMMAND = re.compile(r"^\s*(?![A-Z])[^`|]*?(examples/train\.py|robtok (?P<name>[a-z-]+))(?= )")
 REQUIRED = ["--base_model", "base", "--dataset", "data", "--output_dir", "out"]
 
 
+def documents() -> str:
+    """The text of all documents and examples, lines that go on joined."""
+    paths = (
+        *ROOT.glob("*.md"),
+        *ROOT.glob("docs/*.md"),
+        *ROOT.glob("benchmarks/*.md"),
+        *ROOT.glob("examples/**/*.py"),
+    )
+    return "\n".join(path.read_text(encoding="utf-8") for path in paths).replace("\\\n", " ")
+
+
 def documented_commands() -> list[str]:
-    texts = [path.read_text(encoding="utf-8") for path in (*ROOT.glob("docs/*.md"), ROOT / "README.md")]
-    lines = "\n".join(texts).replace("\\\n", " ").splitlines()
-    return sorted({line.partition(" #")[0].strip() for line in lines if COMMAND.search(line)})
+    lines = {line.partition(" #")[0].strip() for line in documents().splitlines()}
+    return sorted(line for line in lines if COMMAND.search(line))
 
 
 @pytest.mark.parametrize("command", documented_commands())
@@ -31,11 +41,53 @@ def test_commands_of_the_documents_are_understood(command: str, monkeypatch: pyt
     words = shlex.split(command[match.end() :])
     if words == ["..."]:
         words = REQUIRED
-    groups: list[type] = [ModelArguments, DataArguments, RobustnessTokenTrainingArguments]
-    further: dict[str, type] = {"attack": PairsArguments, "sweep": SweepArguments}
-    if match["name"] in further:
-        groups.append(further[match["name"]])
-    parse_groups(words, groups)
+    build_parser(match["name"] or "train").parse(words)
+
+
+def test_commands_named_in_the_documents_exist() -> None:
+    named = set(re.findall(r"`robtok ([a-z-]+)", documents()))
+    assert named
+    assert named <= set(COMMANDS)
+
+
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name != "evaluate"])
+def test_the_help_groups_and_explains_every_argument_with_its_default(name: str) -> None:
+    parser = build_parser(name)
+    text = " ".join(parser.format_help().split())
+    for action in parser._actions:
+        if action.dest == "help":
+            continue
+        shown = " ".join(_HelpFormatter("")._get_help_string(action).split())
+        assert re.fullmatch(r"[A-Za-z].{10,}[.]", shown), f"{action.dest}: a sentence, not {shown!r}"
+        if not action.option_strings:
+            continue
+        assert action.required or "efault" in shown or "if None" in shown or action.nargs == 0, action.dest
+        assert sum(action.dest in members for members in GROUPS.values()) == 1, f"{action.dest} has no group"
+        longs = set(action.option_strings)
+        assert longs == {spelling.replace("_", "-") for spelling in longs} | {
+            option for option in longs if "_" in option
+        }
+        assert f"{action.option_strings[0]} " in text
+
+
+@pytest.mark.parametrize("dash", ["_", "-"])
+def test_names_are_spelt_with_underscores_or_hyphens(dash: str) -> None:
+    words = [f"--base{dash}model", "b", "--dataset", "d", f"--output{dash}dir", "o", f"--no{dash}onednn"]
+    model_args, _, args = parse_arguments(words)
+    assert (model_args.base_model, args.output_dir, args.onednn) == ("b", "o", False)
+    _, values = build_parser("push").parse(
+        ["folder", "u/n", f"--base{dash}model{dash}id", "u/b", "--tag", "a", "--tag", "b"]
+    )
+    assert (values["base_model_id"], values["tag"], values["public"]) == ("u/b", ["a", "b"], False)
+    _, values = build_parser("merge").parse(["a", "plain", f"--image{dash}size", "28", "--classifier"])
+    assert values == {"adapter": "a", "output_dir": Path("plain"), "image_size": 28, "classifier": True}
+
+
+def test_a_command_with_a_word_of_its_own_reads_a_file_after_it(tmp_path: Path) -> None:
+    file = write_yaml(tmp_path, "dataset: d\noutput_dir: o\neps: [4/255, 8/255]\n")
+    (args,), values = build_parser("evaluate").parse(["adapter", file, "--seed", "3"])
+    assert values == {"adapter": "adapter"}
+    assert (args.dataset, args.eps, args.seed) == ("d", [4 / 255, 8 / 255], 3)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoModel, AutoModelForImageClassification, pipeline
 
-from robustness_tokens.cli import commands
+from robtok import main as run_robtok
 from robustness_tokens.data.adversarial_pairs import load_adversarial_pairs
 from robustness_tokens.hub.adapter_folder import load_adapter
 from robustness_tokens.hub.push_pairs import push_adversarial_pairs
@@ -172,8 +171,7 @@ def robtok(*, arguments: list[str], token: str | None, xet: bool = True) -> tupl
         os.environ["HF_TOKEN"] = token
     with captured_output() as output:
         try:
-            sys.argv = ["robtok", *arguments]
-            commands.main()
+            run_robtok(arguments)
             status = 0
         except SystemExit as exc:
             status = int(exc.code or 0)

@@ -17,9 +17,8 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner, Result
 
-from robustness_tokens.cli import commands
+from robustness_tokens.cli.commands import run_command
 from robustness_tokens.cli.parsing import DataArguments, ModelArguments, parse_groups
 from robustness_tokens.data.adversarial_pairs import load_adversarial_pairs
 from robustness_tokens.data.image_datasets import choose_rows
@@ -465,30 +464,33 @@ def test_the_figure_shows_means_and_spread(tmp_path: Path, monkeypatch: pytest.M
     assert len({line.get_linestyle() for line in panels[0].lines if line.get_linestyle() != "None"}) == 3
 
 
-def test_the_command_line_attacks_once_and_trains_many(base_folders: dict[str, Path], tmp_path: Path) -> None:
+def test_the_command_line_attacks_once_and_trains_many(
+    base_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     pictures(12).save_to_disk(str(tmp_path / "images"))
     common = ["--base_model", str(base_folders["dinov2"]), "--image_size", "16", "--disable_tqdm", "true"]
     common += ["--max_steps", "2", "--per_device_train_batch_size", "4"]
 
-    def robtok(command: str, dataset: str, output: str, *more: str) -> Result:
+    def robtok(command: str, dataset: str, output: str, *more: str) -> str:
         folders = ["--dataset", str(tmp_path / dataset), "--output_dir", str(tmp_path / output)]
-        return CliRunner().invoke(commands.app, [command, *common, *folders, *more])
+        run_command(command, [*common, *folders, *more])
+        return capsys.readouterr().out
 
     attacked = robtok("attack", "images", "pairs", "--attack", "pgd", "--eps", "8/255", "--num_attack_steps", "2")
-    assert attacked.exit_code == 0, attacked.output
-    assert "12 pairs" in attacked.output
-    assert "8/255; they reveal no tokens" in attacked.output
+    assert "12 pairs" in attacked
+    assert "8/255; they reveal no tokens" in attacked
     assert load_adversarial_pairs(tmp_path / "pairs").info.attack["eps"] == 8 / 255
 
-    assert robtok("train", "pairs", "run").exit_code == 0
+    robtok("train", "pairs", "run")
     training = read_config(tmp_path / "run").training or {}
     assert (training["attack"], training["eps"], training["num_attack_steps"]) == ("pgd", 8 / 255, 2)
     assert "adversarial_pairs" in training["dataset"]
-    assert "attack='paper'" in str(robtok("train", "pairs", "other", "--attack", "paper").exception)
-    assert "not attacked yet" in str(robtok("attack", "pairs", "again").exception)
+    with pytest.raises(ValueError, match="attack='paper'"):
+        robtok("train", "pairs", "other", "--attack", "paper")
+    with pytest.raises(ValueError, match="not attacked yet"):
+        robtok("attack", "pairs", "again")
 
     lists = ["--sweep_num_tokens", "1", "2", "--sweep_seeds", "0", "--num_eval_pairs", "4"]
-    result = robtok("sweep", "pairs", "sweep", *lists)
-    assert result.exit_code == 0, result.output
-    assert (tmp_path / "sweep" / CSV_FILE).read_text(encoding="utf-8") in result.output
+    printed = robtok("sweep", "pairs", "sweep", *lists)
+    assert (tmp_path / "sweep" / CSV_FILE).read_text(encoding="utf-8") in printed
     assert (tmp_path / "sweep" / FIGURE_FILE).stat().st_size > 10_000

@@ -1,0 +1,64 @@
+"""The command `robtok`. It stands beside the package, whose import takes seconds that help and version do not need."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import os
+import sys
+from collections.abc import Sequence
+
+
+DESCRIPTION = "Make a frozen vision transformer robust to adversarial images by learning a few extra input tokens."
+
+COMMANDS = {
+    "train": "Train tokens on a base and save them as an adapter.",
+    "attack": "Attack images once and store the pairs, for many trainings.",
+    "sweep": "Train many sets of tokens on the same attacked images and compare them.",
+    "evaluate": "Attack an adapter with all that an attacker may know and write a report.",
+    "info": "Print what an adapter holds, without loading its base.",
+    "import-tokens": "Make an adapter of tokens that the paper's authors released.",
+    "push": "Upload an adapter to the Hub in one commit, to a private repo by default.",
+    "merge": "Turn base and tokens into a plain model with registers, which needs no add-on but contains the tokens.",
+}
+
+# Kinds with a text that is no sentence by itself.
+_NAMED_ERRORS = (LookupError, TypeError, AttributeError, NameError, AssertionError)
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Runs `robtok`: an error ends it with one line and exit code 1, unless ROBTOK_DEBUG=1 asks for the traceback."""
+    words = list(sys.argv[1:] if words is None else words)
+    if not words or words[0] not in COMMANDS:
+        _top_parser().parse_args(words or ["--help"])
+        return
+    try:
+        from robustness_tokens.cli import run_command
+
+        run_command(words[0], words[1:], COMMANDS[words[0]])
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except Exception as exc:
+        if os.environ.get("ROBTOK_DEBUG", "0") != "0":
+            raise
+        text = str(exc)
+        if isinstance(exc, _NAMED_ERRORS) or not text:
+            text = f"{type(exc).__name__}: {text} (ROBTOK_DEBUG=1 shows where)"
+        print("robtok:", *text.split(), file=sys.stderr)
+        raise SystemExit(1) from exc
+
+
+def _top_parser() -> argparse.ArgumentParser:
+    """Returns a parser that knows the commands by name; `robustness_tokens.cli` knows their arguments."""
+    parser = argparse.ArgumentParser(prog="robtok", description=DESCRIPTION, allow_abbrev=False)
+    version = importlib.metadata.version("robustness-tokens")
+    parser.add_argument("--version", action="version", version=version, help="Print the version.")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name, sentence in COMMANDS.items():
+        commands.add_parser(name, help=sentence)
+    parser.epilog = "`robtok COMMAND --help` explains the arguments of a command."
+    return parser
+
+
+if __name__ == "__main__":
+    main()
