@@ -229,7 +229,7 @@ def _check_config(config: dict[str, Any], path: Path) -> dict[str, Any]:
         raise ValueError(
             f"{path} has missing keys {sorted(known - set(config))} and unknown keys {sorted(set(config) - known)}"
         )
-    if config["task"] not in list(_HEAD_CLASSES):  # what is no string can't be looked up in the dictionary itself
+    if config["task"] not in list(_HEAD_CLASSES):  # a list: an unhashable value can't be looked up in a dict
         raise ValueError(f"{path}: task must be one of {sorted(_HEAD_CLASSES)}, got {config['task']!r}")
     if type(config["trained_with_tokens"]) is not bool:
         raise ValueError(f"{path}: trained_with_tokens must be true or false, got {config['trained_with_tokens']!r}")
@@ -242,7 +242,7 @@ def _check_config(config: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def _read_weights(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a file, which must have exactly these names, shapes and dtypes, and be finite."""
+    """Reads a file's tensors, which must have exactly these names, shapes and dtypes, and be finite."""
     largest = sum(tensor.nbytes for tensor in expected.values()) + _MAX_HEADER_BYTES
     if (size := path.stat().st_size) > largest:
         raise ValueError(

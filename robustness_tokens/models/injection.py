@@ -31,7 +31,7 @@ class TokenInjector(nn.Module):
 
     @property
     def num_active_tokens(self) -> int:
-        """K, or 0 while the tokens are off."""
+        """Returns K, or 0 while the tokens are off."""
         return self.robustness_tokens.shape[0] if self.enabled else 0
 
     def set_enabled(self, enabled: bool) -> None:
@@ -235,7 +235,7 @@ def _token_row(mask: Tensor) -> Tensor:
 
 
 def _trim(recorded: Any, k: int) -> Any:
-    """Trims hidden states (B, K + N, D), whose last is stripped already, or attentions (B, H, K + N, K + N)."""
+    """Trims hidden states (B, K + N, D), except for the last, or attentions (B, H, K + N, K + N)."""
     if not recorded:
         return recorded  # some attention kernels keep no weights
     *inner, last = recorded

@@ -71,7 +71,7 @@ def base_fingerprint(model: nn.Module, dtypes: Mapping[str, torch.dtype] = _FING
     """Identifies a base by its first and last layer: the same under a head, in a DPT, or loaded in half precision.
 
     sha256 over the tensors' names relative to the stack, their shapes, and their values rounded to bfloat16 and to
-    float16, by dtype name. A model in one of these two dtypes has a digest in that one alone.
+    float16, by dtype name. A model in one of these two dtypes has a digest for that one only.
     """
     layers = find_layer_stack(model).layers
     tensors: dict[str, Tensor] = {}

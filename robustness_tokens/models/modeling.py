@@ -361,7 +361,7 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
         base_model_id: str | None = None,
         **push_kwargs: Any,
     ) -> None:
-        """Writes the adapter: config.json, model.safetensors (the tokens alone), preprocessor_config.json, README.md.
+        """Writes the adapter: config.json, model.safetensors (only the tokens), preprocessor_config.json, README.md.
 
         Overwrites an adapter in the folder, and deletes an evaluation.json that was measured with other tokens.
 
@@ -468,7 +468,7 @@ def inject_tokens(
 
     Args:
         model: A model that is, or contains, the vision transformer that the tokens were trained on.
-        adapter: Folder or Hub id of the adapter; or the tokens, (K, D) floating, whose base is not checked.
+        adapter: Folder or Hub id of the adapter; or the tokens, (K, D) floating: then the base is not checked.
         ignore_base_mismatch: Accept a model with other weights than the tokens were trained on.
         revision: Branch, tag, commit or `refs/pr/N` of an adapter on the Hub.
         subfolder: Folder of the adapter inside its repo.

@@ -127,12 +127,12 @@ def _check_takes_images(base: Any) -> None:
     name = type(base).__name__
     if hasattr(base, "get_image_features"):
         raise ValueError(
-            f"{name} has two towers, and ONNX export takes images alone: inject_tokens into its vision model, and "
+            f"{name} has two towers, and ONNX export takes images only: inject_tokens into its vision model, and "
             "export that"
         )
     if "spatial_shapes" in inspect.signature(base.forward).parameters:
         raise ValueError(
-            f"{name} takes patches, their mask and their grid (SigLIP 2), and ONNX export takes images alone: ship "
+            f"{name} takes patches, their mask and their grid (SigLIP 2), and ONNX export takes images only: ship "
             "the adapter instead"
         )
 

@@ -1,4 +1,4 @@
-"""The table of families in README.md: a test behind every cell, whichever way it says."""
+"""Tests every cell of the table of families in README.md."""
 
 from pathlib import Path
 from typing import Any
@@ -84,7 +84,7 @@ def test_a_text_without_markers_is_refused(text: str) -> None:
 
 
 def test_the_weights_of_a_vit_mae_are_those_of_a_vit(tmp_path: Path) -> None:
-    """What the table says to do for ONNX: its adapter goes into ViTModel, which sees all patches in their order."""
+    """Follows the table's advice for ONNX: the adapter goes into ViTModel, which sees all patches in their order."""
     adapter = make_adapter("vit_mae")
     adapter.get_base_model().save_pretrained(tmp_path / "base")
     adapter.save_pretrained(tmp_path / "adapter")

@@ -1,4 +1,4 @@
-"""What holds for every family, with the one mechanism: see families.py."""
+"""Checks what holds for every family: see families.py."""
 
 import copy
 import pickle
@@ -27,7 +27,7 @@ RECORDING = pytest.mark.parametrize("name", [name for name, family in FAMILIES.i
 
 @dataclass
 class Case:
-    """A base with its own outputs, before tokens came."""
+    """A base, and its outputs without tokens."""
 
     model: Any
     inputs: dict[str, Tensor]
@@ -51,7 +51,7 @@ def tokens() -> Tensor:
 
 
 def flatten(output: Any, path: str = "") -> Iterator[tuple[str, Tensor | None]]:
-    """(path, tensor or None) of everything in an output, however deeply nested."""
+    """Lists (path, tensor or None) for everything in an output, however deeply nested."""
     if output is None or isinstance(output, Tensor):
         yield path, output
     elif isinstance(output, dict):
@@ -69,7 +69,7 @@ def shapes(output: Any) -> dict[str, Any]:
 
 
 def assert_equal(actual: Any, expected: Any) -> None:
-    """Bit for bit, the same class and structure."""
+    """Asserts the same class, structure and bits."""
     assert type(actual) is type(expected)
     assert shapes(actual) == shapes(expected)
     for (path, one), (_, other) in zip(flatten(actual), flatten(expected), strict=True):
@@ -85,7 +85,7 @@ def assert_close(actual: Any, expected: Any, tolerance: float = 2e-5) -> None:
 
 
 def main_outputs(output: Any) -> dict[str, Tensor]:
-    """What every token must reach: the floating outputs but losses, text, and what is recorded."""
+    """Selects the outputs that every token must change: floating, but no losses, text or recorded states."""
     return {
         path: tensor
         for path, tensor in flatten(output)
@@ -94,7 +94,7 @@ def main_outputs(output: Any) -> dict[str, Tensor]:
 
 
 def attributes(model: nn.Module) -> dict[str, Any]:
-    """Every attribute of every module: tensors by identity, hooks by name, plain values as they are."""
+    """Lists every attribute of every module: tensors by identity, hooks by name, plain values as they are."""
     found: dict[str, Any] = {}
     for name, module in model.named_modules():
         for key, value in vars(module).items():
@@ -143,7 +143,7 @@ def test_recorded_states_have_the_bases_shapes(name: str) -> None:
 
 @RECORDING
 def test_recorded_states_are_those_of_the_layers(name: str) -> None:
-    """The first is the embedding, which tokens don't touch; the next are what the layers gave for the patches."""
+    """Checks that the first state is the embedding, and the others are the layers' outputs without tokens."""
     case = make_case(name)
     if find_layer_stack(case.model).is_timm:
         pytest.skip("timm's are maps of patches; see test_injection.py")
@@ -230,7 +230,7 @@ def test_gradients_reach_the_tokens_only(name: str) -> None:
 
 
 def loss(output: Any) -> Tensor:
-    """A number that depends unevenly on every main output."""
+    """Returns a number that depends unevenly on every main output."""
     total = torch.zeros(())
     for tensor in main_outputs(output).values():
         if tensor.requires_grad:
@@ -327,7 +327,7 @@ def test_compiles_as_one_graph(name: str) -> None:
 
 
 def remove_and_run(case: Case) -> Any:
-    """The base's own output, by a copy whose hooks are gone."""
+    """Returns the base's output, computed by a copy without hooks."""
     plain: PreTrainedModel = remove_tokens(copy.deepcopy(case.model))
     return Case(plain, case.inputs, case.family).run()
 

@@ -19,7 +19,7 @@ from robustness_tokens import RobustnessTokenForImageClassification, RobustnessT
 from tests.support.adapters import cache_as_repo
 
 
-# What a process runs that knows transformers alone. Hidden: as if the package were not installed.
+# Run by a process that imports transformers only. Hidden: as if the package were not installed.
 LOAD = """
 import sys
 folder, inputs, outputs, auto_class, hidden = sys.argv[1:]
@@ -35,7 +35,7 @@ print(type(model).__module__, type(model.config).__module__)
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """As in the other process: sums over more threads would differ in the last bit."""
+    """Uses one thread, as the other process does: sums over more threads would differ in the last bit."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -44,7 +44,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def unregistered() -> Iterator[None]:
-    """Registration is the class's; each test ends as it began."""
+    """Restores the registration, which belongs to the class, after each test."""
     yield
     for model_class in (RobustnessTokenModel, RobustnessTokenForImageClassification):
         model_class._auto_class = None

@@ -1,4 +1,4 @@
-"""The paper's f for every family, against slices of the base's own output made by hand."""
+"""Checks the paper's f for every family against slices of the base's output."""
 
 from typing import Any
 
@@ -32,7 +32,7 @@ def extract(name: str, model: Any, view: FeatureView) -> Tensor:
 
 
 def last_hidden_state(name: str, model: Any) -> Tensor:
-    """The base's own, however the head hides it."""
+    """Returns the base's last hidden state, under any head."""
     inputs = FAMILIES[name].inputs()
     with torch.no_grad():
         if name == "clip_two_towers":

@@ -1,4 +1,4 @@
-"""The mechanism itself: where tokens enter and leave, against computations by hand; what it refuses."""
+"""Tests where tokens enter and leave, against computations by hand, and which models are refused."""
 
 import copy
 from collections.abc import Callable
@@ -82,7 +82,7 @@ def test_relative_position_bias_by_hand(name: str, implementation: str, tokens: 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize(("name", "masked"), [("vit_masked", slice(4, 5)), ("siglip2_vision", slice(2, 4))])
 def test_masked_positions_stay_masked(name: str, masked: slice, implementation: str, tokens: Tensor) -> None:
-    """A mask made for N positions is moved along with them: what it hid stays hidden, what it showed, shown."""
+    """Checks that a mask for N positions moves with them and hides the same ones."""
     model, inputs = build(name, attn_implementation=implementation), FAMILIES[name].inputs()
     attach_tokens(model, tokens)
     before = model(**inputs).last_hidden_state
@@ -127,7 +127,7 @@ def test_masks_of_one_row_stay_so(mask: Tensor, expected: float, tokens: Tensor)
 
 
 def test_masks_of_another_kind_are_refused(tokens: Tensor) -> None:
-    """flex attention's block masks; silently left alone they would be one sequence short."""
+    """Refuses flex attention's block masks, which would not cover the tokens."""
     with pytest.raises(ValueError, match='attn_implementation="sdpa"'):
         TokenInjector(tokens).pad_attention_mask(
             nn.Identity(), (torch.zeros(1, 5, HIDDEN_SIZE),), {"attention_mask": object()}

@@ -105,7 +105,7 @@ def tokens_in(base: PreTrainedModel) -> Tensor:
 
 @torch.no_grad()
 def results(model: PreTrainedModel, pixel_values: Tensor) -> dict[str, Tensor]:
-    """Every output, registers dropped: CLS and patches are the first and the last of the sequence in all families."""
+    """Returns every output without registers: the CLS token comes first and the patches last in all families."""
     output = model(pixel_values=pixel_values)
     found = {key: value for key, value in output.items() if isinstance(value, Tensor)}
     if "feature_maps" in output:

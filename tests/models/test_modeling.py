@@ -60,7 +60,7 @@ def randomize(model: Any) -> Any:
 
 @pytest.fixture
 def model(family: str, base_folders: Folders) -> RobustnessTokenModel:
-    """Each family from its folder, with three tokens that matter."""
+    """Builds each family from its folder, with three tokens that change its outputs."""
     return randomize(RobustnessTokenModel.from_base(base_folders[family], num_robustness_tokens=NUM_TOKENS))
 
 
@@ -70,7 +70,7 @@ def dinov2_model(base_folders: Folders) -> RobustnessTokenModel:
 
 
 def flat(output: Any) -> dict[str, Tensor]:
-    """Every tensor of an output, tuples of tensors unrolled, detached."""
+    """Lists every tensor of an output, detached, with tuples of tensors unrolled."""
     tensors = {}
     for key, value in output.items():
         for index, tensor in enumerate(value if isinstance(value, tuple) else (value,)):
@@ -79,7 +79,7 @@ def flat(output: Any) -> dict[str, Tensor]:
 
 
 def assert_same_outputs(first: Any, second: Any) -> None:
-    """Bit for bit."""
+    """Asserts bit-equal outputs."""
     one, two = flat(first), flat(second)
     assert set(one) == set(two)
     assert [key for key in one if not torch.equal(one[key], two[key])] == []
@@ -98,7 +98,7 @@ def logits(model: nn.Module, pixel_values: Tensor) -> Tensor:
 
 
 def classifier_on(base: PreTrainedModel, family: str, make_base: MakeBase) -> Any:
-    """A classifier in memory whose headless is that base."""
+    """Returns a classifier in memory on top of that base."""
     classifier = make_base(family, classifier=True)
     headless_model(classifier).load_state_dict(base.state_dict(), strict=False)
     return classifier
@@ -650,7 +650,7 @@ def test_auto_classes_load_an_adapter(adapter_folder: Path, make_base: MakeBase,
 
 @pytest.fixture
 def classifier_adapter(family: str, classifier_folders: Folders, tmp_path: Path) -> Path:
-    """An adapter whose base, of each family in turn, is a classifier."""
+    """Returns an adapter of a classifier, for each family in turn."""
     model = RobustnessTokenForImageClassification.from_base(classifier_folders[family], num_robustness_tokens=3)
     randomize(model).save_pretrained(tmp_path / "classifier_adapter")
     return tmp_path / "classifier_adapter"

@@ -159,7 +159,7 @@ def test_packed_weights_are_no_part_of_the_state_and_nest(dtype: torch.dtype) ->
 
 @pytest.fixture
 def packed(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
-    """The layers whose weights were laid out, each time that one was."""
+    """Lists a layer each time that its weight is packed."""
     found: list[nn.Module] = []
     real = onednn._PackedWeight
 
@@ -196,7 +196,7 @@ def test_weights_are_laid_out_once_within_a_context_and_not_kept_after(packed: l
     ],
     ids=["weight", "bias", "another weight", "other data"],
 )
-def test_a_changed_weight_is_laid_out_anew(packed: list[nn.Module], change: Callable[[nn.Linear], object]) -> None:
+def test_a_changed_weight_is_packed_again(packed: list[nn.Module], change: Callable[[nn.Linear], object]) -> None:
     linear, inputs = nn.Linear(8, 4).requires_grad_(False), torch.randn(2, 8)
     with packed_once():
         with onednn_products(linear):

@@ -60,7 +60,7 @@ def published_file(name: str) -> Path:
 
 
 def make_base(name: str, width: int) -> PreTrainedModel:
-    """One random layer of the true width."""
+    """Builds a base with one random layer of the true width."""
     model_id, _ = PUBLISHED[name]
     sizes: dict[str, Any] = {"hidden_size": width, "num_hidden_layers": 1, "num_attention_heads": 2}
     sizes |= {"image_size": 28, "patch_size": 14}

@@ -59,7 +59,7 @@ def test_attention_is_set_and_put_back(name: str) -> None:
     before = base.config._attn_implementation
     other = "sdpa" if before == "eager" else "eager"
     if other not in BASES[name].implementations:
-        pytest.skip("has one implementation alone")
+        pytest.skip("has one implementation only")
     expected = base(**BASES[name].inputs())[0]
     with attention_implementation(base, other):
         changed = {m.config._attn_implementation for m in base.modules() if hasattr(m, "config")}
@@ -100,7 +100,7 @@ def test_attention_is_put_back_after_an_error_and_nonsense_is_refused(make_base:
 
 @pytest.fixture
 def compile_with_aot_eager(monkeypatch: pytest.MonkeyPatch) -> list[object]:
-    """torch.compile without a C++ compiler; lists what it was asked to compile."""
+    """Replaces torch.compile's backend by one without a C++ compiler; lists what it compiles."""
     asked: list[object] = []
     real = torch.compile
 
@@ -165,7 +165,7 @@ def test_a_forward_set_by_others_is_put_back(
 
 @pytest.fixture
 def broken_compiler(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """A backend that fails, as inductor does without a C++ compiler; lists its failures."""
+    """Replaces the backend by one that fails, as inductor does without a C++ compiler; lists its failures."""
     failures: list[int] = []
     real = torch.compile
 
