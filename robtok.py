@@ -56,7 +56,10 @@ def _top_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name, sentence in COMMANDS.items():
         commands.add_parser(name, help=sentence)
-    parser.epilog = "`robtok COMMAND --help` explains the arguments of a command."
+    parser.epilog = (
+        "`robtok COMMAND --help` explains the arguments of a command. An error ends it with one line and exit code 1; "
+        "ROBTOK_DEBUG=1 shows the traceback."
+    )
     return parser
 
 
