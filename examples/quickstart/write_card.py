@@ -25,6 +25,7 @@ def render_quickstart_card() -> str:
         name="outputs/quickstart/adapter",
         license="mit",  # as the card of the backbone says
         datasets=["zalando-datasets/fashion_mnist"],
+        images="examples/quickstart/data",
         report=read_report(STORED),
     )
 

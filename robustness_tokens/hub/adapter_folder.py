@@ -249,12 +249,7 @@ def remove_report(folder: Path) -> None:
 
 
 def write_tokens(folder: Path, tokens: Tensor) -> None:
-    """Writes the tokens as float32, readable by their owner alone (the defence rests on their secrecy).
-
-    Raises:
-        ValueError: If they are not finite.
-        OSError: If the file can't be written; the previous one is left unchanged.
-    """
+    """Writes the tokens as float32, readable by their owner alone; `OSError` leaves the previous file unchanged."""
     path = folder / TOKENS_FILE
     tokens = tokens.detach().to("cpu", torch.float32).contiguous()
     if not torch.isfinite(tokens).all():

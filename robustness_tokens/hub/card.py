@@ -1,4 +1,4 @@
-"""The card of an adapter: rendered from card.md.j2, and merged into a card that a person wrote in."""
+"""Renders the card of an adapter from card.md.j2, and puts it into a card that a person has edited."""
 
 from __future__ import annotations
 
@@ -54,18 +54,18 @@ _ATTACKERS = {
     "tokens": "an attacker who knows the backbone and the tokens (white box)",
     "both": "attackers who know the backbone, with and without the tokens",
 }
-# What an adapter is; nothing else of a person's metadata is replaced.
+# These describe an adapter; no other key of a person's metadata is replaced.
 _OWN_KEYS = ("base_model", "base_model_relation", "library_name", "pipeline_tag", "datasets")
 _MARKER_LINE = re.compile(r"^<!-- robustness_tokens:(begin|end) -->[ \t]*\r?$", re.MULTILINE)
 _MAX_RECORDED = 1000
 
 
-# A string as JSON has it, in double quotes, is one of Python too.
+# A JSON string is a Python literal too.
 _quote = partial(json.dumps, ensure_ascii=False)
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes lists of plain values, and metrics with their arguments, on one line, so that a card stays short."""
+    """Writes lists of plain values, and metrics with their arguments, on one line to keep a card short."""
 
     def represent_mapping(self, tag: str, mapping: Any, flow_style: bool | None = None) -> yaml.MappingNode:
         if not self.represented_objects:  # the outermost
@@ -83,7 +83,7 @@ def _dump(values: Mapping[str, Any]) -> str:
 
 
 def _as_text(value: object) -> object:
-    """Keeps what a config or a report says from being markup, in every `{{ }}` without a filter."""
+    """Escapes every `{{ }}` without a filter: texts of a config or a report are never markup."""
     return value if isinstance(value, Markup) else prose(value)
 
 
@@ -105,22 +105,15 @@ def render_card(
     subfolder: str = "",
     license: str | None = None,
     datasets: Sequence[str] | None = None,
+    images: str | None = None,
     report: RobustnessReport | None = None,
     tags: Sequence[str] = (),
 ) -> str:
-    """Renders the README.md of an adapter.
+    """Renders the README.md of an adapter: metadata for the Hub, and the rest between our markers.
 
-    Args:
-        config: The adapter's configuration, with its training recipe.
-        name: Folder or repo id that the load lines name.
-        subfolder: Folder of the adapter inside the repo.
-        license: License of the base, which applies to its adapter too.
-        datasets: Hub ids of the training data; by default that of the recipe, if it is one.
-        report: Results of an evaluation.
-        tags: More tags for the Hub.
-
-    Returns:
-        Markdown: the metadata that the Hub reads, and the rest between our markers.
+    `name` is the folder or repo id in the code to load it, `license` that of the base; `datasets` are Hub ids of the
+    training data, by default the recipe's; `images` is the dataset in the commands, where a recipe or a report names
+    none from the Hub.
     """
     training = config.training or {}
     entry = training.get("dataset")
@@ -141,7 +134,7 @@ def render_card(
         model_name=plain(name) if eval_results else None,
         eval_results=eval_results or None,
     )
-    recipe = _recipe(config, training, trained_on) if "max_steps" in training else {}
+    recipe = _recipe(config, training, trained_on, images) if "max_steps" in training else {}
     told = RECIPE_ARGUMENTS if recipe else ()
     recorded = {key: value for key, value in training.items() if key not in told and value is not None}
     body = _ENVIRONMENT.get_template("card.md.j2").render(
@@ -154,7 +147,7 @@ def render_card(
         headline=None if report is None else headline(report),
         report=report,
         table=None if report is None or not (leading := main_results(report)) else results_table(leading),
-        evaluate_command=None if report is None else _evaluate_command(report, name, subfolder),
+        evaluate_command=None if report is None else _evaluate_command(report, name, subfolder, images),
         training=training,
         is_public=str(training.get("secrecy")).startswith("none"),
         attacker=_ATTACKERS.get(str(training.get("attack_through"))),
@@ -166,11 +159,13 @@ def render_card(
 
 
 def _hub_dataset(name: object) -> str | None:
-    """Returns the Hub id that a dataset's name is; None without a namespace, since that may be a folder's name."""
+    """Returns a dataset's name if it is a Hub id; None if it has no namespace, since it may be a folder's name."""
     return name if isinstance(name, str) and "/" in name and is_repo_id(name) else None
 
 
-def _recipe(config: RobustnessTokenConfig, training: Mapping[str, Any], trained_on: str | None) -> dict[str, Any]:
+def _recipe(
+    config: RobustnessTokenConfig, training: Mapping[str, Any], trained_on: str | None, images: str | None
+) -> dict[str, Any]:
     """Returns the arguments of `robtok train` that train such tokens."""
     settings = {key: training.get(key) for key in RECIPE_ARGUMENTS}
     if settings["resize"] == "processor":
@@ -179,7 +174,7 @@ def _recipe(config: RobustnessTokenConfig, training: Mapping[str, Any], trained_
     settings = {
         "base_model": config.base_model_name_or_path or "BASE_MODEL",
         "base_model_revision": config.base_model_revision,
-        "dataset": trained_on or PLACEHOLDER,
+        "dataset": trained_on or images or PLACEHOLDER,
         "dataset_config": entry.get("config"),
         "split": entry.get("split"),
         "num_robustness_tokens": config.num_robustness_tokens,
@@ -196,17 +191,17 @@ def _recipe(config: RobustnessTokenConfig, training: Mapping[str, Any], trained_
 
 
 def _setting(value: str | int | float) -> str | int | float:
-    """Returns a value on one line; a fraction of 255 as one."""
+    """Returns a text without line breaks, and a fraction of 255 as a fraction."""
     if isinstance(value, float) and 0 < value < 1 and value == round(255 * value) / 255:
         return f"{round(255 * value)}/255"
     return plain(value) if isinstance(value, str) else value
 
 
-def _evaluate_command(report: RobustnessReport, name: str, subfolder: str) -> str:
-    """Returns the `robtok evaluate` of such a report; a placeholder stands for what the report doesn't say."""
+def _evaluate_command(report: RobustnessReport, name: str, subfolder: str, images: str | None) -> str:
+    """Returns the `robtok evaluate` that repeats a report; placeholders stand for what the report doesn't hold."""
     tasks = {result.task for result in report.results}
     options = {
-        "dataset": _hub_dataset(report.dataset["name"]) or PLACEHOLDER,
+        "dataset": _hub_dataset(report.dataset["name"]) or images or PLACEHOLDER,
         "split": report.dataset["split"],
         "task": "classification" if "classification" in tasks else None,
         "head": "HEAD" if "segmentation" in tasks else None,
@@ -245,15 +240,8 @@ def is_generated(card: str) -> bool:
 def update_card(existing: str | None, new: str) -> str:
     """Replaces our part of a card, or appends it; what a person wrote stays byte for byte.
 
-    Of the metadata, the keys that say what an adapter is are ours; tags and evaluation results are united; any other
-    key stays as it is. Doing it twice changes nothing more.
-
-    Args:
-        existing: The card so far; None where there is none.
-        new: A card from `render_card`.
-
-    Raises:
-        ValueError: If the metadata of the existing card are no YAML mapping.
+    In the metadata, the keys that describe an adapter are replaced, tags and evaluation results are united, and all
+    other keys stay. A second call changes nothing. `ValueError` if the metadata are not a YAML mapping.
     """
     if existing is None or not existing.strip():
         return new
@@ -285,7 +273,7 @@ def _find_block(text: str) -> tuple[int, int] | None:
 
 
 def _split(card: str) -> tuple[str | None, str]:
-    """Returns the YAML of a card, None where there is none, and the rest."""
+    """Returns the YAML of a card, or None, and the rest."""
     match = REGEX_YAML_BLOCK.search(card)
     return (None, card) if match is None else (match[2], card[match.end() :])
 
@@ -326,12 +314,12 @@ def _merge_metadata(old_yaml: str, new: dict[str, Any]) -> str:
         is_right = is_right and yaml.safe_load(text) == merged
     except yaml.YAMLError:
         is_right = False
-    # Lines can't be exchanged in `{a: 1}`, nor where there are anchors: then all of it is written again.
+    # Single keys can't be replaced in `{a: 1}` or where there are anchors: then everything is written again.
     return (text if is_right else _dump(merged)).rstrip("\n")
 
 
 def _without_ours(part: Any) -> Any:
-    """Returns a part of a model-index without our metrics and what held only those; None if nothing else was in it."""
+    """Returns a part of a model-index without our metrics, and without parts that held only those; None if empty."""
     if isinstance(part, list):
         kept = [element for element in map(_without_ours, part) if element is not None]
         return kept if kept or not part else None

@@ -1,4 +1,4 @@
-"""The results of a report that the Hub's model-index holds."""
+"""Selects the results of a report for the Hub's model-index."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from huggingface_hub import EvalResult
 from ..report import ATTACKERS, METRICS, Result, RobustnessReport, format_eps, group_results, plain
 
 
-# In the arguments of every metric: tells our results from those that a person puts into the same card.
+# Marks our metrics, to tell them from those that a person adds to the same card.
 EVALUATED_WITH, PACKAGE = "evaluated_with", "robustness_tokens"
 
 _TASK_TYPES = {
@@ -27,7 +27,7 @@ _METRIC_TYPES = {
 
 
 def main_results(report: RobustnessReport) -> list[Result]:
-    """Returns what leads a report, by its main metric, the first of those that were measured."""
+    """Returns the leading results of a report's main metric, the first that was measured."""
     groups = list(group_results(report.results).values())
     return groups[0].leading if groups else []
 
@@ -54,7 +54,7 @@ def to_eval_results(report: RobustnessReport) -> list[EvalResult]:
 
 
 def _strongest(results: Sequence[Result]) -> Result | None:
-    """Returns the lowest number at the first eps."""
+    """Returns the lowest result at the first eps; None if there is none."""
     at_first_eps = (result for result in results if result.eps == results[0].eps)
     return min(at_first_eps, key=lambda result: result.value, default=None)
 
@@ -80,5 +80,5 @@ def _metric_args(result: Result) -> dict[str, Any]:
         "seed": result.seed,
         "confidence_interval_95": None if interval is None else list(interval),
     }
-    # The Hub's client drops what is None.
+    # The Hub's client drops None.
     return {name: value for name, value in arguments.items() if value is not None}
