@@ -502,7 +502,7 @@ def _absolute_if_folder(name: str) -> str:
 
 def _check_no_loading_arguments(what: str, arguments: Mapping[str, Any]) -> None:
     if given := sorted(name for name, value in arguments.items() if value is not None):
-        raise ValueError(f"{what} in memory already: {given} can't be applied")
+        raise ValueError(f"{what} in memory already: {given} can't be applied, leave them out")
 
 
 def _check_tokens(tokens: Tensor) -> Tensor:
