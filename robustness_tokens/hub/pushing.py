@@ -80,10 +80,13 @@ def push_adapter(
     prefix = f"{subfolder}/" if subfolder else ""
     api = HfApi(token=token)
     _name_base_by_id(config, base_model_id, api)
-    repo_id = create_repo(api, repo_id, private=private, reason="tokens are secrets").id
-    if not private:
+    repo = create_repo(api, repo_id, private=private, reason="tokens are secrets")
+    repo_id = repo.id
+    if not repo.private:
         logger.warning(
-            "Whoever reads the tokens in %s can attack through them, and they protect far less against that.", repo_id
+            "%s is public: whoever reads the tokens there can attack through them, and against such an attacker they "
+            "protect far less.",
+            repo_id,
         )
     if revision is not None and not create_pr and not revision.startswith("refs/"):
         api.create_branch(repo_id, branch=revision, exist_ok=True)

@@ -92,7 +92,7 @@ def test_where_nobody_wrote_anything_it_is_the_new_card(existing: str | None) ->
     assert update_card(existing, NEW) == NEW
 
 
-def test_our_part_is_made_anew() -> None:
+def test_our_part_is_rewritten() -> None:
     assert update_card(EXISTING["ours, of another base"], NEW) == NEW
 
 

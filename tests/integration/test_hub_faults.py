@@ -25,7 +25,7 @@ ERRORS = {"ValueError", "OSError", "HTTPError", "RuntimeError"}
 
 
 def outcome(client: HubClient, task: str, **kwargs: Any) -> Any:
-    """What a task returns; None if it failed, and then with an error of these kinds, which says something."""
+    """Returns the result of a task; None if it failed with an error of these kinds and a message."""
     try:
         return client(task, **kwargs)
     except ClientError as exc:
