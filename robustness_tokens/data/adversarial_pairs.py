@@ -16,13 +16,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
 import numpy as np
 import torch
-from datasets.arrow_writer import ArrowWriter
-from datasets.fingerprint import Hasher
 from huggingface_hub import hf_hub_download
 from huggingface_hub.utils import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
 from PIL import Image
@@ -33,6 +30,10 @@ from ..configuration import RobustnessTokenConfig, check_same_base
 from ..utils import read_json, write_text
 
 
+if TYPE_CHECKING:
+    import datasets  # its import takes a second, which only those who use a dataset wait for
+
+
 SCHEMA_VERSION = 1
 INFO_FILE = "adversarial_pairs.json"
 PAIRS_STEP = 0
@@ -41,14 +42,12 @@ index), so an image has one attacked version."""
 
 PAIRS_SPLIT = "train"
 
-PAIR_FEATURES = datasets.Features(
-    {
-        "index": datasets.Value("int64"),  # the image's row in the dataset that was attacked
-        "image": datasets.Value("binary"),  # (H, W, 3) uint8, raw: read in a tenth of the time that a PNG takes
-        "adversarial_image": datasets.Value("binary"),
-        "baseline_cosine": datasets.Value("float32"),  # between the base's features of the two
-    }
-)
+PAIR_TYPES = {
+    "index": "int64",  # the image's row in the dataset that was attacked
+    "image": "binary",  # (H, W, 3) uint8, raw: read in a tenth of the time that a PNG takes
+    "adversarial_image": "binary",
+    "baseline_cosine": "float32",  # between the base's features of the two
+}
 
 ATTACK_ARGUMENTS = ("attack", "eps", "step_size", "num_attack_steps", "head_distance_weight")
 
@@ -164,7 +163,7 @@ class AdversarialPairs(Dataset[dict[str, Any]]):
     float, "index": the image's row in the dataset that was attacked}.
 
     Args:
-        dataset: With the columns of `PAIR_FEATURES`, the images raw or PNG.
+        dataset: With the columns of `PAIR_TYPES`, the images raw or PNG.
         info: How the pairs were made.
         with_baseline: False leaves "baseline_cosine" out.
 
@@ -176,10 +175,12 @@ class AdversarialPairs(Dataset[dict[str, Any]]):
     """
 
     def __init__(self, dataset: datasets.Dataset, info: PairsInfo, *, with_baseline: bool = True) -> None:
-        if set(dataset.column_names) != set(PAIR_FEATURES):
-            raise ValueError(f"dataset has the columns {dataset.column_names}, expected {sorted(PAIR_FEATURES)}")
+        import datasets
+
+        if set(dataset.column_names) != set(PAIR_TYPES):
+            raise ValueError(f"dataset has the columns {dataset.column_names}, expected {sorted(PAIR_TYPES)}")
         self.info, self._with_baseline = info, with_baseline
-        self._is_raw = dataset.features["image"] == PAIR_FEATURES["image"]
+        self._is_raw = dataset.features["image"] == datasets.Value(PAIR_TYPES["image"])
         for column in () if self._is_raw else ("image", "adversarial_image"):
             dataset = dataset.cast_column(column, datasets.Image(decode=False))
         self.stored = dataset.with_format(None)
@@ -307,6 +308,8 @@ def load_adversarial_pairs(
     Raises:
         ValueError: If there are no pairs, or they are not all there, or their description is damaged.
     """
+    import datasets
+
     path = find_pairs(name_or_path, revision=revision, token=token, cache_dir=cache_dir)
     if path is None:
         raise ValueError(f"{os.fspath(name_or_path)!r} holds no adversarial pairs: it has no {INFO_FILE}")
@@ -326,6 +329,13 @@ def load_adversarial_pairs(
     return AdversarialPairs(dataset, info)
 
 
+def pair_features() -> datasets.Features:
+    """Returns the columns of stored pairs."""
+    import datasets
+
+    return datasets.Features({name: datasets.Value(kind) for name, kind in PAIR_TYPES.items()})
+
+
 def missing_shards(folder: Path, info: PairsInfo) -> list[int]:
     """Numbers of the shards that a folder of pairs lacks."""
     return [shard for shard in range(info.num_shards) if not (folder / info.shard_name(shard)).is_file()]
@@ -333,8 +343,10 @@ def missing_shards(folder: Path, info: PairsInfo) -> list[int]:
 
 def write_shard(path: Path, batches: Iterable[Mapping[str, list[Any]]]) -> None:
     """Writes a shard aside and renames it, so that it is whole if it is there."""
+    from datasets.arrow_writer import ArrowWriter
+
     partial = path.with_name(f".{path.name}.part")
-    with ArrowWriter(path=str(partial), features=PAIR_FEATURES) as writer:
+    with ArrowWriter(path=str(partial), features=pair_features()) as writer:
         for batch in batches:
             writer.write_batch(dict(batch))
         writer.finalize()
@@ -345,9 +357,12 @@ def write_shard(path: Path, batches: Iterable[Mapping[str, list[Any]]]) -> None:
 
 def finish_folder(folder: Path, info: PairsInfo) -> None:
     """Adds the two files that make the shards a dataset for `datasets.load_from_disk`."""
-    datasets.DatasetInfo(description=f"Adversarial pairs, see {INFO_FILE}", features=PAIR_FEATURES).write_to_directory(
-        str(folder)
-    )
+    import datasets
+    from datasets.fingerprint import Hasher
+
+    datasets.DatasetInfo(
+        description=f"Adversarial pairs, see {INFO_FILE}", features=pair_features()
+    ).write_to_directory(str(folder))
     state = {
         "_data_files": [{"filename": info.shard_name(shard)} for shard in range(info.num_shards)],
         "_fingerprint": Hasher.hash(info.to_json()),

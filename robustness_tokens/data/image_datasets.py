@@ -5,19 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from io import BytesIO
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
 import numpy as np
 import torch
-from datasets.distributed import split_dataset_by_node
-from datasets.utils.file_utils import xopen
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from .loading import find_image_column, find_label_column
 from .preprocessing import ImageTransform, to_rgb
+
+
+if TYPE_CHECKING:
+    import datasets
 
 
 IGNORE_INDEX = 255
@@ -115,6 +116,8 @@ class IterableImageDataset(IterableDataset[dict[str, Any]]):
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
+        from datasets.distributed import split_dataset_by_node
+
         self.transform = transform
         self._reader = _RowReader.of(dataset, transform, image_column_name, label_column_name, with_labels)
         narrowed = self._reader.narrow(dataset)
@@ -223,8 +226,10 @@ class _RowReader:
         narrowed = dataset.with_format(None).select_columns(columns)
         if narrowed.features is None:
             return narrowed
+        from datasets import Image as ImageFeature
+
         # Decoded by `datasets`, one broken file would end the run.
-        return narrowed.cast_column(self.image_column, datasets.Image(decode=False))
+        return narrowed.cast_column(self.image_column, ImageFeature(decode=False))
 
     def read(self, row: Mapping[str, Any], index: int) -> dict[str, Any]:
         item: dict[str, Any] = {"index": index}
@@ -248,6 +253,8 @@ def _decode(stored: Mapping[str, Any] | Image.Image | None) -> Image.Image:
         raise ValueError("the row holds no image")
     content = stored["bytes"]
     if content is None:
+        from datasets.utils.file_utils import xopen
+
         with xopen(stored["path"], "rb") as file:
             content = file.read()
     with Image.open(BytesIO(content)) as image:

@@ -1,12 +1,17 @@
 """Data sets by name, from the Hub or a disk, map-style or streaming; and which of their columns hold what."""
 
+from __future__ import annotations
+
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
 from PIL import Image
+
+
+if TYPE_CHECKING:
+    import datasets
 
 
 # A saved folder that is streamed is cut into this many shards, so that processes and workers have some to share.
@@ -54,6 +59,8 @@ def load_image_dataset(
         raise ValueError(f"name_or_path={str(path)!r} is a file, expected a .parquet file, a folder or a Hub id.")
     builder, data_files = ("parquet", str(path)) if path.is_file() else (str(path), None)
     options = {"revision": revision, "token": token, "cache_dir": None if cache_dir is None else str(cache_dir)}
+    import datasets
+
     try:
         return datasets.load_dataset(builder, name, data_files=data_files, split=split, streaming=streaming, **options)
     except (ConnectionError, FileNotFoundError, ValueError) as exc:
@@ -77,6 +84,8 @@ def find_image_column(
     Raises:
         ValueError: the named column is missing or no `datasets.Image`, or not exactly one column is.
     """
+    import datasets
+
     features = _features(dataset)
     found = [column for column, feature in features.items() if isinstance(feature, datasets.Image)]
     return _pick(found, features, image_column_name, argument="image_column_name", expected="datasets.Image")
@@ -97,6 +106,8 @@ def find_label_column(
     Raises:
         ValueError: the named column is missing or holds no integers, or several columns qualify.
     """
+    import datasets
+
     features = _features(dataset)
     classes = [column for column, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
     scalars = {column: feature.dtype for column, feature in features.items() if isinstance(feature, datasets.Value)}
@@ -109,6 +120,8 @@ def find_label_column(
 
 
 def _load_saved(path: Path, *, split: str, streaming: bool) -> datasets.Dataset | datasets.IterableDataset:
+    import datasets
+
     loaded = datasets.load_from_disk(str(path))
     splits = loaded if isinstance(loaded, datasets.DatasetDict) else {str(loaded.split or "train"): loaded}
     if split not in splits:
@@ -123,6 +136,8 @@ def _features(dataset: datasets.Dataset | datasets.IterableDataset) -> Mapping[s
     row = next(iter(dataset), None)
     if row is None:
         raise ValueError("dataset is empty, expected at least one row.")
+    import datasets
+
     kinds = {Image.Image: datasets.Image(), int: datasets.Value("int64")}
     return {
         column: next((feature for kind, feature in kinds.items() if isinstance(value, kind)), type(value))
@@ -148,6 +163,8 @@ def _pick(
 
 
 def _type_name(feature: Any) -> str:
+    import datasets
+
     if isinstance(feature, type):
         return feature.__name__
     return feature.dtype if isinstance(feature, datasets.Value) else type(feature).__name__

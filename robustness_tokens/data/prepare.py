@@ -6,7 +6,6 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-import datasets
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -25,6 +24,8 @@ def describe_dataset(dataset: Any) -> dict[str, Any]:
     if isinstance(dataset, AdversarialPairs):
         made = {name: getattr(dataset.info, name) for name in ("seed", "step", "batch_size", "mixed_precision")}
         return {**dataset.info.dataset, **known, "adversarial_pairs": {**made, "digest": dataset.digest()}}
+    import datasets
+
     if isinstance(dataset, datasets.Dataset | datasets.IterableDataset):
         info = dataset.info
         known |= {"name": info.dataset_name or info.builder_name, "config": info.config_name}

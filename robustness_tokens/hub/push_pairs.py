@@ -10,11 +10,10 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import datasets
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from PIL import Image
 
-from ..data import INFO_FILE, PAIR_FEATURES, PAIRS_SPLIT, PairsInfo, load_adversarial_pairs
+from ..data import INFO_FILE, PAIRS_SPLIT, PairsInfo, load_adversarial_pairs, pair_features
 from .adapter_folder import CARD_FILE, is_repo_id
 from .pushing import create_repo
 
@@ -23,7 +22,6 @@ UNFINISHED_FILE = "adversarial_pairs.unfinished.json"
 """Replaces the description in a repo while pairs are uploaded."""
 
 _IMAGE_COLUMNS = ("image", "adversarial_image")
-_PNG_FEATURES = datasets.Features({**PAIR_FEATURES, **{column: datasets.Image() for column in _IMAGE_COLUMNS}})
 _HEADING = "\n# Adversarial pairs\n\n"
 
 
@@ -53,6 +51,8 @@ def push_adversarial_pairs(
         ValueError: If pairs are missing, or there are none, if their base is a folder and `base_model_id` is missing,
             if the repo holds something else, or if it is public and `private` is True.
     """
+    import datasets
+
     pairs = load_adversarial_pairs(folder)
     if not len(pairs):
         raise ValueError(f"{os.fspath(folder)!r} holds no pairs, because all images were broken: attack other images")
@@ -82,8 +82,9 @@ def push_adversarial_pairs(
         commit_message="Begin to upload adversarial pairs",
     )
     stream = pairs.stored.to_iterable_dataset(num_shards=min(len(pairs), info.num_shards))
+    features = datasets.Features({**pair_features(), **{column: datasets.Image() for column in _IMAGE_COLUMNS}})
     encode = partial(_to_png, image_size=info.image_size)
-    stream.map(encode, features=_PNG_FEATURES).push_to_hub(repo_id, split=PAIRS_SPLIT, private=private, token=token)
+    stream.map(encode, features=features).push_to_hub(repo_id, split=PAIRS_SPLIT, private=private, token=token)
     card = Path(api.hf_hub_download(repo_id, CARD_FILE, repo_type="dataset")).read_text(encoding="utf-8")
     return api.create_commit(
         repo_id,

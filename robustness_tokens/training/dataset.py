@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from ..configuration import RobustnessTokenConfig
 from ..data import (
-    PAIR_FEATURES,
+    PAIR_TYPES,
     AdversarialPairs,
     BrokenImageLog,
     ImageDataset,
@@ -59,7 +59,7 @@ def take_pairs(
     """
     if isinstance(dataset, str | os.PathLike):
         dataset = load_adversarial_pairs(dataset)
-    if args.image_column_name is None and set(PAIR_FEATURES) <= set(getattr(dataset, "column_names", None) or ()):
+    if args.image_column_name is None and set(PAIR_TYPES) <= set(getattr(dataset, "column_names", None) or ()):
         raise ValueError(
             "train_dataset holds adversarial pairs, but not how they were made: give their folder, or their name on "
             "the Hub, instead (or image_column_name='image' to attack these images anew)"

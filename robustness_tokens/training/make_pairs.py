@@ -20,7 +20,7 @@ from ..attacks import PAPER_EPS_NORMALIZED, cosine_similarity, paper_attack_eps
 from ..data import (
     ATTACK_ARGUMENTS,
     INFO_FILE,
-    PAIR_FEATURES,
+    PAIR_TYPES,
     PAIRS_STEP,
     AdversarialPairs,
     BrokenImageLog,
@@ -290,7 +290,7 @@ def _attack_batch(
     """Columns of the pairs of a batch."""
     broken_images.update(batch)
     if not len(batch["images"]):
-        return {column: [] for column in PAIR_FEATURES}
+        return {column: [] for column in PAIR_TYPES}
     device = normalizer.image_mean.device
     clean = to_pixels(batch["images"])  # (B, H, W, 3)
     images = to_images(clean).to(device)

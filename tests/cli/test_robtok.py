@@ -47,7 +47,10 @@ def test_help_costs_less_than_importing_torch() -> None:
     ("code", "absent"),
     [
         ("import robtok; robtok._top_parser().format_help()", ("torch", "transformers", "robustness_tokens", *HEAVY)),
-        ("import robustness_tokens", ("robustness_tokens.training", "robustness_tokens.evaluation", *HEAVY)),
+        (
+            "import robustness_tokens",
+            ("robustness_tokens.training", "robustness_tokens.evaluation", "datasets", "pandas", *HEAVY),
+        ),
         ("from robustness_tokens.cli.commands import build_parser; build_parser('info')", HEAVY),
     ],
     ids=["help", "package", "command"],
