@@ -12,7 +12,6 @@ import torch
 import transformers
 
 from ..data import processor_image_size
-from ..evaluation import EvaluationArguments
 from ..hub import (
     EVALUATION_FILE,
     load_adapter,
@@ -32,7 +31,7 @@ from ..training import (
     to_csv,
 )
 from ..utils import process_state
-from .evaluate import run_evaluation
+from .evaluate import EvaluationCommandArguments, run_evaluation
 from .parsing import (
     TRAINING_GROUPS,
     CommandParser,
@@ -111,7 +110,7 @@ def sweep(
         print(to_csv(rows))
 
 
-def evaluate(args: EvaluationArguments, *, adapter: str) -> None:
+def evaluate(args: EvaluationCommandArguments, *, adapter: str) -> None:
     """Evaluates an adapter, writes the report and prints its main result."""
     report = run_evaluation(adapter, args)
     if process_state().is_main_process:
@@ -234,7 +233,7 @@ _COMMANDS = {
     "train": _Command(train, TRAINING_GROUPS),
     "attack": _Command(attack, (*TRAINING_GROUPS, PairsArguments)),
     "sweep": _Command(sweep, (*TRAINING_GROUPS, SweepArguments)),
-    "evaluate": _Command(evaluate, (EvaluationArguments,), _add_adapter),
+    "evaluate": _Command(evaluate, (EvaluationCommandArguments,), _add_adapter),
     "info": _Command(info, (), _add_info),
     "import-tokens": _Command(import_tokens, (), _add_import_tokens),
     "push": _Command(push, (), _add_push),

@@ -1,89 +1,133 @@
-"""What an evaluation can be told."""
+"""The settings of an evaluation."""
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import get_args
+from typing import Any, Literal, get_args
 
+from ..configuration import FeatureView
 from ..models import MixedPrecision
-from .evaluate import SWEEP_EPS
-from .plan import BudgetName
 from .threat_models import Knowledge, Task
+
+
+BudgetName = Literal["quick", "standard", "full"]
+
+SWEEP_EPS = tuple(level / 255 for level in (0, 0.5, 1, 2, 4, 8, 16, 32))
+DEFAULT_EPS = 4 / 255
 
 
 @dataclass(kw_only=True)
 class EvaluationArguments:
-    """The arguments of `robtok evaluate`; see [`evaluate_robustness`].
+    """The settings of [`evaluate_robustness`]; the help of each field gives its unit and default.
 
     Raises:
-        ValueError: If a value is unknown.
+        ValueError: If a value is unknown or out of range.
     """
 
-    dataset: str = field(metadata={"help": "Hub id, folder of images, or parquet file; images to attack."})
-    output_dir: str = field(
-        metadata={"help": "Folder for the report; what is finished is kept in it, and not run again."}
-    )
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the dataset on the Hub."})
-    split: str = field(default="test", metadata={"help": "Split of the dataset."})
-    attacker_dataset: str | None = field(
-        default=None, metadata={"help": "Images that the attacker trains own tokens on; the evaluated ones if None."}
-    )
-    attacker_split: str = field(default="train", metadata={"help": "Split of attacker_dataset."})
-    task: Task = field(
-        default="features", metadata={"help": "features, or classification by the base's own head; see head."}
-    )
-    head: str | None = field(
-        default=None, metadata={"help": "Folder of a probe's head to evaluate under: it says the task."}
-    )
-    surrogate: str | None = field(
-        default=None, metadata={"help": "Adapter on another base, for transfer attacks; its tokens are not used."}
-    )
-    surrogate_head: str | None = field(default=None, metadata={"help": "Its head, where head is given."})
-    base_model: str | None = field(default=None, metadata={"help": "Take the base from this folder or Hub id."})
-    budget: BudgetName = field(
-        default="quick", metadata={"help": "How many images, steps and attacks: quick, standard or full."}
+    task: Task | None = field(
+        default=None,
+        metadata={"help": "features, classification or segmentation; by default what the model is made for."},
     )
     knowledge: list[str] = field(
         default_factory=lambda: list(get_args(Knowledge)),
-        metadata={"help": "What the attacker knows: none, base, own_tokens, full."},
+        metadata={"help": "What the attacker knows: none, base, own_tokens, full; by default each of them."},
     )
     attacks: list[str] | None = field(
-        default=None, metadata={"help": "Names, such as cross_entropy feature_cosine:defended; the budget's if None."}
+        default=None,
+        metadata={
+            "help": "Attacks, such as cross_entropy feature_cosine:defended, each run on all images at every level "
+            "that it fits (in Python also Attack objects); by default the budget's, some of which run only on the "
+            "images that earlier attacks left correct."
+        },
     )
     eps: list[float] | None = field(
-        default=None, metadata={"help": "Budgets in pixel units, such as 4/255; that of the training, or 4/255."}
+        default=None,
+        metadata={
+            "help": "L-inf budgets in pixel units of [0, 1] images, such as 4/255, at which all attacks run; by "
+            "default the eps that the tokens were trained with by attack=pgd, else 4/255."
+        },
     )
     eps_sweep: list[float] = field(
-        default_factory=lambda: list(SWEEP_EPS), metadata={"help": "Budgets in pixel units of the curve."}
+        default_factory=lambda: list(SWEEP_EPS),
+        metadata={
+            "help": "L-inf budgets in pixel units for the curve over eps, of the main attack alone on fewer images; "
+            "by default 0 to 32/255."
+        },
     )
-    num_images: int | None = field(default=None, metadata={"help": "Instead of the budget's."})
-    num_steps: int | None = field(default=None, metadata={"help": "Of PGD, instead of the budget's."})
+    budget: BudgetName = field(
+        default="quick", metadata={"help": "How many images, steps and attacks: quick, standard or full."}
+    )
+    num_images: int | None = field(
+        default=None, metadata={"help": "Number of images, at most those of the dataset; by default the budget's."}
+    )
+    num_steps: int | None = field(default=None, metadata={"help": "Steps of PGD; by default the budget's."})
     num_restarts: int | None = field(
-        default=None, metadata={"help": "Random starts of PGD and APGD, instead of the budget's."}
+        default=None, metadata={"help": "Random starts of PGD and APGD; by default the budget's."}
     )
-    num_queries: int | None = field(default=None, metadata={"help": "Of Square, instead of the budget's."})
+    num_queries: int | None = field(default=None, metadata={"help": "Queries of Square; by default the budget's."})
     num_own_tokens: int | None = field(
-        default=None, metadata={"help": "Sets of tokens that the attacker trains, instead of the budget's."}
+        default=None, metadata={"help": "Sets of tokens that the attacker trains; by default the budget's."}
     )
     diagnostics: bool = field(
-        default=True, metadata={"help": "Also run what the checks look at: more steps, restarts, an unbounded attack."}
+        default=True,
+        metadata={"help": "Run the attacks that only checks need: more steps, more restarts, one step, unbounded."},
     )
-    image_size: int | None = field(default=None, metadata={"help": "Side in pixels; the image processor's if None."})
-    batch_size: int = field(default=100, metadata={"help": "Images attacked together."})
-    seed: int = field(default=0, metadata={"help": "Of the choice of images and the attacks."})
+    seed: int = field(
+        default=0, metadata={"help": "Seed of the choice of images, the attacks and the confidence intervals."}
+    )
+    batch_size: int = field(default=100, metadata={"help": "Images attacked together, at most."})
+    output_dir: str | None = field(
+        default=None,
+        metadata={"help": "Folder that keeps finished parts, which are not run again; by default none."},
+    )
+    feature_view: FeatureView | None = field(
+        default=None, metadata={"help": "Features to measure; by default those in the adapter's config."}
+    )
+    image_size: int | None = field(
+        default=None,
+        metadata={"help": "Side in pixels that images are squashed to; by default the image processor's."},
+    )
+    ignore_index: int = field(default=255, metadata={"help": "Label of pixels that do not count in a segmentation."})
     attack_precision: MixedPrecision | None = field(
-        default=None, metadata={"help": "Of the attacks' forward passes: no or bf16; the training's if None."}
+        default=None,
+        metadata={
+            "help": "Precision of the attacks' forward passes: no (float32) or bf16, on devices that have it; by "
+            "default the training's. Results are always measured in float32."
+        },
     )
-    attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flash_attention_2, ..."})
-    disable_tqdm: bool = field(default=False, metadata={"help": "No progress bars."})
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Name of the dataset in the report; by default its own."}
+    )
+    disable_tqdm: bool = field(default=False, metadata={"help": "Show no progress bars."})
 
     def __post_init__(self) -> None:
+        knowledge: Any = self.knowledge
+        if isinstance(knowledge, str) or not knowledge:
+            raise ValueError(
+                f"knowledge must be a list of at least one of {get_args(Knowledge)}, got {self.knowledge!r}"
+            )
         if unknown := sorted(set(self.knowledge) - set(get_args(Knowledge))):
             raise ValueError(f"knowledge must be among {get_args(Knowledge)}, got {unknown}")
-        if self.head is None and self.task == "segmentation":
-            raise ValueError('task="segmentation" needs head, the folder of a probe\'s head')
-        if (self.surrogate_head is not None) != (self.surrogate is not None and self.head is not None):
-            raise ValueError(
-                "surrogate_head is for surrogate where head is given, and needed there, got "
-                f"surrogate={self.surrogate!r}, head={self.head!r}, surrogate_head={self.surrogate_head!r}"
-            )
+        if self.budget not in get_args(BudgetName):
+            raise ValueError(f"budget must be one of {get_args(BudgetName)}, got {self.budget!r}")
+        if self.eps is not None and not self.eps:
+            raise ValueError("eps must hold at least one budget, got none")
+        for eps in (*(self.eps or ()), *self.eps_sweep):
+            if not 0 <= eps <= 1:
+                raise ValueError(f"eps must lie in [0, 1], in pixel units of [0, 1] images such as 4/255, got {eps}")
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
+
+
+def override_arguments(arguments: EvaluationArguments | None, overrides: Mapping[str, Any]) -> EvaluationArguments:
+    """Returns the arguments, or the defaults, with other values; `TypeError` for a name that is no field."""
+    arguments = arguments or EvaluationArguments()
+    known = [field.name for field in dataclasses.fields(arguments)]
+    for name in overrides:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+            raise TypeError(f"evaluate_robustness has no argument {name!r}: did you mean {close[0]!r}?")
+    return dataclasses.replace(arguments, **overrides)

@@ -8,15 +8,14 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from ..attacks import paper_attack_eps
+from .arguments import BudgetName, EvaluationArguments
 from .attack_suite import ATTACKS, Attack
 from .cells import Cell, Series
 from .threat_models import AttackerView, EvaluatedModel, Knowledge
 
-
-BudgetName = Literal["quick", "standard", "full"]
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +58,12 @@ class Budget:
     num_sweep_images: int
     num_sweep_steps: int
     num_diagnostic_images: int
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name != "name" and (type(value) is not int or value < 1):
+                raise ValueError(f"{field.name} must be a whole number of at least 1, got {value!r}")
 
 
 BUDGETS: Mapping[str, Budget] = {
@@ -174,14 +179,11 @@ def build_attack(name: str, budget: Budget) -> Attack:
     return Attack(name=name, **{key: value for key, value in values.items() if key in known})
 
 
-def with_overrides(budget: Budget, **overrides: Any) -> Budget:
-    """The budget with other numbers, where they are not `None`; subsets never exceed the images."""
-    budget = dataclasses.replace(budget, **{key: value for key, value in overrides.items() if value is not None})
-    for field in dataclasses.fields(budget):
-        value = getattr(budget, field.name)
-        if field.name != "name" and (type(value) is not int or value < 1):
-            raise ValueError(f"{field.name} must be a whole number of at least 1, got {value!r}")
-    return budget
+def apply_arguments(budget: Budget, arguments: EvaluationArguments) -> Budget:
+    """Returns the budget with the numbers that the arguments give."""
+    names = [field.name for field in dataclasses.fields(budget) if field.name != "name"]
+    given = {name: value for name in names if (value := getattr(arguments, name, None)) is not None}
+    return dataclasses.replace(budget, **given)
 
 
 def select_attacks(attacks: Sequence[str | Attack] | None, budget: Budget, knowledge: Knowledge) -> list[Attack]:
@@ -199,42 +201,24 @@ def main_attack(model: EvaluatedModel) -> str:
 def plan_cells(
     model: EvaluatedModel,
     views: Sequence[AttackerView],
-    *,
+    arguments: EvaluationArguments,
     budget: Budget,
-    attacks: Sequence[str | Attack] | None,
+    *,
     eps: Sequence[float],
-    eps_sweep: Sequence[float],
-    diagnostics: bool,
     num_images: int,
-    batch_size: int,
     num_classes: int | None,
     on_grid: bool,
 ) -> list[Cell]:
-    """The cells of an evaluation, cheap levels first.
+    """Returns the cells of an evaluation, at least one, cheap levels first; `ValueError` if no attack fits.
 
-    Args:
-        model: The defended model.
-        views: Of all levels that are evaluated.
-        budget: How much is spent.
-        attacks: That the user named, or `None` for the budget's.
-        eps: Budgets in pixel units for all attacks.
-        eps_sweep: Budgets in pixel units for the main attack alone.
-        diagnostics: Whether to run what the checks look at.
-        num_images: How many there are.
-        batch_size: The sweep takes whole batches, so that at eps = 0 it measures bit for bit what was measured clean.
-        num_classes: Of a classifier.
-        on_grid: Whether all images are on the 8-bit grid, which the paper's attack goes by.
-
-    Returns:
-        At least one cell.
-
-    Raises:
-        ValueError: If no attack fits.
+    `on_grid` tells whether all images lie on the 8-bit grid, which decides the eps of the paper's attack.
     """
-
+    attacks = arguments.attacks
     # An ensemble costs as much as all its members together, and adds little to what each of them finds.
     main_alone = attacks is None and budget.name != "full"
-    num_fewer_images = min(math.ceil(budget.num_sweep_images / batch_size) * batch_size, num_images)
+    # Whole batches, so that the sweep at eps = 0 measures bit for bit what was measured on clean images.
+    num_batches = math.ceil(budget.num_sweep_images / arguments.batch_size)
+    num_fewer_images = min(num_batches * arguments.batch_size, num_images)
     paper_eps = paper_attack_eps(model.normalizer.image_std.flatten().tolist(), on_grid=on_grid)
     levels = list(dict.fromkeys(view.knowledge for view in views))
     cells: list[Cell] = []
@@ -265,9 +249,9 @@ def plan_cells(
             f"no attack fits: knowledge {sorted({view.knowledge for view in views})}, task {model.task!r}, attacks "
             f"{'of the budget' if attacks is None else list(attacks)}"
         )
-    cells += _sweep(model, views, budget, eps_sweep, num_fewer_images)
+    cells += _sweep(model, views, budget, arguments.eps_sweep, num_fewer_images)
     full = [view for view in views if view.knowledge == "full"]
-    if diagnostics and full:
+    if arguments.diagnostics and full:
         cells += _diagnostics(model, full[0], budget, eps[0], min(budget.num_diagnostic_images, num_images))
     return cells
 

@@ -8,9 +8,8 @@ import torch
 from PIL import Image
 
 from robustness_tokens import RobustnessTokenForImageClassification, RobustnessTokenModel
-from robustness_tokens.cli.evaluate import run_evaluation
+from robustness_tokens.cli.evaluate import EvaluationCommandArguments, run_evaluation
 from robustness_tokens.cli.parsing import parse_groups
-from robustness_tokens.evaluation.arguments import EvaluationArguments
 from robustness_tokens.models.heads import ClassificationHead, save_head
 from robustness_tokens.report.writing import RobustnessReport
 from tests.support.bases import HIDDEN_SIZE
@@ -28,13 +27,13 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def read(*words: str | Path) -> EvaluationArguments:
-    (args,) = parse_groups([str(word) for word in words], (EvaluationArguments,))
-    assert isinstance(args, EvaluationArguments)
+def read(*words: str | Path) -> EvaluationCommandArguments:
+    (args,) = parse_groups([str(word) for word in words], (EvaluationCommandArguments,))
+    assert isinstance(args, EvaluationCommandArguments)
     return args
 
 
-def arguments(pictures: Path, output_dir: Path, *more: str | Path) -> EvaluationArguments:
+def arguments(pictures: Path, output_dir: Path, *more: str | Path) -> EvaluationCommandArguments:
     small = (
         "--num_images",
         "4",
@@ -54,7 +53,7 @@ def arguments(pictures: Path, output_dir: Path, *more: str | Path) -> Evaluation
 def test_words_become_arguments() -> None:
     args = read("--dataset", "d", "--output_dir", "o", "--eps", "4/255", "8/255", "--budget", "full")
     assert args.eps == [4 / 255, 8 / 255]
-    assert (args.budget, args.split, args.task) == ("full", "test", "features")
+    assert (args.budget, args.split, args.task) == ("full", "test", None)
     assert (args.num_restarts, args.num_queries) == (None, None)
     assert args.knowledge == ["none", "base", "own_tokens", "full"]
     with pytest.raises(ValueError, match="knowledge must be among"):

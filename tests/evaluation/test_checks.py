@@ -23,7 +23,7 @@ from robustness_tokens.evaluation.checks.parts import exceeds, has_converged
 from robustness_tokens.evaluation.checks.run import CHECKS, run_checks
 from robustness_tokens.evaluation.measurements import Measurements, own_token_lengths
 from robustness_tokens.evaluation.outcomes import Outcome
-from robustness_tokens.evaluation.plan import BUDGETS, build_attack, with_overrides
+from robustness_tokens.evaluation.plan import BUDGETS, build_attack
 from robustness_tokens.evaluation.threat_models import AttackerView, EvaluatedModel, Knowledge
 from robustness_tokens.models.heads import ProbedModel, SegmentationHead
 from robustness_tokens.report.schema import Result
@@ -744,7 +744,7 @@ class Images(torch.utils.data.Dataset[dict[str, Any]]):
 
 @pytest.fixture
 def small_budget(monkeypatch: pytest.MonkeyPatch) -> None:
-    small = with_overrides(
+    small = dataclasses.replace(
         BUDGETS["quick"], num_images=8, num_steps=3, num_queries=5, num_draws=2, num_sweep_images=4, num_sweep_steps=3
     )
     monkeypatch.setattr(evaluate, "BUDGETS", {**BUDGETS, "quick": small})

@@ -18,6 +18,7 @@ from robustness_tokens import RobustnessTokenForImageClassification, RobustnessT
 from robustness_tokens.evaluation import cells as cells_module
 from robustness_tokens.evaluation import evaluate
 from robustness_tokens.evaluation import evaluate as evaluate_module
+from robustness_tokens.evaluation.arguments import EvaluationArguments
 from robustness_tokens.evaluation.attack_suite import Attack
 from robustness_tokens.evaluation.plan import BUDGETS, Budget
 from robustness_tokens.evaluation.threat_models import EvaluatedModel
@@ -237,6 +238,18 @@ def test_numbers_do_not_depend_on_the_batches(
                 series=None,
             )
             assert result.value == pytest.approx(same.value, abs=1e-4)
+
+
+def test_settings_come_as_arguments_or_by_keyword(
+    classifier: RobustnessTokenForImageClassification, images: Images
+) -> None:
+    settings: dict[str, Any] = {"knowledge": ["base"], "attacks": ["cross_entropy"], "eps": [EPS], "eps_sweep": []}
+    arguments = EvaluationArguments(**settings, diagnostics=False, disable_tqdm=True, seed=5)
+    found = evaluate_robustness(classifier, images, arguments, seed=1, batch_size=4)
+    assert found.results == run(classifier, images, **settings, seed=1).results
+    assert (arguments.seed, arguments.batch_size) == (5, 100)
+    with pytest.raises(TypeError, match="has no argument 'num_image': did you mean 'num_images'"):
+        evaluate_robustness(classifier, images, num_image=3)
 
 
 def test_what_is_finished_is_not_run_again(
@@ -492,6 +505,7 @@ def test_what_the_checks_look_at_is_run(classifier: RobustnessTokenForImageClass
         ({"attacks": ["square"], "knowledge": ["full"]}, "no attack fits"),
         ({"num_images": 0}, "num_images must be a whole number"),
         ({"image_size": 8}, "image_size=8 can't be applied"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
     ],
 )
 def test_what_makes_no_sense_is_refused(

@@ -10,9 +10,9 @@ import yaml
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
+from robustness_tokens.cli.evaluate import EvaluationCommandArguments
 from robustness_tokens.cli.parsing import parse_arguments, parse_groups
 from robustness_tokens.configuration import RobustnessTokenConfig
-from robustness_tokens.evaluation.arguments import EvaluationArguments
 from robustness_tokens.hub.card import RECIPE_ARGUMENTS, render_card
 from robustness_tokens.hub.eval_results import to_eval_results
 from robustness_tokens.models.modeling import RobustnessTokenForImageClassification
@@ -331,8 +331,8 @@ def test_the_evaluation_of_the_card_runs_as_printed() -> None:
     assert line.endswith("`.")
     program, subcommand, adapter, *words = shlex.split(line.split("`")[1])
     assert (program, subcommand, adapter) == ("robtok", "evaluate", "user/adapter")
-    (args,) = parse_groups(words, (EvaluationArguments,), prog="robtok evaluate")
-    expected = EvaluationArguments(
+    (args,) = parse_groups(words, (EvaluationCommandArguments,), prog="robtok evaluate")
+    expected = EvaluationCommandArguments(
         dataset="user/pictures", output_dir="outputs/evaluation", task="classification", budget="standard", seed=3
     )
     assert args == expected
