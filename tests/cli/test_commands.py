@@ -148,6 +148,6 @@ def test_published_tokens_come_in_and_a_plain_model_goes_out(work: Path, tmp_pat
 
     done = run(*robtok, "merge", tmp_path / "adapter", tmp_path / "plain", cwd=work)
     assert done.returncode == 0, done.stderr
-    assert "knows the tokens" in done.stderr, "merging warns that the file publishes them"
+    assert "can attack through them" in done.stderr, "merging warns that the file publishes them"
     plain = Dinov2WithRegistersModel.from_pretrained(tmp_path / "plain")
     torch.testing.assert_close(extract_tokens(plain, num_robustness_tokens=3), tokens[0], rtol=0, atol=0)
