@@ -118,7 +118,7 @@ def evaluate(args: EvaluationCommandArguments, *, adapter: str) -> None:
         print(f"wrote {args.output_dir}/{EVALUATION_FILE} ({report.seconds:.0f} s)")
 
 
-_STATES = {True: "passed", False: "FAILED", None: "reported"}
+_STATES = {True: "passed", False: "FAILED", None: "no verdict"}
 
 
 def info(adapter: str, revision: str | None = None, subfolder: str = "") -> None:

@@ -4,12 +4,11 @@ from .arguments import EvaluationArguments
 from .attack_suite import Attack
 from .evaluate import evaluate_robustness
 from .figures import training_figures
-from .probe_training import Batch, train_probe
+from .probe_training import train_probe
 
 
 __all__ = [
     "Attack",
-    "Batch",
     "EvaluationArguments",
     "evaluate_robustness",
     "train_probe",

@@ -10,7 +10,8 @@ from typing import Any, Literal, get_args
 
 from ..configuration import FeatureView
 from ..models import MixedPrecision
-from .threat_models import Knowledge, Task
+from ..report import Task
+from .threat_models import Knowledge
 
 
 BudgetName = Literal["quick", "standard", "full"]

@@ -1,4 +1,4 @@
-"""The named attacks, each a few calls of [`~robustness_tokens.attacks`] on whatever model the attacker holds.
+"""The named attacks, as calls of [`~robustness_tokens.attacks`] on the model that the attacker holds.
 
 Shapes: B images.
 """
@@ -31,7 +31,8 @@ from ..attacks import (
     pixel_cross_entropy_objective,
     square_attack,
 )
-from .threat_models import AttackerView, Task
+from ..report import Task
+from .threat_models import AttackerView
 
 
 ObjectiveFn: TypeAlias = Callable[[Tensor], Tensor]
@@ -48,9 +49,9 @@ class AttackBatch:
     Attributes:
         images: (B, 3, H, W) float in [0, 1].
         labels: (B,) classes, or (B, H, W), or `None` where only features are evaluated.
-        index: (B,) int64, of the images in the dataset: an image's noise depends on it.
-        ignore_index: Label of pixels that don't count.
-        base_features: The base's clean features, float32, where they are kept.
+        index: (B,) int64, the images' rows in the dataset, on which their noise depends.
+        ignore_index: Label of pixels that do not count.
+        base_features: The base's clean features, float32, if they are kept.
     """
 
     images: Tensor
@@ -60,11 +61,11 @@ class AttackBatch:
     base_features: Tensor | None = None
 
     def first(self, count: int) -> AttackBatch:
-        """The first images of the batch."""
+        """Returns the first images of the batch."""
         return self if count >= len(self.images) else self.select(slice(count))
 
     def select(self, rows: Tensor | slice) -> AttackBatch:
-        """Some of the images of the batch; (R,) int64 rows on the CPU, which index tensors of any device."""
+        """Returns some images of the batch; (R,) int64 rows on the CPU index tensors of any device."""
         parts: dict[str, Any] = {
             field.name: value[rows]
             for field in dataclasses.fields(self)
@@ -75,14 +76,14 @@ class AttackBatch:
 
 @dataclass(frozen=True, kw_only=True)
 class AttackCall:
-    """An attack on a batch, with what the attacker maximises.
+    """An attack on a batch, with the objectives that the attacker maximises.
 
     Attributes:
-        attack: Which, and how hard.
-        view: What the attacker holds.
-        batch: To attack.
+        attack: The attack and its hyper-parameters.
+        view: The model that the attacker holds.
+        batch: The images to attack.
         eps: Radius in pixel units.
-        seed: Of the evaluation.
+        seed: Seed of the evaluation.
     """
 
     attack: Attack
@@ -93,7 +94,7 @@ class AttackCall:
 
     @property
     def stream(self) -> int:
-        """So that attacks don't start where others did."""
+        """Noise stream of this view and attack, so that attacks start at different points."""
         return zlib.crc32(f"{self.view.name}/{self.attack.name}/{self.attack.target}".encode())
 
     @property
@@ -112,11 +113,11 @@ class AttackCall:
 
     @property
     def batch_seed(self) -> int:
-        """For what draws its noise for a whole batch."""
+        """Seed for attacks that draw noise for a whole batch."""
         return self.generators[0].initial_seed() % 2**31
 
     def mean(self, objective_of: Callable[[Tensor | None], ObjectiveFn]) -> ObjectiveFn:
-        """The objective through each set of tokens that the attacker has, averaged."""
+        """Returns the objective averaged over the attacker's sets of tokens."""
         objectives = [objective_of(tokens) for tokens in self.view.tokens]
         if len(objectives) == 1:
             return objectives[0]
@@ -165,13 +166,13 @@ class AttackCall:
         return self.mean(objective_of)
 
     def score(self) -> ObjectiveFn:
-        """What an attacker who only sees answers goes by: of the task's own output."""
+        """Returns the objective of an attacker who sees only answers: on the task's own output."""
         if self.view.model.task == "features":
             return self.feature_objective("cosine")
         return self.label_objective("margin")
 
     def logits(self, images: Tensor) -> Tensor:
-        """(B, C), averaged over the sets of tokens that the attacker has."""
+        """Returns (B, C) logits, averaged over the attacker's sets of tokens."""
         return torch.stack([self.view.model.logits(images, tokens) for tokens in self.view.tokens]).mean(dim=0)
 
     def pgd(self, objective: ObjectiveFn) -> Tensor:
@@ -194,14 +195,9 @@ class AttackCall:
         )
 
     def until_wrong(self, attack: Callable[..., Tensor], objective: ObjectiveFn, threshold: float) -> Tensor:
-        """Attacks the batch; of the model that is measured, each image until it is misclassified and no further.
+        """Attacks the batch; on the measured model, each image until it is misclassified (above threshold).
 
-        What ended by the attack's own precision, and float32 still classifies right, is attacked to the end.
-
-        Args:
-            attack: Such as [`~robustness_tokens.attacks.pgd_attack`].
-            objective: Exceeds the threshold where an image is misclassified.
-            threshold: Of the objective.
+        Images that ended in the attack's precision but are still correct in float32 are attacked to the end.
         """
         view = self.view
         if view.model.task != "classification" or not view.is_defended_model:
@@ -235,21 +231,23 @@ class AttackCall:
 
 @dataclass(frozen=True, kw_only=True)
 class Attack:
-    """An attack and its hyper-parameters; a parameter that the attack has no use for stays `None`.
+    """An attack and its hyper-parameters; parameters that the attack does not take stay `None`.
 
-    Attributes:
-        name: A key of `ATTACKS`.
-        target: Of a feature attack: push away from the clean features of the base alone, or of the attacked model
-            with the tokens that the attacker has in it.
-        num_steps: Gradient steps of a restart.
+    Args:
+        name: One of `feature_cosine`, `feature_mse`, `cross_entropy`, `margin`, `single_step`, `apgd_cross_entropy`,
+            `apgd_targeted_dlr`, `auto_attack`, `square`, `uniform_noise`, `corner_noise`, `paper`,
+            `paper_cross_entropy`.
+        target: For a feature attack, the clean features to push away from: those of the `"base"` alone, or of the
+            `"defended"` model with the attacker's tokens.
+        num_steps: Gradient steps per restart.
         num_restarts: Restarts.
-        step_size: In pixel units; `None` is `2.5 * eps / num_steps`.
-        num_queries: Of Square.
-        num_draws: Of noise.
-        num_target_classes: Of the targeted attack.
+        step_size: Step in pixel units; `2.5 * eps / num_steps` if None.
+        num_queries: Queries of Square.
+        num_draws: Draws of noise.
+        num_target_classes: Target classes of targeted APGD.
 
     Raises:
-        ValueError: If the name is unknown, or a parameter doesn't belong to the attack or is missing.
+        ValueError: If the name is unknown, or a parameter is missing or does not belong to the attack.
     """
 
     name: str
@@ -266,15 +264,15 @@ class Attack:
             raise ValueError(f"attack {self.name!r} is unknown, expected one of {', '.join(sorted(ATTACKS))}")
         known, given = set(ATTACKS[self.name].parameters), set(self.parameters())
         if wrong := sorted((given - known) | (known - given - {"step_size"})):
-            raise ValueError(f"attack {self.name!r} takes {sorted(known)}, got {sorted(given)}: mend {wrong}")
+            raise ValueError(f"attack {self.name!r} takes {sorted(known)}, got {sorted(given)}: correct {wrong}")
 
     def parameters(self) -> dict[str, Any]:
-        """The hyper-parameters that this attack has, by name; JSON values."""
+        """Returns the hyper-parameters that are set, by name, as JSON values."""
         values = {key: value for key, value in dataclasses.asdict(self).items() if key != "name"}
         return {key: value for key, value in values.items() if value is not None}
 
     def reported_parameters(self, eps: float) -> dict[str, Any]:
-        """What a reader needs to run it again: also what follows from eps, in pixel units, or never changes."""
+        """Returns what a reader needs to run it again, including what eps determines or never changes."""
         values = self.parameters()
         if self.name.startswith("paper"):
             values |= {"eps_normalized": PAPER_EPS_NORMALIZED, "step_size_normalized": PAPER_STEP_SIZE_NORMALIZED}
@@ -287,20 +285,10 @@ class Attack:
 
 
 def run_attack(attack: Attack, view: AttackerView, batch: AttackBatch, *, eps: float, seed: int) -> Tensor:
-    """Attacks a batch through the model that the attacker holds.
+    """Attacks a batch through the attacker's model and returns (B, 3, H, W) adversarial images in [0, 1].
 
-    Args:
-        attack: Which, and how hard.
-        view: What the attacker holds.
-        batch: To attack.
-        eps: Radius in pixel units; the paper's attack has its own.
-        seed: Of the noise, which depends on it, the attack, the view and each image's index.
-
-    Returns:
-        (B, 3, H, W) adversarial images in [0, 1].
-
-    Raises:
-        ValueError: If the attack doesn't fit the view or the task.
+    `eps` is in pixel units; the paper's attack has its own. The noise depends on the seed, the attack, the view and
+    each image's index. `ValueError` if the attack does not fit the view or the task.
     """
     definition = ATTACKS[attack.name]
     if not view.differentiable and not definition.gradient_free:
@@ -312,7 +300,7 @@ def run_attack(attack: Attack, view: AttackerView, batch: AttackBatch, *, eps: f
 
 
 def on_8bit_grid(images: Tensor) -> bool:
-    """Whether [0, 1] images hold nothing but n/255, but for rounding."""
+    """Tells whether all values of [0, 1] images are n/255, except for rounding."""
     levels = 255 * images.double()
     return bool((levels - levels.round()).abs().max() < 1e-4)
 

@@ -1,4 +1,4 @@
-"""One measurement each: an attack through a model that the attacker holds, at an eps; stored and found again."""
+"""Cells: one attack through one model that the attacker holds, at one eps; run, stored and found again."""
 
 from __future__ import annotations
 
@@ -27,26 +27,24 @@ from .threat_models import AttackerView, EvaluatedModel
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 5
-"""Of the files: those of another are not looked for."""
+FORMAT = 6
+"""Version of the file format; other versions are ignored."""
 
 Series = Literal["suite", "published", "sweep", "steps", "restarts", "single_step", "unbounded"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """A measurement to make.
+    """One measurement: an attack on some images.
 
     Attributes:
-        series: What it belongs to: the suite of attacks, the published attack, the sweep over eps, or a series that
-            a check looks at.
-        view: What the attacker holds.
-        attack: Which.
+        series: The suite of attacks, the published attack, the sweep over eps, or a series for a check.
+        view: The model that the attacker holds.
+        attack: The attack and its hyper-parameters.
         eps: Budget in pixel units.
-        num_images: The first so many of the evaluation's images.
-        standing_only: Of these attack those alone that are still right, see
-            [`~robustness_tokens.evaluation.cells.find_standing`]: all that the worst
-            case of an accuracy needs.
+        num_images: Takes the first so many of the evaluation's images.
+        remaining_only: Attack only images that earlier attacks left correct, see
+            [`~robustness_tokens.evaluation.cells.find_remaining`]; the worst case of an accuracy needs no others.
     """
 
     series: Series
@@ -54,7 +52,7 @@ class Cell:
     attack: Attack
     eps: float
     num_images: int
-    standing_only: bool = False
+    remaining_only: bool = False
 
     @property
     def name(self) -> str:
@@ -62,12 +60,12 @@ class Cell:
         return f"{self.series}-{self.view.name}-{self.attack.name}{target}-eps{255 * self.eps:g}"
 
     def is_beside(self, other: Cell) -> bool:
-        """Whether both belong to one worst case: of a level, at an eps."""
+        """Tells whether both cells count for the same worst case: the same series, level and eps."""
         return (self.series, self.view.knowledge, self.eps) == (other.series, other.view.knowledge, other.eps)
 
     @property
     def cost(self) -> int:
-        """Forward and backward passes of an image, roughly; a forward alone is a third."""
+        """Estimated forward and backward passes; a forward pass alone counts as a third."""
         attack = self.attack
         passes = (attack.num_steps or 1) * (attack.num_restarts or 1) * (attack.num_target_classes or 1)
         if attack.name == "auto_attack":
@@ -76,7 +74,7 @@ class Cell:
         return self.num_images * (passes * len(self.view.tokens) + 1)
 
     def settings(self) -> dict[str, Any]:
-        """What the outcome depends on, beside what all cells of an evaluation have in common; JSON values."""
+        """Returns the settings of this cell on which its outcome depends, as JSON values."""
         return {
             "series": self.series,
             "view": self.view.name,
@@ -85,13 +83,13 @@ class Cell:
             "parameters": self.attack.parameters(),
             "eps": self.eps,
             "num_images": self.num_images,
-            "standing_only": self.standing_only,
+            "remaining_only": self.remaining_only,
             "surrogate": model_settings(self.view.model) if self.view.is_surrogate else None,
         }
 
 
 def model_settings(model: EvaluatedModel) -> dict[str, Any]:
-    """What tells a model from others, and how it is attacked; JSON values."""
+    """Returns what identifies a model and how it is attacked, as JSON values."""
     return {
         "weights": digest([value for _, value in sorted(model.model.state_dict().items())]),
         "normalizer": repr(model.normalizer.image_mean.tolist() + model.normalizer.image_std.tolist()),
@@ -102,7 +100,7 @@ def model_settings(model: EvaluatedModel) -> dict[str, Any]:
 
 
 def digest(tensors: Sequence[Tensor]) -> str:
-    """sha256 over shapes, dtypes and bytes."""
+    """Returns the sha256 of shapes, dtypes and bytes."""
     sha = hashlib.sha256()
     for tensor in tensors:
         tensor = tensor.detach().cpu().contiguous()
@@ -112,11 +110,9 @@ def digest(tensors: Sequence[Tensor]) -> str:
 
 
 class CellStore:
-    """Finished cells in a folder, each whole or not there.
+    """Stores finished cells in a folder, each file whole or absent; a folder of `None` stores nothing.
 
-    Args:
-        folder: Made if needed; `None` stores nothing.
-        settings: What all cells of the evaluation have in common; a cell that was measured with others is not found.
+    Cells measured with other `settings`, which all cells of an evaluation share, are not found.
     """
 
     def __init__(self, folder: Path | None, settings: Mapping[str, Any]) -> None:
@@ -124,19 +120,13 @@ class CellStore:
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
 
-    def load(self, cell: Cell, standing: Tensor | None = None) -> dict[str, Tensor] | None:
-        """The outcome of a cell that was measured before with the same settings, or `None`.
+    def load(self, cell: Cell, remaining: Tensor | None = None) -> dict[str, Tensor] | None:
+        """Returns the stored outcome of a cell, or `None`; `ValueError` if the file holds another cell.
 
-        A file that is damaged, as a crash or a full disk may leave it, counts as missing, and a warning says so.
-
-        Args:
-            cell: To look for.
-            standing: (n,) bool, the images that it attacks, where it attacks some alone: others, other outcome.
-
-        Raises:
-            ValueError: If the file is whole, and another cell's.
+        `remaining` is the (n,) bool mask of the images to attack, if not all. A damaged file, which a crash or a full
+        disk may leave, counts as missing and is logged.
         """
-        path, key = self._path(cell, standing), self._key(cell, standing)
+        path, key = self._path(cell, remaining), self._key(cell, remaining)
         if path is None or not path.is_file():
             return None
         try:
@@ -153,28 +143,28 @@ class CellStore:
             raise ValueError(f"{path} was measured with other settings than its name says: delete it")
         return outcome
 
-    def save(self, cell: Cell, outcome: Mapping[str, Tensor], standing: Tensor | None = None) -> None:
-        """Stores an outcome, from the main process; arguments as for [`load`]."""
-        path = self._path(cell, standing)
+    def save(self, cell: Cell, outcome: Mapping[str, Tensor], remaining: Tensor | None = None) -> None:
+        """Stores an outcome; only the main process calls it."""
+        path = self._path(cell, remaining)
         if path is not None:
-            metadata = {"key": self._key(cell, standing), "digest": _digest(outcome)}
+            metadata = {"key": self._key(cell, remaining), "digest": _digest(outcome)}
             write_bytes(path, save({k: v.contiguous() for k, v in outcome.items()}, metadata=metadata))
 
-    def _key(self, cell: Cell, standing: Tensor | None) -> str:
+    def _key(self, cell: Cell, remaining: Tensor | None) -> str:
         settings = {"format": FORMAT, **self.settings, **cell.settings()}
-        if standing is not None:
-            settings["standing"] = digest([standing])
+        if remaining is not None:
+            settings["remaining"] = digest([remaining])
         return json.dumps(settings, sort_keys=True)
 
-    def _path(self, cell: Cell, standing: Tensor | None) -> Path | None:
+    def _path(self, cell: Cell, remaining: Tensor | None) -> Path | None:
         if self.folder is None:
             return None
-        sha = hashlib.sha256(self._key(cell, standing).encode()).hexdigest()[:16]
+        sha = hashlib.sha256(self._key(cell, remaining).encode()).hexdigest()[:16]
         return self.folder / f"{cell.name}-{sha}.safetensors"
 
 
 def _digest(outcome: Mapping[str, Tensor]) -> str:
-    """Of the values, by their names; the format itself has no checksum."""
+    """Returns the sha256 of an outcome; the file format has no checksum."""
     return hashlib.sha256(
         "".join(f"{name}={digest([outcome[name]])};" for name in sorted(outcome)).encode()
     ).hexdigest()
@@ -192,25 +182,12 @@ def run_cells(
     store: CellStore,
     disable_tqdm: bool = False,
 ) -> list[dict[str, Tensor]]:
-    """Runs the cells that are not stored; all processes call it, each with its own batches.
+    """Runs the cells that are not stored and returns the outcome of each, for all images in their order.
 
-    A batch is the same images whatever the number of processes, so the outcome doesn't depend on it. A cell that
-    attacks some of the images as one before it attacked more of them takes its outcome from there.
-
-    Args:
-        cells: To run.
-        model: The defended model.
-        batches: Of this process, by their number: batch b holds the images from b * batch_size on.
-        tokens: By name, the tokens to measure with.
-        clean: Outcome on all images of all processes, before any attack.
-        batch_size: Images per batch; the last may have fewer.
-        seed: Of the attacks' noise.
-        store: Of finished cells.
-        disable_tqdm: No progress bar.
-
-    Returns:
-        The outcome of each cell, of all processes together, in the order of the images. A cell that attacks some of
-        them alone leaves the others as they were, and `attacked` says which it did.
+    All processes call it, each with its own `batches` by number (batch b starts at image b * batch_size). Batches hold
+    the same images whatever the number of processes, so outcomes do not depend on it. `tokens` are those to measure
+    with, by name; `clean` is the outcome on all images before any attack. A cell that an earlier one covers takes its
+    outcome from there. A `remaining_only` cell leaves the other images as they were; its `attacked` is a mask.
     """
     state = process_state()
     outcomes: list[dict[str, Tensor]] = []
@@ -231,8 +208,10 @@ def run_cells(
                 progress_bar.total -= cell.cost  # so that it isn't taken for speed
                 continue
             measured_with = _measured_with(cell, tokens)
-            standing = find_standing(cell, cells[:row], outcomes, clean, measured_with) if cell.standing_only else None
-            stored = store.load(cell, standing)
+            remaining = (
+                find_remaining(cell, cells[:row], outcomes, clean, measured_with) if cell.remaining_only else None
+            )
+            stored = store.load(cell, remaining)
             # A process may see a file that another doesn't see yet.
             if all(gather_object([stored is not None])):
                 assert stored is not None
@@ -240,7 +219,7 @@ def run_cells(
                 progress_bar.total -= cell.cost
                 continue
             progress_bar.set_postfix_str(cell.name, refresh=True)
-            cost = cell.cost if standing is None else int(cell.cost * standing.sum()) // cell.num_images
+            cost = cell.cost if remaining is None else int(cell.cost * remaining.sum()) // cell.num_images
             progress_bar.total -= cell.cost - cost
             mine, counted = [], 0
             for number, batch in batches.items():
@@ -249,7 +228,7 @@ def run_cells(
                 if count <= 0:
                     continue
                 before = {name: clean[name][first : first + count] for name in clean}
-                rows = torch.arange(count) if standing is None else standing[first : first + count].nonzero()[:, 0]
+                rows = torch.arange(count) if remaining is None else remaining[first : first + count].nonzero()[:, 0]
                 attacked = {name: tokens[name] for name in measured_with}
                 mine.append((number, _attack_rows(cell, model, batch.first(count), rows, attacked, before, seed=seed)))
                 # The others do as much meanwhile.
@@ -258,25 +237,17 @@ def run_cells(
                 progress_bar.update(share)
             progress_bar.update(cost - counted)
             outcome = merge(gather_object(mine))
-            share_from_main(functools.partial(store.save, cell, outcome, standing), state)
+            share_from_main(functools.partial(store.save, cell, outcome, remaining), state)
             outcomes.append(outcome)
     return outcomes
 
 
-def find_standing(
+def find_remaining(
     cell: Cell, before: Sequence[Cell], outcomes: Sequence[Outcome], clean: Outcome, tokens: Sequence[str]
 ) -> Tensor:
-    """The images that a classifier gets right, clean and after every attack before this one at its level and eps.
+    """Returns the (n,) bool mask of images that are correct clean and after all earlier attacks at this level and eps.
 
-    Args:
-        cell: That is to attack.
-        before: The cells before it.
-        outcomes: Of these.
-        clean: Outcome before any attack.
-        tokens: Names of the tokens to measure with: an image stands if it does with any of these.
-
-    Returns:
-        (n,) bool, for the cell's images.
+    An image remains if it is correct with any of the named tokens.
     """
     earlier = [outcome for other, outcome in zip(before, outcomes, strict=True) if other.is_beside(cell)]
     right = [
@@ -296,7 +267,7 @@ def _attack_rows(
     *,
     seed: int,
 ) -> dict[str, Tensor]:
-    """The outcome on a batch of which these rows are attacked, and the others are as they were."""
+    """Attacks these rows of a batch and returns the outcome; the other rows keep their clean outcome."""
     if len(rows) == len(batch.images):
         adversarial = run_attack(cell.attack, cell.view, batch, eps=cell.eps, seed=seed)
         outcome = measure_outcome(model, batch, adversarial, tokens)
@@ -309,7 +280,7 @@ def _attack_rows(
             adversarial = run_attack(cell.attack, cell.view, part, eps=cell.eps, seed=seed)
             for name, value in measure_outcome(model, part, adversarial, tokens).items():
                 outcome[name][rows] = value
-    if cell.standing_only:
+    if cell.remaining_only:
         # A worst case of the cosine is of all images, right or wrong.
         outcome = {name: value for name, value in outcome.items() if not name.endswith(".cosine")}
         outcome["attacked"] = torch.zeros(len(batch.images), dtype=torch.bool).index_fill(0, rows, True)
@@ -317,30 +288,30 @@ def _attack_rows(
 
 
 def _find_covering(cells: Sequence[Cell], cell: Cell, tokens: Mapping[str, Tensor | None]) -> int | None:
-    """The row of a cell whose outcome holds that of another cell, if there is one."""
+    """Returns the row of a cell that has the same attack on at least the same images, or `None`."""
     wanted = set(_measured_with(cell, tokens))
     for row, other in enumerate(cells):
         same = (other.view.name, other.attack, other.eps) == (cell.view.name, cell.attack, cell.eps)
-        same &= not (other.standing_only or cell.standing_only)
+        same &= not (other.remaining_only or cell.remaining_only)
         if same and other.num_images >= cell.num_images and wanted <= set(_measured_with(other, tokens)):
             return row
     return None
 
 
 def _first_rows(outcome: Mapping[str, Tensor], cell: Cell, tokens: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
-    """Of the outcome of a cell that covers another, what the other would have measured."""
+    """Returns the part of a covering outcome that the cell would have measured."""
     others = set(tokens) - set(_measured_with(cell, tokens))
     return {name: value[: cell.num_images] for name, value in outcome.items() if name.partition(".")[0] not in others}
 
 
 def _measured_with(cell: Cell, tokens: Mapping[str, Tensor | None]) -> Sequence[str]:
-    """The tokens whose outcome on the images of a cell means something: grey-box images also attack the base alone."""
+    """Returns the names of the tokens to measure with; images of grey-box attacks also go to the base alone."""
     if cell.view.knowledge != "base":
         return ["trained"]
     return list(tokens) if cell.series in ("suite", "published") else ["trained", "none"]
 
 
 def merge(parts: Sequence[tuple[int, dict[str, Tensor]]]) -> dict[str, Tensor]:
-    """The outcomes of numbered batches as one, in the order of the images."""
+    """Concatenates the outcomes of numbered batches in the order of the images."""
     ordered = [outcome for _, outcome in sorted(parts, key=lambda part: part[0])]
     return {name: torch.cat([outcome[name] for outcome in ordered]) for name in ordered[0]}

@@ -1,4 +1,4 @@
-"""evaluate_robustness: every attacker, every attack, image by image, and then the numbers."""
+"""evaluate_robustness: attacks a model at every level of knowledge and reports the numbers."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 
 from ..data import Normalizer, choose_rows, describe_dataset
+from ..models import ProbedModel
 from ..report import RobustnessReport
 from ..utils import __version__, process_state
 from .arguments import DEFAULT_EPS, EvaluationArguments, override_arguments
@@ -99,7 +100,7 @@ def evaluate_robustness(
             prepared, rows, evaluated, batch_size=arguments.batch_size, ignore_index=arguments.ignore_index
         )
         with _folder(arguments.output_dir) as folder:
-            training = ["elsewhere, so that how is not known"]
+            training: dict[str, dict[str, Any]] = {}
             if "own_tokens" in arguments.knowledge and own_tokens is None:
                 theirs = [prepared] if attacker_datasets is None else attacker_datasets
                 trained = train_own_tokens(
@@ -158,7 +159,6 @@ def evaluate_robustness(
             outcomes=outcomes,
             eps=eps,
             seed=arguments.seed,
-            training=training,
         )
         checks, results = run_checks(measurements), measurements.results()
         series = sweep_curves(results)
@@ -183,6 +183,8 @@ def evaluate_robustness(
         results=results,
         checks=checks,
         series=series,
+        own_tokens=training,
+        base_has_own_head=isinstance(model, ProbedModel) and model.base_head is not None,
         figures=figures,
         seconds=time.perf_counter() - start,
     )
@@ -216,7 +218,7 @@ def _folder(output_dir: str | os.PathLike[str] | None) -> Iterator[Path]:
 
 
 def reported_tokens(model: EvaluatedModel, *, seed: int) -> dict[str, Tensor | None]:
-    """The tokens that clean and grey-box images are measured with, by name: (K, D), or `None` for the base alone.
+    """Returns the tokens to measure clean and grey-box images with, by name: (K, D), or `None` for the base alone.
 
     A defence that untrained tokens, or their mean, provide just as well was not learned.
     """
@@ -234,7 +236,7 @@ def reported_tokens(model: EvaluatedModel, *, seed: int) -> dict[str, Tensor | N
 
 @torch.no_grad()
 def _with_base_features(model: EvaluatedModel, batches: Mapping[int, AttackBatch]) -> dict[int, AttackBatch]:
-    """The batches with the base's clean features, which every measurement needs, where memory allows."""
+    """Returns the batches with the base's clean features, which every measurement needs, if memory allows."""
     if model.feature_view is None or not batches:
         return dict(batches)
     first = next(iter(batches.values()))
@@ -258,7 +260,7 @@ def _count_classes(model: EvaluatedModel, batches: Mapping[int, AttackBatch]) ->
 def _settings(
     model: EvaluatedModel, batches: Mapping[int, AttackBatch], *, batch_size: int, seed: int
 ) -> dict[str, Any]:
-    """What the outcome of every cell depends on; JSON values."""
+    """Returns the settings on which the outcome of every cell depends, as JSON values."""
     parts = gather_object(  # a process may have none
         [
             (

@@ -1,4 +1,4 @@
-"""The figures of a report: the curves over eps, and what a few images do inside the model.
+"""The figures of a report: curves over eps, and what a few images do inside the model.
 
 Shapes: B images, L layers, N the base's own sequence, K robustness tokens, P patches, D width.
 """
@@ -30,7 +30,7 @@ from ..report import (
     plot_layer_maxima,
     plot_training_curves,
 )
-from ..training import CSV_FILE, FIGURE_FILE, LOG_FILE, read_log
+from ..training import LOG_FILE, read_log
 from .attack_suite import AttackBatch, run_attack
 from .cells import Cell
 from .measurements import Measurements
@@ -52,7 +52,7 @@ _ATTACKERS = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerObservation:
-    """What the layers of a model computed for some images; the robustness tokens' own rows are left out.
+    """What the layers of a model computed for some images, without the rows of the robustness tokens.
 
     Attributes:
         maxima: (L,) largest absolute activation after each layer, over the base's own N rows, mean over the images.
@@ -72,18 +72,10 @@ def make_figures(
     num_images: int = 8,
     num_feature_maps: int = 4,
 ) -> dict[str, bytes]:
-    """Draws what a report shows. Attacks a few images anew, exactly as they were attacked before.
+    """Draws the figures of a report as PNG files by name; attacks a few images again, exactly as before.
 
-    No collective: the process that saves the report, which holds the first batch, calls it; the model is in eval mode.
-
-    Args:
-        measurements: Of the evaluation.
-        series: Of the report.
-        num_images: How many attacked images are drawn.
-        num_feature_maps: Of how many of them the feature maps.
-
-    Returns:
-        PNG files by name; none if matplotlib is missing.
+    It runs no collective: the process that saves the report, which holds the first batch, calls it with the model in
+    eval mode. Without matplotlib there are no figures.
     """
     if not _has_matplotlib():
         return {}
@@ -99,24 +91,11 @@ def make_figures(
 
 
 def training_figures(adapter: str | os.PathLike[str]) -> dict[str, bytes]:
-    """Draws how tokens were trained, from what the training left in their folder.
-
-    Args:
-        adapter: Folder of the adapter; one on the Hub holds no logs.
-
-    Returns:
-        PNG files by name: the training curves, and the figure of the sweep that the adapter belongs to, where these
-        are.
-    """
-    folder = Path(adapter)
-    figures = {}
-    rows = read_log(folder / LOG_FILE, last_step=sys.maxsize)
-    if rows and _has_matplotlib():
-        figures["training_curves.png"] = _png(functools.partial(plot_training_curves, rows))
-    sweep = folder.parent / FIGURE_FILE
-    if folder.is_dir() and (folder.parent / CSV_FILE).is_file() and sweep.is_file():
-        figures["sweep.png"] = sweep.read_bytes()
-    return figures
+    """Draws the training curves from the log beside an adapter, as PNG files by name; none without a log."""
+    rows = read_log(Path(adapter) / LOG_FILE, last_step=sys.maxsize)
+    if not rows or not _has_matplotlib():
+        return {}
+    return {"training_curves.png": _png(functools.partial(plot_training_curves, rows))}
 
 
 def _image_figures(
@@ -168,19 +147,7 @@ def _image_figures(
 
 @torch.no_grad()
 def observe_layers(model: EvaluatedModel, images: Tensor, tokens: Tensor | None) -> LayerObservation:
-    """Looks at the layers while the model sees images.
-
-    Args:
-        model: The defended model.
-        images: (B, 3, H, W) float in [0, 1].
-        tokens: (K, D) to put into it; `None` is the base alone.
-
-    Returns:
-        What was seen.
-
-    Raises:
-        ValueError: If the model's sequence is shorter than its patches.
-    """
+    """Runs (B, 3, H, W) images in [0, 1] with (K, D) tokens, or the base alone, and observes every layer."""
     stack = find_layer_stack(model.model)
     num_tokens = 0 if tokens is None else len(tokens)
     maxima: list[Tensor] = []
@@ -218,16 +185,10 @@ def observe_layers(model: EvaluatedModel, images: Tensor, tokens: Tensor | None)
 
 
 def feature_colors(reference: LayerObservation, observations: Sequence[LayerObservation]) -> list[Tensor]:
-    """Feature maps as colours: red, green and blue are the first three principal components of one observation.
+    """Returns feature maps as colours, (B, 3, rows, columns) in [0, 1] for each observation of the same D.
 
-    All share its components and its range, so that the same colour means the same feature.
-
-    Args:
-        reference: Whose components are taken, such as clean images without tokens.
-        observations: To colour, of the same D.
-
-    Returns:
-        For each (B, 3, rows, columns) float in [0, 1].
+    Red, green and blue are the first three principal components of `reference`. All maps share its components and its
+    range, so the same colour means the same feature.
     """
     flat = reference.patches.flatten(0, 1).double()  # (B * P, D)
     mean = flat.mean(dim=0)
@@ -247,7 +208,7 @@ def feature_colors(reference: LayerObservation, observations: Sequence[LayerObse
 
 
 def _find_cell(measurements: Measurements, knowledge: Knowledge) -> Cell | None:
-    """Of an attacker's attacks at the main eps the one that stands for all, or any."""
+    """Returns a cell of the attacker, preferably of the main attack at the main eps."""
     name, _, target = main_attack(measurements.model).partition(":")
     suite: dict[str, Any] = {"series": "suite", "knowledge": knowledge}
     at_eps = {**suite, "eps": measurements.eps[0]}
@@ -259,7 +220,7 @@ def _find_cell(measurements: Measurements, knowledge: Knowledge) -> Cell | None:
 
 @torch.no_grad()
 def _titles(model: EvaluatedModel, images: Tensor, attacked: Tensor) -> list[tuple[str, str]]:
-    """What the model without and with tokens sees."""
+    """Returns the class names that the model sees without and with tokens."""
     names: Mapping[int, str] = getattr(getattr(model.model, "config", None), "id2label", None) or {}
 
     def seen(pictures: Tensor, tokens: Tensor | None) -> list[str]:

@@ -1,4 +1,4 @@
-"""The images of an evaluation: a random choice of a dataset's, in fixed batches that the processes share out.
+"""The images of an evaluation: a random choice from a dataset, in fixed batches that the processes share.
 
 Shapes: B images, H and W pixels.
 """
@@ -13,29 +13,19 @@ import torch
 from torch.utils.data import Dataset
 
 from ..data import ImageDataset, ImageTransform, SegmentationDataset, processor_image_size, validate_images
+from ..report import Task
 from ..utils import process_state
 from .attack_suite import AttackBatch
-from .threat_models import EvaluatedModel, Task
+from .threat_models import EvaluatedModel
 
 
 def prepare_dataset(
     dataset: Any, *, task: Task, image_processor: Any = None, image_size: int | None = None
 ) -> Dataset[dict[str, Any]]:
-    """Makes a dataset yield images in [0, 1], with labels where the task needs them.
+    """Returns a map-style dataset of images in [0, 1], with labels where the task needs them.
 
-    Args:
-        dataset: A map-style `datasets` dataset of pictures (with class labels; for a segmentation with the columns
-            "image" and "mask"), or a torch dataset of {"images": (3, H, W) float in [0, 1], "labels": class, or (H, W)
-            classes of the pixels}.
-        task: What is evaluated.
-        image_processor: Says the image size where `image_size` is not given.
-        image_size: Side in pixels that pictures are squashed to.
-
-    Returns:
-        A map-style dataset.
-
-    Raises:
-        ValueError: If it is a stream or several splits, or an argument doesn't go with it.
+    Pictures are squashed to `image_size`, by default what the image processor makes; see [`evaluate_robustness`] for
+    the datasets that it takes. `ValueError` for a stream, for several splits, or where `image_size` does not apply.
     """
     if isinstance(dataset, datasets.DatasetDict | datasets.IterableDatasetDict):
         raise ValueError(f"dataset has the splits {sorted(dataset)}: give one of them, such as dataset['test']")
@@ -65,20 +55,9 @@ def load_batches(
     batch_size: int,
     ignore_index: int = 255,
 ) -> dict[int, AttackBatch]:
-    """This process's share of the batches, on the model's device, where they stay.
+    """Loads this process's batches by number, on the model's device; batch b starts at row b * batch_size.
 
-    Args:
-        dataset: Of [`prepare_dataset`].
-        rows: To evaluate on.
-        model: Says the device and the task.
-        batch_size: Images per batch.
-        ignore_index: Label of the pixels that don't count.
-
-    Returns:
-        By number; batch b holds rows b * batch_size and following.
-
-    Raises:
-        ValueError: If images can't be read or are not in [0, 1], or labels are missing or of the wrong shape.
+    `ValueError` if images can't be read or are not in [0, 1], or labels are missing or of the wrong shape.
     """
     state = process_state()
     batches = {}

@@ -1,4 +1,4 @@
-"""What an evaluation measured, image by image: what its results and its checks are made of."""
+"""Measurements: all outcomes of an evaluation, from which its results and its checks are made."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 from torch import Tensor
 
-from ..report import WORST_CASE, Result, TokensInPlace
+from ..report import PART_WORST_CASE, WORST_CASE, Result, TokensInPlace
 from ..report import Knowledge as ReportedKnowledge
 from .attack_suite import AttackBatch
 from .cells import Cell
@@ -19,17 +19,16 @@ from .threat_models import EvaluatedModel
 
 @dataclass(frozen=True, kw_only=True)
 class Measurements:
-    """Everything that was measured, before anything is averaged.
+    """All that was measured, image by image.
 
     Attributes:
         model: The defended model.
         batches: Images of this process, by the batch's number.
-        clean: Outcome on the clean images, with every set of tokens.
-        cells: What was run.
-        outcomes: Of each cell, on the first `cell.num_images` of the clean images, in their order.
+        clean: Outcome on the clean images, with every kind of tokens.
+        cells: The cells that were run.
+        outcomes: Outcome of each cell, on the first `cell.num_images` images in their order.
         eps: Budgets of the suite in pixel units, the main one first.
-        seed: Of the evaluation.
-        training: How the attacker's own tokens were trained, in words.
+        seed: Seed of the evaluation.
     """
 
     model: EvaluatedModel
@@ -39,13 +38,11 @@ class Measurements:
     outcomes: Sequence[Outcome]
     eps: Sequence[float]
     seed: int
-    training: Sequence[str] = ()
 
     def select(self, **wanted: Any) -> list[tuple[Cell, Outcome]]:
-        """The cells that have these values, and their outcomes.
+        """Returns the cells with these values, and their outcomes.
 
-        Args:
-            wanted: Of `series`, `knowledge`, `view`, `attack`, `target`, `eps`, such as `knowledge="full"`.
+        `wanted` takes `series`, `knowledge`, `view`, `attack`, `target` and `eps`, such as `knowledge="full"`.
         """
 
         def fits(cell: Cell) -> bool:
@@ -62,18 +59,12 @@ class Measurements:
         return [pair for pair in self._pairs() if fits(pair[0])]
 
     def worst(self, chosen: Sequence[tuple[Cell, Outcome]], tokens: str = "trained") -> dict[str, Tensor]:
-        """The worst of these attacks on each image, and of leaving it as it is, which an attacker may do too.
+        """Returns the worst outcome of each image over these attacks and no attack, which is open to an attacker too.
 
-        Else an image that the model gets wrong counts as held where every attack happens to put it right.
-
-        Args:
-            chosen: Cells on the same images, and their outcomes.
-            tokens: Name of the tokens that were in the model.
-
-        Raises:
-            ValueError: If an attack on what others left is chosen without these: it says nothing of the other images.
+        Otherwise an image that is wrong when clean would count as correct wherever every attack happens to correct it.
+        `chosen` are cells on the same images; `ValueError` if one is `remaining_only` and those before it are missing.
         """
-        for cell in (cell for cell, _ in chosen if cell.standing_only):
+        for cell in (cell for cell, _ in chosen if cell.remaining_only):
             before = (one for one, _ in self._up_to(cell))
             if missing := [one.name for one in before if not any(one is other for other, _ in chosen)]:
                 raise ValueError(f"{cell.name} took what {', '.join(missing)} left: choose those too")
@@ -84,14 +75,8 @@ class Measurements:
         return worst_outcome([*outcomes, clean], tokens, parts=parts)
 
     def reached(self, cell: Cell, outcome: Outcome, tokens: str = "trained") -> Outcome:
-        """What an attack did; if it attacked what is left, what it and those before it at its level and eps did.
-
-        Args:
-            cell: Of the attack.
-            outcome: Of the cell.
-            tokens: Name of the tokens that were in the model.
-        """
-        if not cell.standing_only:
+        """Returns the outcome of an attack with these tokens; a `remaining_only` one counts with those before it."""
+        if not cell.remaining_only:
             return {name: value for name, value in outcome.items() if name.startswith(f"{tokens}.")}
         return self.worst(self._up_to(cell), tokens)
 
@@ -99,12 +84,12 @@ class Measurements:
         return list(zip(self.cells, self.outcomes, strict=True))
 
     def _up_to(self, cell: Cell) -> list[tuple[Cell, Outcome]]:
-        """The cells of its level and eps that were run before it, and itself, with their outcomes."""
+        """Returns the cells of its level and eps up to and including this one, with their outcomes."""
         row = next(row for row, other in enumerate(self.cells) if other is cell)
         return [pair for pair in self._pairs()[: row + 1] if pair[0].is_beside(cell)]
 
     def results(self) -> list[Result]:
-        """The numbers: clean, the worst cases, then each attack; the worst cases of the sweep over eps last."""
+        """Returns the results: clean, worst cases, then each attack; worst cases of the sweep last."""
         results = self._results(self.clean, knowledge=None)
         for series in ("suite", "sweep"):
             chosen = self.select(series=series)
@@ -115,6 +100,8 @@ class Measurements:
                     results += self._worst("full_worst_case", at_eps)
                 for level in reversed(levels):
                     results += self._worst(level, [pair for pair in at_eps if pair[0].view.knowledge == level])
+                if series == "suite":
+                    results += self._worst_of_parts(at_eps)
             # Of the sweep the worst cases are enough: it is a curve for each level. The published attack has an eps of
             # its own, and fewer images, and is there to be compared with the paper's tables.
             for cell, outcome in [*chosen, *self.select(series="published")] if series == "suite" else ():
@@ -141,39 +128,65 @@ class Measurements:
                 )
         return results
 
-    def _worst(self, knowledge: ReportedKnowledge, chosen: Sequence[tuple[Cell, Outcome]]) -> list[Result]:
+    def _worst(
+        self,
+        knowledge: ReportedKnowledge,
+        chosen: Sequence[tuple[Cell, Outcome]],
+        *,
+        part: str | None = None,
+        with_cosine: bool = True,
+    ) -> list[Result]:
         if not chosen:
             return []
         cells, outcomes = zip(*chosen, strict=True)
         tokens = [name for name in _tokens_of(outcomes[0]) if all(name in _tokens_of(outcome) for outcome in outcomes)]
         worst = {key: value for name in tokens for key, value in self.worst(chosen, name).items()}
         results = []
-        for of_cosine in (False, True):
+        for of_cosine in (False, True) if with_cosine else (False,):
             found = {name: value for name, value in worst.items() if name.endswith(".cosine") == of_cosine}
             # Attacks on what others left right took no part in the worst case of the cosine.
-            part = [cell for cell in cells if not (of_cosine and cell.standing_only)]
+            counted = [cell for cell in cells if not (of_cosine and cell.remaining_only)]
             results += self._results(
                 found,
                 knowledge=knowledge,
-                attack=WORST_CASE,
+                attack=WORST_CASE if part is None else PART_WORST_CASE,
                 attack_parameters={
-                    "attacks": sorted({_name(cell) for cell in part}),
+                    **({} if part is None else {"part": part}),
+                    "attacks": sorted({_name(cell) for cell in counted}),
                     **self._precision(),
-                    **(self._own_tokens(part) if knowledge == "own_tokens" else {}),
+                    **(self._own_tokens(counted) if knowledge == "own_tokens" else {}),
                     **_series(cells[0]),
                 },
                 eps=cells[0].eps,
             )
         return results
 
+    def _worst_of_parts(self, chosen: Sequence[tuple[Cell, Outcome]]) -> list[Result]:
+        """Returns the worst cases of each set of own tokens, and of all white-box attacks on features."""
+        results = []
+        own = [pair for pair in chosen if pair[0].view.knowledge == "own_tokens"]
+        views = list(dict.fromkeys(cell.view.name for cell, _ in own))
+        for row, view in enumerate(views if len(views) > 1 else ()):
+            # A set that attacked only what earlier sets left counts together with them.
+            together = any(cell.remaining_only for cell, _ in own)
+            names = views[: row + 1] if together else [view]
+            part = f"{view} after {', '.join(names[:-1])}" if len(names) > 1 else view
+            of_set = [pair for pair in own if pair[0].view.name in names]
+            results += self._worst("own_tokens", of_set, part=part, with_cosine=len(names) == 1)
+        white_box = [pair for pair in chosen if pair[0].view.knowledge == "full"]
+        features = [pair for pair in white_box if pair[0].attack.target and not pair[0].remaining_only]
+        if len(features) < len(white_box):
+            results += self._worst("full", features, part="attacks on features")
+        return results
+
     def _own_tokens(self, cells: Sequence[Cell]) -> dict[str, list[Any]]:
-        """How many tokens the attacker guessed, in each set, and how they were trained."""
+        """Returns the number of tokens in each of the attacker's sets."""
         if lengths := own_token_lengths(cells):
-            return {"num_robustness_tokens": lengths, "training": list(self.training)}
+            return {"num_robustness_tokens": lengths}
         return {}
 
     def _precision(self) -> dict[str, str]:
-        """Half precision rounds the gradients, so that a reader must know of it."""
+        """Returns the attack precision if it is half, which rounds the gradients."""
         return {} if self.model.attack_precision == "no" else {"attack_precision": self.model.attack_precision}
 
     def _results(self, outcome: Outcome, **rest: Any) -> list[Result]:
@@ -194,14 +207,10 @@ class Measurements:
 
 
 def sweep_curves(results: Sequence[Result]) -> dict[str, list[float]]:
-    """The worst cases over eps, for figures.
+    """Returns the worst cases over eps for figures, by name.
 
-    Args:
-        results: Of [`Measurements.results`].
-
-    Returns:
-        `sweep/<knowledge>/<metric>/` with `eps` (in pixel units), `value`, `low` and `high` (95%); for the base
-        without tokens `sweep/base, none/<metric>/`, and likewise for other tokens.
+    `sweep/<knowledge>/<metric>/` with `eps` (in pixel units), `value`, `low` and `high` (95%); for the base without
+    tokens `sweep/base, none/<metric>/`, and so on for other tokens.
     """
     curves: dict[str, list[float]] = {}
     for result in results:
@@ -215,14 +224,17 @@ def sweep_curves(results: Sequence[Result]) -> dict[str, list[float]]:
 
 
 def _tokens_of(outcome: Outcome) -> list[TokensInPlace]:
-    """In one order, whatever that of a file."""
+    """Returns the kinds of tokens in an outcome, in canonical order."""
     measured = {name.partition(".")[0] for name in outcome}
     return [tokens for tokens in get_args(TokensInPlace) if tokens in measured]
 
 
 def _parts(cells: Sequence[Cell]) -> list[list[int]]:
-    """Rows of the cells of a level or a view, of one attack or of all that push features away: what has a worst case
-    of its own in a report. Those of a part of the cells are parts of the cells."""
+    """Returns the rows of each part of the cells that has a worst case of its own in a report.
+
+    Parts are those of a level or a view, of one attack or of all that push features away; the parts of a part are
+    among the parts of the whole.
+    """
     parts: dict[tuple[str, ...], list[int]] = {}
     for row, cell in enumerate(cells):
         whose = ("", f"level {cell.view.knowledge}", f"view {cell.view.name}")
@@ -238,7 +250,7 @@ def _name(cell: Cell) -> str:
 
 
 def own_token_lengths(cells: Sequence[Cell]) -> list[int]:
-    """How many tokens are in each set that the attacker trained and attacks through in these cells."""
+    """Returns the number of tokens in each set that the attacker trained and attacks through in these cells."""
     views = (cell.view for cell in cells if cell.view.knowledge == "own_tokens")
     sets = {view.name: [len(tokens) for tokens in view.tokens if tokens is not None] for view in views}
     # An ensemble is of all the sets that there are.
@@ -248,7 +260,7 @@ def own_token_lengths(cells: Sequence[Cell]) -> list[int]:
 
 
 def _after(outcome: Outcome) -> dict[str, str]:
-    """What the number of an attack on what is left stands for."""
+    """Returns a note that the number covers this attack and all earlier ones."""
     if "attacked" not in outcome:
         return {}
     count = int(outcome["attacked"].sum())

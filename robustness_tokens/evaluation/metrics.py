@@ -1,4 +1,4 @@
-"""Metrics and their intervals, as pure functions of what a model answered.
+"""Metrics and their intervals, as pure functions of a model's answers.
 
 The cosine of features per image is `attacks.cosine_similarity`. Shapes: n images, C classes, H and W pixels.
 """
@@ -19,14 +19,7 @@ Interval = tuple[float, float]
 
 
 def accuracy(correct: Tensor) -> float:
-    """Share of the images that are classified rightly.
-
-    Args:
-        correct: (n,) bool.
-
-    Raises:
-        ValueError: If it is anything else, or empty.
-    """
+    """Returns the share of correct images; `ValueError` unless `correct` is (n,) bool with n > 0."""
     if correct.dtype != torch.bool or correct.dim() != 1 or len(correct) == 0:
         raise ValueError(
             f"correct must hold one bool per image, (n,), got {correct.dtype} of shape {tuple(correct.shape)}"
@@ -35,16 +28,10 @@ def accuracy(correct: Tensor) -> float:
 
 
 def worst_case(*outcomes: Tensor) -> Tensor:
-    """The worst outcome of each image over attacks, restarts or attackers.
+    """Returns the (n,) lowest value of each image over several outcomes, (n,) each and of one dtype.
 
-    Args:
-        outcomes: (n,) each, of one dtype: flags (True: the image held), or values of which higher is better.
-
-    Returns:
-        (n,) the lowest of each image; of flags, whether it held every time.
-
-    Raises:
-        ValueError: If there is none, they differ in shape or dtype, or a value is NaN.
+    Outcomes are flags (True: the image held) or values of which higher is better. `ValueError` if there is none, they
+    differ in shape or dtype, or one holds NaN.
     """
     kinds = {(outcome.dtype, tuple(outcome.shape)) for outcome in outcomes}
     if len(kinds) != 1 or outcomes[0].dim() != 1:
@@ -55,18 +42,7 @@ def worst_case(*outcomes: Tensor) -> Tensor:
 
 
 def wilson_interval(successes: int, total: int, confidence: float = 0.95) -> Interval:
-    """Wilson's score interval of a proportion, such as an accuracy; it is honest near 0 and 1 too.
-
-    Args:
-        successes: From 0 to `total`.
-        total: Number of images, at least 1.
-        confidence: Of the interval, between 0 and 1.
-
-    Returns:
-        Lowest and highest proportion, in [0, 1].
-
-    Raises:
-        ValueError: If an argument is out of range.
+    """Returns Wilson's score interval of a proportion, such as an accuracy; it is honest near 0 and 1 too.
 
     Source: E. B. Wilson, "Probable inference, the law of succession, and statistical inference", JASA 1927.
     """
@@ -86,19 +62,7 @@ def wilson_interval(successes: int, total: int, confidence: float = 0.95) -> Int
 def bootstrap_interval(
     values: Tensor | Sequence[float], *, confidence: float = 0.95, num_resamples: int = 1000, seed: int = 0
 ) -> Interval:
-    """Percentile bootstrap interval of a mean, such as a mean cosine; the same for the same seed.
-
-    Args:
-        values: (n,) finite, one per image.
-        confidence: Of the interval, between 0 and 1.
-        num_resamples: How often images are drawn, n at a time with replacement.
-        seed: Of the draws.
-
-    Returns:
-        Lowest and highest mean.
-
-    Raises:
-        ValueError: If there are no values, one is not finite, or an argument is out of range.
+    """Returns the percentile bootstrap interval of the mean of (n,) finite values, one per image.
 
     Source: B. Efron, "Bootstrap methods: another look at the jackknife", Annals of Statistics 1979.
     """
@@ -124,20 +88,10 @@ class IoUCounts:
 
 
 def iou_counts(predictions: Tensor, labels: Tensor, *, num_labels: int, ignore_index: int = 255) -> IoUCounts:
-    """Counts what every IoU is made of, by torchmetrics.
+    """Counts intersections and unions of (n, H, W) integer classes by torchmetrics; the counts are on the CPU.
 
-    Args:
-        predictions: (n, H, W) classes, of any integer dtype.
-        labels: (n, H, W) classes, of any integer dtype.
-        num_labels: C.
-        ignore_index: Label of the pixels that don't count.
-
-    Returns:
-        The counts, on the CPU; concatenate those of several batches along the images.
-
-    Raises:
-        ImportError: If torchmetrics (extra `eval`) is missing.
-        ValueError: If shapes differ, or a class is out of range.
+    Counts of several batches are concatenated along the images. `ImportError` without torchmetrics (extra `eval`);
+    `ValueError` if shapes differ or a class is out of range.
     """
     try:
         from torchmetrics.functional.classification import multiclass_stat_scores
@@ -163,12 +117,9 @@ def iou_counts(predictions: Tensor, labels: Tensor, *, num_labels: int, ignore_i
 
 
 def mean_iou(counts: IoUCounts) -> float:
-    """The mIoU of a data set: each class's IoU over all pixels of all images, then the mean over the classes.
+    """Returns the mIoU of a dataset: each class's IoU over all pixels of all images, then the mean over the classes.
 
-    A class that neither a label nor a prediction names is left out.
-
-    Raises:
-        ValueError: If there is no labelled pixel.
+    A class that no label and no prediction names is left out. `ValueError` if there is no labelled pixel.
     """
     value = _mean_iou(counts.intersections.numpy(), counts.unions.numpy())
     if math.isnan(value):
@@ -177,23 +128,13 @@ def mean_iou(counts: IoUCounts) -> float:
 
 
 def image_ious(counts: IoUCounts) -> Tensor:
-    """The mIoU of each image, over the classes that its labels or its prediction name.
-
-    Returns:
-        (n,) float64; NaN where an image has no labelled pixel.
-    """
+    """Returns the (n,) float64 mIoU of each image over the classes that it names; NaN without a labelled pixel."""
     ious = counts.intersections / counts.unions.double()  # (n, C)
     return ious.nanmean(dim=1)
 
 
 def mean_image_iou(ious: Tensor) -> float:
-    """The paper's mIoU, the mean over the images of [`image_ious`]; images without a labelled pixel are left out.
-
-    Args:
-        ious: (n,) float, NaN where an image has no labelled pixel.
-
-    Raises:
-        ValueError: If there is no labelled pixel.
+    """Returns the paper's mIoU, the mean of [`image_ious`] over the images that have a labelled pixel.
 
     Source: the published code of Pulfer et al., ECCV 2024.
     """
@@ -206,18 +147,7 @@ def mean_image_iou(ious: Tensor) -> float:
 def mean_iou_interval(
     counts: IoUCounts, *, confidence: float = 0.95, num_resamples: int = 1000, seed: int = 0
 ) -> Interval:
-    """Percentile bootstrap interval of [`mean_iou`], over the images.
-
-    Args:
-        counts: Of at least one labelled pixel.
-        confidence, num_resamples, seed: As in [`bootstrap_interval`], which serves [`image_ious`].
-
-    Returns:
-        Lowest and highest mIoU.
-
-    Raises:
-        ValueError: If there is no labelled pixel, or an argument is out of range.
-    """
+    """Returns the percentile bootstrap interval of [`mean_iou`] over the images; see [`bootstrap_interval`]."""
     labelled = counts.unions.sum(dim=1) > 0  # (n,)
     intersections, unions = counts.intersections[labelled].numpy(), counts.unions[labelled].numpy()
     if len(unions) == 0:
@@ -243,7 +173,7 @@ def _bootstrap(
     _check_confidence(confidence)
     if resamples < 1:
         raise ValueError(f"num_resamples must be at least 1, got {resamples}")
-    # One resample at a time: all at once would take gigabytes for a data set of 50,000 images.
+    # One resample at a time: all at once would take gigabytes for a dataset of 50,000 images.
     draws = np.fromiter((statistic(rows) for rows in _resampled(num_images, resamples, seed)), float, resamples)
     low, high = np.quantile(draws, [0.5 - confidence / 2, 0.5 + confidence / 2])
     return float(low), float(high)

@@ -1,7 +1,7 @@
-"""What the model did to each image, before anything is averaged; and the worst of several attacks, image by image.
+"""Outcomes: what the model did to each image, and the worst of several attacks, image by image.
 
-An outcome maps names such as `"trained.correct"` (which tokens were in the model, what was measured) to tensors with
-one entry per image. Shapes: n or B images, C classes, H and W pixels.
+An outcome maps names such as `"trained.correct"` (tokens in the model, quantity) to tensors with one entry per image.
+Shapes: n or B images, C classes, H and W pixels.
 """
 
 from __future__ import annotations
@@ -39,18 +39,10 @@ Outcome: TypeAlias = Mapping[str, Tensor]
 def measure_outcome(
     model: EvaluatedModel, batch: AttackBatch, adversarial: Tensor, tokens: Mapping[str, Tensor | None]
 ) -> dict[str, Tensor]:
-    """Measures a batch of attacked images, in float32.
+    """Measures a batch of attacked images, (B, 3, H, W), in float32 with each of the tokens.
 
-    Args:
-        model: The defended model.
-        batch: The clean images.
-        adversarial: (B, 3, H, W) what an attack made of them.
-        tokens: By name, the tokens to measure with, (K, D), or `None` for the base alone.
-
-    Returns:
-        On the CPU, each with B rows: the largest absolute `pixel_difference` and the `lowest_pixel` and
-        `highest_pixel` of each image, and for each tokens `cosine` with the base's clean features, `correct`, or
-        `intersections` and `unions`, as the task has them.
+    Returns on the CPU, with B rows: `pixel_difference` (the largest absolute one), `lowest_pixel` and `highest_pixel`,
+    and per kind of tokens the `cosine` with the base's clean features, `correct`, or `intersections` and `unions`.
     """
     flat = adversarial.flatten(1)
     outcome = {
@@ -81,18 +73,11 @@ def measure_outcome(
 def worst_outcome(
     outcomes: Sequence[Outcome], tokens: str = "trained", *, parts: Iterable[Sequence[Outcome]] = ()
 ) -> dict[str, Tensor]:
-    """The worst that any of these attacks did to each image, each metric on its own.
+    """Returns the worst that any of these attacks did to each image, each metric on its own.
 
-    Args:
-        outcomes: Of the same n images.
-        tokens: Name of the tokens that were in the model.
-        parts: Some of the outcomes each, whose worst case has an mIoU of its own: that of all is never above it.
-
-    Returns:
-        What was measured with these tokens, under the same names: `cosine`, `correct`, and of a segmentation
-        `image_iou`, the lowest of each image, and the `intersections` and `unions` that make the lowest mIoU of the
-        data set: those of the attack that hurts an image's own IoU most, of all attacks or of a part of them, or all
-        of one attack, whichever is lowest.
+    For a segmentation: `image_iou`, the lowest of each image, and the `intersections` and `unions` of the lowest mIoU
+    of the dataset: those of the attack that hurts each image's own IoU most, over all attacks or over one of `parts`,
+    or all those of one attack. With `parts`, the mIoU of a whole never exceeds that of its parts.
     """
     worst = {}
     for metric in ("cosine", "correct"):
@@ -103,8 +88,8 @@ def worst_outcome(
         counts = [_iou_counts(outcome, tokens) for outcome in outcomes]
         image_by_image = _image_by_image(counts)
         of_parts = (_image_by_image([_iou_counts(outcome, tokens) for outcome in part]) for part in parts)
-        # An image's own IoU weighs its classes otherwise than the data set's does, so that neither one attack nor a
-        # part of them need leave more than what is worst for each image.
+        # An image's own IoU weighs classes differently than the dataset's IoU does, so one attack, or a part of them,
+        # may leave less than the worst of each image.
         lowest = min(chain([image_by_image], counts, of_parts), key=mean_iou)
         worst[f"{tokens}.image_iou"] = image_ious(image_by_image)
         worst[f"{tokens}.intersections"], worst[f"{tokens}.unions"] = lowest.intersections, lowest.unions
@@ -112,7 +97,7 @@ def worst_outcome(
 
 
 def _image_by_image(counts: Sequence[IoUCounts]) -> IoUCounts:
-    """Of each image the counts of the attack that hurts its own IoU most."""
+    """Returns for each image the counts of the attack that hurts its own IoU most."""
     ious = torch.stack([image_ious(one) for one in counts])  # (attacks, n); NaN for all attacks or for none
     rows, images = ious.nan_to_num(nan=0.0).argmin(dim=0), torch.arange(ious.shape[1])
     return IoUCounts(
@@ -122,15 +107,9 @@ def _image_by_image(counts: Sequence[IoUCounts]) -> IoUCounts:
 
 
 def summarize(outcome: Outcome, tokens: str, *, seed: int) -> list[tuple[Task, Metric, float, Interval]]:
-    """Averages over the images, with 95% intervals: Wilson's for an accuracy, bootstrap for all others.
+    """Returns task, metric, average and 95% interval of everything measured with these tokens.
 
-    Args:
-        outcome: Of n images.
-        tokens: Name of the tokens that were in the model.
-        seed: Of the bootstrap.
-
-    Returns:
-        Task, metric, value and interval of everything that was measured with these tokens.
+    The interval is Wilson's for an accuracy, and a bootstrap for everything else.
     """
     rows: list[tuple[Task, Metric, float, Interval]] = []
     if (correct := outcome.get(f"{tokens}.correct")) is not None:

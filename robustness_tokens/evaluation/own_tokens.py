@@ -1,4 +1,4 @@
-"""The attacker who knows the recipe but not the tokens: trains its own with the package's trainer."""
+"""Own tokens: an attacker who knows the recipe but not the tokens trains others with the package's trainer."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ from ..configuration import RobustnessTokenConfig
 from ..data import choose_rows, describe_dataset, find_image_shape
 from ..hub import holds_adapter, load_adapter
 from ..models import RobustnessTokenModel, base_fingerprint, headless_model, remove_tokens
-from ..report import format_setting
 from ..training import (
     RobustnessTokenTrainer,
     RobustnessTokenTrainingArguments,
@@ -29,7 +28,7 @@ from ..training import (
     max_pixel_difference,
     prepare_train_dataset,
 )
-from ..utils import MAX_NAME, process_state, share_from_main
+from ..utils import MAX_NAME, check_parameters, process_state, share_from_main
 from .cells import digest
 from .threat_models import EvaluatedModel
 
@@ -44,9 +43,9 @@ class OwnTokensSpec:
     """One training run of the attacker.
 
     Attributes:
-        seed: Of the tokens, the order of the images and the noise; never the defender's, which is a secret.
-        num_robustness_tokens: How many tokens the attacker guesses.
-        dataset: Which of the attacker's datasets.
+        seed: Seed of the tokens, the order of the images and the noise; never the defender's, which is a secret.
+        num_robustness_tokens: Number of tokens, which the attacker guesses.
+        dataset: Row in the list of the attacker's datasets.
     """
 
     seed: int
@@ -56,11 +55,11 @@ class OwnTokensSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class OwnTokens:
-    """What a training run of the attacker gave.
+    """The result of a training run of the attacker.
 
     Attributes:
         tokens: (K, D).
-        training: How they were trained, as in the `training` of an adapter's config.
+        training: The `training` of an adapter's config.
     """
 
     tokens: Tensor
@@ -70,19 +69,10 @@ class OwnTokens:
 def own_tokens_specs(
     num_seeds: int, *, num_robustness_tokens: int, recipe_seed: int | None, num_datasets: int = 1
 ) -> list[OwnTokensSpec]:
-    """The attacker's training runs: most of the defender's length, every fourth half and every fifth twice as long.
+    """Returns `num_seeds` training runs, which take the datasets in turn and never the recipe's seed.
 
-    Args:
-        num_seeds: How many, at least 1.
-        num_robustness_tokens: Of the defender: how many there are can be seen from the adapter's size.
-        recipe_seed: Of the defender's training, which the attacker doesn't have and so never takes.
-        num_datasets: Of the attacker, taken in turn.
-
-    Returns:
-        `num_seeds` specs.
-
-    Raises:
-        ValueError: If `num_seeds` is below 1.
+    Most have as many tokens as the defender (the adapter's size gives their number away); of every five, the fourth
+    has half as many and the fifth twice as many. `ValueError` if `num_seeds` is below 1.
     """
     if num_seeds < 1:
         raise ValueError(f"num_seeds must be at least 1, got {num_seeds}")
@@ -108,30 +98,17 @@ def train_own_tokens(
     overrides: Mapping[str, Any] | None = None,
     disable_tqdm: bool = False,
 ) -> list[OwnTokens]:
-    """Trains tokens by the defender's recipe, on a copy of the base; what is there already is not trained again.
+    """Trains tokens by the defender's recipe on a copy of the base, a set per spec; stored sets are not trained again.
 
-    All processes call it, and train together.
-
-    Args:
-        model: The defended model; its base is copied and its tokens are not looked at.
-        specs: Training runs.
-        datasets: Of images, as `RobustnessTokenTrainer` takes them.
-        output_dir: Runs that differ in anything get different folders in it.
-        num_adversarial_pairs: Attack so many images of each dataset once, for all the runs on it; `None` lets each run
-            attack its own, as runs do that attack through the tokens, and those on a stream.
-        overrides: Training arguments in which the attacker departs from the recipe, such as `max_steps`.
-        disable_tqdm: No progress bars.
-
-    Returns:
-        For each spec its tokens.
-
-    Raises:
-        ValueError: If what the features of the model are is not known, so that nothing can be trained on them.
+    All processes call it and train together. `output_dir` gets a folder per combination of settings. With
+    `num_adversarial_pairs`, so many images of each dataset are attacked once for all runs on it; runs that attack
+    through the tokens, and runs on a stream, attack their own. `overrides` are training arguments that differ from
+    the recipe. `ValueError` if the features of the model are not known.
     """
     if model.feature_view is None:
         raise ValueError(
-            'knowledge "own_tokens" trains tokens on the features of the base, and what they are is not known: give '
-            "feature_view, or own_tokens, or leave the level out"
+            'knowledge "own_tokens" trains tokens on the features of the base, which are not known: give feature_view '
+            "or own_tokens, or leave the level out"
         )
     base: Any = remove_tokens(copy.deepcopy(headless_model(_base_of(model))))
     values = _recipe(model) | dict(overrides or {}) | {"disable_tqdm": disable_tqdm}
@@ -172,7 +149,7 @@ def train_own_tokens(
 
 
 def _read_run(folder: Path) -> OwnTokens | None:
-    """What a run left, or None if it isn't over: its adapter is written last."""
+    """Returns a finished run, or `None`; its adapter is written last."""
     if not holds_adapter(folder):
         return None
     adapter = load_adapter(folder)
@@ -182,7 +159,7 @@ def _read_run(folder: Path) -> OwnTokens | None:
 def _count_pairs(
     model: EvaluatedModel, dataset: Any, num_adversarial_pairs: int | None, args: RobustnessTokenTrainingArguments
 ) -> int | None:
-    """How many images of a dataset are attacked once, for all the runs on it; None if each run attacks its own."""
+    """Returns how many images are attacked once for all runs on a dataset; `None` if each run attacks its own."""
     if num_adversarial_pairs is None or args.attack_through != "base" or not hasattr(dataset, "__len__"):
         return None
     try:
@@ -197,7 +174,7 @@ def _count_pairs(
 
 @contextmanager
 def _attacker(model: EvaluatedModel, base: Any, spec: OwnTokensSpec) -> Iterator[RobustnessTokenModel]:
-    """The base with new tokens, and without them afterwards."""
+    """Yields the base with new tokens, and removes them afterwards."""
     with torch.random.fork_rng():
         torch.manual_seed(spec.seed)
         attacker = RobustnessTokenModel.from_base(
@@ -217,7 +194,7 @@ def _attacker(model: EvaluatedModel, base: Any, spec: OwnTokensSpec) -> Iterator
 
 
 def _initializer_range(model: EvaluatedModel) -> float:
-    """That the defender's tokens began with."""
+    """Returns the standard deviation that the defender's tokens started with."""
     return (
         RobustnessTokenConfig().initializer_range if model.adapter is None else model.adapter.config.initializer_range
     )
@@ -228,12 +205,12 @@ def _base_of(model: EvaluatedModel) -> Any:
 
 
 def defenders_recipe(model: EvaluatedModel) -> dict[str, Any]:
-    """All that the config of the defender's adapter says of its training."""
+    """Returns the `training` of the defender's config, or nothing."""
     return dict((None if model.adapter is None else model.adapter.config.training) or {})
 
 
 def _recipe(model: EvaluatedModel) -> dict[str, Any]:
-    """The defender's training arguments, which are in every adapter's config; the package's own if there are none."""
+    """Returns the defender's training arguments; those that the config does not give keep the package's defaults."""
     # And nothing else that a config from the Hub may name, such as a folder to resume from or a tracker to report to.
     known = RobustnessTokenTrainingArguments(output_dir="").recipe().keys()
     # The image size that a recipe names may be that of ready images, which take none; the image processor knows it.
@@ -241,7 +218,7 @@ def _recipe(model: EvaluatedModel) -> dict[str, Any]:
 
 
 def _identity(dataset: Any) -> str | None:
-    """The fingerprint of a `datasets` dataset, of another the digest of some of its images; None of a stream."""
+    """Returns the fingerprint of a `datasets` dataset, or a digest of some images of another; `None` for a stream."""
     if isinstance(fingerprint := getattr(dataset, "_fingerprint", None), str):
         return fingerprint
     if not hasattr(dataset, "__len__") or len(dataset) == 0:
@@ -257,7 +234,7 @@ def _key(
     datasets: Sequence[Any],
     num_adversarial_pairs: int | None,
 ) -> str:
-    """A name for everything that the attacker's tokens depend on, but for the spec."""
+    """Returns a name for everything that the attacker's tokens depend on, except the spec."""
     content = {
         "base": base_fingerprint(base),
         "features": [model.feature_view, model.similarity_axis],
@@ -276,51 +253,41 @@ def describe_training(
     *,
     overrides: Mapping[str, Any] | None = None,
     on_evaluated: bool = False,
-) -> list[str]:
-    """How the attacker's tokens were trained, in words: where that departs from the defender's recipe, and on what.
+) -> dict[str, dict[str, Any]]:
+    """Returns the differences of each set's training from the recipe, by the name of its view, as plain values.
 
-    An attacker who trains otherwise than the defender may well find less than one who doesn't.
-
-    Args:
-        model: The defended model, in whose config the recipe is.
-        trained: From [`train_own_tokens`].
-        overrides: That were given there; other settings that the recipe doesn't name are defaults.
-        on_evaluated: Whether the images are of the evaluated dataset itself.
+    "recipe" holds the recipe's values of the same settings. A set that departs from the recipe may find less than one
+    that follows it. `on_evaluated` tells whether the sets were trained on the evaluated dataset itself.
     """
-    recipe = defenders_recipe(model)
-    words = [
-        word
-        for own in trained
-        for word in (*_differences(recipe, own.training, overrides or {}), _images(recipe, own.training, on_evaluated))
-    ]
-    return [word[:MAX_NAME] for word in dict.fromkeys(words)]
-
-
-def _differences(recipe: Mapping[str, Any], training: Mapping[str, Any], overrides: Mapping[str, Any]) -> list[str]:
-    """Where a training, as its adapter's config describes it, departs from the recipe; no set has the others' seed."""
+    recipe, overrides = defenders_recipe(model), overrides or {}
     defaults = RobustnessTokenTrainingArguments(output_dir="").recipe()
-    names = [name for name in defaults if name not in ("seed", "image_size")]
-    unnamed = [name for name in names if name not in recipe and name not in overrides]
-    if not recipe:
-        words = ["by the package's defaults, as the recipe is not known"]
-    elif unnamed:
-        words = [f"by the recipe, which leaves {len(unnamed)} of {len(names)} settings to the package's defaults"]
-    else:
-        words = ["by the recipe"]
-    stated = {name: recipe.get(name, defaults[name]) for name in names if name in recipe or name in overrides}
-    # Nothing has checked these, of a config from the Hub.
-    stated |= {name: recipe[name] for name in _NOTED if name in recipe and _is_size(recipe[name])}
+    names = [name for name in defaults if name not in ("seed", "image_size")]  # seeds always differ
+    expected = {name: recipe.get(name, defaults[name]) for name in names if name in recipe or name in overrides}
+    # A config from the Hub may hold anything under these names.
+    expected |= {name: recipe[name] for name in _NOTED if name in recipe and _is_size(recipe[name])}
     if recipe.get("num_steps_done") == recipe.get("max_steps"):
-        stated.pop("num_steps_done", None)  # of which max_steps says all
-    for name, value in stated.items():
-        if name in training and training[name] != value:
-            was, instead = format_setting(name, value), format_setting(name, training[name])
-            words.append(f"but with {name}={instead} instead of {was}")
-    if "num_processes" in stated and (size := _batch_size(training)) != (other := _batch_size({**training, **stated})):
-        words.append(f"so with {size:,} images per step instead of {other:,}")
-    if recipe.get("previous"):
-        words.append("but from new tokens, where the defender's had been trained before")
-    return words
+        expected.pop("num_steps_done", None)  # max_steps says the same
+    dataset = recipe.get("dataset")
+    described: dict[str, dict[str, Any]] = {"recipe": {}}
+    if isinstance(dataset, dict) and type(dataset.get("num_images")) is int:
+        described["recipe"]["num_images"] = dataset["num_images"]
+    for number, own in enumerate(trained):
+        images = own.training.get("dataset", {})
+        own_training = {"num_robustness_tokens": len(own.tokens), "num_images": images.get("num_images")}
+        own_training |= {"on_evaluated_dataset": True} if on_evaluated else {}
+        own_training |= {"attacked_once_for_all_sets": True} if "adversarial_pairs" in images else {}
+        if unnamed := sum(name not in recipe and name not in overrides for name in names):
+            own_training["settings_left_to_defaults"] = unnamed
+        if recipe.get("previous"):
+            own_training["earlier_training"], described["recipe"]["earlier_training"] = False, True
+        both = {name: (value, own.training.get(name, value)) for name, value in expected.items()}
+        if "num_processes" in expected:
+            both["images_per_step"] = (_batch_size({**own.training, **expected}), _batch_size(own.training))
+        for name, (theirs, value) in both.items():
+            if value != theirs:
+                own_training[name], described["recipe"][name] = _plain(value), _plain(theirs)
+        described[f"own_tokens_{number}"] = own_training
+    return described
 
 
 def _is_size(value: Any) -> bool:
@@ -332,16 +299,10 @@ def _batch_size(training: Mapping[str, Any]) -> int:
     return math.prod(int(training[name]) for name in names)
 
 
-def _images(recipe: Mapping[str, Any], training: Mapping[str, Any], on_evaluated: bool) -> str:
-    """What the attacker trained on, and how much the defender did where that is known to be something else."""
-    own, theirs = training.get("dataset", {}), recipe.get("dataset")
-    count = own.get("num_images")
-    defenders = theirs.get("num_images") if isinstance(theirs, dict) else None
-    words = "on a stream of images" if count is None else f"on {count:,} images"
-    if on_evaluated:
-        words += " of the evaluated dataset itself"
-    if "adversarial_pairs" in own:
-        words += " attacked once for all sets"
-    if type(defenders) is int and defenders != count:
-        words += f", the defender on {defenders:,}"
-    return words
+def _plain(value: Any) -> Any:
+    """Returns a value that a report can hold."""
+    try:
+        check_parameters({"value": value})
+    except ValueError:
+        return str(value)[:MAX_NAME]
+    return value

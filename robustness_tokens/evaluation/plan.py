@@ -1,4 +1,4 @@
-"""Which cells an evaluation runs."""
+"""Budgets, and the cells that an evaluation runs."""
 
 from __future__ import annotations
 
@@ -29,21 +29,24 @@ _SMALLEST_NUM_CLASSES = {"apgd_targeted_dlr": 4, "auto_attack": 4, "margin": 2}
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """What is spent on an evaluation.
+    """The effort of an evaluation; its sweep and diagnostics take fewer images.
 
     Attributes:
         name: `"quick"`, `"standard"` or `"full"`.
-        num_images: How many images are attacked.
+        num_images: Images to attack.
         num_steps: Gradient steps of PGD.
-        num_restarts: Of PGD.
+        num_restarts: Restarts of PGD and APGD.
         num_apgd_steps: Gradient steps of APGD.
-        num_queries: Of Square.
-        num_draws: Of noise.
-        num_own_tokens: How many sets of tokens the attacker trains.
-        num_adversarial_pairs: How many images the attacker trains them on.
-        num_sweep_images: How many images the sweep over eps takes, with `num_sweep_steps`, and the published attack.
-        num_sweep_steps: Gradient steps of PGD there.
-        num_diagnostic_images: How many images more steps, more restarts and the unbounded attack are tried on.
+        num_queries: Queries of Square.
+        num_draws: Draws of noise.
+        num_own_tokens: Sets of tokens that the attacker trains.
+        num_adversarial_pairs: Images that the attacker trains them on.
+        num_sweep_images: Images of the sweep over eps and of the published attack.
+        num_sweep_steps: Gradient steps of PGD in the sweep.
+        num_diagnostic_images: Images for more steps, more restarts and the unbounded attack.
+
+    Raises:
+        ValueError: If a number is no whole number of at least 1.
     """
 
     name: BudgetName
@@ -139,25 +142,13 @@ _TARGET_CLASSES = {"quick": 3, "standard": 3, "full": 9}
 
 
 def budget_attacks(budget: Budget, knowledge: Knowledge) -> list[Attack]:
-    """The attacks that a budget runs at a level; those that don't fit the task or the view are left to the caller."""
+    """Returns the attacks of a budget at a level, including those that do not fit the task or the view."""
     groups = _SUITE[knowledge][: list(BUDGETS).index(budget.name) + 1]
     return [build_attack(name, budget) for group in groups for name in group]
 
 
 def build_attack(name: str, budget: Budget) -> Attack:
-    """An attack with the budget's hyper-parameters.
-
-    Args:
-        name: A key of `ATTACKS`; of a feature attack with its target, such as `"feature_cosine:defended"`
-            (`"base"` by default).
-        budget: Whose hyper-parameters.
-
-    Returns:
-        The attack.
-
-    Raises:
-        ValueError: If there is no such attack.
-    """
+    """Returns an attack, such as `"feature_cosine:defended"`, with the hyper-parameters of a budget."""
     name, _, target = name.partition(":")
     if name not in ATTACKS:
         raise ValueError(f"attack {name!r} is unknown, expected one of {', '.join(sorted(ATTACKS))}")
@@ -187,14 +178,14 @@ def apply_arguments(budget: Budget, arguments: EvaluationArguments) -> Budget:
 
 
 def select_attacks(attacks: Sequence[str | Attack] | None, budget: Budget, knowledge: Knowledge) -> list[Attack]:
-    """The attacks that the user named, or else the budget's."""
+    """Returns the attacks that the user named, or else those of the budget."""
     if attacks is None:
         return budget_attacks(budget, knowledge)
     return [attack if isinstance(attack, Attack) else build_attack(attack, budget) for attack in attacks]
 
 
 def main_attack(model: EvaluatedModel) -> str:
-    """The attack that stands for all others in the sweep and the diagnostics."""
+    """Returns the name of the attack that stands for all others in the sweep and the diagnostics."""
     return "feature_cosine:base" if model.task == "features" else "cross_entropy"
 
 
@@ -238,12 +229,12 @@ def plan_cells(
                         attack=attack,
                         eps=one,
                         num_images=num_fewer_images if is_aside else num_images,
-                        standing_only=attacks is None and _comes_after(attack, view, views, model),
+                        remaining_only=attacks is None and _comes_after(attack, view, views, model),
                     )
                     for one in ([paper_eps] if is_paper else eps)
                 ]
     # What attacks all images goes first: it leaves fewer to the others.
-    cells.sort(key=lambda cell: (levels.index(cell.view.knowledge), cell.standing_only))
+    cells.sort(key=lambda cell: (levels.index(cell.view.knowledge), cell.remaining_only))
     if not cells:
         raise ValueError(
             f"no attack fits: knowledge {sorted({view.knowledge for view in views})}, task {model.task!r}, attacks "
@@ -280,8 +271,10 @@ def _sweep(
 
 
 def _comes_after(attack: Attack, view: AttackerView, views: Sequence[AttackerView], model: EvaluatedModel) -> bool:
-    """Whether an attack is for the images that others leave right, as most of AutoAttack is, and not a number of its
-    own: not what a check compares with others, nor what leads a level for accuracy or for the cosine."""
+    """Tells whether the attack runs only on images that earlier attacks left correct.
+
+    Attacks that a check compares, or that lead a level, always run on all images.
+    """
     if model.task != "classification" or view.knowledge == "none" or attack.name.startswith("paper"):
         return False
     first = next(other for other in views if other.knowledge == view.knowledge)
@@ -289,7 +282,7 @@ def _comes_after(attack: Attack, view: AttackerView, views: Sequence[AttackerVie
 
 
 def _short(attack: Attack) -> Attack:
-    """At eps = 0 one step shows as well as many that the images stay what they are."""
+    """Returns the attack with one step, enough to show that images do not change at eps = 0."""
     return attack if attack.num_steps is None else dataclasses.replace(attack, num_steps=1)
 
 

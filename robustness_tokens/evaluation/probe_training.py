@@ -1,6 +1,6 @@
-"""Probes: what frozen features are worth, with and without tokens, read by one and the same linear head.
+"""Training of probes: linear heads on frozen features, with or without tokens.
 
-Shapes: B images, H and W pixels, F what a head reads, C classes.
+Shapes: B images, H and W pixels, F features that a head reads, C classes.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ def train_probe(
 
     Args:
         model: A `RobustnessTokenModel`, a model that `inject_tokens` was called on, or a base; it is left as it is.
-        dataset: A map-style `datasets` data set: pictures with class labels, or for segmentation the columns "image"
-            and "mask". Or any torch data set (an `ImageDataset` or `SegmentationDataset` with other columns) of
+        dataset: A map-style `datasets` dataset: pictures with class labels, or for segmentation the columns "image"
+            and "mask". Or any torch dataset (an `ImageDataset` or `SegmentationDataset` with other columns) of
             {"images": (3, H, W) float in [0, 1], "index": int, "labels": class, or (H, W) classes of the pixels}; a
             stream comes shuffled.
         head_class: `ClassificationHead` or `SegmentationHead`.
@@ -87,7 +87,7 @@ def train_probe(
         The head, on the model's device, frozen and in eval mode.
 
     Raises:
-        ValueError: If the data set, its labels or an argument is not as described.
+        ValueError: If the dataset, its labels or an argument is not as described.
         FloatingPointError: If the training diverges.
     """
     base = base_of(model)
@@ -105,7 +105,7 @@ def train_probe(
     normalizer = (normalizer or _normalizer_of(model)).to(base.device)
 
     def read(*, shuffle: bool) -> Iterator[Iterator[Batch]]:
-        """One pass after the other over the data set."""
+        """One pass after the other over the dataset."""
         loader = build_dataloader(prepared, batch_size=batch_size, shuffle=shuffle, seed=seed, num_workers=num_workers)
         broken_images = BrokenImageLog()
         while True:
@@ -165,7 +165,7 @@ def _build_head(
 def _prepare(
     model: PreTrainedModel, dataset: Any, head_class: type[ProbeHead], image_size: int | None
 ) -> Dataset[Any]:
-    """The data set as one of torch, whose items are images in [0, 1] with labels."""
+    """Returns a torch dataset of images in [0, 1] with labels."""
     if not isinstance(dataset, datasets.Dataset):
         if not isinstance(dataset, Dataset):
             raise ValueError(
@@ -186,7 +186,7 @@ def _prepare(
 def _labelled(
     loader: Any, broken_images: BrokenImageLog, head_class: type[ProbeHead], num_labels: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Images (B, 3, H, W) and labels (B,) or (B, H, W), checked, of the batches that have whole images."""
+    """Yields images (B, 3, H, W) and labels (B,) or (B, H, W), checked, of the batches that have readable images."""
     for batch in loader:
         broken_images.update(batch)
         images = batch["images"]
@@ -209,7 +209,7 @@ def _labelled(
 
 
 def _cache(batches: Iterator[Batch], num_images: int | None, max_bytes: int, disable_tqdm: bool) -> Batch | None:
-    """All features and labels, on the CPU; None where they take more than `max_bytes`, or will by the look of it."""
+    """Returns all features and labels on the CPU; `None` if they (are expected to) take more than `max_bytes`."""
     features: list[Tensor] = []
     labels: list[Tensor] = []
     used = seen = 0
@@ -226,7 +226,7 @@ def _cache(batches: Iterator[Batch], num_images: int | None, max_bytes: int, dis
 
 
 def _shuffled(features: Tensor, labels: Tensor, batch_size: int, seed: int) -> Iterator[Iterator[Batch]]:
-    """Passes over what is in memory, in the order that `build_dataloader` would give."""
+    """Yields passes over the cached features in the order that `build_dataloader` would give."""
     order = RandomSampler(range(len(labels)), generator=torch.Generator().manual_seed(seed))
     while True:
         yield ((features[rows], labels[rows]) for rows in BatchSampler(order, batch_size, drop_last=False))

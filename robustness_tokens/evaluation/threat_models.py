@@ -1,4 +1,4 @@
-"""What the attacker knows, and so which functions of the image the attacker may differentiate.
+"""Threat models: what the attacker knows, and so which functions of the image the attacker may differentiate.
 
 Shapes: B images, N sequence, K robustness tokens, D width, C classes.
 """
@@ -28,27 +28,27 @@ from ..models import (
     runs_in_half,
     tokens_in,
 )
+from ..report import Task
 
 
-Task = Literal["features", "classification", "segmentation"]
 Knowledge = Literal["none", "base", "own_tokens", "full"]
 
 
 class EvaluatedModel:
-    """A model with its tokens as functions of [0, 1] images, with whatever tokens are asked for.
+    """A model as functions of [0, 1] images and of the tokens to put into it.
 
     Args:
         model: `RobustnessTokenModel`, `RobustnessTokenForImageClassification`, a `ProbedModel`, or a transformers
-            model that `inject_tokens` was called on.
+            model after `inject_tokens`.
         task: By default classification for a classifier, and features for a model without a head.
-        normalizer: [0, 1] images -> pixel values; by default from the config of the adapter.
-        feature_view, similarity_axis: By default from the config of the adapter; a model that `inject_tokens` was
-            called on has none, and there they are what the paper takes for its family (no features of a segmenter).
-        attack_precision: Of the forward passes of attacks; what is measured is always float32. By default what the
-            tokens were trained with, by the adapter's config; `"no"` wherever the device has no bfloat16.
+        normalizer: [0, 1] images -> pixel values; by default from the adapter's config.
+        feature_view, similarity_axis: By default from the adapter's config; a model after `inject_tokens` has none
+            and takes the paper's choice for its family (a segmenter has no features).
+        attack_precision: Precision of the attacks' forward passes; by default that of the tokens' training, and always
+            `"no"` where the device has no bfloat16. Outcomes are measured in float32.
 
     Raises:
-        ValueError: If the model has no tokens, or something is neither given nor known, or is unknown.
+        ValueError: If the model has no tokens, or a value is unknown or can't be derived.
     """
 
     def __init__(
@@ -102,15 +102,10 @@ class EvaluatedModel:
         return self.injector.robustness_tokens.detach()
 
     def features(self, images: Tensor, tokens: Tensor | None, *, exact: bool = False) -> Tensor:
-        """What the tokens were trained to keep, float32 (B, N, D) or (B, D).
+        """Returns the features that the tokens were trained to keep, float32 (B, N, D) or (B, D).
 
-        Args:
-            images: (B, 3, H, W) float in [0, 1].
-            tokens: (K, D), any K; `None` is the base alone.
-            exact: In float32 throughout, whatever precision attacks take.
-
-        Raises:
-            ValueError: If the features of this model are not known.
+        `tokens` are (K, D) for any K, `None` for the base alone; `exact` computes in float32 whatever the attacks'
+        precision. `ValueError` if the features of this model are not known.
         """
         if self.feature_view is None:
             raise ValueError(f"feature_view is not given: say what the features of a {type(self.model).__name__} are")
@@ -119,7 +114,7 @@ class EvaluatedModel:
         return self._run(lambda x: extract_features(source, x, feature_view=view), images, tokens, exact)
 
     def logits(self, images: Tensor, tokens: Tensor | None, *, exact: bool = False) -> Tensor:
-        """What the head says, float32 (B, C) or (B, C, h, w); arguments as for [`features`]."""
+        """Returns the head's logits, float32 (B, C) or (B, C, h, w); arguments as in [`features`]."""
 
         def run(pixel_values: Tensor) -> Tensor:
             output: Any = self.model(pixel_values=pixel_values)
@@ -131,7 +126,7 @@ class EvaluatedModel:
     def pixel_logits(
         self, images: Tensor, tokens: Tensor | None, size: Sequence[int], *, exact: bool = False
     ) -> Tensor:
-        """Logits of a segmentation, resized bilinearly to the labels' (H, W): (B, C, H, W)."""
+        """Returns the logits of a segmentation, resized bilinearly to the labels' (H, W): (B, C, H, W)."""
         logits = self.logits(images, tokens, exact=exact)
         if logits.dim() != 4:
             raise ValueError(f"logits of a segmentation must have shape (B, C, h, w), got {tuple(logits.shape)}")
@@ -140,7 +135,7 @@ class EvaluatedModel:
         return F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=False)
 
     def attacked_faster(self) -> AbstractContextManager[None]:
-        """A context in which the base computes as in training: the same but for rounding, and faster to attack."""
+        """Returns a context in which the base computes as in training: faster, and equal except for rounding."""
         base = self.model if self.adapter is None else self.adapter.get_base_model()
         return computing_faster(base, device=self.device, half_precision=self.attack_precision == "bf16")
 
@@ -171,11 +166,11 @@ class AttackerView:
     Attributes:
         name: Unique within an evaluation.
         knowledge: Level that it belongs to.
-        model: Usually the evaluated model; another one for a transfer attack.
-        tokens: (K, D) tokens that the attacker puts into it, `None` for the base alone. Several are an ensemble,
-            whose objectives are averaged.
-        differentiable: Whether the attacker has its gradients, or only its answers.
-        is_surrogate: Whether it is another model than the one that is evaluated.
+        model: The evaluated model, or another one for a transfer attack.
+        tokens: (K, D) tokens that the attacker puts into it, `None` for the base alone. Several form an ensemble, over
+            which objectives are averaged.
+        differentiable: Whether the attacker has gradients, or only answers.
+        is_surrogate: Whether it is another model than the evaluated one.
     """
 
     name: str
@@ -187,7 +182,7 @@ class AttackerView:
 
     @property
     def is_defended_model(self) -> bool:
-        """Whether it is the very model that is measured, with the tokens of its defence."""
+        """Whether this is the measured model with the tokens of its defence."""
         return self.knowledge in ("none", "full") and not self.is_surrogate
 
 
@@ -198,21 +193,11 @@ def attacker_views(
     own_tokens: Sequence[Tensor] = (),
     surrogate: EvaluatedModel | None = None,
 ) -> list[AttackerView]:
-    """The models that an attacker of this level can attack through.
+    """Returns the models, at least one, through which an attacker of this level can attack.
 
-    Args:
-        knowledge: `"none"`: the defended model's answers, and another backbone (`surrogate`) if there is one.
-            `"base"`: backbone and head without tokens. `"own_tokens"`: each set of tokens that the attacker trained,
-            and their ensemble. `"full"`: the defended model itself.
-        model: The defended model.
-        own_tokens: Each (K, D), for `"own_tokens"`.
-        surrogate: For `"none"`.
-
-    Returns:
-        At least one view.
-
-    Raises:
-        ValueError: If the level is unknown, or `"own_tokens"` has none.
+    `"none"`: the defended model's answers, and the surrogate if there is one. `"base"`: base and head without tokens.
+    `"own_tokens"`: each (K, D) set that the attacker trained, and their ensemble. `"full"`: the defended model.
+    `ValueError` if the level is unknown, or `"own_tokens"` has no sets.
     """
     if knowledge == "none":
         views = [

@@ -6,6 +6,7 @@ An adapter is `config.json`, `model.safetensors`, `preprocessor_config.json`, `R
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -27,9 +28,11 @@ from transformers import BaseImageProcessor
 
 from ..configuration import RobustnessTokenConfig
 from ..data import read_image_processor
-from ..report import FIGURE_FILES, HTML_FILE, MARKDOWN_FILE, REPORT_FILE, RobustnessReport
+from ..report import FIGURE_FILES, HTML_FILE, MARKDOWN_FILE, REPORT_FILE, OlderReportError, RobustnessReport
 from ..utils import flush_to_disk, has_cache_hash, read_json, replacing
 
+
+logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.json"
 TOKENS_FILE = "model.safetensors"
@@ -227,12 +230,15 @@ def read_tokens(folder: Path, config: RobustnessTokenConfig) -> Tensor:
 
 
 def read_report(folder: Path) -> RobustnessReport | None:
-    """Reads evaluation.json; None if there is none, `ValueError` if it is damaged."""
+    """Reads evaluation.json; None if there is none or it is of an older schema, `ValueError` if it is damaged."""
     path = folder / EVALUATION_FILE
     if not path.is_file():
         return None
     try:
         return RobustnessReport.from_dict(read_json(path))
+    except OlderReportError as exc:
+        logger.warning("%s is ignored: %s", path, exc)
+        return None
     except ValueError as exc:
         raise ValueError(f"{path}: {exc}") from exc
 

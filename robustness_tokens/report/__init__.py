@@ -21,8 +21,8 @@ from .plots import (
     plot_trade_off,
     plot_training_curves,
 )
-from .schema import Check, Knowledge, Metric, Result, Task, TokensInPlace
-from .words import ATTACKERS, METRICS, WORST_CASE, group_results
+from .schema import Check, Knowledge, Metric, OlderReportError, Result, Task, TokensInPlace
+from .words import ATTACKERS, METRICS, PART_WORST_CASE, WORST_CASE, group_results
 from .writing import FIGURE_FILES, HTML_FILE, MARKDOWN_FILE, REPORT_FILE, RobustnessReport
 
 
@@ -32,11 +32,13 @@ __all__ = [
     "HTML_FILE",
     "MARKDOWN_FILE",
     "METRICS",
+    "PART_WORST_CASE",
     "REPORT_FILE",
     "WORST_CASE",
     "Check",
     "Knowledge",
     "Metric",
+    "OlderReportError",
     "Result",
     "RobustnessReport",
     "Task",

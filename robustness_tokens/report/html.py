@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any
 
-from .markdown import format_setting, plain
+from .markdown import BASE_HEAD, OWN_TOKENS, OWN_TOKENS_GIVEN, format_setting, own_tokens_rows, plain
 from .schema import Check, ReportContent, Result
 from .words import ATTACKERS, BASELINES, METRICS, TASKS, TOKENS, WORST_CASE, group_results, is_sweep
 
@@ -204,11 +204,6 @@ FIGURES: dict[str, tuple[str, str, bool]] = {
         "The first three principal components of the last layer's patches, of clean images without tokens, are red, "
         "green and blue in all columns: the same colour is the same feature. A good defence makes the columns of "
         "attacked images look like the clean ones.",
-        True,
-    ),
-    "sweep.png": (
-        "How many tokens it takes",
-        "Cosine of the features against the number of tokens, a panel per learning rate.",
         True,
     ),
 }
@@ -422,6 +417,7 @@ def render_report_html(report: ReportContent) -> str:
 <section>
 <h2>What holds, against whom</h2>
 {render_results(report.results)}
+{_own_tokens(report)}
 </section>
 <section>
 <h2>Figures</h2>
@@ -501,6 +497,24 @@ def _figures(figures: dict[str, bytes]) -> str:
             f"<figcaption><b>{escape(title)}</b> {escape(explanation)}</figcaption></figure>\n"
         )
     return f'<div class="figures">\n{"".join(shown)}</div>'
+
+
+def _own_tokens(report: ReportContent) -> str:
+    """How the attacker's own tokens were trained, and whether the base had a head of its own."""
+    blocks = [f"<p>{BASE_HEAD}</p>"] if report.base_has_own_head else []
+    if any(result.knowledge == "own_tokens" for result in report.results):
+        blocks.append("<h3>How the attacker's own tokens were trained</h3>")
+        header, *rows = own_tokens_rows(report) or [[]]
+        if not rows:
+            return "\n".join([*blocks, f"<p>{OWN_TOKENS_GIVEN}</p>"])
+        columns = "".join(f'<th scope="col">{escape_text(cell)}</th>' for cell in header)
+        body = "".join(
+            f'<tr><th scope="row">{escape_code(name)}</th>'
+            f"{''.join(f'<td>{escape_text(cell)}</td>' for cell in cells)}</tr>\n"
+            for name, *cells in rows
+        )
+        blocks.append(_table(OWN_TOKENS, columns, [body]))
+    return "\n".join(blocks)
 
 
 def _facts(report: ReportContent) -> str:

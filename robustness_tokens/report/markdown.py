@@ -14,6 +14,14 @@ from .schema import Check, ReportContent, Result
 from .words import ATTACKERS, BASELINES, METRICS, TASKS, TOKENS, WORST_CASE, group_results
 
 
+BASE_HEAD = "Results without tokens were read by a head of their own."
+OWN_TOKENS = (
+    "The settings in which their training departs from the recipe; an attacker who follows it may find more. Seeds "
+    "always differ from the recipe's."
+)
+OWN_TOKENS_GIVEN = "They were given to the evaluation, so how they were trained is not known."
+
+
 def render_report_markdown(report: ReportContent, *, level: int = 1) -> str:
     """The report as Markdown: the checks first, then the numbers, the strongest attacker's first.
 
@@ -35,7 +43,7 @@ def render_report_markdown(report: ReportContent, *, level: int = 1) -> str:
         f"{hashes}# Checks",
         *_render_checks(report.checks),
         f"{hashes}# Results",
-        *_render_results(report.results, hashes),
+        *_render_results(report, hashes),
     ]
     return "\n\n".join(blocks) + "\n"
 
@@ -102,6 +110,21 @@ def format_setting(name: str, value: Any) -> str:
     return f"{value:.6g}"
 
 
+def own_tokens_rows(report: ReportContent) -> list[list[str]]:
+    """Returns how own tokens were trained as the rows of a table, the header first; none if they were not trained."""
+    if not (described := report.own_tokens):
+        return []
+    names = dict.fromkeys(name for settings in described.values() for name in settings)
+    recipe = described.get("recipe", {})
+
+    def cell(kind: str, name: str) -> str:
+        if name in described[kind]:
+            return format_setting(name, described[kind][name])
+        return "as the recipe" if kind != "recipe" and name in recipe else "-"
+
+    return [["Setting", *described], *([name, *(cell(kind, name) for kind in described)] for name in names)]
+
+
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table of cells that are safe already."""
     lines = [header, ["---"] * len(header), *rows]
@@ -123,8 +146,8 @@ def _render_checks(checks: Sequence[Check]) -> list[str]:
     return [counts, table(("#", "Check", "Verdict", "Found", "How"), rows)]
 
 
-def _render_results(results: Sequence[Result], hashes: str) -> list[str]:
-    if not results:
+def _render_results(report: ReportContent, hashes: str) -> list[str]:
+    if not (results := report.results):
         return ["Nothing was measured."]
     blocks = [
         "A number is worth what the attacker knew. eps is the largest change of a pixel, L-inf, of images in [0, 1]. "
@@ -143,6 +166,14 @@ def _render_results(results: Sequence[Result], hashes: str) -> list[str]:
             )
         if groups.sweep:
             blocks += _details("The curve over eps: one or two attacks, fewer images", _sweep_table(groups.sweep))
+    if report.base_has_own_head:
+        blocks.append(BASE_HEAD)
+    if any(result.knowledge == "own_tokens" for result in results):
+        blocks.append(f"{hashes}## How the attacker's own tokens were trained")
+        header, *rows = own_tokens_rows(report) or [[]]
+        blocks.append(OWN_TOKENS if rows else OWN_TOKENS_GIVEN)
+        if rows:
+            blocks.append(table([code(cell) for cell in header], [[code(cell) for cell in row] for row in rows]))
     return blocks
 
 

@@ -11,15 +11,19 @@ from typing import Any, Literal, Self, get_args
 from ..utils import MAX_INT, MAX_NAME, check_choice, check_int, check_keys, check_number, check_parameters, check_text
 
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 Task = Literal["features", "classification", "segmentation"]
 Metric = Literal["cosine", "accuracy", "miou", "mean_image_miou"]
 TokensInPlace = Literal["none", "trained", "untrained", "zero", "mean"]
 Knowledge = Literal["none", "base", "own_tokens", "full", "full_worst_case"]
 
-NUM_CHECKS = 17
+NUM_CHECKS = 12
 _ROUNDING = 1e-3  # by which a cosine of half-precision features, or an interval, may leave its range
+
+
+class OlderReportError(ValueError):
+    """The report was written by an older package; the adapter beside it is not affected."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,12 +97,12 @@ class Result:
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """One of the 17 questions that an evaluation must answer before its numbers count.
+    """One of the 12 checks that an evaluation must pass before its numbers count.
 
     Args:
-        number: 1 to 17.
+        number: 1 to 12.
         name: In a few words.
-        passed: None if it is only reported, or was not run; `explanation` says which.
+        passed: None if the check, or a part of it, was not run; `value` says which.
         value: What was found.
         explanation: What was compared, and what it means.
 
@@ -137,6 +141,10 @@ class ReportContent:
         results: The numbers.
         checks: Each at most once.
         series: The numbers behind the figures, by name.
+        own_tokens: How the attacker's own tokens were trained: for each set, by name, its number of tokens and images
+            and the settings in which it departs from the recipe; under "recipe" the recipe's values of these settings.
+            Empty if none were trained.
+        base_has_own_head: Whether results without tokens were read by another head than those with tokens.
         seconds: How long it took.
         figures: PNG files by name; not in the JSON, not compared.
 
@@ -155,6 +163,8 @@ class ReportContent:
     results: list[Result]
     checks: list[Check]
     series: dict[str, list[float]] = field(default_factory=dict)
+    own_tokens: dict[str, dict[str, Any]] = field(default_factory=dict)
+    base_has_own_head: bool = False
     seconds: float
     figures: dict[str, bytes] = field(default_factory=dict, compare=False, repr=False)
 
@@ -175,6 +185,13 @@ class ReportContent:
             value = getattr(self, name)
             if not isinstance(value, list) or not all(isinstance(element, kind) for element in value):
                 raise ValueError(f"{name} must be a list of {kind.__name__}, got {value!r:.200}")
+        if not isinstance(self.own_tokens, dict):
+            raise ValueError(f"own_tokens must be a dictionary, got {type(self.own_tokens).__name__}")
+        for name, settings in self.own_tokens.items():
+            check_text("the name of a set of own tokens", name, MAX_NAME)
+            check_parameters(settings, f"own_tokens[{name!r}]")
+        if type(self.base_has_own_head) is not bool:
+            raise ValueError(f"base_has_own_head must be true or false, got {self.base_has_own_head!r:.200}")
         numbers = [check.number for check in self.checks]
         if twice := sorted({number for number in numbers if numbers.count(number) > 1}):
             raise ValueError(f"checks must hold each check once, got more of number {twice}")
@@ -200,6 +217,7 @@ class ReportContent:
         """The report of what [`to_dict`] made, or of the JSON of it.
 
         Raises:
+            OlderReportError: On an older schema.
             ValueError: On a newer schema, a missing or an unknown key, or a bad value: it says which.
         """
         if isinstance(content, Mapping):
@@ -236,8 +254,13 @@ def _read(name: str, kind: type[Any], entry: Any) -> Any:
 def _check_schema_version(version: object) -> None:
     if type(version) is not int or version < 1:
         raise ValueError(f"schema_version must be a whole number of at least 1, got {version!r:.200}")
+    if version < SCHEMA_VERSION:
+        raise OlderReportError(
+            f"the report has schema_version {version}, of an older package, this one reads {SCHEMA_VERSION}: evaluate "
+            "again with `robtok evaluate`"
+        )
     if version > SCHEMA_VERSION:
         raise ValueError(
-            f"the report has schema_version {version}, this package reads up to {SCHEMA_VERSION}: "
+            f"the report has schema_version {version}, this package reads {SCHEMA_VERSION}: "
             "pip install --upgrade robustness-tokens"
         )

@@ -32,6 +32,7 @@ TOKENS = {
 TASKS = {"classification": "Classification", "segmentation": "Segmentation", "features": "Features"}
 
 WORST_CASE = "worst_case"
+PART_WORST_CASE = "worst_case_of_part"  # of a level's attacks; attack_parameters name the part
 BASELINES = ("untrained", "zero", "mean")
 
 

@@ -6,13 +6,11 @@ from .dataset import prepare_train_dataset
 from .losses import robustness_loss
 from .make_pairs import PairsArguments, make_adversarial_pairs, max_pixel_difference
 from .run_folder import LOG_FILE, read_log
-from .sweep import CSV_FILE, FIGURE_FILE, SweepArguments, run_sweep, to_csv
+from .sweep import SweepArguments, run_sweep, to_csv
 from .trainer import RobustnessTokenTrainer
 
 
 __all__ = [
-    "CSV_FILE",
-    "FIGURE_FILE",
     "LOG_FILE",
     "PAPER",
     "PairsArguments",

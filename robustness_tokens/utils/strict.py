@@ -53,12 +53,12 @@ def _is_finite_number(value: object) -> bool:
     return isinstance(value, float) and math.isfinite(value)
 
 
-def check_parameters(parameters: object) -> None:
+def check_parameters(parameters: object, name: str = "attack_parameters") -> None:
     """Refuses anything but a mapping of names to plain values, or to lists of them."""
     if not isinstance(parameters, dict):
-        raise ValueError(f"attack_parameters must be a dictionary, got {type(parameters).__name__}")
-    for name, value in parameters.items():
-        check_text("the name of an attack parameter", name, MAX_NAME)
+        raise ValueError(f"{name} must be a dictionary, got {type(parameters).__name__}")
+    for key, value in parameters.items():
+        check_text(f"the name of a value in {name}", key, MAX_NAME)
         for element in value if isinstance(value, list) else [value]:
             if not (element is None or isinstance(element, bool) or _is_finite_number(element)):
-                check_text(f"attack_parameters[{name!r}]", element, MAX_NAME)
+                check_text(f"{name}[{key!r}]", element, MAX_NAME)

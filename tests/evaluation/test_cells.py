@@ -12,7 +12,7 @@ import torch
 from robustness_tokens import RobustnessTokenForImageClassification, RobustnessTokenModel
 from robustness_tokens.evaluation import cells
 from robustness_tokens.evaluation.attack_suite import Attack, AttackBatch
-from robustness_tokens.evaluation.cells import Cell, CellStore, digest, find_standing, merge, run_cells
+from robustness_tokens.evaluation.cells import Cell, CellStore, digest, find_remaining, merge, run_cells
 from robustness_tokens.evaluation.outcomes import measure_outcome, summarize, worst_outcome
 from robustness_tokens.evaluation.threat_models import AttackerView, EvaluatedModel, attacker_views
 from tests.support.bases import IMAGE_SIZE, build_base
@@ -182,7 +182,7 @@ def test_an_attack_on_what_is_left_leaves_the_same_worst_case(classifier: Evalua
         Cell(series="suite", view=full, attack=Attack(name=name, num_steps=3, num_restarts=1), eps=0.004, num_images=8)
         for name in ("cross_entropy", "margin")
     )
-    after = dataclasses.replace(second, standing_only=True)
+    after = dataclasses.replace(second, remaining_only=True)
 
     def run(*chosen: Cell, folder: Path | None = None) -> list[dict[str, torch.Tensor]]:
         store = CellStore(folder, {})
@@ -191,13 +191,13 @@ def test_an_attack_on_what_is_left_leaves_the_same_worst_case(classifier: Evalua
         )
 
     whole, (entropy, margin) = run(first, second), run(first, after, folder=tmp_path)
-    standing = clean["trained.correct"] & entropy["trained.correct"]
-    assert torch.equal(margin.pop("attacked"), standing)
-    assert 1 < standing.sum() < 7  # else the test says nothing
+    remaining = clean["trained.correct"] & entropy["trained.correct"]
+    assert torch.equal(margin.pop("attacked"), remaining)
+    assert 1 < remaining.sum() < 7  # else the test says nothing
     assert "trained.cosine" not in margin  # its worst case is of all images
     for name, value in margin.items():
-        assert torch.equal(value[~standing], clean[name][~standing])
-        torch.testing.assert_close(value[standing], whole[1][name][standing], atol=1e-5, rtol=1e-5)
+        assert torch.equal(value[~remaining], clean[name][~remaining])
+        torch.testing.assert_close(value[remaining], whole[1][name][remaining], atol=1e-5, rtol=1e-5)
     worst = [worst_outcome([*outcomes, clean])["trained.correct"] for outcomes in (whole, (entropy, margin))]
     assert torch.equal(*worst)
     files = {path.name for path in tmp_path.iterdir()}
@@ -222,7 +222,7 @@ def test_nothing_is_attacked_where_nothing_is_left(
         attack=attack,
         eps=0.1,
         num_images=3,
-        standing_only=True,
+        remaining_only=True,
     )
     settings: dict[str, Any] = {"batch_size": 2, "seed": 0, "store": CellStore(None, {}), "disable_tqdm": True}
     (outcome,) = run_cells([after], classifier, batches, tokens, clean, **settings)
@@ -238,20 +238,20 @@ def test_an_image_stands_with_any_tokens_after_each_attack_of_its_level_and_eps(
     clean = stood({"trained": [1, 1, 1, 0, 1], "none": [1, 1, 1, 0, 1], "zero": [1, 1, 1, 1, 1]})
     one = stood({"trained": [0, 1, 1, 1, 1], "none": [1, 0, 1, 1, 1], "zero": [1, 1, 1, 1, 1]})
     two = stood({"trained": [1, 1, 0, 1, 1], "none": [0, 1, 0, 1, 1], "zero": [1, 1, 1, 1, 1]})
-    this = dataclasses.replace(cell(view), num_images=4, standing_only=True)
+    this = dataclasses.replace(cell(view), num_images=4, remaining_only=True)
     other_eps, sweep = dataclasses.replace(this, eps=0.2), dataclasses.replace(this, series="sweep")
     other_level = dataclasses.replace(this, view=dataclasses.replace(view, knowledge="base"))
 
-    def standing(before: list[Cell], names: list[str]) -> list[bool]:
-        return find_standing(this, before, [one, two][: len(before)], clean, names).tolist()
+    def remaining(before: list[Cell], names: list[str]) -> list[bool]:
+        return find_remaining(this, before, [one, two][: len(before)], clean, names).tolist()
 
-    assert standing([], ["trained"]) == [True, True, True, False]
-    assert standing([this], ["trained"]) == [False, True, True, False]
-    assert standing([this, this], ["trained"]) == [False, True, False, False]
-    assert standing([this, this], ["trained", "none"]) == [False, True, False, False]
-    assert standing([this, this], ["none", "zero"]) == [True, True, True, True]
+    assert remaining([], ["trained"]) == [True, True, True, False]
+    assert remaining([this], ["trained"]) == [False, True, True, False]
+    assert remaining([this, this], ["trained"]) == [False, True, False, False]
+    assert remaining([this, this], ["trained", "none"]) == [False, True, False, False]
+    assert remaining([this, this], ["none", "zero"]) == [True, True, True, True]
     for other in (other_eps, other_level, sweep):
-        assert standing([other, other], ["trained"]) == standing([], ["trained"])
+        assert remaining([other, other], ["trained"]) == remaining([], ["trained"])
 
 
 def test_nothing_is_stored_without_a_folder(view: AttackerView) -> None:

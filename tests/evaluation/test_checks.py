@@ -262,57 +262,45 @@ def test_the_verdict_on_what_was_measured(
 ALL_TOKENS = ("none", "trained", "untrained", "zero", "mean")
 
 
-@pytest.mark.parametrize(
-    ("function", "value"),
-    [
-        (attackers.clean_cost, "accuracy 90.0% without, 90.0% with tokens; cosine 0.900"),
-        (
-            attackers.grey_box,
-            "accuracy at 4/255 worst case 40.0%: cross_entropy 40.0%; the published attack at 2/255: paper 50.0% of "
-            "200 images; APGD and AutoAttack not among them",
-        ),
-        (
-            attackers.own_tokens,
-            "accuracy at 4/255 worst case 25.0%: own_tokens_0 30.0%, own_tokens_ensemble 25.0%",
-        ),
-        (attackers.feature_adaptive, "at 4/255 cosine 0.100, accuracy 10.0% (away from: base and defended)"),
-        (
-            attackers.baselines,
-            "accuracy clean: none 90.0%, untrained 90.0%, zero 90.0%, mean 90.0%, trained 90.0%; grey box at 4/255: "
-            "none 40.0%, untrained 40.0%, zero 40.0%, mean 40.0%, trained 40.0%",
-        ),
-    ],
-)
-def test_what_is_only_reported(function: CheckFunction, value: str) -> None:
-    check = function(
-        measurements(
-            measured(0.4, knowledge="base", tokens=ALL_TOKENS),
-            measured(0.5, series="published", knowledge="base", attack="paper", eps=2 / 255, tokens=ALL_TOKENS),
-            measured(0.3, knowledge="own_tokens", view="own_tokens_0"),
-            measured(0.25, knowledge="own_tokens", view="own_tokens_ensemble"),
-            measured(0.2, attack="feature_cosine:base"),
-            measured(0.1, attack="feature_mse:defended"),
-            clean=outcome(0.9, tokens=ALL_TOKENS),
-        )
-    )
-    assert (check.passed, check.value) == (None, value)
+def found_results(checked: Measurements, **wanted: Any) -> dict[str, float]:
+    """Values of the results by attack, or by part of a level, and tokens."""
+    return {
+        f"{result.attack_parameters.get('part', result.attack)}, {result.tokens}": result.value
+        for result in checked.results()
+        if all(getattr(result, name) == value for name, value in wanted.items())
+    }
 
 
-def test_the_grey_box_names_what_was_measured() -> None:
-    changes: dict[str, Any] = {"trained.correct": torch.arange(COUNT) >= COUNT // 2}
-    check = attackers.grey_box(
-        measurements(
-            measured(0.4, knowledge="base"),
-            measured(0.5, knowledge="base", attack="apgd_cross_entropy", **changes),
-            measured(0.5, knowledge="base", attack="auto_attack"),
-            measured(0.1, knowledge="full"),
-            measured(0.0, knowledge="base", series="sweep"),
-        )
+def test_what_has_no_verdict_is_a_result() -> None:
+    checked = measurements(
+        measured(0.4, knowledge="base", tokens=ALL_TOKENS),
+        measured(0.5, series="published", knowledge="base", attack="paper", eps=2 / 255, tokens=ALL_TOKENS),
+        measured(0.3, knowledge="own_tokens", view="own_tokens_0"),
+        measured(0.25, knowledge="own_tokens", view="own_tokens_ensemble"),
+        measured(0.3, attack="cross_entropy"),
+        measured(0.2, attack="feature_cosine:base"),
+        measured(0.1, attack="feature_mse:defended"),
+        clean=outcome(0.9, tokens=ALL_TOKENS),
     )
-    # Of an attacked image, what one attack holds another may not: 40% of the first half, and none of it.
-    assert check.value == (
-        "accuracy at 4/255 worst case 0.0%: cross_entropy 40.0%, apgd_cross_entropy 50.0%, auto_attack 50.0%"
-    )
+    clean = {f"None, {name}": pytest.approx(0.9) for name in ALL_TOKENS}
+    assert found_results(checked, knowledge=None, metric="accuracy") == clean
+    assert found_results(checked, knowledge=None, metric="cosine") == clean
+    assert found_results(checked, knowledge="base", metric="accuracy") == {
+        **{f"worst_case, {name}": 0.4 for name in ALL_TOKENS},
+        **{f"cross_entropy, {name}": 0.4 for name in ("trained", "none")},
+        **{f"paper, {name}": 0.5 for name in ("trained", "none")},
+    }
+    assert found_results(checked, knowledge="own_tokens", metric="accuracy") == {
+        "worst_case, trained": 0.25,
+        "own_tokens_0, trained": 0.3,
+        "own_tokens_ensemble, trained": 0.25,
+        "cross_entropy, trained": 0.25,
+    }
+    for metric in ("accuracy", "cosine"):
+        found = found_results(checked, knowledge="full", metric=metric)
+        assert found["attacks on features, trained"] == pytest.approx(0.1)
+    (part, _) = [result for result in checked.results() if result.attack_parameters.get("part", "")[:7] == "attacks"]
+    assert part.attack_parameters["attacks"] == ["feature_cosine:base (full)", "feature_mse:defended (full)"]
 
 
 def after_others(pair: Measured, attacked: Tensor, **changes: Any) -> Measured:
@@ -320,7 +308,7 @@ def after_others(pair: Measured, attacked: Tensor, **changes: Any) -> Measured:
     found = {
         name: value for name, value in {**pair[1], "attacked": attacked, **changes}.items() if "cosine" not in name
     }
-    return dataclasses.replace(pair[0], standing_only=True), found
+    return dataclasses.replace(pair[0], remaining_only=True), found
 
 
 def test_an_attack_on_what_is_left_counts_with_those_before_it() -> None:
@@ -331,10 +319,6 @@ def test_an_attack_on_what_is_left_counts_with_those_before_it() -> None:
     apgd = after_others(measured(0.9, knowledge="base", attack="apgd_cross_entropy"), numbers < 0)
     weak = measured(0.5, knowledge="base", attack="feature_cosine:base")
     checked = measurements(weak, measured(0.1, knowledge="base"), margin, apgd, measured(0.2))
-    assert attackers.grey_box(checked).value == (
-        "accuracy at 4/255 worst case 7.5%: feature_cosine:base 50.0%, cross_entropy 10.0%, then margin 7.5%, then "
-        "apgd_cross_entropy 7.5%"
-    )
     assert convergence.budget(checked).value.startswith("0 of 620 attacked images")
     found = {r.attack: r for r in checked.results() if r.metric == "accuracy" and r.knowledge == "base"}
     values = {name: (r.value, r.num_images) for name, r in found.items()}
@@ -362,26 +346,21 @@ def test_sets_of_own_tokens_that_take_what_is_left_count_together() -> None:
     second = after_others(
         measured(0.9, knowledge="own_tokens", view="own_tokens_1"), torch.arange(COUNT) < 60, **changes
     )
-    found = attackers.own_tokens(measurements(first, second)).value
-    assert found == "accuracy at 4/255 worst case 20.0%: after own_tokens_0 30.0%, after own_tokens_1 20.0%"
+    checked = measurements(first, second)
+    parts = {"own_tokens_0, trained": 0.3, "own_tokens_1 after own_tokens_0, trained": 0.2}
+    found = found_results(checked, knowledge="own_tokens", metric="accuracy")
+    assert found == {"worst_case, trained": 0.2, "cross_entropy, trained": 0.2, **parts}
+    cosines = found_results(checked, knowledge="own_tokens", metric="cosine")
+    assert "own_tokens_0, trained" in cosines
+    assert "own_tokens_1 after own_tokens_0, trained" not in cosines, "what it attacked feeds no cosine"
 
 
 def test_feature_attacks_on_what_is_left_say_nothing_of_features() -> None:
     left = after_others(measured(0.9, attack="feature_mse:base"), torch.arange(COUNT) < 20)
     checked = measurements(measured(0.1), measured(0.4, attack="feature_cosine:base"), left)
-    assert attackers.feature_adaptive(checked).value == "at 4/255 cosine 0.400, accuracy 40.0% (away from: base)"
-
-
-def test_the_published_attack_alone_is_a_grey_box_too() -> None:
-    checked = measurements(measured(0.5, series="published", knowledge="base", attack="paper", eps=2 / 255))
-    assert "the published attack at 2/255: paper 50.0% of 200 images" in attackers.grey_box(checked).value
-
-
-def test_what_only_classifies_is_not_missed_elsewhere() -> None:
-    found = [measured(0.4, knowledge="base", attack="feature_cosine:base")]
-    assert attackers.grey_box(measurements(*found)).value.endswith("; APGD and AutoAttack not among them")
-    check = attackers.grey_box(measurements(*found, task="features"))
-    assert check.value == "cosine at 4/255 worst case 0.400: feature_cosine:base 0.400"
+    name = "attacks on features, trained"
+    assert found_results(checked, knowledge="full", metric="cosine")[name] == pytest.approx(0.4)
+    assert found_results(checked, knowledge="full", metric="accuracy")[name] == 0.4
 
 
 def own(view: str, *tokens: Tensor) -> Cell:
@@ -504,14 +483,6 @@ def test_an_attacker_may_leave_an_image_as_it_is() -> None:
     assert check.value.startswith("accuracy at 4/255 white box 40.0%")
 
 
-def test_heads_of_their_own_are_no_secret(classifier: RobustnessTokenForImageClassification) -> None:
-    head, other = (SegmentationHead(HIDDEN_SIZE, 4) for _ in range(2))
-    for base_head, words in ((None, "with tokens;"), (other, "with tokens, each under a head of its own;")):
-        checked = measurements()
-        checked.model.model = ProbedModel(classifier, head, base_head=base_head)
-        assert words in attackers.clean_cost(checked).value
-
-
 def test_half_a_point_is_the_same_and_no_change_is_less() -> None:
     assert not exceeds(0.305, 0.3)  # 0.0050000000000000044 in floats
     assert exceeds(0.3051, 0.3)
@@ -520,8 +491,9 @@ def test_half_a_point_is_the_same_and_no_change_is_less() -> None:
 
 
 def test_a_sentence_never_breaks_a_report() -> None:
-    parts = [measured(0.3, knowledge="own_tokens", view=f"own_tokens_{number}") for number in range(500)]
-    check = attackers.own_tokens(measurements(*parts))
+    too_bright: dict[str, Any] = {"highest_pixel": torch.full((COUNT,), 2.0)}
+    parts = [measured(0.3, knowledge="own_tokens", view=f"own_tokens_{number}", **too_bright) for number in range(500)]
+    check = convergence.budget(measurements(*parts))
     assert len(check.value) == 2000
     assert check.value.endswith(" ...")
 
@@ -717,15 +689,15 @@ def test_random_directions_keep_the_cosine_of_full_vectors() -> None:
     assert none.tolist() == [0, 0]
 
 
-def test_the_checks_are_numbered_from_1_to_17(classifier: RobustnessTokenForImageClassification) -> None:
+def test_the_checks_are_numbered_from_1_to_12(classifier: RobustnessTokenForImageClassification) -> None:
     empty = probing(EvaluatedModel(classifier))
     checked = Measurements(**{**vars(empty), "clean": outcome(0.9, tokens=ALL_TOKENS)})
     checks = run_checks(checked)
-    assert [check.number for check in checks] == list(range(1, 18))
-    assert len(CHECKS) == 17
-    assert len({check.name for check in checks}) == 17
+    assert [check.number for check in checks] == list(range(1, 13))
+    assert len(CHECKS) == 12
+    assert len({check.name for check in checks}) == 12
     not_run = {check.number for check in checks if check.value.startswith("not run")}
-    assert not_run == {2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 15}
+    assert not_run == {1, 2, 3, 4, 5, 6, 7, 8, 9, 11}
     assert all(check.passed is None for check in checks if check.number in not_run)
 
 
@@ -768,10 +740,10 @@ def evaluated(classifier: RobustnessTokenForImageClassification) -> dict[int, An
 
 def test_the_report_has_the_checks(classifier: RobustnessTokenForImageClassification, small_budget: None) -> None:
     checks = evaluated(classifier)
-    assert sorted(checks) == list(range(1, 18))
-    assert "eps 0 equals clean" in checks[12].value
-    assert {number: checks[number].passed for number in (14, 15, 16)} == {14: True, 15: True, 16: True}
-    assert all(checks[number].value.startswith("not run") for number in (7, 9, 10, 11, 13))
+    assert sorted(checks) == list(range(1, 13))
+    assert "eps 0 equals clean" in checks[8].value
+    assert {number: checks[number].passed for number in (10, 11, 12)} == {10: True, 11: True, 12: True}
+    assert all(checks[number].value.startswith("not run") for number in (3, 5, 6, 7, 9))
 
 
 def test_an_attack_that_moves_without_a_budget_is_seen(
@@ -781,7 +753,7 @@ def test_an_attack_that_moves_without_a_budget_is_seen(
         return (images + 1 / 255).clamp(0, 1)
 
     monkeypatch.setattr(attack_suite, "pgd_attack", restless)
-    check = evaluated(classifier)[12]
+    check = evaluated(classifier)[8]
     assert check.passed is False
     assert "eps 0 differs from clean" in check.value
 
@@ -793,6 +765,6 @@ def test_an_attack_that_breaks_its_budget_is_seen(
         return pgd_attack(*args, eps=eps + 1 / 255, **kwargs)
 
     monkeypatch.setattr(attack_suite, "pgd_attack", overshooting)
-    check = evaluated(classifier)[15]
+    check = evaluated(classifier)[11]
     assert check.passed is False
     assert "suite-full-cross_entropy-eps4" in check.value

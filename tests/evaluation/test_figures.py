@@ -271,14 +271,10 @@ def test_without_matplotlib_there_are_no_figures_and_a_word_about_it(
 
 
 def test_what_the_training_left_is_taken_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = tmp_path / "sweep" / "tokens-3"
+    folder = tmp_path / "adapter"
     rows = [dict.fromkeys(LOG_COLUMNS, 0.5) | {"step": step} for step in (1, 2, 3)]
     assert training_figures(folder) == {}
     start_log(folder / LOG_FILE, rows)
     monkeypatch.setattr(evaluation_figures, "plot_training_curves", lambda log, file: file.write(repr(log).encode()))
     assert training_figures(folder) == {"training_curves.png": repr(rows).encode()}
-    (folder.parent / "sweep.png").write_bytes(b"PNG")
-    assert set(training_figures(str(folder))) == {"training_curves.png"}, "no sweep's: its CSV is not there"
-    (folder.parent / "sweep.csv").write_text("")
-    assert training_figures(folder)["sweep.png"] == b"PNG"
-    assert training_figures("sweep/on-the-hub") == {}
+    assert training_figures("adapter/on-the-hub") == {}

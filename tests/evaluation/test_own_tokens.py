@@ -29,6 +29,7 @@ from robustness_tokens.evaluation.own_tokens import (
 )
 from robustness_tokens.evaluation.threat_models import EvaluatedModel
 from tests.support.bases import HIDDEN_SIZE, IMAGE_SIZE, build_base
+from tests.support.reports import make_report
 
 
 STATED: dict[str, Any] = {
@@ -100,7 +101,7 @@ def described(
     num_pairs: int | None = None,
     overrides: dict[str, Any] | None = None,
     on_evaluated: bool = False,
-) -> list[str]:
+) -> dict[str, dict[str, Any]]:
     specs = [OwnTokensSpec(seed=5, num_robustness_tokens=2, dataset=number) for number in range(len(datasets))]
     arguments: dict[str, Any] = {"num_adversarial_pairs": num_pairs, "overrides": overrides, "disable_tqdm": True}
     trained = train_own_tokens(model, specs, datasets, folder, **arguments)
@@ -112,16 +113,20 @@ def described(
     return words
 
 
+OWN = {"num_robustness_tokens": 2, "num_images": 6}
+
+
 @pytest.mark.parametrize(
-    ("overrides", "expected"),
+    ("overrides", "recipe", "own"),
     [
-        ({}, []),
-        ({"attack": "pgd", "max_steps": 2, "seed": 3}, []),  # no other than the recipe
+        ({}, {}, {}),
+        ({"attack": "pgd", "max_steps": 2, "seed": 3}, {}, {}),  # no other than the recipe
         (
             {"eps": 4 / 255, "max_steps": 3},
-            ["but with max_steps=3 instead of 2", "but with eps=4/255 instead of 8/255"],
+            {"max_steps": 2, "eps": 8 / 255},
+            {"max_steps": 3, "eps": 4 / 255},
         ),
-        ({"attack_through": "tokens"}, ["but with attack_through=tokens instead of base"]),
+        ({"attack_through": "tokens"}, {"attack_through": "base"}, {"attack_through": "tokens"}),
     ],
     ids=["none", "same", "changed", "another attacker"],
 )
@@ -130,81 +135,76 @@ def test_it_is_said_how_own_tokens_are_trained(
     dataset: list[dict[str, Tensor]],
     tmp_path: Path,
     overrides: dict[str, Any],
-    expected: list[str],
+    recipe: dict[str, Any],
+    own: dict[str, Any],
 ) -> None:
     found = described(model, [dataset], tmp_path, overrides=overrides)
-    assert found == ["by the recipe", *expected, "on 6 images"]
+    assert found == {"recipe": {"num_images": 6, **recipe}, "own_tokens_0": {**OWN, **own}}
 
 
 NUM_SETTINGS = len(RECIPE.keys() - {"seed", "image_size", "num_processes", "num_steps_done", "dataset"})
 
 
 @pytest.mark.parametrize(
-    ("recipe", "changes", "overrides", "expected"),
+    ("recipe", "changes", "overrides", "theirs", "own"),
     [
         (
             {},
             {},
             {"max_steps": 2},
-            ["by the package's defaults, as the recipe is not known", "but with max_steps=2 instead of 50"],
+            {"max_steps": 50},
+            {"settings_left_to_defaults": NUM_SETTINGS - 1, "max_steps": 2},
         ),
-        (
-            {"attack": "pgd"},
-            {},
-            {},
-            [
-                f"by the recipe, which leaves {NUM_SETTINGS - 1} of {NUM_SETTINGS} settings to the package's defaults",
-            ],
-        ),
+        ({"attack": "pgd"}, {}, {}, {}, {"settings_left_to_defaults": NUM_SETTINGS - 1}),
         (
             {"attack": "pgd"},
             {"max_steps": 3},
             {"max_steps": 3},
-            [
-                f"by the recipe, which leaves {NUM_SETTINGS - 2} of {NUM_SETTINGS} settings to the package's defaults",
-                "but with max_steps=3 instead of 50",
-            ],
+            {"max_steps": 50},
+            {"settings_left_to_defaults": NUM_SETTINGS - 2, "max_steps": 3},
         ),
         (
             {**RECIPE, "max_steps": 3},
             {"max_steps": 3, "num_steps_done": 3},
             {},
-            ["by the recipe", "but with num_steps_done=3 instead of 2"],
+            {"num_images": 6, "num_steps_done": 2},
+            {"num_steps_done": 3},
         ),
         (
             {**RECIPE, "num_processes": 4},
             {},
             {},
-            ["by the recipe", "but with num_processes=1 instead of 4", "so with 2 images per step instead of 8"],
+            {"num_images": 6, "num_processes": 4, "images_per_step": 8},
+            {"num_processes": 1, "images_per_step": 2},
         ),
         (
             {**RECIPE, "num_processes": 4},
             {"gradient_accumulation_steps": 4},
             {"gradient_accumulation_steps": 4},
-            [
-                "by the recipe",
-                "but with gradient_accumulation_steps=4 instead of 1",
-                "but with num_processes=1 instead of 4",
-            ],
+            {"num_images": 6, "gradient_accumulation_steps": 1, "num_processes": 4},
+            {"gradient_accumulation_steps": 4, "num_processes": 1},
         ),
         (
             {**RECIPE, "previous": STATED},
             {},
             {},
-            ["by the recipe", "but from new tokens, where the defender's had been trained before"],
+            {"num_images": 6, "earlier_training": True},
+            {"earlier_training": False},
         ),
         (
             {**RECIPE, "image_size": [224, 196]},
             {},
             {},
-            ["by the recipe", f"but with image_size={IMAGE_SIZE} instead of [224, 196]"],
+            {"num_images": 6, "image_size": [224, 196]},
+            {"image_size": IMAGE_SIZE},
         ),
-        ({**RECIPE, "image_size": "\n" * 300, "num_processes": "all", "dataset": "all"}, {}, {}, ["by the recipe"]),
+        ({**RECIPE, "image_size": "\n" * 300, "num_processes": "all", "dataset": "all"}, {}, {}, {}, {}),
         (
             {**RECIPE, "lr_scheduler_type": "x" * 300},
             {},
             {},
-            ["by the recipe", f"but with lr_scheduler_type=constant instead of {'x' * 300}"[:200]],
+            {"num_images": 6, "lr_scheduler_type": "x" * 200},
+            {"lr_scheduler_type": "constant"},
         ),
     ],
     ids=[
@@ -225,22 +225,26 @@ def test_what_departs_from_any_part_of_the_recipe_is_said(
     recipe: dict[str, Any],
     changes: dict[str, Any],
     overrides: dict[str, Any],
-    expected: list[str],
+    theirs: dict[str, Any],
+    own: dict[str, Any],
 ) -> None:
     assert model.adapter is not None
     model.adapter.config.training = recipe
-    own = OwnTokens(tokens=torch.zeros(2, HIDDEN_SIZE), training={**RECIPE, **changes})
-    assert describe_training(model, [own], overrides=overrides) == [*expected, "on 6 images"]
+    trained = OwnTokens(tokens=torch.zeros(2, HIDDEN_SIZE), training={**RECIPE, **changes})
+    found = describe_training(model, [trained], overrides=overrides)
+    assert found == {"recipe": theirs, "own_tokens_0": {**OWN, **own}}
+    assert make_report(own_tokens=found).own_tokens == found, "a report holds it"
 
 
 def test_it_is_said_what_own_tokens_are_trained_on(
     model: EvaluatedModel, dataset: list[dict[str, Tensor]], tmp_path: Path
 ) -> None:
-    assert described(model, [dataset, dataset[:3]], tmp_path / "pairs", num_pairs=4) == [
-        "by the recipe",
-        "on 4 images attacked once for all sets, the defender on 6",
-        "on 3 images attacked once for all sets, the defender on 6",
-    ]
+    recipe, once = {"num_images": 6}, {"attacked_once_for_all_sets": True}
+    assert described(model, [dataset, dataset[:3]], tmp_path / "pairs", num_pairs=4) == {
+        "recipe": recipe,
+        "own_tokens_0": {**OWN, "num_images": 4, **once},
+        "own_tokens_1": {**OWN, "num_images": 3, **once},
+    }
     alone = train_own_tokens(
         model,
         [OwnTokensSpec(seed=5, num_robustness_tokens=2, dataset=1)],
@@ -248,17 +252,14 @@ def test_it_is_said_what_own_tokens_are_trained_on(
         tmp_path / "one",
         disable_tqdm=True,
     )
-    assert describe_training(model, alone) == ["by the recipe", "on 3 images, the defender on 6"]
-    assert described(model, [dataset], tmp_path / "own", on_evaluated=True) == [
-        "by the recipe",
-        "on 6 images of the evaluated dataset itself",
-    ]
+    assert describe_training(model, alone) == {"recipe": recipe, "own_tokens_0": {**OWN, "num_images": 3}}
+    on_evaluated = described(model, [dataset], tmp_path / "own", on_evaluated=True)
+    assert on_evaluated == {"recipe": recipe, "own_tokens_0": {**OWN, "on_evaluated_dataset": True}}
     both = {"attack_through": "both"}
-    assert described(model, [dataset], tmp_path / "both", num_pairs=4, overrides=both) == [
-        "by the recipe",
-        "but with attack_through=both instead of base",
-        "on 6 images",
-    ]
+    assert described(model, [dataset], tmp_path / "both", num_pairs=4, overrides=both) == {
+        "recipe": {**recipe, "attack_through": "base"},
+        "own_tokens_0": {**OWN, **both},
+    }
 
 
 def test_a_config_names_no_folders_or_trackers_for_the_attacker(

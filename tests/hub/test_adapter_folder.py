@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from robustness_tokens import RobustnessReport, RobustnessTokenModel
 from robustness_tokens.data.image_processors import read_image_processor
 from robustness_tokens.hub.adapter_folder import (
     cached_commit,
@@ -118,6 +119,19 @@ def test_an_adapter_is_read_in_one_call(adapter_folder: Path) -> None:
         == read_image_processor(adapter_folder / "preprocessor_config.json").to_dict()
     )
     assert adapter.report == make_report()
+
+
+def test_an_adapter_loads_beside_a_report_of_an_older_package(
+    adapter_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = adapter_folder / "evaluation.json"
+    path.write_text('{"schema_version": 1, "a_key_of_the_past": 1}')
+    assert load_adapter(adapter_folder).report is None
+    (record,) = caplog.records
+    assert record.getMessage().startswith(f"{path} is ignored: the report has schema_version 1, of an older package")
+    RobustnessTokenModel.from_pretrained(adapter_folder).save_pretrained(adapter_folder)
+    with pytest.raises(ValueError, match="evaluate again with `robtok evaluate`"):
+        RobustnessReport.load(adapter_folder)
 
 
 def test_errors_come_in_the_order_of_reading(adapter_folder: Path) -> None:

@@ -259,14 +259,14 @@ def test_an_empty_report_says_so() -> None:
 
 
 def test_figures_are_inline_in_their_order_with_their_titles() -> None:
-    figures = {"zoo.png": png("blue"), "sweep.png": png("red"), "accuracy_by_eps.png": png("green")}
+    figures = {"zoo.png": png("blue"), "training_curves.png": png("red"), "accuracy_by_eps.png": png("green")}
     source = render_report_html(full_report(figures=figures))
     page = check_page(source)
     shown = [base64.b64decode((image["src"] or "").partition(",")[2]) for image in page.all("img")]
-    assert shown == [figures["accuracy_by_eps.png"], figures["sweep.png"], figures["zoo.png"]]
+    assert shown == [figures["accuracy_by_eps.png"], figures["training_curves.png"], figures["zoo.png"]]
     assert [(image["alt"] or "").partition(".")[0] for image in page.all("img")] == [
         "Accuracy against the size of the attack",
-        "How many tokens it takes",
+        "Training of the tokens",
         "zoo",
     ]
     assert "pip install" not in page.words()

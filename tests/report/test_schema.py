@@ -71,7 +71,7 @@ def test_the_figures_are_neither_stored_nor_compared() -> None:
         ({"attack_parameters": {"a": math.inf}}, "attack_parameters"),
         ({"attack_parameters": {"a": {"b": 1}}}, "attack_parameters"),
         ({"attack_parameters": {"a": [[1]]}}, "attack_parameters"),
-        ({"attack_parameters": {1: 1}}, "the name of an attack parameter"),
+        ({"attack_parameters": {1: 1}}, "the name of a value in attack_parameters"),
         ({"attack_parameters": []}, "attack_parameters must be a dictionary"),
     ],
 )
@@ -87,7 +87,7 @@ def test_a_cosine_may_round_beyond_one() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"number": 18}, "number must be a whole number from 1 to 17"),
+        ({"number": 13}, "number must be a whole number from 1 to 12"),
         ({"number": True}, "number"),
         ({"passed": 1}, "passed must be true, false or null"),
         ({"value": 0.5}, "value must be a text"),
@@ -107,7 +107,12 @@ CHECK = Check(number=2, name="grey box", passed=None, value="", explanation="")
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"schema_version": 2}, "schema_version 2, this package reads up to 1: pip install"),
+        ({"schema_version": 3}, "schema_version 3, this package reads 2: pip install"),
+        ({"schema_version": 1}, "schema_version 1, of an older package, .* evaluate again"),
+        ({"own_tokens": []}, "own_tokens must be a dictionary"),
+        ({"own_tokens": {"recipe": {"a": {}}}}, r"own_tokens\['recipe'\]\['a'\] must be a text"),
+        ({"own_tokens": {"recipe": 1}}, r"own_tokens\['recipe'\] must be a dictionary"),
+        ({"base_has_own_head": 1}, "base_has_own_head must be true or false"),
         ({"schema_version": "1"}, "schema_version must be"),
         ({"dataset": {"name": "x"}}, r"dataset has missing keys \['num_images', 'split'\]"),
         ({"dataset": {"name": "x", "split": 1, "num_images": 5}}, "dataset.split must be a text"),

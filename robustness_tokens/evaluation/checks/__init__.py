@@ -1,4 +1,4 @@
-"""The checks that a report must pass before its numbers count."""
+"""The checks that an evaluation must pass before its numbers count."""
 
 from .run import run_checks
 

@@ -1,4 +1,4 @@
-"""The checks of whether the white-box attack does its work, by what it reached with more steps, starts and eps."""
+"""Checks that the white-box attack converges: more steps, more starts, larger eps."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ ABOUT_ZERO = {"accuracy": 0.01, "miou": 0.05, "cosine": 0.1}
 
 
 @check(
-    9,
+    5,
     "steps",
     "White-box PGD with more and more steps: doubling the last number must change less than half a point, and the "
     "number that the results take must leave at most half a point more than the last on the same images. If it fails, "
@@ -53,7 +53,7 @@ def steps(measurements: Measurements) -> Finding:
 
 
 @check(
-    10,
+    6,
     "restarts",
     "White-box PGD with more and more random starts, the worst for each image: doubling the last number must change "
     "less than half a point, and the number that the results take must leave at most half a point more than the last "
@@ -82,14 +82,9 @@ def _in_suite(
     *,
     least: float,
 ) -> tuple[bool, str]:
-    """Whether what the results of an attack take leaves no more than the most effort did, and what that is.
+    """Tells whether the attack in the results leaves at most `least`, as the most effort did, and says what it leaves.
 
-    Args:
-        measurements: Whose suite.
-        pair: A cell of the attack with any effort, and its outcome.
-        effort: What was tried more of.
-        metric: That is judged.
-        least: What the most effort left of the same images.
+    `pair` is a cell of the attack with any effort, and its outcome; `effort` names what was tried more of.
     """
     cell, count = pair[0], len(pair[1]["pixel_difference"])
     chosen = measurements.select(
@@ -105,7 +100,7 @@ def _in_suite(
 
 
 @check(
-    11,
+    7,
     "strength order",
     "White-box PGD must leave at most what a single step leaves, within half a point. If it leaves more, its steps go "
     "astray: gradients are masked, or the step size is wrong.",
@@ -119,7 +114,7 @@ def strength_order(measurements: Measurements) -> Finding:
 
 
 @check(
-    12,
+    8,
     "eps sweep",
     "At eps = 0 every attacker must measure exactly what was measured on clean images, and a larger eps must never "
     "help the white box's victim by more than half a point. Attacks that don't differentiate the model itself may. "
@@ -157,7 +152,7 @@ def eps_sweep(measurements: Measurements) -> Finding:
 
 
 @check(
-    13,
+    9,
     "unbounded",
     "With eps = 1 and many steps a white box may draw any picture, and must leave about nothing: an accuracy of at "
     "most 1%, an mIoU of at most 0.05, a cosine of at most 0.1. If it leaves more, gradients are masked or the "
@@ -172,7 +167,7 @@ def unbounded(measurements: Measurements) -> Finding:
 
 
 @check(
-    15,
+    11,
     "budget",
     "No attacked image may change a pixel by more than eps (and 0.000001 for rounding) or leave [0, 1], measured "
     "after all rounding; the published attack has a budget of its own. If it fails, the attack did more than it says, "

@@ -1,4 +1,4 @@
-"""The checks that look at the model itself: its gradients, its determinism, and whether our attack works on it.
+"""Checks that probe the model: its gradients, its determinism, and whether our attack works on it.
 
 Shapes: B images, R random directions.
 """
@@ -33,7 +33,7 @@ _START_STREAM, _DIRECTION_STREAM, _PLANTED_STREAM = range(3)
 
 
 @check(
-    14,
+    10,
     "gradients",
     "At a random point of the ball around each image: no gradient of the white box may be zero; two passes must give "
     "the same output, bit for bit; and the mean cosine of the gradients with finite differences must exceed 0.9. Both "
@@ -70,7 +70,7 @@ def gradients(measurements: Measurements) -> Finding:
 
 
 @check(
-    16,
+    12,
     "attack unit test",
     "A weakness is planted: a head that changes its answer where the output has moved half as far as it does for one "
     "known point in the ball, a random corner. PGD must find it for 99% of the images. If it fails, our attack "
@@ -106,7 +106,7 @@ def attack_unit_test(measurements: Measurements) -> Finding:
 
 
 def input_gradients(objective: ObjectiveFn, images: Tensor) -> Tensor:
-    """Gradient of each image's objective; zero where the objective doesn't depend on the images."""
+    """Returns the gradient of each image's objective, zero where it does not depend on the images."""
     with torch.enable_grad():
         images = images.detach().clone().requires_grad_()
         value = objective(images).sum()
@@ -120,19 +120,11 @@ def input_gradients(objective: ObjectiveFn, images: Tensor) -> Tensor:
 def difference_cosines(
     objective: ObjectiveFn, images: Tensor, gradient: Tensor, directions: Tensor, *, step: float = DIFFERENCE_STEP
 ) -> Tensor:
-    """Cosine of gradients with central finite differences, along random directions.
+    """Returns the (B,) cosines of gradients with central finite differences, along (R, B, ...) random signs.
 
-    A vector's products with random directions keep its cosines; a single pixel's difference drowns in rounding.
-
-    Args:
-        objective: (B, ...) images to (B,); best float64 of float32 outputs, so that only the model rounds.
-        images: (B, ...) float.
-        gradient: (B, ...) to compare.
-        directions: (R, B, ...) of signs.
-        step: In pixel units.
-
-    Returns:
-        (B,) cosines; 0 where a gradient or all differences are 0.
+    A vector's products with random directions keep its cosines, while a single pixel's difference drowns in rounding.
+    `objective` is best float64 of float32 outputs, so that only the model rounds; `step` is in pixel units. Cosines
+    are 0 where a gradient or all differences are 0.
     """
     differences = torch.stack(
         [(objective(images + step * one) - objective(images - step * one)).double() for one in directions], dim=1
@@ -142,7 +134,7 @@ def difference_cosines(
 
 
 def _probe(measurements: Measurements) -> tuple[EvaluatedModel, AttackBatch, float]:
-    """The model, a few images and the main eps."""
+    """Returns the model, a few images and the main eps."""
     eps = measurements.eps[0]
     if eps == 0:
         raise NotRunError("the first eps is 0")
@@ -151,21 +143,21 @@ def _probe(measurements: Measurements) -> tuple[EvaluatedModel, AttackBatch, flo
 
 
 def _around(batch: AttackBatch, eps: float, seed: int) -> Tensor:
-    """A random point of the ball around each image, with room for a difference."""
+    """Returns a random point of the ball around each image, with room for a difference."""
     generators = example_generators(seed, _START_STREAM, batch.index)
     noise = torch.stack([torch.rand(batch.images.shape[1:], generator=one) for one in generators])
     return (batch.images + eps * (2 * noise.to(batch.images) - 1)).clamp(DIFFERENCE_STEP, 1 - DIFFERENCE_STEP)
 
 
 def _signs(batch: AttackBatch, stream: int, seed: int, count: int) -> Tensor:
-    """(count, B, ...) of -1 and 1, which belong to the images."""
+    """Returns (count, B, ...) random signs that belong to the images."""
     shape = (count, *batch.images.shape[1:])
     draws = [torch.rand(shape, generator=one) for one in example_generators(seed, stream, batch.index)]
     return torch.where(torch.stack(draws, dim=1) < 0.5, -1.0, 1.0).to(batch.images)
 
 
 def _output(model: EvaluatedModel, batch: AttackBatch, images: Tensor, *, exact: bool = True) -> Tensor:
-    """What the task reads: features, logits, or logits of every pixel; with the tokens, float32."""
+    """Returns the output of the task with the tokens: features, logits, or logits of every pixel."""
     if model.task == "features":
         return model.features(images, model.tokens, exact=exact)
     if model.task == "segmentation":
@@ -175,7 +167,7 @@ def _output(model: EvaluatedModel, batch: AttackBatch, images: Tensor, *, exact:
 
 
 def _objective(model: EvaluatedModel, batch: AttackBatch, *, exact: bool) -> ObjectiveFn:
-    """What the white box maximises; `exact` is in float64 of the float32 outputs, and else as attacks compute it."""
+    """Returns the white box's objective; `exact` is in float64 of float32 outputs, otherwise as attacks compute it."""
     tokens = model.tokens
 
     def widened(output: Tensor) -> Tensor:

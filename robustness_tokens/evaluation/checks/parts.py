@@ -1,4 +1,4 @@
-"""What the checks are made of: a number per measurement, when one number exceeds another, and how they are worded."""
+"""Parts of the checks: selecting measurements, comparing numbers, and putting them into words."""
 
 from __future__ import annotations
 
@@ -22,18 +22,14 @@ Finding: TypeAlias = tuple[bool | None, str]
 
 
 class NotRunError(Exception):
-    """A check lacks what it looks at; the message says what."""
+    """A check lacks the measurements that it needs; the message says which."""
 
 
 def check(number: int, name: str, explanation: str) -> Callable[[Callable[[Measurements], Finding]], CheckFunction]:
-    """Makes a check of a function that returns its verdict and what it found, in words.
+    """Makes a check of a function that returns its verdict and its finding in words.
 
-    Args:
-        number, name: Of the check.
-        explanation: How it is judged, and what it means if it fails.
-
-    Returns:
-        A decorator. Where the function raises `NotRunError`, the check has no verdict and says why.
+    `explanation` says how it is judged, and what a failure means. If the function raises `NotRunError`, the check has
+    no verdict and says why.
     """
 
     def decorate(function: Callable[[Measurements], Finding]) -> CheckFunction:
@@ -53,25 +49,19 @@ def check(number: int, name: str, explanation: str) -> Callable[[Callable[[Measu
 
 
 def verdict(*parts: bool | None) -> bool | None:
-    """Fails if a part fails; passes if all were run and pass."""
+    """Returns False if a part failed, None if a part was not run, else True."""
     if False in parts:
         return False
     return None if None in parts else True
 
 
 def main_metric(measurements: Measurements) -> str:
-    """What is judged: accuracy, mIoU over the data set, or the cosine with the base's clean features."""
+    """Returns the metric that is judged: accuracy, mIoU over the dataset, or cosine with the clean features."""
     return {"classification": "accuracy", "segmentation": "miou", "features": "cosine"}[measurements.model.task]
 
 
 def score(outcome: Outcome, metric: str, tokens: str = "trained") -> float:
-    """The average over the images.
-
-    Args:
-        outcome: Of n images.
-        metric: `"accuracy"`, `"miou"` or `"cosine"`.
-        tokens: Name of the tokens that were in the model.
-    """
+    """Returns the average over the images of `"accuracy"`, `"miou"` or `"cosine"`."""
     if metric == "accuracy":
         return accuracy(outcome[f"{tokens}.correct"])
     if metric == "miou":
@@ -80,11 +70,7 @@ def score(outcome: Outcome, metric: str, tokens: str = "trained") -> float:
 
 
 def suite(measurements: Measurements, eps: float | None = None, **wanted: Any) -> list[tuple[Cell, Outcome]]:
-    """The suite's cells with these values (see [`Measurements.select`]), and their outcomes.
-
-    Raises:
-        NotRunError: If there are none.
-    """
+    """Returns the suite's cells with these values (see [`Measurements.select`]); `NotRunError` if there are none."""
     chosen = measurements.select(series="suite", **wanted, **({} if eps is None else {"eps": eps}))
     if not chosen:
         at = "" if eps is None else f" at eps {eps_in_words(eps)}"
@@ -93,11 +79,7 @@ def suite(measurements: Measurements, eps: float | None = None, **wanted: Any) -
 
 
 def diagnostic(measurements: Measurements, series: str) -> list[tuple[Cell, Outcome]]:
-    """The cells of a series that only a check looks at, on the same images, and their outcomes.
-
-    Raises:
-        NotRunError: If there are none.
-    """
+    """Returns the cells of a series that only a check needs; `NotRunError` if there are none."""
     chosen = measurements.select(series=series)
     if not chosen:
         raise NotRunError("needs the diagnostics, and an attacker who knows the tokens (knowledge 'full')")
@@ -107,36 +89,36 @@ def diagnostic(measurements: Measurements, series: str) -> list[tuple[Cell, Outc
 def worst(
     measurements: Measurements, chosen: Sequence[tuple[Cell, Outcome]], metric: str, tokens: str = "trained"
 ) -> float:
-    """The average over the images of the worst for each, see [`Measurements.worst`]."""
+    """Returns the average over the images of the worst outcome, see [`Measurements.worst`]."""
     return score(measurements.worst(chosen, tokens), metric, tokens)
 
 
 def exceeds(value: float, reference: float) -> bool:
-    """Whether a value is more than half a point higher."""
+    """Tells whether a value is more than half a point higher."""
     return round(value - reference, _ROUNDING) > TOLERANCE
 
 
 def has_converged(before: float, after: float) -> bool:
-    """Whether two values are less than half a point apart."""
+    """Tells whether two values are less than half a point apart."""
     return round(abs(before - after), _ROUNDING) < TOLERANCE
 
 
 def in_words(value: float, metric: str) -> str:
-    """Such as `34.5%` or `.345`."""
+    """Returns text such as `34.5%` or `0.345`."""
     return f"{100 * value:.1f}%" if metric == "accuracy" else f"{value:.3f}"
 
 
 def eps_in_words(eps: float) -> str:
-    """Such as `4/255`."""
+    """Returns text such as `4/255`."""
     return f"{255 * eps:g}/255"
 
 
 def images_in_words(outcome: Outcome) -> str:
-    """Such as `50 images`, which says how much one of them counts."""
+    """Returns text such as `50 images`, which tells how much one image counts."""
     count = len(outcome["pixel_difference"])
     return f"{count} images" if count > 1 else "1 image"
 
 
 def attack_in_words(cell: Cell) -> str:
-    """Such as `feature_cosine:base`."""
+    """Returns text such as `feature_cosine:base`."""
     return f"{cell.attack.name}:{cell.attack.target}" if cell.attack.target else cell.attack.name

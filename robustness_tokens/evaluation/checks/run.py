@@ -1,4 +1,4 @@
-"""The 17 checks of an evaluation, which its report leads with.
+"""The 12 checks of an evaluation, with which its report begins.
 
 Sources: Carlini et al., "On Evaluating Adversarial Robustness", arXiv 1902.06705 (the list); Tramer et al., "On
 Adaptive Attacks to Adversarial Example Defenses", arXiv 2002.08347; Croce & Hein, "Reliable evaluation of adversarial
@@ -15,11 +15,7 @@ from .parts import CheckFunction
 
 
 CHECKS: tuple[CheckFunction, ...] = (
-    attackers.clean_cost,
-    attackers.grey_box,
-    attackers.own_tokens,
     attackers.white_box,
-    attackers.feature_adaptive,
     attackers.queries,
     attackers.transfer,
     attackers.noise,
@@ -31,19 +27,11 @@ CHECKS: tuple[CheckFunction, ...] = (
     gradients.gradients,
     convergence.budget,
     gradients.attack_unit_test,
-    attackers.baselines,
 )
 
 
 def run_checks(measurements: Measurements) -> list[Check]:
-    """Judges what was measured, and probes the model on a few images.
-
-    Args:
-        measurements: Of all images, the same on every process; the main process probes the model on its own batches.
-
-    Returns:
-        The checks in the order of their numbers, the same on every process.
-    """
-    # Each process holds other images, and so would probe the model on others.
+    """Returns the checks in the order of their numbers, the same on every process."""
+    # Processes hold different images, so the main process alone probes the model.
     checks: list[Check] = share_from_main(lambda: [check(measurements) for check in CHECKS], process_state())
     return checks
