@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import sys
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, ClassVar, Literal, get_args
@@ -11,7 +9,19 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from transformers import PreTrainedConfig
 
-from .utils import json_values
+from .utils import (
+    check_choice,
+    check_dict,
+    check_fingerprint,
+    check_int,
+    check_keys,
+    check_number,
+    check_numbers,
+    check_pattern,
+    check_schema,
+    check_text,
+    json_values,
+)
 
 
 SCHEMA_VERSION = 1
@@ -105,99 +115,63 @@ class RobustnessTokenConfig(PreTrainedConfig):
 
     def validate(self) -> None:
         """Checks every field. Raises `ValueError` with the field, what it holds and what it may hold."""
-        check_schema_version(self.schema_version)
-        for name in ("num_robustness_tokens", "hidden_size"):
-            value = getattr(self, name)
-            if type(value) is not int or not 1 <= value <= 2**20:
-                raise ValueError(f"{name} must be a whole number from 1 to {2**20}, got {value!r}")
-        if not _is_finite(self.initializer_range) or self.initializer_range < 0:
-            raise ValueError(
-                f"initializer_range must be a finite number of at least 0, got {self.initializer_range!r}"
+        check_schema("the adapter", self.schema_version, SCHEMA_VERSION)
+        check_int("num_robustness_tokens", self.num_robustness_tokens, 1, 2**20)
+        check_int("hidden_size", self.hidden_size, 1, 2**20)
+        check_number("initializer_range", self.initializer_range, 0.0)
+        check_choice("feature_view", self.feature_view, get_args(FeatureView))
+        check_choice("similarity_axis", self.similarity_axis, get_args(SimilarityAxis))
+        check_text("base_model_name_or_path", self.base_model_name_or_path)
+        if self.base_model_revision is not None:  # it becomes part of a path in the cache
+            revision = self.base_model_revision
+            check_pattern(
+                "base_model_revision", revision, r"[0-9a-f]{7,40}", "a commit (7 to 40 hexadecimal digits) or null"
             )
-        for name, allowed in (("feature_view", FeatureView), ("similarity_axis", SimilarityAxis)):
-            if getattr(self, name) not in get_args(allowed):
-                raise ValueError(f"{name} must be one of {get_args(allowed)}, got {getattr(self, name)!r}")
-        for name in ("base_model_name_or_path", "base_model_class"):
-            if not isinstance(getattr(self, name), str):
-                raise ValueError(f"{name} must be a string, got {getattr(self, name)!r}")
-        revision = self.base_model_revision
-        # It becomes part of a path in the cache.
-        if revision is not None and not (isinstance(revision, str) and re.fullmatch(r"[0-9a-f]{7,40}", revision)):
-            raise ValueError(
-                f"base_model_revision must be a commit (7 to 40 hexadecimal digits) or null, got {revision!r}"
-            )
-        if self.base_model_class and not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", self.base_model_class):
-            raise ValueError(f"base_model_class must be the name of a class, got {self.base_model_class!r}")
-        for name in ("base_model_fingerprint", "training"):
-            if not isinstance(getattr(self, name), dict):
-                raise ValueError(f"{name} must be a dictionary, got {getattr(self, name)!r}")
+        if self.base_model_class != "":
+            check_pattern("base_model_class", self.base_model_class, r"[A-Za-z][A-Za-z0-9_]*", "the name of a class")
+        check_fingerprint("base_model_fingerprint", self.base_model_fingerprint)
+        check_dict("training", self.training)
         for _, value in json_values(self.training):
             # transformers takes any "dtype", wherever it stands, for that of a model, and fails for others.
             if isinstance(value, dict) and not isinstance(value.get("dtype", ""), str):
                 raise ValueError(f"a dtype in training must be a string, got {value['dtype']!r}")
-        for dtype, digest in (self.base_model_fingerprint or {}).items():
-            if not isinstance(digest, str) or not re.fullmatch(r"[0-9a-f]{64}", digest):
-                raise ValueError(f"base_model_fingerprint[{dtype!r}] must be 64 hexadecimal digits, got {digest!r}")
-        if (self.image_mean is None) != (self.image_std is None):
+        if self.image_mean is None and self.image_std is None:
+            return
+        if self.image_mean is None or self.image_std is None:
             raise ValueError("image_mean and image_std go together: give both, or neither")
-        for name in ("image_mean", "image_std"):
-            values = getattr(self, name)
-            if values is not None and not (
-                isinstance(values, list | tuple) and values and all(_is_finite(v) for v in values)
-            ):
-                raise ValueError(f"{name} must be a list of finite numbers, one per channel, got {values!r}")
-        if self.image_mean is not None and len(self.image_mean) != len(self.image_std or []):
+        values: Any  # a tuple too, in Python
+        for name, values in (("image_mean", self.image_mean), ("image_std", self.image_std)):
+            check_numbers(name, list(values) if isinstance(values, tuple) else values)
+        if not self.image_mean or len(self.image_mean) != len(self.image_std):
             raise ValueError(
-                f"image_mean and image_std must hold as many numbers, got {self.image_mean!r} and {self.image_std!r}"
+                "image_mean and image_std must hold as many numbers, one per channel, "
+                f"got {self.image_mean!r} and {self.image_std!r}"
             )
-        if self.image_std is not None and min(self.image_std) <= 0:
+        if min(self.image_std) <= 0:
             raise ValueError(f"image_std must be positive, got {self.image_std!r}")
 
     def to_dict(self) -> dict[str, Any]:
-        """Only the adapter's own keys: labels and such belong to the base and are read from it."""
+        """Returns only the adapter's own keys: labels and such are read from the base."""
         kept = own_keys() | _TRANSFORMERS_KEYS - {"dtype"}
         return {key: value for key, value in super().to_dict().items() if key in kept and (key != "auto_map" or value)}
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Strict: a key that is missing, or that nobody knows, is an error (see [`check_config_dict`])."""
+        """Reads strictly: a missing or an unknown key is an error (see [`check_config_dict`])."""
         check_config_dict(config_dict)
         return super().from_dict(config_dict, **kwargs)
 
 
 def own_keys() -> set[str]:
-    """The names of the fields that the adapter's config.json must hold, all of them."""
+    """Returns the names of the fields that an adapter's config.json must hold."""
     return {field.name for field in fields(RobustnessTokenConfig)} - {field.name for field in fields(PreTrainedConfig)}
 
 
 def check_config_dict(config_dict: Mapping[str, Any]) -> None:
-    """Refuses a config.json with missing or unknown keys, or of a newer schema.
-
-    Raises:
-        ValueError: With the keys in question.
-    """
-    if not isinstance(config_dict, Mapping):
-        raise ValueError(f"the adapter's config.json must hold an object, got {type(config_dict).__name__}")
-    check_schema_version(config_dict.get("schema_version", SCHEMA_VERSION))
-    known = own_keys()
-    missing = sorted(known - set(config_dict))
-    unknown = sorted(set(config_dict) - known - _TRANSFORMERS_KEYS)
-    if missing or unknown:
-        raise ValueError(
-            f"the adapter's config.json has missing keys {missing} and unknown keys {unknown}: it is damaged, or was "
-            "not written by robustness_tokens"
-        )
-
-
-def check_schema_version(version: object) -> None:
-    """Raises `ValueError` unless this package can read that schema version."""
-    if type(version) is not int or version < 1:
-        raise ValueError(f"schema_version must be a whole number of at least 1, got {version!r}")
-    if version > SCHEMA_VERSION:
-        raise ValueError(
-            f"the adapter has schema_version {version}, this package reads up to {SCHEMA_VERSION}: "
-            "pip install --upgrade robustness-tokens"
-        )
+    """Raises `ValueError` for a config.json with missing or unknown keys, or of a newer schema."""
+    check_keys(
+        "the adapter's config.json", config_dict, own_keys(), optional=_TRANSFORMERS_KEYS, schema=SCHEMA_VERSION
+    )
 
 
 def check_same_base(
@@ -242,8 +216,3 @@ def _check_transformers_keys(config: PreTrainedConfig) -> None:
         dtype = getattr(torch, dtype, dtype)
     if dtype is not None and not isinstance(dtype, torch.dtype):
         raise ValueError(f"dtype must be the name of a data type of torch or null, got {config.dtype!r}")
-
-
-def _is_finite(value: object) -> bool:
-    # Compared, since math.isfinite fails for whole numbers beyond the range of floats.
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max

@@ -240,7 +240,7 @@ def test_a_newer_schema_says_so_before_it_complains_of_keys() -> None:
 
 @pytest.mark.parametrize("content", [[], "config", None, 3])
 def test_a_config_that_is_no_object(content: Any) -> None:
-    with pytest.raises(ValueError, match="must hold an object"):
+    with pytest.raises(ValueError, match="must be a dictionary"):
         check_config_dict(content)
 
 

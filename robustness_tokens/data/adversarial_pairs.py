@@ -27,7 +27,18 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..configuration import RobustnessTokenConfig, check_same_base
-from ..utils import read_json, write_text
+from ..utils import (
+    MAX_NAME,
+    check_dict,
+    check_fingerprint,
+    check_int,
+    check_keys,
+    check_number,
+    check_numbers,
+    check_text,
+    read_json,
+    write_text,
+)
 
 
 if TYPE_CHECKING:
@@ -102,39 +113,24 @@ class PairsInfo:
         Raises:
             ValueError: If keys are missing or unknown, a value is not what it must be, or the schema is newer.
         """
-        version = values.get("schema_version")
-        if type(version) is not int or version < 1:
-            raise ValueError(f"schema_version must be a whole number of at least 1, got {version!r}")
-        if version > SCHEMA_VERSION:
-            raise ValueError(
-                f"the pairs have schema_version {version}, this package reads up to {SCHEMA_VERSION}: "
-                "pip install --upgrade robustness-tokens"
-            )
-        known = {field.name for field in dataclasses.fields(cls)}
-        if set(values) != known:
-            raise ValueError(
-                f"{INFO_FILE} has missing keys {sorted(known - set(values))} and unknown keys "
-                f"{sorted(set(values) - known)}: it is damaged, or was not written by robustness_tokens"
-            )
+        check_keys(INFO_FILE, values, {field.name for field in dataclasses.fields(cls)}, schema=SCHEMA_VERSION)
         info = cls(**values)
-        sizes = [info.max_pixel_difference, info.num_images, info.images_per_shard, info.batch_size]
+        for name in ("max_pixel_difference", "num_images", "images_per_shard", "batch_size"):
+            check_int(f"{INFO_FILE}: {name}", values[name], 1)
+        for name in ("image_mean", "image_std"):
+            check_numbers(f"{INFO_FILE}: {name}", values[name])
         if not isinstance(info.image_size, list) or len(info.image_size) != 2:
-            raise ValueError(f"{INFO_FILE}: image_size must be height and width, got {info.image_size!r}")
-        if not all(type(size) is int and size >= 1 for size in [*sizes, *info.image_size]):
-            raise ValueError(
-                f"{INFO_FILE}: max_pixel_difference, num_images, images_per_shard, batch_size and image_size must be "
-                f"whole numbers of at least 1, got {[*sizes, *info.image_size]}"
-            )
-        if not isinstance(info.attack, dict) or set(info.attack) != set(ATTACK_ARGUMENTS):
-            raise ValueError(f"{INFO_FILE}: attack must hold {sorted(ATTACK_ARGUMENTS)}, got {info.attack!r}")
-        name, *numbers = (info.attack[argument] for argument in ATTACK_ARGUMENTS)
-        if type(name) is not str or not all(number is None or type(number) in (int, float) for number in numbers):
-            raise ValueError(f"{INFO_FILE}: attack must hold a name and numbers, got {info.attack!r}")
-        digests = info.base_model_fingerprint
-        if not all(isinstance(value, dict) for value in (digests, info.dataset)) or not all(
-            isinstance(digest, str) for digest in digests.values()
-        ):
-            raise ValueError(f"{INFO_FILE}: base_model_fingerprint, of texts, and dataset must be objects")
+            raise ValueError(f"{INFO_FILE}: image_size must be height and width, got {info.image_size!r:.200}")
+        for side in info.image_size:
+            check_int(f"{INFO_FILE}: each side of image_size", side, 1)
+        check_keys(f"{INFO_FILE}: attack", info.attack, set(ATTACK_ARGUMENTS))
+        for name, value in info.attack.items():
+            if name == "attack":
+                check_text(f"{INFO_FILE}: attack.attack", value, MAX_NAME)
+            elif value is not None:
+                check_number(f"{INFO_FILE}: attack.{name}", value)
+        check_fingerprint(f"{INFO_FILE}: base_model_fingerprint", info.base_model_fingerprint)
+        check_dict(f"{INFO_FILE}: dataset", info.dataset)
         return info
 
     def to_json(self) -> str:

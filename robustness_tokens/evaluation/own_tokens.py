@@ -302,7 +302,7 @@ def _batch_size(training: Mapping[str, Any]) -> int:
 def _plain(value: Any) -> Any:
     """Returns a value that a report can hold."""
     try:
-        check_parameters({"value": value})
+        check_parameters("own_tokens", {"value": value})
     except ValueError:
         return str(value)[:MAX_NAME]
     return value

@@ -29,7 +29,7 @@ from transformers import BaseImageProcessor
 from ..configuration import RobustnessTokenConfig
 from ..data import read_image_processor
 from ..report import FIGURE_FILES, HTML_FILE, MARKDOWN_FILE, REPORT_FILE, OlderReportError, RobustnessReport
-from ..utils import flush_to_disk, has_cache_hash, read_json, replacing
+from ..utils import check_finite, flush_to_disk, has_cache_hash, read_json, read_tensors, replacing
 
 
 logger = logging.getLogger(__name__)
@@ -43,8 +43,6 @@ EVALUATION_FILE = REPORT_FILE
 RENDERED_FILES = (MARKDOWN_FILE, HTML_FILE, *FIGURE_FILES)
 ADAPTER_FILES = (CONFIG_FILE, TOKENS_FILE, PROCESSOR_FILE, CARD_FILE, EVALUATION_FILE)
 TOKENS_KEY = "robustness_tokens"
-
-_MAX_SAFETENSORS_HEADER_BYTES = 1 << 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -208,25 +206,9 @@ def check_base_is_repo_id(name: str) -> None:
 
 def read_tokens(folder: Path, config: RobustnessTokenConfig) -> Tensor:
     """Reads the tokens; `ValueError` unless the file holds one finite float32 tensor of the config's shape, (K, D)."""
-    path, shape = folder / TOKENS_FILE, (config.num_robustness_tokens, config.hidden_size)
-    largest = 4 * shape[0] * shape[1] + _MAX_SAFETENSORS_HEADER_BYTES
-    if (size := path.stat().st_size) > largest:
-        raise ValueError(f"{path} has {size:,} bytes; tokens of shape {shape} need at most {largest:,}")
-    try:
-        tensors = load_file(path)
-    except (safetensors.SafetensorError, ValueError, KeyError, OverflowError) as exc:
-        raise ValueError(f"{path} is not a valid safetensors file: {exc}") from exc
-    if set(tensors) != {TOKENS_KEY}:
-        raise ValueError(f"{path} must hold one tensor, {TOKENS_KEY!r}, got {sorted(tensors)}")
-    tokens = tensors[TOKENS_KEY]
-    if tuple(tokens.shape) != shape or tokens.dtype != torch.float32:
-        raise ValueError(
-            f"{path} must hold float32 tokens of shape {shape} as config.json says, "
-            f"got {tokens.dtype} of shape {tuple(tokens.shape)}"
-        )
-    if not torch.isfinite(tokens).all():
-        raise ValueError(f"{path} holds tokens that are not finite: the file is damaged, or its training diverged")
-    return tokens
+    shape = (config.num_robustness_tokens, config.hidden_size)
+    expected = {TOKENS_KEY: torch.empty(shape, dtype=torch.float32, device="meta")}
+    return read_tensors(folder / TOKENS_FILE, expected, config_file=CONFIG_FILE)[TOKENS_KEY]
 
 
 def read_report(folder: Path) -> RobustnessReport | None:
@@ -258,8 +240,7 @@ def write_tokens(folder: Path, tokens: Tensor) -> None:
     """Writes the tokens as float32, readable by their owner alone; `OSError` leaves the previous file unchanged."""
     path = folder / TOKENS_FILE
     tokens = tokens.detach().to("cpu", torch.float32).contiguous()
-    if not torch.isfinite(tokens).all():
-        raise ValueError("refusing to save tokens that are not finite: the training diverged")
+    check_finite("refusing to save an adapter", {TOKENS_KEY: tokens})
     # As bytes, and not by save_file, which maps the file: on a full disk that kills the process.
     content = save({TOKENS_KEY: tokens}, metadata={"format": "pt"})
     try:

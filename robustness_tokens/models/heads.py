@@ -7,22 +7,31 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-import safetensors
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from ..data import IGNORE_INDEX
-from ..utils import read_json, write_bytes, write_text
+from ..utils import (
+    check_bool,
+    check_choice,
+    check_fingerprint,
+    check_finite,
+    check_int,
+    check_keys,
+    read_json,
+    read_tensors,
+    write_bytes,
+    write_text,
+)
 from .features import count_patches, extract_features, find_patch_size, head_inputs
 from .injection import find_injector, tokens_in
 from .layer_stack import check_base
@@ -33,7 +42,6 @@ HEAD_CONFIG_FILE = "head.json"
 HEAD_WEIGHTS_FILE = "head.safetensors"
 
 _SCHEMA_VERSION = 1
-_MAX_HEADER_BYTES = 1 << 16
 
 
 class ProbeHead(nn.Module, ABC):
@@ -63,8 +71,7 @@ class ProbeHead(nn.Module, ABC):
     ) -> None:
         super().__init__()
         for name, value in (("in_features", in_features), ("num_labels", num_labels)):
-            if type(value) is not int or value < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+            check_int(name, value, 1)
         self.in_features, self.num_labels = in_features, num_labels
         self.base_model_fingerprint = dict(base_model_fingerprint or {})
         self.trained_with_tokens = trained_with_tokens
@@ -164,7 +171,7 @@ def save_head(head: ProbeHead, folder: str | os.PathLike[str]) -> None:
         ValueError: If a weight is not finite. Nothing is written then.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in head.state_dict().items()}
-    _check_finite(tensors, "refusing to save a head")
+    check_finite("refusing to save a head", tensors)
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
     config = {
@@ -198,7 +205,8 @@ def load_head(folder: str | os.PathLike[str]) -> ProbeHead:
     head_class = _HEAD_CLASSES[config.pop("task")]
     with torch.device("meta"):  # takes no memory until the file's size is checked
         head = head_class(**config)
-    head.load_state_dict(_read_weights(path / HEAD_WEIGHTS_FILE, head.state_dict()), assign=True)
+    weights = read_tensors(path / HEAD_WEIGHTS_FILE, head.state_dict(), config_file=HEAD_CONFIG_FILE)
+    head.load_state_dict(weights, assign=True)
     return head.eval().requires_grad_(False)
 
 
@@ -216,54 +224,12 @@ def _initialize(layer: nn.Linear | nn.Conv2d) -> None:
 
 
 def _check_config(config: dict[str, Any], path: Path) -> dict[str, Any]:
-    version = config.pop("schema_version", None)
-    if type(version) is not int or version < 1:
-        raise ValueError(f"{path}: schema_version must be a whole number of at least 1, got {version!r}")
-    if version > _SCHEMA_VERSION:
-        raise ValueError(
-            f"{path} has schema_version {version}, this package reads up to {_SCHEMA_VERSION}: "
-            "pip install --upgrade robustness-tokens"
-        )
-    known = {"task", "in_features", "num_labels", "trained_with_tokens", "base_model_fingerprint"}
-    if set(config) != known:
-        raise ValueError(
-            f"{path} has missing keys {sorted(known - set(config))} and unknown keys {sorted(set(config) - known)}"
-        )
-    if config["task"] not in list(_HEAD_CLASSES):  # a list: an unhashable value can't be looked up in a dict
-        raise ValueError(f"{path}: task must be one of {sorted(_HEAD_CLASSES)}, got {config['task']!r}")
-    if type(config["trained_with_tokens"]) is not bool:
-        raise ValueError(f"{path}: trained_with_tokens must be true or false, got {config['trained_with_tokens']!r}")
-    fingerprint = config["base_model_fingerprint"]
-    if not isinstance(fingerprint, dict) or not all(
-        isinstance(digest, str) and re.fullmatch(r"[0-9a-f]{64}", digest) for digest in fingerprint.values()
-    ):
-        raise ValueError(f"{path}: base_model_fingerprint must hold 64 hexadecimal digits each, got {fingerprint!r}")
-    return config
-
-
-def _read_weights(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Reads a file's tensors, which must have exactly these names, shapes and dtypes, and be finite."""
-    largest = sum(tensor.nbytes for tensor in expected.values()) + _MAX_HEADER_BYTES
-    if (size := path.stat().st_size) > largest:
-        raise ValueError(
-            f"{path} has {size:,} bytes; the head that {HEAD_CONFIG_FILE} names needs at most {largest:,}"
-        )
-    try:
-        tensors = load_file(path)
-    except (safetensors.SafetensorError, ValueError, KeyError, OverflowError) as exc:
-        raise ValueError(f"{path} is not a valid safetensors file: {exc}") from exc
-    kinds, expected_kinds = (
-        {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in named.items()} for named in (tensors, expected)
-    )
-    if kinds != expected_kinds:
-        raise ValueError(f"{path} must hold {expected_kinds} as {HEAD_CONFIG_FILE} says, got {kinds}")
-    _check_finite(tensors, f"{path} holds a head")
-    return tensors
-
-
-def _check_finite(tensors: Mapping[str, Tensor], what: str) -> None:
-    if broken := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
-        raise ValueError(f"{what} whose {' and '.join(broken)} is not finite: its training diverged, or it is damaged")
+    keys = {"schema_version", "task", "in_features", "num_labels", "trained_with_tokens", "base_model_fingerprint"}
+    check_keys(str(path), config, keys, schema=_SCHEMA_VERSION)
+    check_choice(f"{path}: task", config["task"], sorted(_HEAD_CLASSES))
+    check_bool(f"{path}: trained_with_tokens", config["trained_with_tokens"])
+    check_fingerprint(f"{path}: base_model_fingerprint", config["base_model_fingerprint"])
+    return {key: value for key, value in config.items() if key != "schema_version"}
 
 
 class ProbedModel(nn.Module):

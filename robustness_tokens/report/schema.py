@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, Self, get_args
 
-from ..utils import MAX_INT, MAX_NAME, check_choice, check_int, check_keys, check_number, check_parameters, check_text
+from ..utils import (
+    MAX_NAME,
+    check_bool,
+    check_choice,
+    check_dict,
+    check_int,
+    check_keys,
+    check_list,
+    check_number,
+    check_numbers,
+    check_parameters,
+    check_schema,
+    check_text,
+)
 
 
 SCHEMA_VERSION = 2
@@ -76,9 +88,9 @@ class Result:
         check_choice("tokens", self.tokens, get_args(TokensInPlace))
         check_choice("norm", self.norm, ("Linf",))
         check_number("eps", self.eps, 0.0, 1.0)
-        check_int("num_images", self.num_images, 1, MAX_INT)
-        check_int("seed", self.seed, 0, MAX_INT)
-        check_parameters(self.attack_parameters)
+        check_int("num_images", self.num_images, 1)
+        check_int("seed", self.seed, 0)
+        check_parameters("attack_parameters", self.attack_parameters)
         if self.knowledge is not None:
             check_choice("knowledge", self.knowledge, get_args(Knowledge))
         if self.attack is not None:
@@ -119,8 +131,8 @@ class Check:
     def __post_init__(self) -> None:
         check_int("number", self.number, 1, NUM_CHECKS)
         check_text("name", self.name, MAX_NAME)
-        if self.passed is not None and type(self.passed) is not bool:
-            raise ValueError(f"passed must be true, false or null, got {self.passed!r:.200}")
+        if self.passed is not None:
+            check_bool("passed", self.passed)
         check_text("value", self.value)
         check_text("explanation", self.explanation)
 
@@ -178,31 +190,26 @@ class ReportContent:
         check_text("dataset.name", self.dataset["name"])
         if self.dataset["split"] is not None:
             check_text("dataset.split", self.dataset["split"], MAX_NAME)
-        check_int("dataset.num_images", self.dataset["num_images"], 1, MAX_INT)
-        check_int("seed", self.seed, 0, MAX_INT)
-        check_number("seconds", self.seconds, 0.0, math.inf)
+        check_int("dataset.num_images", self.dataset["num_images"], 1)
+        check_int("seed", self.seed, 0)
+        check_number("seconds", self.seconds, 0.0)
         for name, kind in (("results", Result), ("checks", Check)):
             value = getattr(self, name)
             if not isinstance(value, list) or not all(isinstance(element, kind) for element in value):
                 raise ValueError(f"{name} must be a list of {kind.__name__}, got {value!r:.200}")
-        if not isinstance(self.own_tokens, dict):
-            raise ValueError(f"own_tokens must be a dictionary, got {type(self.own_tokens).__name__}")
+        check_dict("own_tokens", self.own_tokens)
         for name, settings in self.own_tokens.items():
             check_text("the name of a set of own tokens", name, MAX_NAME)
-            check_parameters(settings, f"own_tokens[{name!r}]")
+            check_parameters(f"own_tokens[{name!r}]", settings)
         if type(self.base_has_own_head) is not bool:
             raise ValueError(f"base_has_own_head must be true or false, got {self.base_has_own_head!r:.200}")
         numbers = [check.number for check in self.checks]
         if twice := sorted({number for number in numbers if numbers.count(number) > 1}):
             raise ValueError(f"checks must hold each check once, got more of number {twice}")
-        if not isinstance(self.series, dict):
-            raise ValueError(f"series must be a dictionary, got {type(self.series).__name__}")
+        check_dict("series", self.series)
         for name, values in self.series.items():
             check_text("the name of a series", name, MAX_NAME)
-            if not isinstance(values, list):
-                raise ValueError(f"series[{name!r}] must be a list of numbers, got {type(values).__name__}")
-            for index, value in enumerate(values):
-                check_number(f"series[{name!r}][{index}]", value, -math.inf, math.inf)
+            check_numbers(f"series[{name!r}]", values)
 
     def to_dict(self) -> dict[str, Any]:
         """All but the figures, as JSON holds it."""
@@ -234,9 +241,8 @@ class ReportContent:
         )
 
 
-def _numbered(entries: object, name: str) -> list[tuple[int, Any]]:
-    if not isinstance(entries, list):
-        raise ValueError(f"{name} must be a list, got {type(entries).__name__}")
+def _numbered(entries: Any, name: str) -> list[tuple[int, Any]]:
+    check_list(name, entries)
     return list(enumerate(entries))
 
 
@@ -251,16 +257,10 @@ def _read(name: str, kind: type[Any], entry: Any) -> Any:
         raise ValueError(f"{name}: {exc}") from exc
 
 
-def _check_schema_version(version: object) -> None:
-    if type(version) is not int or version < 1:
-        raise ValueError(f"schema_version must be a whole number of at least 1, got {version!r:.200}")
+def _check_schema_version(version: Any) -> None:
+    check_schema("the report", version, SCHEMA_VERSION)
     if version < SCHEMA_VERSION:
         raise OlderReportError(
             f"the report has schema_version {version}, of an older package, this one reads {SCHEMA_VERSION}: evaluate "
             "again with `robtok evaluate`"
-        )
-    if version > SCHEMA_VERSION:
-        raise ValueError(
-            f"the report has schema_version {version}, this package reads {SCHEMA_VERSION}: "
-            "pip install --upgrade robustness-tokens"
         )

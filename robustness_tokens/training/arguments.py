@@ -13,6 +13,7 @@ from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT
 
 from ..data import ATTACK_ARGUMENTS, ResizeMode
 from ..models import AUTO, MixedPrecision
+from ..utils import check_choice, check_int
 
 
 AttackName = Literal["paper", "pgd"]
@@ -205,10 +206,10 @@ class RobustnessTokenTrainingArguments:
             ("dataloader_num_workers", 0),
             ("max_broken_images", 0),
         ):
-            self._check_at_least(name, smallest)
+            check_int(name, getattr(self, name), smallest)
         for name in ("save_steps", "save_total_limit", "eval_steps", "image_size"):
             if getattr(self, name) is not None:
-                self._check_at_least(name, 1)
+                check_int(name, getattr(self, name), 1)
         for name, allowed in (
             ("attack", get_args(AttackName)),
             ("attack_through", get_args(AttackThrough)),
@@ -216,8 +217,7 @@ class RobustnessTokenTrainingArguments:
             ("resize", get_args(ResizeMode)),
             ("lr_scheduler_type", _ENDLESS_SCHEDULES + _SCHEDULES_TO_MAX_STEPS),
         ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
+            check_choice(name, getattr(self, name), allowed)
         if self.warmup_steps > 0 and self.lr_scheduler_type == "constant":
             raise ValueError(
                 f'warmup_steps={self.warmup_steps} has no effect with lr_scheduler_type="constant": '
@@ -256,11 +256,6 @@ class RobustnessTokenTrainingArguments:
 
         if not 0 <= self.head_distance_weight < math.inf:
             raise ValueError(f"head_distance_weight must be finite and at least 0, got {self.head_distance_weight}")
-
-    def _check_at_least(self, name: str, smallest: int) -> None:
-        value = getattr(self, name)
-        if type(value) is not int or value < smallest:
-            raise ValueError(f"{name} must be a whole number of at least {smallest}, got {value!r}")
 
     @property
     def trackers(self) -> list[str]:

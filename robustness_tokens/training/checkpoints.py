@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ..hub import check_no_other_model, holds_adapter
-from ..utils import MAX_JSON_BYTES, flush_to_disk, read_json
+from ..utils import MAX_JSON_BYTES, check_dict, check_int, check_keys, flush_to_disk, read_json
 
 
 logger = logging.getLogger(__name__)
@@ -154,8 +154,10 @@ def read_checkpoint(folder: Path, *, settings: Mapping[str, Any], shape: tuple[i
         raise ValueError(f"{folder} is not a checkpoint: expected {STATE_FILE} and {TENSORS_FILE} in it")
     try:
         content = read_json(folder / STATE_FILE)
-        if missing := sorted({"step", "settings", "state"} - set(content)):
-            raise ValueError(f"{STATE_FILE} has no {missing}")
+        check_keys(STATE_FILE, content, {"step", "settings", "state"})
+        check_int(f"{STATE_FILE}: step", content["step"], 0)
+        for name in ("settings", "state"):
+            check_dict(f"{STATE_FILE}: {name}", content[name])
         tensors = safetensors.torch.load_file(folder / TENSORS_FILE)
         tokens = tensors.pop(_TOKENS)
         optimizer_state: dict[int, dict[str, Tensor]] = {}

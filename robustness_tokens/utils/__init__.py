@@ -1,4 +1,4 @@
-"""Files, strict values, processes, the version."""
+"""Files, strict readers of values and tensors, processes, the version."""
 
 from .files import (
     MAX_JSON_BYTES,
@@ -12,37 +12,52 @@ from .files import (
 )
 from .processes import PROCESS_GROUP, process_state, share_from_main
 from .strict import (
-    MAX_INT,
     MAX_NAME,
     MAX_TEXT,
+    check_bool,
     check_choice,
+    check_dict,
+    check_fingerprint,
     check_int,
     check_keys,
+    check_list,
     check_number,
+    check_numbers,
     check_parameters,
+    check_pattern,
+    check_schema,
     check_text,
 )
+from .tensors import check_finite, read_tensors
 from .version import __version__
 
 
 __all__ = [
-    "MAX_INT",
     "MAX_JSON_BYTES",
     "MAX_NAME",
     "MAX_TEXT",
     "PROCESS_GROUP",
     "__version__",
+    "check_bool",
     "check_choice",
+    "check_dict",
+    "check_fingerprint",
+    "check_finite",
     "check_int",
     "check_keys",
+    "check_list",
     "check_number",
+    "check_numbers",
     "check_parameters",
+    "check_pattern",
+    "check_schema",
     "check_text",
     "flush_to_disk",
     "has_cache_hash",
     "json_values",
     "process_state",
     "read_json",
+    "read_tensors",
     "replacing",
     "share_from_main",
     "write_bytes",

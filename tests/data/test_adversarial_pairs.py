@@ -436,13 +436,13 @@ def test_a_pair_over_its_budget_is_damage(made: dict[str, Path]) -> None:
         ({"seed": ...}, "missing keys \\['seed'\\]"),
         ({"image_size": [16]}, "height and width"),
         ({"image_size": [16, 0]}, "at least 1"),
-        ({"attack": {"attack": "pgd"}}, "attack must hold"),
+        ({"attack": {"attack": "pgd"}}, "attack has missing keys"),
         (
             {"attack": {**dict.fromkeys(ATTACK_ARGUMENTS, 1), "attack": "pgd", "eps": "8/255"}},
-            "a name and numbers",
+            "attack.eps must be a finite number, got '8/255'",
         ),
-        ({"dataset": None}, "must be objects"),
-        ({"base_model_fingerprint": {"float16": 1}}, "must be objects"),
+        ({"dataset": None}, "dataset must be a dictionary"),
+        ({"base_model_fingerprint": {"float16": 1}}, "must be 64 hexadecimal digits, got 1"),
     ],
 )
 def test_a_damaged_description_is_refused(

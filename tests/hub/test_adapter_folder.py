@@ -255,16 +255,16 @@ def test_a_pickle_is_not_read(adapter_folder: Path) -> None:
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        ({}, r"one tensor, 'robustness_tokens', got \[\]"),
-        ({"tokens": torch.zeros(3, 32)}, r"got \['tokens'\]"),
-        ({"robustness_tokens": torch.zeros(3, 32), "z": torch.zeros(1)}, r"got \['robustness_tokens', 'z'\]"),
-        ({"robustness_tokens": torch.zeros(4, 32)}, r"shape \(3, 32\) as config.json says.*shape \(4, 32\)"),
+        ({}, r"must hold robustness_tokens \(.*\) as config.json says, got no tensors"),
+        ({"tokens": torch.zeros(3, 32)}, r"got tokens \("),
+        ({"robustness_tokens": torch.zeros(3, 32), "z": torch.zeros(1)}, r"got robustness_tokens \(.*\), z \("),
+        ({"robustness_tokens": torch.zeros(4, 32)}, r"shape \(3, 32\)\) as config.json says.*shape \(4, 32\)"),
         ({"robustness_tokens": torch.zeros(3, 31)}, r"shape \(3, 32\).*shape \(3, 31\)"),
         ({"robustness_tokens": torch.zeros(1, 3, 32)}, r"shape \(1, 3, 32\)"),
         ({"robustness_tokens": torch.zeros(96)}, r"shape \(96,\)"),
-        ({"robustness_tokens": torch.zeros(3, 32, dtype=torch.float16)}, "got torch.float16"),
-        ({"robustness_tokens": torch.zeros(3, 32, dtype=torch.float64)}, "got torch.float64"),
-        ({"robustness_tokens": torch.zeros(3, 32, dtype=torch.int32)}, "got torch.int32"),
+        ({"robustness_tokens": torch.zeros(3, 32, dtype=torch.float16)}, r"got robustness_tokens \(torch.float16"),
+        ({"robustness_tokens": torch.zeros(3, 32, dtype=torch.float64)}, r"got robustness_tokens \(torch.float64"),
+        ({"robustness_tokens": torch.zeros(3, 32, dtype=torch.int32)}, r"got robustness_tokens \(torch.int32"),
         ({"robustness_tokens": torch.full((3, 32), float("nan"))}, "not finite"),
         ({"robustness_tokens": torch.full((3, 32), float("-inf"))}, "not finite"),
     ],
@@ -278,13 +278,15 @@ def test_tokens_that_do_not_fit(adapter_folder: Path, tensors: dict[str, Tensor]
 def test_a_huge_file_is_refused_before_it_is_read(adapter_folder: Path) -> None:
     path = adapter_folder / "model.safetensors"
     os.truncate(path, 1 << 40)  # sparse
-    with pytest.raises(ValueError, match=r"has 1,099,511,627,776 bytes; tokens of shape \(3, 32\) need at most"):
+    with pytest.raises(
+        ValueError, match=r"has 1,099,511,627,776 bytes, expected at most 65,920 for .*shape \(3, 32\)"
+    ):
         read_both(adapter_folder)
 
 
 def test_huge_numbers_in_the_config_allocate_nothing(adapter_folder: Path) -> None:
     edit_config(adapter_folder, num_robustness_tokens=2**20, hidden_size=2**20)
-    with pytest.raises(ValueError, match=r"shape \(1048576, 1048576\) as config.json says"):
+    with pytest.raises(ValueError, match=r"shape \(1048576, 1048576\)\) as config.json says"):
         read_both(adapter_folder)
 
 

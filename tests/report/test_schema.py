@@ -61,7 +61,7 @@ def test_the_figures_are_neither_stored_nor_compared() -> None:
         ({"norm": "L2"}, "norm must be one of"),
         ({"eps": 4.0}, "eps must be a finite number from 0 to 1, got 4.0"),
         ({"eps": -0.1}, "eps must be"),
-        ({"num_images": 0}, "num_images must be a whole number from 1"),
+        ({"num_images": 0}, "num_images must be a whole number of at least 1, got 0"),
         ({"num_images": 10**400}, "num_images must be a whole number"),
         ({"seed": 1.0}, "seed must be a whole number"),
         ({"attack": None}, "knowledge and attack go together"),
@@ -89,7 +89,7 @@ def test_a_cosine_may_round_beyond_one() -> None:
     [
         ({"number": 13}, "number must be a whole number from 1 to 12"),
         ({"number": True}, "number"),
-        ({"passed": 1}, "passed must be true, false or null"),
+        ({"passed": 1}, "passed must be true or false, got 1"),
         ({"value": 0.5}, "value must be a text"),
         ({"explanation": "x" * 2001}, "explanation must be a text of at most 2000"),
     ],
@@ -107,7 +107,7 @@ CHECK = Check(number=2, name="grey box", passed=None, value="", explanation="")
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"schema_version": 3}, "schema_version 3, this package reads 2: pip install"),
+        ({"schema_version": 3}, "schema_version 3, this package reads up to 2: pip install"),
         ({"schema_version": 1}, "schema_version 1, of an older package, .* evaluate again"),
         ({"own_tokens": []}, "own_tokens must be a dictionary"),
         ({"own_tokens": {"recipe": {"a": {}}}}, r"own_tokens\['recipe'\]\['a'\] must be a text"),
