@@ -12,13 +12,21 @@ from .objectives import (
     margin_objective,
     pixel_cross_entropy_objective,
 )
-from .paper import PAPER_EPS_NORMALIZED, paper_attack, paper_attack_eps
-from .pgd import pgd_attack
+from .paper import (
+    PAPER_EPS_NORMALIZED,
+    PAPER_NUM_STEPS,
+    PAPER_STEP_SIZE_NORMALIZED,
+    paper_attack,
+    paper_attack_eps,
+)
+from .pgd import pgd_attack, pgd_step_size
 from .square import square_attack
 
 
 __all__ = [
     "PAPER_EPS_NORMALIZED",
+    "PAPER_NUM_STEPS",
+    "PAPER_STEP_SIZE_NORMALIZED",
     "Objective",
     "apgd_attack",
     "auto_attack",
@@ -32,6 +40,7 @@ __all__ = [
     "paper_attack",
     "paper_attack_eps",
     "pgd_attack",
+    "pgd_step_size",
     "pixel_cross_entropy_objective",
     "square_attack",
 ]

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 def auto_attack(
     logits_fn: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, *, eps: float = 4 / 255, seed: int = 0
 ) -> Tensor:
-    """The whole standard AutoAttack: APGD on cross-entropy, targeted APGD, targeted FAB and Square (5,000 queries).
+    """Runs standard AutoAttack: APGD on cross-entropy, targeted APGD, targeted FAB and Square (5,000 queries).
 
     Args:
         logits_fn: Maps (B, ...) images in [0, 1] to (B, C) logits, in any precision.
@@ -70,7 +70,7 @@ def apgd_attack(
     highest_loss: bool = False,
     seed: int = 0,
 ) -> Tensor:
-    """One of AutoAttack's gradient attacks alone: PGD that chooses its own step sizes.
+    """Runs one of AutoAttack's gradient attacks: PGD that chooses its own step sizes.
 
     Args:
         logits_fn: Maps (B, ...) images in [0, 1] to (B, C) logits, in any precision.
@@ -165,7 +165,7 @@ def _package(name: str) -> Any:
 
 @contextmanager
 def _left_as_found(device: torch.device) -> Iterator[None]:
-    """The package seeds torch's default generators, and its check for dynamic models takes the trace function away."""
+    """Restores torch's default generators and the trace function, both of which the package changes."""
     trace = sys.gettrace()
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):

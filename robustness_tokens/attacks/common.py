@@ -1,4 +1,4 @@
-"""What the attacks share: checks of their arguments, noise, the best iterate, the gradient of the images."""
+"""Code that the attacks share: checks of arguments, noise, the best iterate, the gradient of the images."""
 
 from __future__ import annotations
 
@@ -17,18 +17,13 @@ Generators: TypeAlias = torch.Generator | Sequence[torch.Generator] | None
 
 
 def example_generators(seed: int, step: int, index: Tensor) -> list[torch.Generator]:
-    """One CPU generator per example, from (seed, step, global index): noise that no batching or process changes.
-
-    Args:
-        seed, step: Of the run.
-        index: (B,) int64 global example indices.
-    """
+    """Returns one CPU generator per example, seeded by (seed, step, global index): batching changes no noise."""
     seeds = (np.random.SeedSequence([seed, step, i]).generate_state(1, np.uint64)[0] for i in index.tolist())
     return [torch.Generator().manual_seed(int(value >> np.uint64(1))) for value in seeds]
 
 
 def evaluate_objective(objective: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-    """The objective's values, (B,); raises a `ValueError` unless they are one finite number per image."""
+    """Returns the objective's values, (B,); raises `ValueError` unless they are one finite number per image."""
     values = objective(images)
     if values.shape != (len(images),):
         raise ValueError(
@@ -42,17 +37,9 @@ def evaluate_objective(objective: Callable[[Tensor], Tensor], images: Tensor) ->
 
 
 def keep_best(best_images: Tensor, best_values: Tensor, rows: Tensor, images: Tensor, values: Tensor) -> Tensor:
-    """Puts the images that score higher in the place of the best ones, in `best_images` itself.
+    """Overwrites those `best_images` that a candidate beats; returns the new best values, (B,), as `values`' dtype.
 
-    Args:
-        best_images: (B, ...), changed.
-        best_values: (B,) their objectives.
-        rows: (R,) int64, which of them `images` are candidates for.
-        images: (R, ...).
-        values: (R,) objectives of the candidates.
-
-    Returns:
-        (B,) objectives of the best images now, in the dtype of `values`.
+    `images` (R, ...) and their `values` (R,) are the candidates for `rows` (R,) of the batch.
     """
     best_values = best_values.to(values.dtype)
     better = values > best_values[rows]
@@ -61,7 +48,7 @@ def keep_best(best_images: Tensor, best_values: Tensor, rows: Tensor, images: Te
 
 
 def select_rows(objective: Callable[[Tensor], Tensor], rows: Tensor, num_images: int) -> Callable[[Tensor], Tensor]:
-    """The objective of these rows of a batch alone; of all of them it is the objective itself."""
+    """Returns the objective of these rows of a batch; all rows give the objective itself."""
     if len(rows) == num_images:
         return objective
     assert isinstance(objective, Objective)  # see check_can_stop
@@ -69,7 +56,7 @@ def select_rows(objective: Callable[[Tensor], Tensor], rows: Tensor, num_images:
 
 
 def check_can_stop(objective: Callable[[Tensor], Tensor], stop_above: float) -> None:
-    """Raise a `ValueError` if images are to be done one by one, and the objective can't be taken of some of them."""
+    """Raises `ValueError` if images may stop early, but the objective can't be restricted to some of them."""
     if stop_above < math.inf and not isinstance(objective, Objective):
         raise ValueError(
             "stop_above needs an objective that can be taken of some of the images, got a "
@@ -78,7 +65,7 @@ def check_can_stop(objective: Callable[[Tensor], Tensor], stop_above: float) -> 
 
 
 def check_pixels(name: str, pixels: Tensor) -> None:
-    """Raise a `ValueError` unless this is a batch in a precision that can hold a budget."""
+    """Raises `ValueError` unless this is a batch in a precision that can hold a budget."""
     # Half precision is coarser than 8 bits near 1 (bfloat16) or breaks the budget by rounding (float16).
     if pixels.dtype not in (torch.float32, torch.float64):
         raise ValueError(
@@ -90,7 +77,7 @@ def check_pixels(name: str, pixels: Tensor) -> None:
 
 
 def check_steps(*, eps: float, step_size: float | None, num_steps: int) -> None:
-    """Raise a `ValueError` unless budget and steps make sense."""
+    """Raises `ValueError` if the budget or the steps are out of range."""
     if not 0 <= eps < math.inf:
         raise ValueError(f"eps must be a finite number of at least 0, got {eps}")
     if step_size is not None and not 0 < step_size < math.inf:
@@ -100,19 +87,7 @@ def check_steps(*, eps: float, step_size: float | None, num_steps: int) -> None:
 
 
 def draw_noise(like: Tensor, sample: Callable[..., Tensor], generator: Generators) -> Tensor:
-    """Noise of the shape, dtype and device of `like`.
-
-    Args:
-        like: (B, ...) floating tensor.
-        sample: `torch.rand` or `torch.randn`.
-        generator: One generator for all, one per example, or `None` for torch's default; on any device.
-
-    Returns:
-        (B, ...) noise.
-
-    Raises:
-        ValueError: If a sequence of generators doesn't hold one per example.
-    """
+    """Draws noise like `like` (B, ...) by `torch.rand` or `torch.randn`, from one generator or one per example."""
     if generator is None:
         return sample(like.shape, dtype=like.dtype, device=like.device)
     if isinstance(generator, torch.Generator):
@@ -124,11 +99,7 @@ def draw_noise(like: Tensor, sample: Callable[..., Tensor], generator: Generator
 
 
 def input_gradient(value: Tensor, images: Tensor, *, source: str) -> Tensor:
-    """Gradient of a scalar with respect to the images and nothing else; `source` names what was differentiated.
-
-    Raises:
-        ValueError: If there is no gradient, or it is not a number somewhere.
-    """
+    """Returns the gradient with respect to the images; `ValueError` names `source` if there is none or it is NaN."""
     gradient = None
     if value.requires_grad:
         (gradient,) = torch.autograd.grad(value, images, allow_unused=True)

@@ -1,4 +1,4 @@
-"""Noise as an attack: what any attack must beat.
+"""Noise as an attack, the baseline that any attack must beat.
 
 Shapes: B images.
 """
@@ -11,7 +11,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from .common import Generators, check_pixels, check_steps, draw_noise, evaluate_objective
+from .common import Generators, check_pixels, check_steps, draw_noise, evaluate_objective, keep_best
 
 
 NoiseKind = Literal["uniform", "corners"]
@@ -47,14 +47,12 @@ def noise_attack(
         raise ValueError(f"kind must be one of {get_args(NoiseKind)}, got {kind!r}")
     check_pixels("images", images)
     check_steps(eps=eps, step_size=None, num_steps=num_draws)
-    best, best_values = images, torch.full_like(images.flatten(1)[:, 0], -torch.inf)
+    best, best_values = images.clone(), images.new_full((len(images),), -torch.inf)
+    rows = torch.arange(len(images), device=images.device)
     for _ in range(num_draws):
         offset = 2 * draw_noise(images, torch.rand, generator) - 1  # in [-1, 1)
         if kind == "corners":
             offset = torch.where(offset < 0, -1.0, 1.0).to(images.dtype)
         noisy = (images + eps * offset).clamp(0, 1)
-        values = evaluate_objective(objective, noisy)
-        better = values > best_values  # (B,)
-        best = torch.where(better.view(-1, *[1] * (images.dim() - 1)), noisy, best)
-        best_values = torch.where(better, values, best_values)
+        best_values = keep_best(best, best_values, rows, noisy, evaluate_objective(objective, noisy))
     return best

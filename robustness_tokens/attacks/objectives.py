@@ -1,4 +1,4 @@
-"""What an attack maximises: callables from images to one number per image.
+"""Objectives that an attack maximises: callables from images to one number per image.
 
 Each factory takes a function of [0, 1] images, which applies normalisation and model, and what it should be pushed
 away from, in the order of the batch that will be attacked. What it returns can be taken of some of the images alone.
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 
 class Objective:
-    """A number per image, which depends on the image and on what belongs to it, such as its label.
+    """Maps images to one number each, which may depend on data of the image, such as its label.
 
     Args:
         function: Maps (B, ...) images in [0, 1], and what belongs to them, to (B,).
@@ -32,14 +32,14 @@ class Objective:
         return self.function(images, *self.of_images)
 
     def select(self, rows: Tensor) -> Objective:
-        """The objective of some of the images, by their (R,) int64 rows: it maps (R, ...) images to (R,)."""
+        """Returns the objective of the images in `rows`, (R,) int64; it maps (R, ...) images to (R,)."""
         return Objective(self.function, *(one[rows] for one in self.of_images))
 
 
 def cosine_similarity(
     features: Tensor, target: Tensor, *, similarity_axis: Literal["token", "feature"] = "token"
 ) -> Tensor:
-    """Mean cosine of each example's features with its target.
+    """Computes the mean cosine of each example's features with its target.
 
     Args:
         features: (B, N, D) or (B, D) floating.
@@ -72,7 +72,7 @@ def feature_cosine_objective(
     *,
     similarity_axis: Literal["token", "feature"] = "token",
 ) -> Objective:
-    """Minus the mean cosine with target features, see [`cosine_similarity`]: maximising pushes features away.
+    """Returns minus the mean cosine with target features, see [`cosine_similarity`]; maximising pushes features away.
 
     At images whose features are the target the gradient is rounding noise: start the attack at random.
 
@@ -92,7 +92,7 @@ def feature_cosine_objective(
 
 
 def feature_mse_objective(features_fn: Callable[[Tensor], Tensor], target: Tensor) -> Objective:
-    """Mean squared difference from target features.
+    """Returns the mean squared difference from target features, as an objective.
 
     At images whose features are the target the gradient is zero: start the attack at random.
 
@@ -115,7 +115,7 @@ def feature_mse_objective(features_fn: Callable[[Tensor], Tensor], target: Tenso
 def cross_entropy_objective(
     logits_fn: Callable[[Tensor], Tensor], labels: Tensor, *, misclassified_bonus: float = 0.0
 ) -> Objective:
-    """Cross-entropy of a classifier with the true labels.
+    """Returns a classifier's cross-entropy with the true labels, as an objective.
 
     Args:
         logits_fn: Maps (B, ...) images in [0, 1] to (B, C) logits.
@@ -137,7 +137,7 @@ def cross_entropy_objective(
 
 
 def margin_objective(logits_fn: Callable[[Tensor], Tensor], labels: Tensor) -> Objective:
-    """Largest wrong logit minus the true one: above 0 where the image is misclassified.
+    """Returns the largest wrong logit minus the true one, as an objective: above 0 where an image is misclassified.
 
     Unlike the cross-entropy it doesn't saturate where the classifier is sure.
 
@@ -167,7 +167,7 @@ def margin_objective(logits_fn: Callable[[Tensor], Tensor], labels: Tensor) -> O
 def pixel_cross_entropy_objective(
     logits_fn: Callable[[Tensor], Tensor], labels: Tensor, *, ignore_index: int = 255
 ) -> Objective:
-    """Cross-entropy of a segmentation, averaged over each image's labelled pixels.
+    """Returns a segmentation's cross-entropy, averaged over each image's labelled pixels, as an objective.
 
     Args:
         logits_fn: Maps (B, ...) images in [0, 1] to (B, C, H, W) logits at the size of the labels.
@@ -189,7 +189,7 @@ def pixel_cross_entropy_objective(
 
 
 def detached_copy(tensor: Tensor) -> Tensor:
-    """A constant that autograd can save, also where the tensor was made in inference mode."""
+    """Copies a tensor to a constant that autograd can save, even one made in inference mode."""
     with torch.inference_mode(False):
         return tensor.detach().clone()
 

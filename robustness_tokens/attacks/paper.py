@@ -18,6 +18,9 @@ _MAX_MSE = 1e-4
 PAPER_EPS_NORMALIZED = 8 / 255
 """The radius of the published attack, in normalised units; times a channel's standard deviation, in pixels."""
 
+PAPER_STEP_SIZE_NORMALIZED = 0.01
+PAPER_NUM_STEPS = 30
+
 
 @torch.inference_mode(False)
 @torch.enable_grad()
@@ -29,12 +32,12 @@ def paper_attack(
     image_std: Sequence[float],
     labels: Tensor | None = None,
     target: Tensor | None = None,
-    eps: float = 8 / 255,
-    step_size: float = 0.01,
-    num_steps: int = 30,
+    eps: float = PAPER_EPS_NORMALIZED,
+    step_size: float = PAPER_STEP_SIZE_NORMALIZED,
+    num_steps: int = PAPER_NUM_STEPS,
     generator: Generators = None,
 ) -> Tensor:
-    """The paper's attack on features, or on a classifier where labels are given.
+    """Runs the paper's attack on features, or on a classifier if labels are given.
 
     Minimises the mean cosine with the clean features (or minus the cross-entropy) plus the mean squared error of the
     [0, 1] images, by signed steps from `pixel_values + step_size * randn`. After each step the iterate is projected
@@ -139,13 +142,9 @@ def _check_range(images: Tensor) -> None:
 
 
 def paper_attack_eps(image_std: Sequence[float], *, on_grid: bool) -> float:
-    """The budget of the paper's attack in pixel units, after its 8-bit step.
+    """Returns the budget of the paper's attack in pixel units, after its 8-bit step.
 
-    That step rounds towards black, so it adds up to a level. From the grid to the grid only whole levels lead.
-
-    Args:
-        image_std: One standard deviation per channel that images are normalised with.
-        on_grid: Whether the images are on the 8-bit grid.
+    That step rounds towards black and so adds up to one level; images `on_grid` move by whole 8-bit levels only.
     """
     levels = round(255 * PAPER_EPS_NORMALIZED * max(image_std), 6) + 1
     return (math.floor(levels) if on_grid else levels) / 255

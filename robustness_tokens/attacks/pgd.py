@@ -24,6 +24,11 @@ from .common import (
 )
 
 
+def pgd_step_size(eps: float, num_steps: int) -> float:
+    """Returns the default step of [`pgd_attack`], in pixel units: `num_steps` of them can cross the whole ball."""
+    return 2.5 * eps / num_steps
+
+
 @torch.inference_mode(False)
 @torch.enable_grad()
 def pgd_attack(
@@ -38,7 +43,7 @@ def pgd_attack(
     stop_above: float = math.inf,
     generator: Generators = None,
 ) -> Tensor:
-    """Adversarial images that maximise an objective within `eps` of the originals.
+    """Returns adversarial images that maximise an objective within `eps` of the originals.
 
     Every iterate of every restart counts, the last one too: each image keeps the one with its highest objective.
     One restart costs `num_steps` gradients and `num_steps + 1` evaluations of the objective, less what `stop_above`
@@ -84,7 +89,7 @@ def pgd_attack(
         raise ValueError(f"num_restarts={num_restarts} would repeat one run without random_start=True")
     check_can_stop(objective, stop_above)
     if step_size is None:
-        step_size = 2.5 * eps / num_steps
+        step_size = pgd_step_size(eps, num_steps)
 
     images = images.detach().clone()
     lower, upper = (images - eps).clamp(min=0), (images + eps).clamp(max=1)

@@ -48,7 +48,7 @@ def square_attack(
     stop_above: float = math.inf,
     generator: Generators = None,
 ) -> Tensor:
-    """Square attack in the L-infinity ball, for any score and not for classifiers alone.
+    """Runs the Square attack in the L-infinity ball on any score, not only a classifier's.
 
     Starts from vertical stripes of `eps` and sets one square at a time to a random corner of the ball, where that
     raises the objective. The squares, their places and their signs belong to the image, not to the batch.
@@ -107,7 +107,7 @@ def square_attack(
 
 
 def _side(spent: float, initial_area: float, height: int, width: int) -> int:
-    """Side in pixels of the squares once this share of the queries is spent."""
+    """Returns the squares' side in pixels once this share of the queries is spent."""
     shrunk = max((factor for share, factor in _SCHEDULE if spent > share), default=1)
     return min(max(round(math.sqrt(initial_area / shrunk * height * width)), 1), height, width)
 

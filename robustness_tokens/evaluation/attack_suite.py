@@ -17,6 +17,8 @@ from torch import Tensor
 
 from ..attacks import (
     PAPER_EPS_NORMALIZED,
+    PAPER_NUM_STEPS,
+    PAPER_STEP_SIZE_NORMALIZED,
     Objective,
     apgd_attack,
     auto_attack,
@@ -28,6 +30,7 @@ from ..attacks import (
     noise_attack,
     paper_attack,
     pgd_attack,
+    pgd_step_size,
     pixel_cross_entropy_objective,
     square_attack,
 )
@@ -38,8 +41,6 @@ from .threat_models import AttackerView
 ObjectiveFn: TypeAlias = Callable[[Tensor], Tensor]
 
 _MISCLASSIFIED = 1000.0  # more than any cross-entropy
-
-PAPER_STEP_SIZE_NORMALIZED = 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,7 +281,7 @@ class Attack:
             values |= {"step_size": eps}
         elif "step_size" in ATTACKS[self.name].parameters:
             assert self.num_steps is not None
-            values = {"step_size": 2.5 * eps / self.num_steps, **values}  # as pgd_attack does
+            values = {"step_size": pgd_step_size(eps, self.num_steps), **values}
         return values
 
 
@@ -374,7 +375,7 @@ def _paper(with_labels: bool) -> Callable[[AttackCall], Tensor]:
             labels=call.labels if with_labels else None,
             eps=PAPER_EPS_NORMALIZED,
             step_size=PAPER_STEP_SIZE_NORMALIZED,
-            num_steps=call.attack.num_steps or 30,
+            num_steps=call.attack.num_steps or PAPER_NUM_STEPS,
             generator=call.generators,
         )
         # It ends on the 8-bit grid, which normalising and back leaves by a few roundings.

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..attacks import paper_attack_eps
+from ..attacks import PAPER_NUM_STEPS, paper_attack_eps
 from .arguments import BudgetName, EvaluationArguments
 from .attack_suite import ATTACKS, Attack
 from .cells import Cell, Series
@@ -163,7 +163,7 @@ def build_attack(name: str, budget: Budget) -> Attack:
     if name.startswith("apgd"):
         values |= {"num_steps": budget.num_apgd_steps}
     if name.startswith("paper"):
-        values |= {"num_steps": 30}
+        values |= {"num_steps": PAPER_NUM_STEPS}
     known = ATTACKS[name].parameters
     if target and "target" not in known:
         raise ValueError(f"attack {name!r} has no target, got {target!r}")

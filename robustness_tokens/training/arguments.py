@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 
 from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
+from ..attacks import PAPER_NUM_STEPS, PAPER_STEP_SIZE_NORMALIZED, pgd_step_size
 from ..data import ATTACK_ARGUMENTS, ResizeMode
 from ..models import AUTO, MixedPrecision
 from ..utils import check_choice, check_int
@@ -27,9 +28,7 @@ _ENDLESS_SCHEDULES = ("constant", "constant_with_warmup", "inverse_sqrt")
 SPEEDUP_ARGUMENTS = ("torch_compile", "train_attn_implementation", "onednn")
 """What changes no more of the tokens than rounding does."""
 
-_NUM_ATTACK_STEPS = 30
 _PGD_DEFAULT_EPS = 4 / 255
-_PAPER_STEP_SIZE = 0.01
 
 # Adam divides it by 1 - 0.9 in its first step, and the quotient must be a float32.
 _LARGEST_LEARNING_RATE = 1e37
@@ -46,7 +45,7 @@ _COMMON: dict[str, Any] = {
     "per_device_train_batch_size": 8,
     "learning_rate": 1e-3,
     "attack": "paper",
-    "num_attack_steps": 30,
+    "num_attack_steps": PAPER_NUM_STEPS,
 }
 
 PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
@@ -191,7 +190,7 @@ class RobustnessTokenTrainingArguments:
             raise ValueError(f"report_to must be of {get_args(Tracker)}, or 'none', got {unknown}")
         self.stated_attack = {name: value for name in ATTACK_ARGUMENTS if (value := getattr(self, name)) is not None}
         self.attack = self.stated_attack.get("attack", "paper")
-        self.num_attack_steps = self.stated_attack.get("num_attack_steps", _NUM_ATTACK_STEPS)
+        self.num_attack_steps = self.stated_attack.get("num_attack_steps", PAPER_NUM_STEPS)
         self.head_distance_weight = self.stated_attack.get("head_distance_weight", 0.0)
         for name, smallest in (
             ("max_steps", 1),
@@ -238,7 +237,7 @@ class RobustnessTokenTrainingArguments:
         if self.eps is not None and not 0 < self.eps <= 1:
             raise ValueError(f"eps must be in (0, 1], in pixel units of [0, 1] images such as 8/255, got {self.eps}")
         if self.step_size is None and self.attack == "paper":
-            self.step_size = _PAPER_STEP_SIZE
+            self.step_size = PAPER_STEP_SIZE_NORMALIZED
         for name in ("learning_rate", "step_size", "max_grad_norm"):
             if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be finite and above 0, got {getattr(self, name)}")
@@ -277,7 +276,7 @@ class RobustnessTokenTrainingArguments:
         recipe = {key: value for key, value in dataclasses.asdict(self).items() if key not in _NOT_RECIPE}
         if self.step_size is None:
             assert self.eps is not None, "only pgd has no step_size, and it has an eps"
-            recipe["step_size"] = 2.5 * self.eps / self.num_attack_steps  # as pgd_attack does
+            recipe["step_size"] = pgd_step_size(self.eps, self.num_attack_steps)
         return recipe
 
 

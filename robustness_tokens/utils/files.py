@@ -1,4 +1,4 @@
-"""Small files on disk: written whole or not at all, read with suspicion."""
+"""Reads and writes small files: strictly, and whole or not at all."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def json_values(content: Any) -> Iterator[tuple[int, Any]]:
-    """Every key and value in parsed JSON, each with how deep it lies."""
+    """Yields every key and value in parsed JSON, each with its depth."""
     waiting = [(0, content)]
     while waiting:
         depth, value = waiting.pop()
@@ -57,8 +57,8 @@ def write_text(path: Path, text: str) -> None:
 def write_bytes(path: Path, content: bytes) -> None:
     """Writes a small file, whole or not at all.
 
-    Tensors too, as `safetensors.torch.save` makes bytes of them: `save_file` maps the file, which on a full disk can
-    kill the process.
+    Tensors are written so too, as `safetensors.torch.save` returns bytes: `save_file` maps the file, and a full disk
+    can then kill the process.
     """
     with replacing(path) as partial:
         partial.write_bytes(content)
@@ -67,7 +67,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A file beside the target, renamed to it once it is on the disk, so that no reader ever sees half a file."""
+    """Yields a file beside the target and renames it once it is on the disk: no reader ever sees half a file."""
     with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
         partial = Path(file.name)
     try:
@@ -79,7 +79,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def flush_to_disk(path: Path) -> None:
-    """Waits until a file's content, or a folder's entries, are on the disk, and not only on their way there."""
+    """Waits until a file's content, or a folder's entries, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -88,7 +88,7 @@ def flush_to_disk(path: Path) -> None:
 
 
 def has_cache_hash(file: Path) -> bool:
-    """Whether a file in huggingface_hub's cache has the hash that it is named by; True where it is named by none."""
+    """Tells whether a cached file matches the hash in its blob's name; True if the name is no hash."""
     if not file.is_symlink():
         return True  # a cache without symbolic links
     expected = file.readlink().name  # not resolve(): a file that came by Xet is linked on, to a name of another kind

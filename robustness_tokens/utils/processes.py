@@ -1,4 +1,4 @@
-"""The processes of a distributed run: who they are, and what the main one shares with the others."""
+"""Processes of a distributed run: their state, and results that the main one shares."""
 
 from __future__ import annotations
 
@@ -16,28 +16,21 @@ from accelerate.utils.environment import parse_flag_from_env
 
 
 PROCESS_GROUP = InitProcessGroupKwargs(timeout=timedelta(hours=3))
-"""How long processes wait for each other: one without a last shard of adversarial pairs, for those that attack one."""
+"""Timeout of collectives. It is long: a process without a last shard of adversarial pairs waits for the others."""
 
 
 def process_state() -> PartialState:
-    """What the process is among those that were launched together, where there is no Accelerator to ask.
+    """Returns the distributed state where there is no Accelerator.
 
-    Accelerate alone reads how long they wait for each other, and whether they shall leave GPUs be, only for an
-    Accelerator; and what it finds first it keeps.
+    `PartialState` keeps what its first call is given, so timeout and CPU flag are passed here.
     """
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), **PROCESS_GROUP.to_kwargs())
 
 
 def share_from_main(function: Callable[[], Any], accelerator: Accelerator | PartialState) -> Any:
-    """What a function returns on the main process, on every process: the others may have no access to its disk.
+    """Calls a function on the main process alone and returns its result on all of them.
 
-    Args:
-        function: Called on the main process alone.
-        accelerator: From [`build_accelerator`], or [`process_state`].
-
-    Raises:
-        Exception: On every process, what the function raised, so that none waits for another in vain; on the others
-            a `RuntimeError` that tells of it, where it can't be sent to them.
+    Its error is raised on every process, so that none waits in vain; as a `RuntimeError` where it can't be sent.
     """
     if accelerator.num_processes == 1:
         return function()
@@ -58,7 +51,7 @@ def share_from_main(function: Callable[[], Any], accelerator: Accelerator | Part
 
 def _sendable(exc: Exception) -> Exception:
     try:
-        pickle.loads(pickle.dumps(exc))  # which an error with a lock, or with other arguments than its text, fails
+        pickle.loads(pickle.dumps(exc))  # fails for an error with a lock, or with arguments other than its text
     except Exception:
         return RuntimeError(f"the main process failed: {type(exc).__name__}: {exc}")
     return exc

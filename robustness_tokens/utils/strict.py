@@ -94,8 +94,9 @@ def check_int(name: str, value: Any, lowest: int, highest: int = MAX_INT) -> Non
 def check_number(name: str, value: Any, lowest: float = -math.inf, highest: float = math.inf) -> None:
     """Refuses anything but a finite number in the range."""
     if not _is_finite_number(value) or not lowest <= value <= highest:
-        upper = f" to {highest:g}" if highest < math.inf else " up"
-        expected = f" from {lowest:g}{upper}" if lowest > -math.inf else ""
+        expected = f" of at least {lowest:g}" if lowest > -math.inf else ""
+        if highest < math.inf:
+            expected = f" from {lowest:g} to {highest:g}"
         raise ValueError(f"{name} must be a finite number{expected}, got {value!r:.200}")
 
 
