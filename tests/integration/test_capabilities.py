@@ -1,4 +1,4 @@
-"""Tests every cell of the table of families in README.md."""
+"""Tests every cell of the table of families in docs/families.md."""
 
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,10 @@ from tests.support.capabilities import (
     CAPABILITIES,
     CHECKS,
     END,
-    README,
     REFUSALS,
     START,
     TABLE,
+    TABLE_FILE,
     make_adapter,
     render_table,
     with_table,
@@ -54,7 +54,7 @@ def test_every_classifier_and_backbone_that_is_registered_is_in_the_table() -> N
 
 
 def test_the_readme_holds_the_table() -> None:
-    text = README.read_text(encoding="utf-8")
+    text = TABLE_FILE.read_text(encoding="utf-8")
     assert written_table(text) == render_table(), "run `python -m tests.support.capabilities`"
     assert with_table(text, render_table()) == text
 

@@ -1,6 +1,6 @@
-"""What works on which family: the table in README.md, and a check behind each of its cells.
+"""What works on which family: the table in docs/families.md, and a check behind each of its cells.
 
-`python -m tests.support.capabilities` writes the table. test_capabilities.py runs every check and compares README.md.
+`python -m tests.support.capabilities` writes the table; test_capabilities.py runs every check and compares the table.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from tests.integration import test_families
 from tests.support.families import DEIT3, EVA, FAMILIES, HIDDEN_SIZE, IMAGE_SIZE, Family, images
 
 
-README = Path(__file__).parents[2] / "README.md"
+TABLE_FILE = Path(__file__).parents[2] / "docs" / "families.md"
 START, END = "<!-- families:start -->", "<!-- families:end -->"
 
 CAPABILITIES = ("inject", "train", "classify", "backbone", "compile", "merge", "ONNX")
@@ -344,4 +344,4 @@ def with_table(text: str, table: str) -> str:
 
 
 if __name__ == "__main__":
-    README.write_text(with_table(README.read_text(encoding="utf-8"), render_table()), encoding="utf-8")
+    TABLE_FILE.write_text(with_table(TABLE_FILE.read_text(encoding="utf-8"), render_table()), encoding="utf-8")
