@@ -20,7 +20,7 @@ quickstart: .venv/.installed  ## Train, evaluate, save and reload tokens on the 
 	HF_HUB_OFFLINE=1 $(BIN)/python examples/quickstart/run.py
 
 test: .venv/.installed  ## Run the fast tests (no network)
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 test-slow: .venv/.installed  ## Run the long tests
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m slow

@@ -13,6 +13,7 @@ from torch import Tensor
 from robustness_tokens import RobustnessTokenForImageClassification, evaluate_robustness
 from robustness_tokens.evaluation import cells
 from robustness_tokens.evaluation import cells as cells_module
+from robustness_tokens.evaluation import evaluate as evaluate_module
 from robustness_tokens.evaluation.attack_suite import Attack, AttackBatch
 from robustness_tokens.evaluation.threat_models import AttackerView
 from robustness_tokens.report.writing import RobustnessReport
@@ -21,7 +22,7 @@ from tests.support.bases import HIDDEN_SIZE, IMAGE_SIZE, build_base
 from tests.support.training_runs import run_together
 
 
-def evaluate(output_dir: Path | None, **changes: Any) -> RobustnessReport:
+def evaluate(output_dir: Path | None, *, draw: bool = False, **changes: Any) -> RobustnessReport:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model = RobustnessTokenForImageClassification.from_base(
@@ -39,7 +40,10 @@ def evaluate(output_dir: Path | None, **changes: Any) -> RobustnessReport:
         "disable_tqdm": True,
     }
     dataset = [{"images": image, "labels": number % 5} for number, image in enumerate(images)]
-    return evaluate_robustness(model, dataset, output_dir=output_dir, **{**arguments, **changes})
+    with pytest.MonkeyPatch.context() as patch:
+        if not draw:
+            patch.setattr(evaluate_module, "make_figures", lambda *args: {})
+        return evaluate_robustness(model, dataset, output_dir=output_dir, **{**arguments, **changes})
 
 
 def count_attacked(patch: pytest.MonkeyPatch) -> list[int]:
@@ -62,7 +66,7 @@ LEFT: dict[str, Any] = {"attacks": None, "knowledge": ["base", "full"], "eps": [
 def evaluate_as_rank(rank: int, folder: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         counts = count_attacked(patch)
-        evaluate(folder / "work").save(folder / str(rank))
+        evaluate(folder / "work", draw=True).save(folder / str(rank))
         # Of the batches of 4, 4 and 2 the first process has the outer ones; there are seven cells.
         assert counts == [[4, 2], [4]][rank] * 7
     state = process_state()

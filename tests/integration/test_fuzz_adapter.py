@@ -50,10 +50,10 @@ def check(outcome: dict[str, Any], count: int) -> None:
 
 
 def test_damaged_files_are_refused(fuzzed: Path) -> None:
-    outcome = fuzz(fuzzed, "read", 5500)
-    check(outcome, 5500)
+    outcome = fuzz(fuzzed, "read", 2750)
+    check(outcome, 2750)
     for name in ("config.json", "model.safetensors", "preprocessor_config.json", "evaluation.json"):
-        assert outcome["outcomes"][f"{name} refused"] > 250
+        assert outcome["outcomes"][f"{name} refused"] > 125
         assert outcome["outcomes"][f"{name} accepted"] > 5, "some damage does no harm, so these were read to the end"
 
 

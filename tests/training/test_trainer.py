@@ -457,6 +457,7 @@ def test_a_checkpoint_of_another_version_is_refused_in_words(make_trainer: Train
         make_trainer(resume_from_checkpoint=True).train()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_a_compiled_run_resumes_with_the_same_bits(
     make_trainer: TrainerFactory, interrupt: Callable[[int], None]
