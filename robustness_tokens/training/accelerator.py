@@ -1,4 +1,4 @@
-"""Accelerate as a training run needs it: which ways of distribution, which precision, which trackers."""
+"""Accelerate, set up for a training run: distribution, precision, trackers."""
 
 from __future__ import annotations
 
@@ -34,14 +34,10 @@ _SHARDED = {
 
 
 def build_accelerator(args: RobustnessTokenTrainingArguments) -> Accelerator:
-    """Sets Accelerate up from the arguments, and from what launched the process.
-
-    Args:
-        args: Of the training.
+    """Builds the Accelerator from the arguments and the launcher's environment.
 
     Raises:
-        ValueError: If the processes were launched for FSDP, DeepSpeed or Megatron-LM, or with another precision than
-            the arguments'.
+        ValueError: If the launcher shards models (FSDP, DeepSpeed, Megatron-LM) or sets another precision.
         ImportError: If the package of a tracker is missing.
     """
     for variable, (name, _) in _SHARDED.items():
@@ -77,14 +73,8 @@ def build_accelerator(args: RobustnessTokenTrainingArguments) -> Accelerator:
 
 
 def start_trackers(accelerator: Accelerator, *, output_dir: Path, recipe: Mapping[str, Any]) -> None:
-    """Begins a run in every tracker of `report_to`; they are told the recipe and later the log, never the tokens.
-
-    Only the main process has trackers.
-
-    Args:
-        accelerator: From [`build_accelerator`].
-        output_dir: Folder of the run, which gives it its name; TensorBoard's files go to `logs` in it.
-        recipe: What the run is made with.
+    """Starts a run in every tracker of `report_to`, on the main process; they get the recipe and the log, never the
+    tokens.
     """
     config = {key: value if isinstance(value, bool | int | float) else str(value) for key, value in recipe.items()}
     name = {"name": output_dir.resolve().name}
@@ -98,13 +88,13 @@ def start_trackers(accelerator: Accelerator, *, output_dir: Path, recipe: Mappin
 
 
 def finish_trackers(accelerator: Accelerator) -> None:
-    """Ends the run in every tracker, whose last rows are written then; no other process is waited for."""
+    """Finishes the run in every tracker, which then writes its last rows; waits for no other process."""
     while accelerator.trackers:
         accelerator.trackers.pop(0).finish()
 
 
 def abandon_trackers(accelerator: Accelerator) -> None:
-    """Ends what trackers are left where another error is on its way, which theirs, only logged, must not replace."""
+    """Finishes the remaining trackers while another exception propagates; their own errors are only logged."""
     while accelerator.trackers:
         try:
             finish_trackers(accelerator)

@@ -1,4 +1,4 @@
-"""What a training run can be told; names as in transformers.TrainingArguments where it has them."""
+"""The arguments of a training run, named as in transformers.TrainingArguments where it has them; the presets."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Tracker = Literal["trackio", "tensorboard", "wandb"]
 _SCHEDULES_TO_MAX_STEPS = ("linear", "cosine", "cosine_with_restarts", "polynomial")
 _ENDLESS_SCHEDULES = ("constant", "constant_with_warmup", "inverse_sqrt")
 SPEEDUP_ARGUMENTS = ("torch_compile", "train_attn_implementation", "onednn")
-"""What changes no more of the tokens than rounding does."""
+"""Arguments that change the tokens by rounding alone."""
 
 _PGD_DEFAULT_EPS = 4 / 255
 
@@ -268,11 +268,11 @@ class RobustnessTokenTrainingArguments:
 
     @property
     def schedule_depends_on_max_steps(self) -> bool:
-        """Whether the learning rate of a step depends on how many steps there will be."""
+        """Tells whether the learning rate of a step depends on `max_steps`."""
         return self.lr_scheduler_type in _SCHEDULES_TO_MAX_STEPS
 
     def recipe(self) -> dict[str, Any]:
-        """What determines the tokens, for the adapter's config: everything but folders, logging and workers."""
+        """Returns the arguments that determine the tokens, for the config: all but folders, logging and workers."""
         recipe = {key: value for key, value in dataclasses.asdict(self).items() if key not in _NOT_RECIPE}
         if self.step_size is None:
             assert self.eps is not None, "only pgd has no step_size, and it has an eps"

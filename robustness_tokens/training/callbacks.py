@@ -1,6 +1,6 @@
-"""What happens after a step, as callbacks and SIGTERM decide it; on every process alike.
+"""Callbacks of transformers and SIGTERM: their decisions after a step hold on every process.
 
-The callbacks are transformers': `TrainerCallback`, and `TrainerControl` to answer with.
+The callbacks are transformers' `TrainerCallback`, which answer by `TrainerControl`.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from .arguments import RobustnessTokenTrainingArguments
 logger = logging.getLogger(__name__)
 
 SIGTERM_EXIT_CODE = 128 + signal.SIGTERM
-"""What a shell reports of a process that SIGTERM has ended."""
+"""Exit code that a shell reports for a process ended by SIGTERM."""
 
 _DECISIONS = ("should_log", "should_evaluate", "should_save", "should_training_stop")
 
 
 class FlowCallback(DefaultFlowCallback):
-    """Logs, evaluates, saves and stops when `RobustnessTokenTrainingArguments` say so."""
+    """Logs, evaluates, saves and stops at the steps that `RobustnessTokenTrainingArguments` name."""
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> TrainerControl:
-        """Adds to what other callbacks have decided, and takes nothing back."""
+        """Adds to the decisions of other callbacks and takes none back."""
         step, is_last = state.global_step, state.global_step >= state.max_steps
         control.should_log |= is_last or step % args.logging_steps == 0
         control.should_evaluate |= args.eval_steps is not None and (is_last or step % args.eval_steps == 0)
@@ -52,14 +52,8 @@ class FlowCallback(DefaultFlowCallback):
 def build_handler(
     model: RobustnessTokenPreTrainedModel, callbacks: Sequence[TrainerCallback | type[TrainerCallback]]
 ) -> CallbackHandler:
-    """What calls the callbacks, the flow that the arguments ask for first.
-
-    Args:
-        model: Given to every event, with its image processor.
-        callbacks: Instances, or classes that need no arguments.
-
-    Raises:
-        ValueError: If one is no `TrainerCallback`.
+    """Builds the handler of the callbacks, with the arguments' own flow first; raises `ValueError` if one is no
+    `TrainerCallback`.
     """
     for callback in callbacks:
         kind = callback if isinstance(callback, type) else type(callback)
@@ -73,13 +67,7 @@ def build_handler(
 def build_state(
     args: RobustnessTokenTrainingArguments, accelerator: Accelerator, *, step: int, rows: Sequence[dict[str, float]]
 ) -> tuple[TrainerState, TrainerControl]:
-    """What callbacks are told of a run, and what they answer with.
-
-    Args:
-        args, accelerator: Of the training.
-        step: Optimiser steps done.
-        rows: Of the logs.
-    """
+    """Builds the state that callbacks read and the control that they answer with; `rows` are those of the logs."""
     state = TrainerState(
         global_step=step,
         max_steps=args.max_steps,
@@ -95,16 +83,7 @@ def build_state(
 
 
 def agree(control: TrainerControl, terminated: bool, accelerator: Accelerator) -> bool:
-    """Makes what one process has decided hold on all of them, so that they take the same path.
-
-    Args:
-        control: Of this process, changed in place.
-        terminated: Whether SIGTERM has come to this process.
-        accelerator: Of the training.
-
-    Returns:
-        Whether SIGTERM has come to any.
-    """
+    """Makes a decision of one process hold on all of them; tells whether SIGTERM has come to any."""
     if accelerator.num_processes == 1:
         return terminated
     decided = [*(getattr(control, name) for name in _DECISIONS), terminated]
@@ -116,18 +95,18 @@ def agree(control: TrainerControl, terminated: bool, accelerator: Accelerator) -
 
 
 def export_callbacks(handler: CallbackHandler) -> list[list[Any]]:
-    """The state of the callbacks that have one (transformers' `ExportableState`), for a checkpoint."""
+    """Returns the state of the callbacks that have one (transformers' `ExportableState`), for a checkpoint."""
     return [[type(callback).__name__, callback.state()["attributes"]] for callback in _stateful(handler)]
 
 
 def restore_callbacks(handler: CallbackHandler, stored: Sequence[Sequence[Any]]) -> None:
-    """Puts back what [`export_callbacks`] gave; says so where the callbacks are others now."""
+    """Restores what [`export_callbacks`] returned; warns where the callbacks differ."""
     remaining = [(name, attributes) for name, attributes in stored]
     for callback in _stateful(handler):
         name = type(callback).__name__
         entry = next((entry for entry in remaining if entry[0] == name), None)
         if entry is None:
-            logger.warning("The checkpoint holds no state of %s, which starts anew", name)
+            logger.warning("The checkpoint holds no state of %s, which starts from the beginning", name)
             continue
         remaining.remove(entry)
         for key, value in entry[1].items():
@@ -138,7 +117,7 @@ def restore_callbacks(handler: CallbackHandler, stored: Sequence[Sequence[Any]])
 
 @dataclass
 class Termination:
-    """Whether SIGTERM has come, and whether it has been answered."""
+    """Records whether SIGTERM has come, and whether it has been answered."""
 
     requested: bool = False
     answered: bool = False
@@ -146,9 +125,9 @@ class Termination:
 
 @contextmanager
 def catch_sigterm() -> Iterator[Termination]:
-    """Notes SIGTERM instead of dying of it, until the end of the block; only in the main thread, as Python allows.
+    """Records SIGTERM instead of ending the process, until the block ends; only in the main thread, as Python allows.
 
-    What comes too late for an answer is delivered again after the block, to whoever handled it before.
+    A signal that comes too late for an answer is delivered again after the block, to the previous handler.
     """
     termination = Termination()
     if threading.current_thread() is not threading.main_thread():

@@ -38,14 +38,14 @@ class DamagedCheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What [`read_checkpoint`] found.
+    """A checkpoint as [`read_checkpoint`] returns it.
 
     Attributes:
-        folder: Where.
+        folder: Its folder.
         step: Optimiser steps done.
         tokens: (K, D) float32.
-        optimizer_state: Of each parameter, by name.
-        state: What was given to [`save_checkpoint`].
+        optimizer_state: State of each parameter, by index.
+        state: What [`save_checkpoint`] was given.
     """
 
     folder: Path
@@ -56,12 +56,7 @@ class Checkpoint:
 
     @torch.no_grad()
     def restore(self, tokens: nn.Parameter, optimizer: torch.optim.Optimizer) -> None:
-        """Puts the tensors back.
-
-        Args:
-            tokens: (K, D), written in place.
-            optimizer: Holds the tokens as its only parameter.
-        """
+        """Writes the tensors back into the tokens and the optimizer, which holds them as its only parameter."""
         optimizer.load_state_dict({**optimizer.state_dict(), "state": self.optimizer_state})
         tokens.copy_(self.tokens)
 
@@ -76,24 +71,24 @@ def save_checkpoint(
     state: Mapping[str, Any],
     save_total_limit: int | None = None,
 ) -> Path:
-    """Writes `output_dir/checkpoint-<step>`: aside first, then renamed, so that it is never seen half-written.
+    """Writes `output_dir/checkpoint-<step>` under a hidden name and renames it, so it is never seen half-written.
 
     Args:
         output_dir: Folder of the run.
         step: Optimiser steps done.
         tokens: (K, D).
         optimizer: Holds the tokens as its only parameter.
-        settings: What a resumed run must have in common with this one; must be JSON.
-        state: What else a resumed run needs; must be JSON.
-        save_total_limit: Keep only so many checkpoints, the newest; those beyond `step` go first, since a run that
+        settings: What a resumed run must share with this one; JSON.
+        state: What else a resumed run needs; JSON.
+        save_total_limit: Keep only so many checkpoints, the newest. Those beyond `step` go first: a run that
             went back to an earlier checkpoint has left them behind.
 
     Returns:
         The checkpoint's folder.
 
     Raises:
-        OSError: If it can't be written; the checkpoints before it are as they were.
-        ValueError: If `settings` and `state` are more than [`read_checkpoint`] would read; likewise.
+        OSError: If it cannot be written; earlier checkpoints stay as they were.
+        ValueError: If `settings` and `state` are larger than [`read_checkpoint`] would read; earlier checkpoints stay.
     """
     tensors = {_TOKENS: tokens.detach().cpu().clone()}
     for index, values in optimizer.state_dict()["state"].items():
@@ -233,7 +228,7 @@ def check_output_dir(output_dir: Path, *, overwrite: bool, resume_from: str | bo
 
 
 def is_own_checkpoint(output_dir: Path, resume_from: str | bool | None) -> bool:
-    """Whether what is given to [`find_checkpoint`] is a checkpoint in the run's folder."""
+    """Tells whether [`find_checkpoint`] is given a checkpoint in the run's own folder."""
     if resume_from is True:
         return bool(list_checkpoints(output_dir))
     return resume_from is not None and Path(str(resume_from)).resolve().parent == output_dir.resolve()

@@ -1,4 +1,4 @@
-"""What the tokens are trained for, and the noise that belongs to an example.
+"""The training objective.
 
 Shapes: B images, N sequence, D width.
 """
@@ -51,17 +51,19 @@ def robustness_loss(
     head_distance_weight: float = 0.0,
     num_patches: int = 0,
 ) -> RobustnessLoss:
-    """The paper's two losses (paper, section 3).
+    """Computes the paper's two losses (paper, section 3).
 
     Args:
-        features: (B, 3, H, W) pixel values -> (B, N, D) or (B, D), with the tokens active. Called with the clean, then
-            with the attacked ones.
+        features: (B, 3, H, W) pixel values -> (B, N, D) or (B, D), with the tokens active. Called with the
+            clean images, then with the attacked ones.
         pixel_values: (B, 3, H, W) normalised clean images.
         attacked: (B, 3, H, W) normalised attacked images.
         target: Features of the clean images without tokens, (B, N, D) or (B, D).
         similarity_axis: See `RobustnessTokenConfig`.
-        invariance_weight, adversarial_weight: Of the clean and of the attacked images.
-        head_distance_weight, num_patches: See [`agreement`].
+        invariance_weight: Weight of the loss on clean images.
+        adversarial_weight: Weight of the loss on attacked images.
+        head_distance_weight: Weight of [`head_distance`] beside the cosine; 0 (paper) leaves the cosine alone.
+        num_patches: P, the number of patches among the N tokens; needed if `head_distance_weight` is above 0.
 
     Returns:
         The losses, with gradients to the tokens.
@@ -79,16 +81,8 @@ def robustness_loss(
 def agreement_loss(
     features: Tensor, target: Tensor, *, weight: float | Tensor, **options: Unpack[AgreementOptions]
 ) -> tuple[Tensor, Tensor]:
-    """One of the two losses, which have their gradients apart: that of the clean or that of the attacked images.
-
-    Args:
-        features: (B, N, D) or (B, D), with the tokens.
-        target: Features of the clean images without, same shape.
-        weight: Of the loss, scalar.
-        options: See [`agreement`].
-
-    Returns:
-        Minus the weighted mean [`agreement`], scalar; the mean cosine, scalar without a gradient.
+    """Returns minus the weighted mean [`agreement`] of one batch, and its mean cosine without a gradient; both
+    scalars.
     """
     loss = -weight * agreement(features, target, **options).mean()
     cosine = cosine_similarity(features.detach(), target, similarity_axis=options["similarity_axis"])
@@ -103,17 +97,7 @@ def agreement(
     head_distance_weight: float,
     num_patches: int,
 ) -> Tensor:
-    """What training raises and `attack="pgd"` lowers: the cosine, less the weighted [`head_distance`].
-
-    Args:
-        features, target: (B, N, D) or (B, D).
-        similarity_axis: See `RobustnessTokenConfig`.
-        head_distance_weight: 0 leaves the cosine alone, as the paper.
-        num_patches: P, of the patches among the N tokens.
-
-    Returns:
-        (B,).
-    """
+    """Returns the cosine less the weighted [`head_distance`], (B,): training raises it, `attack="pgd"` lowers it."""
     cosine = cosine_similarity(features, target, similarity_axis=similarity_axis)
     if head_distance_weight == 0:
         return cosine
@@ -121,17 +105,11 @@ def agreement(
 
 
 def head_distance(features: Tensor, target: Tensor, *, num_patches: int) -> Tensor:
-    """Squared distance of what a linear head reads, relative to the squared length of what it read before.
+    """Returns the squared distance between what a linear head reads of both, relative to its squared length, (B,).
 
-    The cosine along the tokens doesn't see it: scaling a feature, or moving it in all tokens alike, costs little
-    there, and changes the classes.
-
-    Args:
-        features, target: (B, N, D) or (B, D).
-        num_patches: P, of the patches among the N tokens.
-
-    Returns:
-        (B,), at least 0.
+    The cosine along the tokens does not see it: to scale a feature, or to move it in all tokens alike, costs little
+    there
+    and changes the classes.
     """
     found, expected = head_inputs(features, num_patches), head_inputs(target, num_patches)  # (B, 2 D) or (B, D)
     return (found - expected).square().sum(dim=1) / expected.square().sum(dim=1)

@@ -1,4 +1,4 @@
-"""The folder of a run: what a resumed run takes up, what a new one replaces, and what both must have in common."""
+"""The folder of a run: what a resumed run reads, what a new run replaces, and the logs."""
 
 from __future__ import annotations
 
@@ -53,16 +53,7 @@ _STATE = {"rounding", "position", "previous_recipe", "scheduler", "callbacks"}  
 
 
 def start_log(path: Path, rows: Sequence[Mapping[str, float]] = (), *, columns: Sequence[str] = LOG_COLUMNS) -> None:
-    """Writes a log with these rows in place of whatever is there.
-
-    Args:
-        path: The file; its folder is made if needed.
-        rows: Each with these columns.
-        columns: Of the log.
-
-    Raises:
-        OSError: If it can't be written.
-    """
+    """Writes a log with these rows, replacing any that is there; raises `OSError` if it cannot."""
     partial = path.with_name(f"{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -76,11 +67,7 @@ def start_log(path: Path, rows: Sequence[Mapping[str, float]] = (), *, columns: 
 
 
 def append_to_log(path: Path, row: Mapping[str, float]) -> None:
-    """Adds a row, with the columns of the log in their order, to a log that [`start_log`] began.
-
-    Raises:
-        OSError: If it can't be written.
-    """
+    """Adds a row to a log that [`start_log`] began; raises `OSError` if it cannot."""
     try:
         with path.open("a", newline="", encoding="utf-8") as file:
             csv.DictWriter(file, fieldnames=list(row)).writerow(row)
@@ -89,16 +76,7 @@ def append_to_log(path: Path, row: Mapping[str, float]) -> None:
 
 
 def read_log(path: Path, *, last_step: int, columns: Sequence[str] = LOG_COLUMNS) -> list[dict[str, float]]:
-    """Reads the rows up to a step.
-
-    Args:
-        path: The file; one that is missing has no rows.
-        last_step: What a killed run wrote after the checkpoint that is resumed is left out.
-        columns: Of the log.
-
-    Returns:
-        The rows, `"step"` a whole number.
-    """
+    """Reads the rows up to `last_step`; later ones were written after the checkpoint. A missing file has no rows."""
     if not path.is_file():
         return []
     with path.open(newline="", encoding="utf-8") as file:
@@ -116,7 +94,7 @@ def _unwritable(path: Path, exc: OSError) -> OSError:
 
 
 class RunSoFar(NamedTuple):
-    """Where a run goes on: its checkpoint, None for a new run, and the rows of its logs up to there."""
+    """The state to resume from: the checkpoint, None for a new run, and the rows of both logs up to it."""
 
     checkpoint: Checkpoint | None
     log_history: list[dict[str, float]]
@@ -131,15 +109,7 @@ def resume_settings(
     num_images: int | None,
     adversarial_pairs: Any,
 ) -> dict[str, Any]:
-    """What a resumed run must have in common with the one it resumes; JSON.
-
-    Args:
-        config: Of the model.
-        args: Of the training.
-        recipe: What determines the tokens.
-        num_images: To train on, if that is known.
-        adversarial_pairs: What tells these pairs from others, if there are any.
-    """
+    """Returns the settings that a resumed run must share with its checkpoint; JSON."""
     settings = {
         **recipe,
         "base_model_fingerprint": config.base_model_fingerprint,
@@ -158,13 +128,7 @@ def resume_settings(
 def rounding_settings(
     model: RobustnessTokenPreTrainedModel, args: RobustnessTokenTrainingArguments, *, device: torch.device
 ) -> dict[str, Any]:
-    """What a resumed run must have in common with the one it resumes to end with the same bits, as in effect; JSON.
-
-    Args:
-        model: That is trained.
-        args: Of the training.
-        device: That it is trained on.
-    """
+    """Returns the settings that a resumed run must share with its checkpoint to end with the same bits; JSON."""
     base, on_cpu = model.get_base_model(), device.type == "cpu"
     half_precision = runs_in_half(args.mixed_precision, device=device)
     attention = choose_attention(args.train_attn_implementation, device=device, half_precision=half_precision)
@@ -182,7 +146,7 @@ def rounding_settings(
 
 
 def _own_attention(base: nn.Module) -> str:
-    """The attention of all parts of a base, of transformers or timm."""
+    """Names the attention of all parts of a base of transformers or timm."""
     found = {str(config._attn_implementation) for config in attention_configs(base)}
     found |= {"sdpa" if module.fused_attn else "eager" for module in base.modules() if hasattr(module, "fused_attn")}
     return ", ".join(sorted(found))
@@ -195,16 +159,10 @@ def read_run(
     rounding: Mapping[str, Any],
     shape: tuple[int, ...],
 ) -> RunSoFar:
-    """Reads the run to go on from, as `args.resume_from_checkpoint` says; says so where it will round otherwise.
-
-    Args:
-        args: Of the training.
-        settings: From [`resume_settings`].
-        rounding: From [`rounding_settings`].
-        shape: Of the tokens, (K, D).
+    """Reads the run that `args.resume_from_checkpoint` names; warns if it was computed with another rounding.
 
     Raises:
-        ValueError: If its checkpoint doesn't fit, or lacks what the trainer stores, or is beyond `args.max_steps`.
+        ValueError: If its checkpoint does not fit, lacks what the trainer stores, or is beyond `args.max_steps`.
     """
     checkpoint = find_checkpoint(Path(args.output_dir), args.resume_from_checkpoint, settings=settings, shape=shape)
     if checkpoint is None:
@@ -231,16 +189,11 @@ def read_run(
 
 
 def open_run(args: RobustnessTokenTrainingArguments, run: RunSoFar) -> None:
-    """Makes `args.output_dir` ready: without another run's checkpoints, and with the logs up to now.
-
-    Args:
-        args: Of the training.
-        run: From [`read_run`].
+    """Prepares `args.output_dir`: deletes another run's checkpoints and writes the logs up to now.
 
     Raises:
-        ValueError: If it holds checkpoints of another run, without `args.overwrite_output_dir`: those of the same
-            trainer's run before, say, which nobody wants to lose by training on.
-        OSError: If it can't be written.
+        ValueError: If it holds checkpoints of another run and `args.overwrite_output_dir` is not set.
+        OSError: If it cannot be written.
     """
     output_dir = Path(args.output_dir)
     old = [] if is_own_checkpoint(output_dir, args.resume_from_checkpoint) else list_checkpoints(output_dir)

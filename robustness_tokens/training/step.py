@@ -1,4 +1,4 @@
-"""What happens to the images of one optimiser step: attacked, compared, and the gradient summed to the tokens.
+"""One optimiser step: attack the images, compare features, sum the gradient of the tokens.
 
 Shapes: B images of a batch, N sequence, D width.
 """
@@ -34,7 +34,7 @@ class _NotFiniteError(Exception):
 
 
 def check_trainable(model: RobustnessTokenPreTrainedModel) -> None:
-    """Raises `ValueError` unless the tokens are on, float32, and what is trained, all of it."""
+    """Raises `ValueError` unless the tokens are on, float32, and the only trainable parameters."""
     tokens = model.robustness_tokens
     if not model.injector.enabled:
         raise ValueError("the tokens are off: call train() outside of disable_adapter()")
@@ -43,27 +43,21 @@ def check_trainable(model: RobustnessTokenPreTrainedModel) -> None:
             f"the tokens are {tokens.dtype}, expected torch.float32, which they are trained in whatever the base is: "
             "call model.injector.float() before train()"
         )
-    mend = "call model.requires_grad_(False), then model.robustness_tokens.requires_grad_(True)"
+    advice = "call model.requires_grad_(False), then model.robustness_tokens.requires_grad_(True)"
     if not tokens.requires_grad:
-        raise ValueError(f"the tokens are frozen (requires_grad is False): {mend}")
+        raise ValueError(f"the tokens are frozen (requires_grad is False): {advice}")
     if others := [name for name, value in model.named_parameters() if value.requires_grad and value is not tokens]:
         raise ValueError(
-            f"{len(others)} parameters of the base are trainable ({others[0]}, ...), expected the tokens alone: {mend}"
+            f"{len(others)} parameters of the base are trainable ({others[0]}, ...), expected the tokens alone: "
+            f"{advice}"
         )
 
 
 def compute_features(
     model: RobustnessTokenPreTrainedModel, pixel_values: Tensor, *, mixed_precision: MixedPrecision = "no"
 ) -> Tensor:
-    """The features that the tokens are trained on, in float32 whatever computed them.
-
-    Args:
-        model: With its tokens on or off.
-        pixel_values: (B, 3, H, W) normalised images.
-        mixed_precision: `"bf16"` runs the model under autocast, where [`~speedups.runs_in_half`] says so.
-
-    Returns:
-        (B, N, D) or (B, D).
+    """Returns the features that the tokens are trained on, as float32; `"bf16"` uses autocast where the device has
+    it.
     """
     half_precision = runs_in_half(mixed_precision, device=pixel_values.device)
     with torch.autocast(pixel_values.device.type, dtype=torch.bfloat16, enabled=half_precision):
@@ -74,7 +68,7 @@ def compute_features(
 def base_features(
     model: RobustnessTokenPreTrainedModel, pixel_values: Tensor, *, mixed_precision: MixedPrecision = "no"
 ) -> Tensor:
-    """f(x): what [`compute_features`] gives without tokens, and without a gradient."""
+    """Returns f(x), the features without tokens and without a gradient."""
     with model.disable_adapter():
         return compute_features(model, pixel_values, mixed_precision=mixed_precision)
 
@@ -90,22 +84,16 @@ def attack_for_training(
     index: Tensor,
     through_tokens: bool,
 ) -> Tensor:
-    """Attacked versions of images, as the arguments say; the noise depends on (seed, step, index) alone.
+    """Attacks images as the arguments say; the noise depends on (seed, step, index) alone.
 
-    Args:
-        model: To attack; never changed.
-        images: (B, 3, H, W) float in [0, 1].
-        target: Features of the images without tokens, (B, N, D) or (B, D), which the attack pushes away from; but
-            `"paper"` through the tokens pushes away from the clean features with tokens.
-        args: Of the training.
-        normalizer: [0, 1] images -> pixel values.
-        step: Optimiser step.
-        index: (B,) int64 global example indices.
-        through_tokens: Whether the attacker's model has the tokens.
+    The attack pushes away from `target`, the features without tokens, except that `"paper"` through the tokens pushes
+    away
+    from the clean features with tokens. The model is not changed.
 
     Returns:
-        (B, 3, H, W) normalised pixel values, all NaN if the model's features were not finite: so every process sees
-        it in the reduced loss, and all of them stop at the same place.
+        (B, 3, H, W) normalised pixel values. All NaN if features were not finite: the reduced loss is then NaN on
+        every
+        process, and all stop at the same step.
 
     Raises:
         ValueError: If the images are not in [0, 1].
@@ -160,15 +148,7 @@ def attacked_pixel_values(
     step: int,
     through_tokens: bool,
 ) -> Tensor:
-    """The stored adversarial images of a batch, or those of [`attack_for_training`] where it has none.
-
-    Args:
-        batch: As [`accumulate_gradient`] takes it.
-        model, target, args, normalizer, step, through_tokens: See [`attack_for_training`].
-
-    Returns:
-        (B, 3, H, W) normalised pixel values.
-    """
+    """Returns the stored adversarial images of a batch, normalised, or attacks the images if it holds none."""
     if "adversarial_images" in batch:
         return normalizer(batch["adversarial_images"].to(target.device))
     return attack_for_training(
@@ -184,19 +164,14 @@ def attacked_pixel_values(
 
 
 def mean_cosine(model: RobustnessTokenPreTrainedModel, features: Tensor, target: Tensor) -> Tensor:
-    """The mean cosine of a batch, scalar.
-
-    Args:
-        model: Whose config names the axis.
-        features, target: (B, N, D) or (B, D).
-    """
+    """Returns the mean cosine of a batch along the model's axis, scalar."""
     return cosine_similarity(features, target, similarity_axis=model.config.similarity_axis).mean()
 
 
 def agreement_of(
     model: RobustnessTokenPreTrainedModel, args: RobustnessTokenTrainingArguments, pixel_values: Tensor
 ) -> AgreementOptions:
-    """How the features of these images are compared in a training, for [`agreement`]."""
+    """Returns the options by which a training compares the features of these images."""
     return {
         "similarity_axis": model.config.similarity_axis,
         "head_distance_weight": args.head_distance_weight,
@@ -208,13 +183,7 @@ def agreement_of(
 def faster_base(
     model: RobustnessTokenPreTrainedModel, args: RobustnessTokenTrainingArguments, device: torch.device
 ) -> AbstractContextManager[None]:
-    """A context in which the base computes as `args.train_attn_implementation` and `args.onednn` say.
-
-    Args:
-        model: Whose base it is.
-        args: Of the training.
-        device: Where it is computed.
-    """
+    """Returns a context in which the base computes as `args.train_attn_implementation` and `args.onednn` say."""
     return computing_faster(
         model.get_base_model(),
         device=device,
@@ -237,18 +206,20 @@ def accumulate_gradient(
     """Adds the gradient of the mean loss, over the images of all batches and processes, to the tokens' `.grad`.
 
     Args:
-        model: To attack and to take the targets from.
-        features: The same model as `accelerator.prepare` wrapped it: (B, 3, H, W) pixel values -> features.
-        batches: Of this process, each `{"images": (B, 3, H, W) float in [0, 1], "index": (B,) int64}`; adversarial
-            pairs are not attacked and hold `"adversarial_images"` too, and `"baseline_cosine"` (B,) where it is known.
-        args, accelerator, normalizer: Of the training.
+        model: Attacked, and gives the targets.
+        features: The same model, wrapped by `accelerator.prepare`: (B, 3, H, W) pixel values -> features.
+        batches: Batches of this process, each `{"images": (B, 3, H, W) float in [0, 1], "index": (B,) int64}`.
+            Adversarial pairs also hold `"adversarial_images"`, and `"baseline_cosine"` (B,) if it is known.
+        args: Arguments of the training.
+        accelerator: Accelerator of the training.
+        normalizer: [0, 1] images -> pixel values.
         step: Optimiser step.
 
     Returns:
         `loss` and the three cosines, each a mean over the same images.
 
     Raises:
-        FloatingPointError: If the loss or its gradient is not finite, on every process alike.
+        FloatingPointError: If the loss or its gradient is not finite, on every process.
     """
     tokens, device, precision = model.robustness_tokens, accelerator.device, args.mixed_precision
     num_images = torch.tensor(float(sum(len(batch["images"]) for batch in batches)), device=device)
@@ -297,28 +268,20 @@ def accumulate_gradient(
 
 
 class LastGoodTokens:
-    """Keeps the tokens with which the loss was last seen to be finite.
-
-    Args:
-        model: That is trained.
-    """
+    """Keeps a copy of the tokens with the last finite loss."""
 
     def __init__(self, model: RobustnessTokenPreTrainedModel) -> None:
         self._model = model
         self._kept: tuple[Tensor, int] | None = None
 
     def keep(self, step: int) -> None:
-        """Notes that the loss is finite with the tokens as they are after so many steps."""
+        """Copies the tokens after so many steps."""
         self._kept = (self._model.robustness_tokens.detach().clone(), step)
 
     @torch.no_grad()
     def are_broken(self, pixel_values: Tensor, *, mixed_precision: MixedPrecision, accelerator: Accelerator) -> bool:
-        """Whether the tokens in the model, and not the base alone, make features that are not finite.
-
-        Args:
-            pixel_values: (B, 3, H, W) normalised images of this process.
-            mixed_precision: Of the training.
-            accelerator: Of the training; all processes are told the same.
+        """Tells, the same on every process, whether the tokens make non-finite features where the base alone does
+        not.
         """
         broken = not _are_finite(compute_features(self._model, pixel_values, mixed_precision=mixed_precision))
         if broken:
@@ -329,17 +292,10 @@ class LastGoodTokens:
     def go_back(
         self, pixel_values: Tensor, *, step: int, mixed_precision: MixedPrecision, accelerator: Accelerator
     ) -> int | None:
-        """Puts the kept tokens back, unless those in the model are as good, and the base alone is at fault.
-
-        Args:
-            pixel_values: (B, 3, H, W) normalised images, to see who is at fault.
-            step: Optimiser steps done.
-            mixed_precision: Of the training.
-            accelerator: Of the training; all processes do the same.
+        """Restores the kept tokens if the current ones are broken.
 
         Returns:
-            The step after which the model had the tokens that it has now; None where they are broken, and none are
-            kept, as in a run that began with them.
+            The step of the tokens that the model holds now; None if they are broken and none were kept.
         """
         tokens = self._model.robustness_tokens
         broken = self.are_broken(pixel_values, mixed_precision=mixed_precision, accelerator=accelerator)
