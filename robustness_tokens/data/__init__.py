@@ -37,7 +37,7 @@ from .image_processors import (
     with_normalization,
 )
 from .loading import load_image_dataset
-from .prepare import describe_dataset, describe_image_size, find_image_shape
+from .prepare import Images, prepare_images
 from .preprocessing import ImageTransform, Normalizer, ResizeMode
 
 
@@ -52,6 +52,7 @@ __all__ = [
     "BrokenImageLog",
     "ImageDataset",
     "ImageTransform",
+    "Images",
     "IterableImageDataset",
     "Normalizer",
     "PairsInfo",
@@ -63,9 +64,6 @@ __all__ = [
     "check_base",
     "choose_rows",
     "collate_images",
-    "describe_dataset",
-    "describe_image_size",
-    "find_image_shape",
     "find_pairs",
     "finish_folder",
     "load_adversarial_pairs",
@@ -73,6 +71,7 @@ __all__ = [
     "load_image_processor",
     "missing_shards",
     "pair_features",
+    "prepare_images",
     "processor_image_size",
     "read_image_processor",
     "round_to_budget",

@@ -161,29 +161,29 @@ def validate_images(images: Tensor, *, ndim: int = 4) -> None:
 
 
 class TensorImageDataset(Dataset[dict[str, Any]]):
-    """Items of any map-style data set that yields dicts with ready images, checked and numbered.
+    """Items of a map-style dataset of ready images, checked and numbered.
 
     Args:
-        dataset: items {"images": (C, H, W) float in [0, 1], "labels": int, if they have one}; what else they hold is
-            left out.
-        with_labels: False leaves labels out, and then it does not matter what they are.
+        dataset: Map-style dataset of `{"images": (3, H, W) float in [0, 1]}`, with "labels" if it has any; a
+            `BrokenImage` stays one, and other keys are dropped.
+        with_labels: False drops the labels, whatever they hold.
     """
 
     def __init__(self, dataset: Dataset[Mapping[str, Any]], *, with_labels: bool = True) -> None:
         self._dataset = dataset
-        self._with_labels = with_labels
+        self._kept = ["broken_image", "images", *(["labels"] if with_labels else [])]
 
     def __len__(self) -> int:
         return len(self._dataset)  # type: ignore[arg-type]  # torch's Dataset leaves __len__ to its children
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         item = self._dataset[int(index)]
-        if not isinstance(item, Mapping) or "images" not in item:
-            came = f"keys {list(item)}" if isinstance(item, Mapping) else type(item).__name__
-            raise ValueError(f"dataset[{index}] has {came}, expected a dict with 'images'.")
-        validate_images(item["images"], ndim=3)
-        labels = {"labels": int(item["labels"])} if self._with_labels and "labels" in item else {}
-        return {"images": item["images"], "index": int(index), **labels}
+        if not isinstance(item, Mapping) or not {"images", "broken_image"} & item.keys():
+            came = f"keys {list(item)}" if isinstance(item, Mapping) else f"a {type(item).__name__}"
+            raise ValueError(f"dataset[{index}] must be a dict with 'images', got {came}")
+        if "images" in item:
+            validate_images(item["images"], ndim=3)
+        return {**{key: item[key] for key in self._kept if key in item}, "index": int(index)}
 
 
 def choose_rows(num_rows: int, num_images: int, *, seed: int) -> list[int]:

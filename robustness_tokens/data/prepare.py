@@ -1,54 +1,157 @@
-"""Whatever the user gave as a dataset -> what is known of it."""
+"""Whatever the user gave as a dataset -> images in [0, 1] to iterate over, and what is known of them."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from PIL import Image
-from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
+from transformers.image_processing_utils import BaseImageProcessor
 
+from ..utils import digest
 from .adversarial_pairs import AdversarialPairs
-from .image_datasets import ImageDataset, IterableImageDataset
+from .image_datasets import (
+    ImageDataset,
+    IterableImageDataset,
+    SegmentationDataset,
+    TensorImageDataset,
+    choose_rows,
+)
+from .image_processors import processor_image_size
+from .preprocessing import ImageTransform, ResizeMode
 
 
 # datasets itself drops the namespace of a Hub id.
 _HUB_FILE = re.compile(r"hf://datasets/(?P<name>[^@]+)@(?P<commit>[0-9a-f]{40})/")
 
+_NUM_DIGESTED = 64
 
-def describe_dataset(dataset: Any) -> dict[str, Any]:
-    """What is known of a dataset that was given to [`prepare_train_dataset`], for the recipe; must be JSON."""
-    known: dict[str, Any] = {"num_images": len(dataset) if hasattr(dataset, "__len__") else None}
-    if isinstance(dataset, AdversarialPairs):
-        made = {name: getattr(dataset.info, name) for name in ("seed", "step", "batch_size", "mixed_precision")}
-        return {**dataset.info.dataset, **known, "adversarial_pairs": {**made, "digest": dataset.digest()}}
+
+@dataclass(frozen=True, eq=False)
+class Images:
+    """Prepared images and what is known of them; each property is computed once, when it is first read.
+
+    Attributes:
+        dataset: Torch dataset with the items of `ImageDataset`, `SegmentationDataset` or `AdversarialPairs`.
+        source: The dataset that the user gave.
+    """
+
+    dataset: Dataset[dict[str, Any]]
+    source: Any
+
+    @cached_property
+    def num_images(self) -> int | None:
+        """Number of images, broken ones included; `None` for a stream."""
+        return len(self.dataset) if hasattr(self.dataset, "__len__") else None
+
+    @cached_property
+    def shape(self) -> tuple[int, int] | None:
+        """Height and width in pixels; `None` if they vary. Ready images are taken to be as large as the first."""
+        if isinstance(self.dataset, ImageDataset | IterableImageDataset):
+            wide, tall = (self.dataset.transform(Image.new("RGB", size)) for size in ((400, 300), (300, 400)))
+            return (wide.shape[-2], wide.shape[-1]) if wide.shape == tall.shape else None
+        items = map(self.dataset.__getitem__, range(self.num_images or 0))
+        first = next((item["images"] for item in items if "images" in item), None)
+        return None if first is None else (first.shape[-2], first.shape[-1])
+
+    @property
+    def image_size(self) -> int | list[int] | None:
+        """The shape as a recipe holds it: one number if the images are square."""
+        return self.shape[0] if self.shape and self.shape[0] == self.shape[1] else self.shape and list(self.shape)
+
+    @cached_property
+    def description(self) -> dict[str, Any]:
+        """Origin and number of the images, as a recipe holds them in JSON."""
+        known: dict[str, Any] = {"num_images": self.num_images}
+        if isinstance(self.source, AdversarialPairs):
+            info = self.source.info
+            made = {name: getattr(info, name) for name in ("seed", "step", "batch_size", "mixed_precision")}
+            return {**info.dataset, **known, "adversarial_pairs": {**made, "digest": self.source.digest()}}
+        if _is_table(self.source):
+            info = self.source.info
+            known |= {"name": info.dataset_name or info.builder_name, "config": info.config_name}
+            for url in info.download_checksums or ():
+                if came_from := _HUB_FILE.match(url):
+                    known |= {"name": came_from["name"], "revision": came_from["commit"]}
+            known["split"] = None if self.source.split is None else str(self.source.split)
+        return {key: value for key, value in known.items() if value is not None}
+
+    @cached_property
+    def identity(self) -> str | None:
+        """Fingerprint of a `datasets` dataset, or a digest of some images of another; `None` for a stream."""
+        if isinstance(fingerprint := getattr(self.source, "_fingerprint", None), str):
+            return fingerprint
+        if self.num_images is None:
+            return None
+        items = map(self.dataset.__getitem__, choose_rows(self.num_images, _NUM_DIGESTED, seed=0))
+        return digest(item["images"] for item in items if "images" in item)
+
+
+def prepare_images(
+    dataset: Any,
+    *,
+    argument: str = "dataset",
+    task: str = "features",
+    resize: ResizeMode = "squash",
+    image_size: int | None = None,
+    image_processor: BaseImageProcessor | None = None,
+    image_column_name: str | None = None,
+    streams: bool = False,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Images:
+    """Prepares a `datasets` dataset of pictures, a torch dataset of ready images or `AdversarialPairs`.
+
+    The task "classification" reads class labels, "segmentation" masks, any other no labels; `image_size` is by default
+    that of the image processor. With `streams`, a stream will do; one of `datasets` is dealt out to the processes.
+    `ValueError`, which names `argument`, if the dataset can't be used or a setting has no effect on it.
+    """
     import datasets
 
-    if isinstance(dataset, datasets.Dataset | datasets.IterableDataset):
-        info = dataset.info
-        known |= {"name": info.dataset_name or info.builder_name, "config": info.config_name}
-        for url in info.download_checksums or ():
-            if came_from := _HUB_FILE.match(url):
-                known |= {"name": came_from["name"], "revision": came_from["commit"]}
-        known["split"] = None if dataset.split is None else str(dataset.split)
-    return {key: value for key, value in known.items() if value is not None}
+    kind = type(dataset).__name__
+    if isinstance(dataset, datasets.DatasetDict | datasets.IterableDatasetDict):
+        example = f"dataset[{next(iter(dataset), 'train')!r}]"
+        raise ValueError(f"{argument} has the splits {sorted(dataset)}: give one of them, such as {example}")
+    streaming = isinstance(dataset, datasets.IterableDataset)
+    if streaming or isinstance(dataset, IterableDataset):
+        if not streams or (streaming and task == "segmentation"):
+            raise ValueError(f"{argument} must be read by row, got a stream, {kind}: load it without streaming")
+    elif isinstance(dataset, str) or not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+        raise ValueError(
+            f"{argument} must be a datasets.Dataset or a torch dataset with __len__ and __getitem__, got a {kind}: "
+            "load pictures by load_image_dataset"
+        )
+    elif len(dataset) == 0:
+        raise ValueError(f"{argument} has no rows, expected at least one image")
+    if isinstance(dataset, AdversarialPairs):
+        return Images(dataset, dataset)
+    if not _is_table(dataset):
+        for name, value in (("image_size", image_size), ("image_column_name", image_column_name)):
+            if value is not None:
+                raise ValueError(f"{name}={value!r} can't be applied to a {kind} of ready images: leave it out")
+        if isinstance(dataset, IterableDataset):
+            return Images(dataset, dataset)
+        return Images(TensorImageDataset(dataset, with_labels=task in ("classification", "segmentation")), dataset)
+    if image_size is None and (resize == "squash" or task == "segmentation"):
+        if image_processor is None:
+            raise ValueError("image_size must be given, in pixels: there is no image processor that names one")
+        image_size = processor_image_size(image_processor)
+    if task == "segmentation":
+        assert image_size is not None
+        return Images(SegmentationDataset(dataset, image_size=image_size), dataset)
+    transform = ImageTransform(
+        resize=resize, image_size=image_size, image_processor=image_processor if resize == "processor" else None
+    )
+    options: dict[str, Any] = {"image_column_name": image_column_name, "with_labels": task == "classification"}
+    if streaming:
+        return Images(IterableImageDataset(dataset, transform, rank=rank, world_size=world_size, **options), dataset)
+    return Images(ImageDataset(dataset, transform, **options), dataset)
 
 
-def find_image_shape(dataset: Dataset[Any]) -> tuple[int, int] | None:
-    """Height and width in pixels of a prepared dataset's images; None where they follow the pictures' own.
+def _is_table(dataset: Any) -> bool:
+    import datasets
 
-    Ready images are taken to be as large as the first.
-    """
-    if isinstance(dataset, ImageDataset | IterableImageDataset):
-        wide, tall = (dataset.transform(Image.new("RGB", size)) for size in ((400, 300), (300, 400)))
-        return (wide.shape[-2], wide.shape[-1]) if wide.shape == tall.shape else None
-    first: Tensor = dataset[0]["images"]
-    return first.shape[-2], first.shape[-1]
-
-
-def describe_image_size(image_shape: Sequence[int]) -> int | list[int]:
-    """Height and width in pixels as the recipe has them: one number if they are the same."""
-    height, width = image_shape
-    return height if height == width else [height, width]
+    return isinstance(dataset, datasets.Dataset | datasets.IterableDataset)

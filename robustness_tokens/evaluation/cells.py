@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..models import packed_once
-from ..utils import process_state, share_from_main, write_bytes
+from ..utils import digest, process_state, share_from_main, write_bytes
 from .attack_suite import Attack, AttackBatch, run_attack
 from .outcomes import Outcome, measure_outcome
 from .threat_models import AttackerView, EvaluatedModel
@@ -97,16 +97,6 @@ def model_settings(model: EvaluatedModel) -> dict[str, Any]:
         "features": [model.feature_view, model.similarity_axis],
         "attack_precision": model.attack_precision,
     }
-
-
-def digest(tensors: Sequence[Tensor]) -> str:
-    """Returns the sha256 of shapes, dtypes and bytes."""
-    sha = hashlib.sha256()
-    for tensor in tensors:
-        tensor = tensor.detach().cpu().contiguous()
-        sha.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-        sha.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return sha.hexdigest()
 
 
 class CellStore:

@@ -15,16 +15,16 @@ import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 
-from ..data import Normalizer, choose_rows, describe_dataset
+from ..data import Normalizer, choose_rows, prepare_images
 from ..models import ProbedModel
 from ..report import RobustnessReport
-from ..utils import __version__, process_state
+from ..utils import __version__, digest, process_state
 from .arguments import DEFAULT_EPS, EvaluationArguments, override_arguments
 from .attack_suite import AttackBatch, on_8bit_grid
-from .cells import CellStore, digest, merge, model_settings, run_cells
+from .cells import CellStore, merge, model_settings, run_cells
 from .checks.run import run_checks
 from .figures import make_figures
-from .images import load_batches, prepare_dataset
+from .images import load_batches
 from .measurements import Measurements, sweep_curves
 from .outcomes import measure_outcome
 from .own_tokens import defenders_recipe, describe_training, own_tokens_specs, train_own_tokens
@@ -92,17 +92,18 @@ def evaluate_robustness(
         eps = arguments.eps or [defenders_recipe(evaluated).get("eps") or DEFAULT_EPS]
         budget = apply_arguments(BUDGETS[arguments.budget], arguments)
         processor = None if evaluated.adapter is None else evaluated.adapter.image_processor
-        prepared = prepare_dataset(
+        images = prepare_images(
             dataset, task=evaluated.task, image_processor=processor, image_size=arguments.image_size
         )
-        rows = choose_rows(len(prepared), budget.num_images, seed=arguments.seed)  # type: ignore[arg-type]  # it can be counted
+        assert images.num_images is not None  # streams are refused
+        rows = choose_rows(images.num_images, budget.num_images, seed=arguments.seed)
         batches = load_batches(
-            prepared, rows, evaluated, batch_size=arguments.batch_size, ignore_index=arguments.ignore_index
+            images.dataset, rows, evaluated, batch_size=arguments.batch_size, ignore_index=arguments.ignore_index
         )
         with _folder(arguments.output_dir) as folder:
             training: dict[str, dict[str, Any]] = {}
             if "own_tokens" in arguments.knowledge and own_tokens is None:
-                theirs = [prepared] if attacker_datasets is None else attacker_datasets
+                theirs = [images.dataset] if attacker_datasets is None else attacker_datasets
                 trained = train_own_tokens(
                     evaluated,
                     own_tokens_specs(
@@ -165,7 +166,6 @@ def evaluate_robustness(
         figures = make_figures(measurements, series) if state.is_main_process else {}
     finally:
         model.train(was_training)
-    described = describe_dataset(dataset)
     config: Any = None if evaluated.adapter is None else evaluated.adapter.config
     base_model = config.base_model_name_or_path if config is not None else getattr(model, "name_or_path", "")
     return RobustnessReport(
@@ -174,8 +174,8 @@ def evaluate_robustness(
         base_model=base_model or type(model).__name__,
         base_model_revision=None if config is None else config.base_model_revision,
         dataset={
-            "name": arguments.dataset_name or described.get("name") or type(dataset).__name__,
-            "split": described.get("split"),
+            "name": arguments.dataset_name or images.description.get("name") or type(dataset).__name__,
+            "split": images.description.get("split"),
             "num_images": len(rows),
         },
         budget=arguments.budget,

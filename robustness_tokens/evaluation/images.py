@@ -8,43 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import datasets
 import torch
 from torch.utils.data import Dataset
 
-from ..data import ImageDataset, ImageTransform, SegmentationDataset, processor_image_size, validate_images
-from ..report import Task
+from ..data import validate_images
 from ..utils import process_state
 from .attack_suite import AttackBatch
 from .threat_models import EvaluatedModel
-
-
-def prepare_dataset(
-    dataset: Any, *, task: Task, image_processor: Any = None, image_size: int | None = None
-) -> Dataset[dict[str, Any]]:
-    """Returns a map-style dataset of images in [0, 1], with labels where the task needs them.
-
-    Pictures are squashed to `image_size`, by default what the image processor makes; see [`evaluate_robustness`] for
-    the datasets that it takes. `ValueError` for a stream, for several splits, or where `image_size` does not apply.
-    """
-    if isinstance(dataset, datasets.DatasetDict | datasets.IterableDatasetDict):
-        raise ValueError(f"dataset has the splits {sorted(dataset)}: give one of them, such as dataset['test']")
-    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
-        raise ValueError(
-            f"dataset is a {type(dataset).__name__}, expected one that can be counted and read by row: load it "
-            "without streaming"
-        )
-    if not isinstance(dataset, datasets.Dataset):
-        if image_size is not None:
-            raise ValueError(f"image_size={image_size} can't be applied to a {type(dataset).__name__} of ready images")
-        return dataset
-    if image_size is None:
-        if image_processor is None:
-            raise ValueError("image_size is needed, in pixels: the model has no image processor to say")
-        image_size = processor_image_size(image_processor)
-    if task == "segmentation":
-        return SegmentationDataset(dataset, image_size=image_size)
-    return ImageDataset(dataset, ImageTransform(image_size=image_size), with_labels=task == "classification")
 
 
 def load_batches(

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..configuration import RobustnessTokenConfig
-from ..data import choose_rows, describe_dataset, find_image_shape
+from ..data import Images
 from ..hub import holds_adapter, load_adapter
 from ..models import RobustnessTokenModel, base_fingerprint, headless_model, remove_tokens
 from ..training import (
@@ -29,11 +29,8 @@ from ..training import (
     prepare_train_dataset,
 )
 from ..utils import MAX_NAME, check_parameters, process_state, share_from_main
-from .cells import digest
 from .threat_models import EvaluatedModel
 
-
-_NUM_DIGESTED = 64
 
 _NOTED = ("image_size", "num_processes", "num_steps_done")  # by the trainer, beside its arguments
 
@@ -112,7 +109,12 @@ def train_own_tokens(
         )
     base: Any = remove_tokens(copy.deepcopy(headless_model(_base_of(model))))
     values = _recipe(model) | dict(overrides or {}) | {"disable_tqdm": disable_tqdm}
-    folder = output_dir / _key(model, base, values, datasets, num_adversarial_pairs)
+    args = RobustnessTokenTrainingArguments(**{**values, "output_dir": str(output_dir)})
+    with _attacker(model, base, specs[0]) as attacker:
+        images = [
+            prepare_train_dataset(dataset, args=args, image_processor=attacker.image_processor) for dataset in datasets
+        ]
+    folder = output_dir / _key(model, base, values, images, num_adversarial_pairs)
     prepared: dict[int, Any] = {}
     trained = []
     state = process_state()
@@ -128,7 +130,7 @@ def train_own_tokens(
         )
         if spec.dataset not in prepared:
             prepared[spec.dataset] = dataset = datasets[spec.dataset]
-            count = _count_pairs(model, dataset, num_adversarial_pairs, args)
+            count = _count_pairs(model, images[spec.dataset], num_adversarial_pairs, args)
             if count is not None:
                 # Whichever set is the first that is not there yet.
                 seed = next(other.seed for other in specs if other.dataset == spec.dataset)
@@ -157,19 +159,18 @@ def _read_run(folder: Path) -> OwnTokens | None:
 
 
 def _count_pairs(
-    model: EvaluatedModel, dataset: Any, num_adversarial_pairs: int | None, args: RobustnessTokenTrainingArguments
+    model: EvaluatedModel, images: Images, num_adversarial_pairs: int | None, args: RobustnessTokenTrainingArguments
 ) -> int | None:
     """Returns how many images are attacked once for all runs on a dataset; `None` if each run attacks its own."""
-    if num_adversarial_pairs is None or args.attack_through != "base" or not hasattr(dataset, "__len__"):
+    if num_adversarial_pairs is None or args.attack_through != "base" or images.num_images is None:
         return None
     try:
         max_pixel_difference(args, model.normalizer.image_std.flatten().tolist())
     except ValueError:
         return None  # pairs are stored in 8 bits, which can't hold so small an attack
-    processor = None if model.adapter is None else model.adapter.image_processor
-    if find_image_shape(prepare_train_dataset(dataset, args=args, image_processor=processor)) is None:
+    if images.shape is None:
         return None  # each picture keeps a shape of its own, and pairs have one
-    return min(num_adversarial_pairs, len(dataset))
+    return min(num_adversarial_pairs, images.num_images)
 
 
 @contextmanager
@@ -217,21 +218,11 @@ def _recipe(model: EvaluatedModel) -> dict[str, Any]:
     return {key: value for key, value in defenders_recipe(model).items() if key in known - {"image_size"}}
 
 
-def _identity(dataset: Any) -> str | None:
-    """Returns the fingerprint of a `datasets` dataset, or a digest of some images of another; `None` for a stream."""
-    if isinstance(fingerprint := getattr(dataset, "_fingerprint", None), str):
-        return fingerprint
-    if not hasattr(dataset, "__len__") or len(dataset) == 0:
-        return None
-    rows = choose_rows(len(dataset), _NUM_DIGESTED, seed=0)
-    return digest([item["images"] for item in map(dataset.__getitem__, rows) if "images" in item])
-
-
 def _key(
     model: EvaluatedModel,
     base: Any,
     values: Mapping[str, Any],
-    datasets: Sequence[Any],
+    images: Sequence[Images],
     num_adversarial_pairs: int | None,
 ) -> str:
     """Returns a name for everything that the attacker's tokens depend on, except the spec."""
@@ -241,7 +232,7 @@ def _key(
         "initializer_range": _initializer_range(model),
         "normalizer": repr(model.normalizer.image_mean.tolist() + model.normalizer.image_std.tolist()),
         "arguments": {key: value for key, value in values.items() if key not in ("seed", "disable_tqdm")},
-        "datasets": [[describe_dataset(dataset), _identity(dataset)] for dataset in datasets],
+        "datasets": [[one.description, one.identity] for one in images],
         "pairs": num_adversarial_pairs,
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]

@@ -12,18 +12,15 @@ import datasets
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import BatchSampler, Dataset, IterableDataset, RandomSampler
+from torch.utils.data import BatchSampler, Dataset, RandomSampler
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..data import (
     BrokenImageLog,
-    ImageDataset,
-    ImageTransform,
     Normalizer,
-    SegmentationDataset,
     build_dataloader,
-    processor_image_size,
+    prepare_images,
     validate_images,
 )
 from ..models import (
@@ -101,12 +98,24 @@ def train_probe(
     for name, value in (("num_epochs", num_epochs), ("batch_size", batch_size), ("learning_rate", learning_rate)):
         if not value > 0:
             raise ValueError(f"{name} must be above 0, got {value}")
-    prepared = _prepare(model, dataset, head_class, image_size)
+    if not isinstance(dataset, Dataset | datasets.Dataset):
+        raise ValueError(
+            f"dataset must be a datasets.Dataset (one split) or a torch dataset, got a {type(dataset).__name__}"
+        )
+    images = prepare_images(
+        dataset,
+        task=head_class.task,
+        image_size=image_size,
+        image_processor=getattr(model, "image_processor", None),
+        streams=True,
+    )
     normalizer = (normalizer or _normalizer_of(model)).to(base.device)
 
     def read(*, shuffle: bool) -> Iterator[Iterator[Batch]]:
         """One pass after the other over the dataset."""
-        loader = build_dataloader(prepared, batch_size=batch_size, shuffle=shuffle, seed=seed, num_workers=num_workers)
+        loader = build_dataloader(
+            images.dataset, batch_size=batch_size, shuffle=shuffle, seed=seed, num_workers=num_workers
+        )
         broken_images = BrokenImageLog()
         while True:
             yield (
@@ -115,13 +124,12 @@ def train_probe(
             )
 
     with torch.no_grad(), tokens_in(base, tokens):
-        num_images = len(prepared) if hasattr(prepared, "__len__") else None
         first = next(next(read(shuffle=False)), None)
         if first is None:
             raise ValueError("dataset has no images, expected at least one")
-        cached = _cache(next(read(shuffle=False)), num_images, max_cache_bytes, disable_tqdm)
-        is_stream = isinstance(prepared, IterableDataset)
-        epochs = read(shuffle=not is_stream) if cached is None else _shuffled(*cached, batch_size, seed)
+        cached = _cache(next(read(shuffle=False)), images.num_images, max_cache_bytes, disable_tqdm)
+        can_shuffle = images.num_images is not None
+        epochs = read(shuffle=can_shuffle) if cached is None else _shuffled(*cached, batch_size, seed)
         head = _build_head(head_class, base, first[0].shape[1], num_labels, with_tokens, seed)
         optimizer = torch.optim.AdamW(head.parameters(), lr=learning_rate, weight_decay=weight_decay)
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=num_epochs)
@@ -160,27 +168,6 @@ def _build_head(
             trained_with_tokens=with_tokens,
         )
     return head.to(base.device)
-
-
-def _prepare(
-    model: PreTrainedModel, dataset: Any, head_class: type[ProbeHead], image_size: int | None
-) -> Dataset[Any]:
-    """Returns a torch dataset of images in [0, 1] with labels."""
-    if not isinstance(dataset, datasets.Dataset):
-        if not isinstance(dataset, Dataset):
-            raise ValueError(
-                f"dataset is a {type(dataset).__name__}, expected a datasets.Dataset (one split) or a torch dataset"
-            )
-        if image_size is not None:
-            raise ValueError(f"image_size={image_size} can't be applied to a {type(dataset).__name__} of ready images")
-        return dataset
-    if image_size is None:
-        if (processor := getattr(model, "image_processor", None)) is None:
-            raise ValueError(f"image_size is needed, in pixels: {type(model).__name__} has no image processor to say")
-        image_size = processor_image_size(processor)
-    if issubclass(head_class, SegmentationHead):
-        return SegmentationDataset(dataset, image_size=image_size)
-    return ImageDataset(dataset, ImageTransform(image_size=image_size))
 
 
 def _labelled(

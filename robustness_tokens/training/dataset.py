@@ -12,22 +12,20 @@ import datasets
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset
 
 from ..configuration import RobustnessTokenConfig
 from ..data import (
     PAIR_TYPES,
     AdversarialPairs,
     BrokenImageLog,
-    ImageDataset,
-    ImageTransform,
+    Images,
     IterableImageDataset,
     PairsInfo,
-    TensorImageDataset,
     build_dataloader,
     check_base,
     load_adversarial_pairs,
-    processor_image_size,
+    prepare_images,
 )
 from .arguments import RobustnessTokenTrainingArguments
 
@@ -76,65 +74,38 @@ def prepare_train_dataset(
     *,
     args: RobustnessTokenTrainingArguments,
     image_processor: Any,
+    argument: str = "dataset",
     process_index: int = 0,
     num_processes: int = 1,
-) -> Dataset[Any]:
-    """Makes a dataset yield images in [0, 1] with their indices.
+) -> Images:
+    """Prepares images without labels as `args` say; a stream is shuffled and shared out among the processes.
 
-    Args:
-        dataset: A `datasets` dataset with an image column, map-style or streaming, or a map-style torch dataset of
-            `{"images": (3, H, W) float in [0, 1]}`, whose size is taken as it is, or `AdversarialPairs`.
-        args: Of the training.
-        image_processor: Of the base.
-        process_index, num_processes: Which process this is, of how many. A stream deals its own shards out.
-
-    Returns:
-        A dataset of `data`.
-
-    Raises:
-        ValueError: If the dataset has no image column (the columns are listed) or no images, or fewer batches than
-            there are processes, is several splits at once, or can't be trained on as `args` say.
+    `ValueError`, which names `argument`, if the dataset can't be used or has fewer batches than there are processes.
     """
-    if isinstance(dataset, datasets.DatasetDict | datasets.IterableDatasetDict):
-        raise ValueError(f"train_dataset has the splits {sorted(dataset)}: give one of them, such as dataset['train']")
-    streaming = isinstance(dataset, datasets.IterableDataset)
-    if streaming and args.resume_from_checkpoint is not None:
-        raise ValueError("a streaming dataset can't be resumed at its exact place: train on it without streaming")
-    if not streaming and (isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__")):
-        raise ValueError(
-            f"train_dataset is a {type(dataset).__name__}, expected a datasets.Dataset or IterableDataset, or a torch "
-            "dataset with __getitem__ and __len__"
-        )
-    if not streaming and len(dataset) == 0:
-        raise ValueError("train_dataset has no rows, expected at least one image")
-    if not streaming and (num_batches := math.ceil(len(dataset) / args.per_device_train_batch_size)) < num_processes:
-        raise ValueError(
-            f"train_dataset has {len(dataset)} images, which are {num_batches} of the "
-            f"{num_processes} batches of {args.per_device_train_batch_size} that a step of {num_processes} processes "
-            "takes: start fewer processes, or set a smaller per_device_train_batch_size"
-        )
-    if isinstance(dataset, AdversarialPairs):
-        return dataset
-    if not streaming and not isinstance(dataset, datasets.Dataset):
-        if unused := [name for name in ("image_column_name", "image_size") if getattr(args, name) is not None]:
-            raise ValueError(f"{unused} can't be applied to a {type(dataset).__name__}, whose images are ready: unset")
-        return TensorImageDataset(dataset, with_labels=False)
-    if args.resize == "processor":
-        transform = ImageTransform(resize="processor", image_processor=image_processor)
-    else:
-        transform = ImageTransform(
-            resize="squash", image_size=args.image_size or processor_image_size(image_processor)
-        )
-    if not streaming:
-        return ImageDataset(dataset, transform, image_column_name=args.image_column_name, with_labels=False)
-    return IterableImageDataset(
-        dataset.shuffle(seed=args.seed, buffer_size=args.shuffle_buffer_size),
-        transform,
+    if isinstance(dataset, datasets.IterableDataset):
+        if args.resume_from_checkpoint is not None:
+            raise ValueError("a streaming dataset can't be resumed at its exact place: train on it without streaming")
+        dataset = dataset.shuffle(seed=args.seed, buffer_size=args.shuffle_buffer_size)
+    images = prepare_images(
+        dataset,
+        argument=argument,
+        resize=args.resize,
+        image_size=args.image_size,
+        image_processor=image_processor,
         image_column_name=args.image_column_name,
-        with_labels=False,
+        streams=isinstance(dataset, datasets.IterableDataset),
         rank=process_index,
         world_size=num_processes,
     )
+    if images.num_images is None:
+        return images
+    if (num_batches := math.ceil(images.num_images / args.per_device_train_batch_size)) < num_processes:
+        raise ValueError(
+            f"{argument} has {images.num_images} images, which are {num_batches} of the "
+            f"{num_processes} batches of {args.per_device_train_batch_size} that a step of {num_processes} processes "
+            "takes: start fewer processes, or set a smaller per_device_train_batch_size"
+        )
+    return images
 
 
 def build_train_loader(

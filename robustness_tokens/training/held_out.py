@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
-from ..data import AdversarialPairs, BrokenImageLog, Normalizer, build_dataloader, find_image_shape
+from ..data import AdversarialPairs, BrokenImageLog, Normalizer, build_dataloader
 from ..models import RobustnessTokenPreTrainedModel
 from .arguments import RobustnessTokenTrainingArguments
 from .dataset import prepare_train_dataset
@@ -61,13 +61,12 @@ def prepare_eval_dataset(
         images = prepare_train_dataset(dataset, args=args, image_processor=model.image_processor)
     except ValueError as exc:
         raise ValueError(f"eval_dataset can't be used: {exc}") from exc
-    image_shape = find_image_shape(images)
-    if None not in (image_shape, train_image_shape) and image_shape != train_image_shape:
+    if None not in (images.shape, train_image_shape) and images.shape != train_image_shape:
         raise ValueError(
-            f"eval_dataset has images of {image_shape} pixels, those to train on have {train_image_shape}: set "
+            f"eval_dataset has images of {images.shape} pixels, those to train on have {train_image_shape}: set "
             "image_size where they are resized, or give ready images of that size"
         )
-    return images
+    return images.dataset
 
 
 def measure_held_out(

@@ -13,7 +13,7 @@ from typing import Any
 import datasets
 import numpy as np
 from accelerate import Accelerator
-from torch.utils.data import Dataset, IterableDataset, Subset
+from torch.utils.data import Dataset, Subset
 from tqdm.auto import tqdm
 
 from ..attacks import PAPER_EPS_NORMALIZED, cosine_similarity, paper_attack_eps
@@ -24,12 +24,11 @@ from ..data import (
     PAIRS_STEP,
     AdversarialPairs,
     BrokenImageLog,
+    Images,
     Normalizer,
     PairsInfo,
     build_dataloader,
     choose_rows,
-    describe_dataset,
-    find_image_shape,
     find_pairs,
     finish_folder,
     load_adversarial_pairs,
@@ -116,20 +115,20 @@ def make_adversarial_pairs(
         )
     accelerator = Accelerator(kwargs_handlers=[PROCESS_GROUP])
     images = prepare_train_dataset(dataset, args=args, image_processor=model.image_processor)
-    if isinstance(images, IterableDataset | AdversarialPairs):
+    if images.num_images is None or isinstance(dataset, AdversarialPairs):
         raise ValueError(
             f"dataset is a {type(dataset).__name__}, expected images that are not attacked yet and can be counted and "
             "read by row: load them without streaming, a slice such as split='train[:10000]' where all are too many"
         )
     in_half = runs_in_half(args.mixed_precision, device=accelerator.device)
-    info = _describe(model, args, dataset, images, num_images, images_per_shard, "bf16" if in_half else "no")
+    rows: Sequence[int] = range(images.num_images)
+    if num_images is not None and num_images < len(rows):
+        rows = choose_rows(len(rows), num_images, seed=args.seed)
+    info = _describe(model, args, images, len(rows), images_per_shard, "bf16" if in_half else "no")
     folder = Path(args.output_dir)
-    rows: Sequence[int] = range(len(dataset))
-    if info.num_images < len(rows):
-        rows = choose_rows(len(rows), info.num_images, seed=args.seed)
 
     def start() -> list[int]:
-        _start(folder, info, images, rows, overwrite=args.overwrite_output_dir)
+        _start(folder, info, images.dataset, rows, overwrite=args.overwrite_output_dir)
         missing = missing_shards(folder, info)
         _check_room(folder, info, len(missing), announce=not args.disable_tqdm)
         return missing
@@ -144,7 +143,7 @@ def make_adversarial_pairs(
         disable=args.disable_tqdm or not accelerator.is_local_main_process,
     ):
         batches = build_dataloader(
-            Subset(images, _rows_of(shard, rows, info)),
+            Subset(images.dataset, _rows_of(shard, rows, info)),
             batch_size=info.batch_size,
             shuffle=False,
             num_workers=args.dataloader_num_workers,
@@ -160,21 +159,19 @@ def make_adversarial_pairs(
 def _describe(
     model: RobustnessTokenPreTrainedModel,
     args: RobustnessTokenTrainingArguments,
-    dataset: Any,
-    images: Dataset[Any],
-    num_images: int | None,
+    images: Images,
+    num_images: int,
     images_per_shard: int,
     precision: MixedPrecision,
 ) -> PairsInfo:
     config, recipe = model.config, args.recipe()
     if config.image_mean is None or config.image_std is None:
         raise ValueError("the model's config has no image_mean and image_std: give them to from_base")
-    image_shape = find_image_shape(images)
-    if image_shape is None:
+    if images.shape is None:
         raise ValueError(
             f"resize={args.resize!r} leaves every image its own size, and pairs have one: set resize='squash'"
         )
-    check_patches(model.get_base_model(), image_shape)
+    check_patches(model.get_base_model(), images.shape)
     return PairsInfo(
         package_version=__version__,
         base_model=config.base_model_name_or_path,
@@ -192,9 +189,9 @@ def _describe(
         batch_size=args.per_device_train_batch_size,
         mixed_precision=precision,
         resize=args.resize,
-        image_size=list(image_shape),
-        dataset=describe_dataset(dataset),
-        num_images=min(num_images or len(dataset), len(dataset)),
+        image_size=list(images.shape),
+        dataset=images.description,
+        num_images=num_images,
         images_per_shard=images_per_shard,
     )
 

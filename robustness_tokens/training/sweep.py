@@ -21,7 +21,7 @@ import torch
 from accelerate import Accelerator
 
 from ..configuration import RobustnessTokenConfig
-from ..data import AdversarialPairs, Normalizer, describe_dataset, describe_image_size
+from ..data import AdversarialPairs, Normalizer, prepare_images
 from ..hub import holds_adapter, load_adapter, read_config
 from ..models import RobustnessTokenPreTrainedModel
 from ..report import plot_sweep
@@ -100,11 +100,8 @@ def find_finished(
     Raises:
         ValueError: If an adapter in the folder is damaged.
     """
-    known = {
-        "num_processes": num_processes,
-        "image_size": describe_image_size(pairs.info.image_size),
-        "dataset": describe_dataset(pairs),
-    }
+    images = prepare_images(pairs)
+    known = {"num_processes": num_processes, "image_size": images.image_size, "dataset": images.description}
     found = []
     for path in sorted(Path(args.output_dir).glob("tokens-*_lr-*_seed-*")):
         if not holds_adapter(path):

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, get_scheduler
 from transformers.trainer_utils import TrainOutput
 
-from ..data import Normalizer, describe_dataset, describe_image_size, find_image_shape
+from ..data import Normalizer
 from ..hub import holds_adapter, push_adapter
 from ..models import MixedPrecision, RobustnessTokenPreTrainedModel, check_patches, packed_once
 from ..utils import share_from_main
@@ -106,20 +106,21 @@ class RobustnessTokenTrainer:
             ),
             self.accelerator,
         )
-        self.train_dataset = prepare_train_dataset(
+        images = prepare_train_dataset(
             train_dataset,
+            argument="train_dataset",
             args=args,
             image_processor=model.image_processor,
             process_index=self.accelerator.process_index,
             num_processes=self.accelerator.num_processes,
         )
-        self._dataset_entry, self._image_shape = describe_dataset(train_dataset), find_image_shape(self.train_dataset)
-        if self._image_shape is not None:
-            check_patches(model.get_base_model(), self._image_shape)
+        self.train_dataset, self._images = images.dataset, images
+        if images.shape is not None:
+            check_patches(model.get_base_model(), images.shape)
         self.eval_dataset = (
             None
             if eval_dataset is None
-            else prepare_eval_dataset(eval_dataset, args=args, model=model, train_image_shape=self._image_shape)
+            else prepare_eval_dataset(eval_dataset, args=args, model=model, train_image_shape=images.shape)
         )
         self._previous_recipe: dict[str, Any] = {}  # of tokens that are trained further
         self.normalizer = Normalizer(model.config.image_mean, model.config.image_std).to(self.accelerator.device)
@@ -225,7 +226,7 @@ class RobustnessTokenTrainer:
         loader = build_train_loader(self.train_dataset, args=args, accelerator=accelerator)
         steps = iterate_steps(loader, args=args, accelerator=accelerator, start=position)
         handler.optimizer, handler.lr_scheduler, handler.train_dataloader = optimizer, scheduler, loader
-        num_batches = len(loader) if hasattr(self.train_dataset, "__len__") else None
+        num_batches = len(loader) if self._images.num_images is not None else None
         seconds_before = self.log_history[-1]["seconds"] if self.log_history else 0.0
         total_loss, first_step, start = 0.0, state.global_step, time.perf_counter()
         self._checked_step = first_step
@@ -361,12 +362,12 @@ class RobustnessTokenTrainer:
     def _recipe(self) -> dict[str, Any]:
         """The arguments' recipe with what the processes, the image processor and ready images add to it."""
         recipe = {**self.args.recipe(), "num_processes": self.accelerator.num_processes}
-        if self._image_shape is not None:
-            recipe["image_size"] = describe_image_size(self._image_shape)
+        if self._images.image_size is not None:
+            recipe["image_size"] = self._images.image_size
         return recipe
 
     def _note_recipe(self, num_steps_done: int) -> None:
-        known = {"dataset": self._dataset_entry, "previous": self._previous_recipe}
+        known = {"dataset": self._images.description, "previous": self._previous_recipe}
         recipe = {**self._recipe(), "num_steps_done": num_steps_done}
         self.model.config.training = recipe | {name: value for name, value in known.items() if value}
 
@@ -387,8 +388,8 @@ class RobustnessTokenTrainer:
             self.model.config,
             self.args,
             recipe=self._recipe(),
-            num_images=len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else None,
-            adversarial_pairs=self._dataset_entry.get("adversarial_pairs"),
+            num_images=self._images.num_images,
+            adversarial_pairs=self._images.description.get("adversarial_pairs"),
         )
 
     def _rounding(self) -> dict[str, Any]:

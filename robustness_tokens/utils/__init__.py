@@ -28,7 +28,7 @@ from .strict import (
     check_schema,
     check_text,
 )
-from .tensors import check_finite, read_tensors
+from .tensors import check_finite, digest, read_tensors
 from .version import __version__
 
 
@@ -52,6 +52,7 @@ __all__ = [
     "check_pattern",
     "check_schema",
     "check_text",
+    "digest",
     "flush_to_disk",
     "has_cache_hash",
     "json_values",

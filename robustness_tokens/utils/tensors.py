@@ -1,10 +1,12 @@
-"""Reads tensors from safetensors files, strictly."""
+"""Strict reading of safetensors files, and digests of tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -42,3 +44,13 @@ def check_finite(what: str, tensors: Mapping[str, Tensor]) -> None:
 def _describe(tensors: Mapping[str, Tensor]) -> str:
     kinds = (f"{name} ({tensor.dtype} of shape {tuple(tensor.shape)})" for name, tensor in sorted(tensors.items()))
     return ", ".join(kinds) or "no tensors"
+
+
+def digest(tensors: Iterable[Tensor]) -> str:
+    """Returns the sha256 of shapes, dtypes and bytes."""
+    sha = hashlib.sha256()
+    for tensor in tensors:
+        tensor = tensor.detach().cpu().contiguous()
+        sha.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+        sha.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return sha.hexdigest()

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from robustness_tokens.attacks.objectives import cosine_similarity
 from robustness_tokens.cli.parsing import DataArguments, load_train_dataset
+from robustness_tokens.data import prepare as prepare_module
 from robustness_tokens.data.adversarial_pairs import (
     ATTACK_ARGUMENTS,
     INFO_FILE,
@@ -32,7 +33,6 @@ from robustness_tokens.data.image_datasets import choose_rows
 from robustness_tokens.data.preprocessing import Normalizer
 from robustness_tokens.hub.push_pairs import UNFINISHED_FILE, push_adversarial_pairs
 from robustness_tokens.models.modeling import RobustnessTokenModel
-from robustness_tokens.training import dataset as dataset_module
 from robustness_tokens.training import make_pairs
 from robustness_tokens.training import step as step_module
 from robustness_tokens.training.arguments import RobustnessTokenTrainingArguments
@@ -576,7 +576,7 @@ def test_the_baseline_is_along_the_axis_of_the_model(
 def test_held_out_pictures_are_resized_as_the_pairs_were(
     made: dict[str, Path], model: RobustnessTokenModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dataset_module, "processor_image_size", lambda _: 2 * SIDE)
+    monkeypatch.setattr(prepare_module, "processor_image_size", lambda _: 2 * SIDE)
     held_out = pictures(np.zeros((2, 3 * SIDE, 3 * SIDE, 3), dtype=np.uint8))
     trainer = RobustnessTokenTrainer(model, arguments(tmp_path / "run"), made["pgd"], held_out)
     assert trainer.eval_dataset is not None

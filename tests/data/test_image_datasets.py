@@ -25,7 +25,7 @@ from robustness_tokens.data.image_datasets import (
     validate_images,
 )
 from robustness_tokens.data.loading import find_image_column, find_label_column, load_image_dataset
-from robustness_tokens.data.prepare import describe_dataset
+from robustness_tokens.data.prepare import prepare_images
 from robustness_tokens.data.preprocessing import ImageTransform
 
 
@@ -455,8 +455,8 @@ def test_ready_images_are_numbered() -> None:
 @pytest.mark.parametrize(
     ("item", "message"),
     [
-        ({"pixel_values": 1}, r"dataset\[0\] has keys \['pixel_values'\]"),
-        ((torch.zeros(3, 4, 4), 0), "dataset.0. has tuple"),
+        ({"pixel_values": 1}, r"dataset\[0\] must be a dict with 'images', got keys \['pixel_values'\]"),
+        ((torch.zeros(3, 4, 4), 0), "dataset.0. must be a dict with 'images', got a tuple"),
         ({"images": torch.zeros(1, 3, 4, 4)}, r"shape \(1, 3, 4, 4\), expected 3 dimensions"),
         ({"images": torch.zeros(3, 4, 4, dtype=torch.uint8)}, "Divide 8-bit images by 255"),
     ],
@@ -494,10 +494,7 @@ import resource, sys
 import pyarrow as pa, pyarrow.parquet as pq
 from pathlib import Path
 from PIL import Image
-from robustness_tokens.batches import build_dataloader
-from robustness_tokens.data import ImageDataset
-from robustness_tokens.dataset_loading import load_image_dataset
-from robustness_tokens.preprocessing import ImageTransform
+from robustness_tokens.data import ImageDataset, ImageTransform, build_dataloader, load_image_dataset
 
 folder, rows = Path(sys.argv[1]), 1_000_000
 for number in range(10):
@@ -534,10 +531,10 @@ def test_a_million_rows_stay_under_1_5_gigabytes(tmp_path: Path) -> None:
 
 
 def test_a_dataset_of_the_hub_is_described_by_its_id() -> None:
-    dataset = datasets.Dataset.from_dict({"image": [0, 1]})
+    dataset = small_table()
     commit = "0123456789abcdef0123456789abcdef01234567"
     dataset.info.dataset_name = "images"
-    assert describe_dataset(dataset)["name"] == "images"
+    assert prepare_images(dataset, image_size=4).description["name"] == "images"
     dataset.info.download_checksums = {f"hf://datasets/user/images@{commit}/data/train-0.parquet": {"num_bytes": 1}}
-    described = describe_dataset(dataset)
-    assert (described["name"], described["revision"], described["num_images"]) == ("user/images", commit, 2)
+    described = prepare_images(dataset, image_size=4).description
+    assert (described["name"], described["revision"], described["num_images"]) == ("user/images", commit, NUM_IMAGES)

@@ -12,9 +12,10 @@ import torch
 from robustness_tokens import RobustnessTokenForImageClassification, RobustnessTokenModel
 from robustness_tokens.evaluation import cells
 from robustness_tokens.evaluation.attack_suite import Attack, AttackBatch
-from robustness_tokens.evaluation.cells import Cell, CellStore, digest, find_remaining, merge, run_cells
+from robustness_tokens.evaluation.cells import Cell, CellStore, find_remaining, merge, run_cells
 from robustness_tokens.evaluation.outcomes import measure_outcome, summarize, worst_outcome
 from robustness_tokens.evaluation.threat_models import AttackerView, EvaluatedModel, attacker_views
+from robustness_tokens.utils import digest
 from tests.support.bases import IMAGE_SIZE, build_base
 from tests.support.disks import full_disk
 

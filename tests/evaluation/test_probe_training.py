@@ -348,7 +348,7 @@ def without_labels(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dataset": make_items(ClassificationHead)}, "dataset is a list, expected a datasets.Dataset"),
+        ({"dataset": make_items(ClassificationHead)}, r"dataset must be a datasets.Dataset .*, got a list"),
         ({"dataset": Ready(without_labels(make_items(ClassificationHead)))}, "dataset has no labels"),
         ({"dataset": Ready(make_items(SegmentationHead))}, r"labels must have shape \(8,\) for classification"),
         (

@@ -940,7 +940,7 @@ def test_a_dataset_without_an_image_column_lists_its_columns(make_trainer: Train
     [
         (datasets.DatasetDict({"train": pictures(2), "test": pictures(2)}), {}, r"splits \['test', 'train'\]"),
         ([], {}, "no rows"),
-        (iter(random_images(2)), {}, "expected a datasets.Dataset"),
+        (iter(random_images(2)), {}, "train_dataset must be a datasets.Dataset"),
         (random_images(2), {"image_size": 8}, "image_size"),
         (random_images(2), {"image_column_name": "image"}, "image_column_name"),
         (pictures(2), {"image_column_name": "photo"}, "photo.*'image'"),

@@ -1,0 +1,132 @@
+"""Whatever a user gives as a dataset becomes images in [0, 1], described and identified once."""
+
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import IterableDataset
+from transformers import ViTImageProcessor
+
+from robustness_tokens.data.image_datasets import (
+    BrokenImage,
+    ImageDataset,
+    IterableImageDataset,
+    SegmentationDataset,
+    TensorImageDataset,
+)
+from robustness_tokens.data.prepare import prepare_images
+
+
+def pictures(*sizes: tuple[int, int], **columns: Any) -> datasets.Dataset:
+    rows = {name: [Image.new("RGB", size) for size in sizes] for name in ("image", *columns)}
+    return datasets.Dataset.from_dict(
+        {**rows, "label": [3] * len(sizes)},
+        features=datasets.Features({**dict.fromkeys(rows, datasets.Image()), "label": datasets.Value("int64")}),
+    )
+
+
+def ready(num_images: int = 3, height: int = 4, width: int = 4) -> list[dict[str, Any]]:
+    return [{"images": torch.full((3, height, width), row / 8), "labels": row} for row in range(num_images)]
+
+
+class Stream(IterableDataset[Any]):
+    def __iter__(self) -> Any:
+        return iter(ready())
+
+
+def test_pictures_become_images_of_the_processors_size() -> None:
+    processor = ViTImageProcessor(size={"height": 6, "width": 6})
+    images = prepare_images(pictures((9, 5), (4, 4)), image_processor=processor)
+    assert isinstance(images.dataset, ImageDataset)
+    assert images.dataset[0].keys() == {"images", "index"}
+    assert images.dataset[0]["images"].shape == (3, 6, 6)
+    assert (images.num_images, images.shape, images.image_size) == (2, (6, 6), 6)
+    assert images.description["num_images"] == 2
+    smaller = prepare_images(pictures((9, 5)), image_processor=processor, image_size=3)
+    assert smaller.image_size == 3
+    with pytest.raises(ValueError, match="image_size must be given"):
+        prepare_images(pictures((9, 5)))
+
+
+def test_a_processor_may_leave_every_image_its_own_shape() -> None:
+    processor = ViTImageProcessor(size={"shortest_edge": 6}, do_center_crop=False)
+    images = prepare_images(pictures((9, 5)), resize="processor", image_processor=processor)
+    assert images.shape is None
+    assert images.image_size is None
+
+
+def test_labels_and_masks_are_read_where_the_task_needs_them() -> None:
+    classified = prepare_images(pictures((4, 4)), task="classification", image_size=4)
+    assert classified.dataset[0]["labels"] == 3
+    table = pictures((4, 4), mask=())
+    table = table.map(lambda row: {"mask": row["mask"].convert("L")})
+    segmented = prepare_images(table, task="segmentation", image_size=4)
+    assert isinstance(segmented.dataset, SegmentationDataset)
+    assert segmented.dataset[0]["labels"].shape == (4, 4)
+    assert segmented.shape == (4, 4)
+    for task, kept in (("features", False), ("classification", True), ("segmentation", True)):
+        assert ("labels" in prepare_images(ready(), task=task).dataset[0]) == kept
+
+
+def test_ready_images_keep_their_size_and_broken_ones() -> None:
+    items: list[dict[str, Any]] = [{"broken_image": BrokenImage(7, None, "cut")}, *ready(height=2)]
+    images = prepare_images(items)
+    assert isinstance(images.dataset, TensorImageDataset)
+    assert images.dataset[0] == {"broken_image": BrokenImage(7, None, "cut"), "index": 0}
+    assert (images.num_images, images.shape, images.image_size) == (4, (2, 4), [2, 4])
+    assert images.description == {"num_images": 4}
+    assert prepare_images(items[:1]).shape is None
+    unused: dict[str, Any]
+    for unused in ({"image_size": 4}, {"image_column_name": "image"}):
+        with pytest.raises(ValueError, match=f"{next(iter(unused))}=.* can't be applied to a list of ready images"):
+            prepare_images(ready(), **unused)
+
+
+def test_a_stream_is_shared_out_where_streams_will_do() -> None:
+    stream = pictures(*[(4, 4)] * 6).to_iterable_dataset()
+    parts: list[Any] = [
+        prepare_images(stream, image_size=4, streams=True, rank=rank, world_size=2) for rank in range(2)
+    ]
+    assert all(isinstance(part.dataset, IterableImageDataset) for part in parts)
+    assert sorted(item["index"] for part in parts for item in part.dataset) == list(range(6))
+    assert (parts[0].num_images, parts[0].shape, parts[0].identity) == (None, (4, 4), None)
+    assert prepare_images(given := Stream(), streams=True).dataset is given
+    for dataset, task, streams in (
+        (stream, "features", False),
+        (Stream(), "features", False),
+        (stream, "segmentation", True),
+    ):
+        with pytest.raises(ValueError, match="read by row, got a stream"):
+            prepare_images(dataset, task=task, image_size=4, streams=streams)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "message"),
+    [
+        (
+            datasets.DatasetDict({"test": pictures((4, 4))}),
+            r"eval_dataset has the splits \['test'\].*\['test'\]",
+        ),
+        ([], "eval_dataset has no rows"),
+        (iter([]), "eval_dataset must be a datasets.Dataset or a torch dataset .*, got a list_iterator"),
+        ("folder", "eval_dataset must be .*, got a str: load pictures by load_image_dataset"),
+    ],
+    ids=["splits", "empty", "iterator", "name"],
+)
+def test_other_things_are_refused_by_the_arguments_name(dataset: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        prepare_images(dataset, argument="eval_dataset", image_size=4)
+
+
+def test_an_identity_tells_images_apart() -> None:
+    def identity(images: list[Tensor]) -> str | None:
+        return prepare_images([{"images": image} for image in images]).identity
+
+    stored = [image["images"] for image in ready(80)][:8]
+    assert identity(stored) == identity([image.clone() for image in stored])
+    assert identity(stored) != identity([*stored[:-1], stored[-1] / 2])
+    table = pictures((4, 4))
+    assert prepare_images(table, image_size=4).identity == table._fingerprint
