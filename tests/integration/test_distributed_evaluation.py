@@ -72,7 +72,12 @@ def evaluate_as_rank(rank: int, folder: Path) -> None:
     state = process_state()
     assert (state.num_processes, state.process_index) == (2, rank)
     evaluate(folder / "left", **LEFT).save(folder / f"left-{rank}")
-    trained = {"own_tokens": None, "num_own_tokens": 1, "knowledge": ["own_tokens"], "attacks": ["cross_entropy"]}
+    trained: dict[str, Any] = {
+        "own_tokens": None,
+        "num_own_tokens": 1,
+        "knowledge": ["own_tokens"],
+        "attacks": ["cross_entropy"],
+    }
     recipe = {"attack": "pgd", "max_steps": 1, "num_attack_steps": 1, "per_device_train_batch_size": 2}
     evaluate(None, own_tokens_overrides=recipe, **trained).save(folder / f"trained-{rank}")
     for _ in range(2):
