@@ -10,8 +10,7 @@ from typing import Any, Literal, get_args
 
 from ..configuration import FeatureView
 from ..models import MixedPrecision
-from ..report import Task
-from .threat_models import Knowledge
+from ..report import Knowledge, Task
 
 
 BudgetName = Literal["quick", "standard", "full"]

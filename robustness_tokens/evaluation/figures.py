@@ -22,7 +22,9 @@ from torch.nn import functional as F
 
 from ..models import find_layer_stack, find_patch_size
 from ..report import (
+    Knowledge,
     Metric,
+    describe_attacker,
     plain,
     plot_attacked_images,
     plot_eps_curves,
@@ -35,19 +37,13 @@ from .attack_suite import AttackBatch, run_attack
 from .cells import Cell
 from .measurements import Measurements
 from .plan import main_attack
-from .threat_models import EvaluatedModel, Knowledge
+from .threat_models import EvaluatedModel
 
 
 logger = logging.getLogger(__name__)
 
 # Whose images are drawn: the first that was evaluated.
 _DRAWN: tuple[Knowledge, ...] = ("base", "own_tokens", "full", "none")
-_ATTACKERS = {
-    "base": "Grey box: the attacker knows the backbone, not the tokens",
-    "own_tokens": "The attacker trained own tokens",
-    "full": "White box: the attacker knows the tokens",
-    "none": "The attacker knows nothing",
-}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,7 +99,7 @@ def _image_figures(
 ) -> dict[str, bytes]:
     model, cell = measurements.model, cells[0]
     attacked = run_attack(cell.attack, cell.view, batch, eps=cell.eps, seed=measurements.seed)
-    heading = f"{_ATTACKERS[cell.view.knowledge]}\n{cell.attack.name}, L-inf, eps {255 * cell.eps:.3g}/255"
+    heading = f"{describe_attacker(cell.view.knowledge)}\n{cell.attack.name}, L-inf, eps {255 * cell.eps:.3g}/255"
     states = {
         "clean images, without tokens": observe_layers(model, batch.images, None),
         "clean images, with tokens": observe_layers(model, batch.images, model.tokens),

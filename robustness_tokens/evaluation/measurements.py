@@ -9,8 +9,7 @@ from typing import Any, get_args
 
 from torch import Tensor
 
-from ..report import PART_WORST_CASE, WORST_CASE, Result, TokensInPlace
-from ..report import Knowledge as ReportedKnowledge
+from ..report import PART_WORST_CASE, WORST_CASE, ReportedKnowledge, Result, TokensInPlace
 from .attack_suite import AttackBatch
 from .cells import Cell
 from .outcomes import Outcome, summarize, worst_outcome

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..attacks import PAPER_NUM_STEPS, paper_attack_eps
+from ..report import Knowledge
 from .arguments import BudgetName, EvaluationArguments
 from .attack_suite import ATTACKS, Attack
 from .cells import Cell, Series
-from .threat_models import AttackerView, EvaluatedModel, Knowledge
+from .threat_models import AttackerView, EvaluatedModel
 
 
 logger = logging.getLogger(__name__)

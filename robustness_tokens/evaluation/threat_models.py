@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -28,10 +28,7 @@ from ..models import (
     runs_in_half,
     tokens_in,
 )
-from ..report import Task
-
-
-Knowledge = Literal["none", "base", "own_tokens", "full"]
+from ..report import Knowledge, Task
 
 
 class EvaluatedModel:

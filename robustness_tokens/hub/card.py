@@ -18,7 +18,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from ..configuration import RobustnessTokenConfig
-from ..report import RobustnessReport, code, format_eps, headline, plain, prose, results_table
+from ..report import ATTACKERS, RobustnessReport, code, format_eps, headline, plain, prose, results_table
 from .adapter_folder import is_repo_id
 from .eval_results import EVALUATED_WITH, PACKAGE, main_results, to_eval_results
 
@@ -48,12 +48,8 @@ _USES = {
         "call": "logits = model(pixel_values=pixel_values).logits",
     },
 }
-# By the `attack_through` of the recipe.
-_ATTACKERS = {
-    "base": "an attacker who knows the backbone but not the tokens (grey box)",
-    "tokens": "an attacker who knows the backbone and the tokens (white box)",
-    "both": "attackers who know the backbone, with and without the tokens",
-}
+# By the `attack_through` of the recipe: what the attackers know.
+_ATTACKERS = {"base": ("base",), "tokens": ("full",), "both": ("base", "full")}
 # These describe an adapter; no other key of a person's metadata is replaced.
 _OWN_KEYS = ("base_model", "base_model_relation", "library_name", "pipeline_tag", "datasets")
 _MARKER_LINE = re.compile(r"^<!-- robustness_tokens:(begin|end) -->[ \t]*\r?$", re.MULTILINE)
@@ -150,7 +146,7 @@ def render_card(
         evaluate_command=None if report is None else _evaluate_command(report, name, subfolder, images),
         training=training,
         is_public=str(training.get("secrecy")).startswith("none"),
-        attacker=_ATTACKERS.get(str(training.get("attack_through"))),
+        attackers=[ATTACKERS[level] for level in _ATTACKERS.get(str(training.get("attack_through")), ())],
         attack=_attack_in_words(config, training),
         recipe=_dump(recipe).rstrip() if recipe else None,
         recorded=_quote(recorded, sort_keys=True)[:_MAX_RECORDED] if recorded else None,

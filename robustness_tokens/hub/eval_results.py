@@ -65,7 +65,7 @@ def _metric_name(result: Result) -> str:
         return f"{metric} on clean images"
     return (
         f"{metric} under attack {plain(result.attack)} (L-inf, eps {format_eps(result.eps)} in pixels), the attacker "
-        f"knows {ATTACKERS[result.knowledge]}"
+        f"knows {ATTACKERS[result.knowledge].knows}"
     )
 
 

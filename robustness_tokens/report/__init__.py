@@ -1,28 +1,26 @@
 """The report of an evaluation: its schema, and how it reads."""
 
-from .html import render_report_html
-from .markdown import (
-    code,
-    format_eps,
-    format_setting,
-    headline,
-    plain,
-    prose,
-    render_report_markdown,
-    results_table,
-    table,
-)
+from .markdown import code, headline, prose, results_table
 from .plots import (
     plot_attacked_images,
     plot_eps_curves,
     plot_image_columns,
     plot_layer_maxima,
     plot_sweep,
-    plot_trade_off,
     plot_training_curves,
 )
-from .schema import Check, Knowledge, Metric, OlderReportError, Result, Task, TokensInPlace
-from .words import ATTACKERS, METRICS, PART_WORST_CASE, WORST_CASE, group_results
+from .schema import Check, Knowledge, Metric, OlderReportError, ReportedKnowledge, Result, Task, TokensInPlace
+from .words import (
+    ATTACKERS,
+    METRICS,
+    PART_WORST_CASE,
+    WORST_CASE,
+    describe_attacker,
+    format_eps,
+    format_setting,
+    group_results,
+    plain,
+)
 from .writing import FIGURE_FILES, HTML_FILE, MARKDOWN_FILE, REPORT_FILE, RobustnessReport
 
 
@@ -39,11 +37,13 @@ __all__ = [
     "Knowledge",
     "Metric",
     "OlderReportError",
+    "ReportedKnowledge",
     "Result",
     "RobustnessReport",
     "Task",
     "TokensInPlace",
     "code",
+    "describe_attacker",
     "format_eps",
     "format_setting",
     "group_results",
@@ -54,11 +54,7 @@ __all__ = [
     "plot_image_columns",
     "plot_layer_maxima",
     "plot_sweep",
-    "plot_trade_off",
     "plot_training_curves",
     "prose",
-    "render_report_html",
-    "render_report_markdown",
     "results_table",
-    "table",
 ]

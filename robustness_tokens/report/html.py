@@ -14,19 +14,32 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from .markdown import BASE_HEAD, OWN_TOKENS, OWN_TOKENS_GIVEN, format_setting, own_tokens_rows, plain
 from .schema import ReportContent, Result
-from .words import ATTACKERS, BASELINES, METRICS, TASKS, TOKENS, WORST_CASE, group_results, is_sweep
+from .words import (
+    ATTACKERS,
+    ATTACKS,
+    BASE_HEAD,
+    BASELINES,
+    METRICS,
+    OWN_TOKENS,
+    OWN_TOKENS_GIVEN,
+    TASKS,
+    TOKENS,
+    WORST_CASE,
+    capitalize,
+    describe_attacker,
+    format_interval,
+    format_levels,
+    format_number,
+    format_setting,
+    format_unit,
+    group_results,
+    is_sweep,
+    own_tokens_rows,
+    plain,
+)
 
 
-_LEVELS = {
-    "full_worst_case": "Knows everything: worst case over all levels",
-    "full": "Knows everything, tokens included (white box)",
-    "own_tokens": "Knows the backbone and the recipe, trained own tokens",
-    "base": "Knows the backbone, not the tokens (grey box)",
-    "none": "Knows nothing (noise, queries, transfer)",
-    None: "Clean images, no attacker",
-}
 # A verdict's CSS class, symbol and word: each alone is enough to tell it.
 _VERDICTS = {True: ("pass", "✓", "pass"), False: ("fail", "✗", "FAIL"), None: ("none", "○", "no verdict")}
 _MAIN = ("trained", "none")
@@ -35,59 +48,40 @@ _MAIN = ("trained", "none")
 FIGURES: dict[str, tuple[str, str, bool]] = {
     **{
         f"{metric}_by_eps.png": (
-            f"{words.capitalize()} against the size of the attack",
-            "The worst of the sweep's one or two attacks at each level of knowledge, from no change at all to one "
-            "that anybody sees; the results take more. Who knows nothing tries noise alone; of own tokens the budgets "
-            "quick and standard take the first set. Bands: 95% confidence interval. Higher is better. The numbers are "
-            "in the table of the sweep.",
+            f"{capitalize(words)} against the size of the attack",
+            "The worst case over the sweep's one or two attacks for each attacker, from no change at all to a visible "
+            "one; the results above use more attacks. The black box tries noise alone. With budget quick or standard "
+            "the adaptive attacker uses its first set of own tokens. Bands are 95% confidence intervals; higher is "
+            "better. The table of the sweep holds the numbers.",
             False,
         )
         for metric, words in METRICS.items()
     },
     "layer_maxima.png": (
         "Largest absolute activation per layer",
-        "Over the base's own sequence (the robustness tokens' rows are left out), mean over the images shown below. "
-        "Where attacked images with tokens follow the clean ones, the attack doesn't reach that layer.",
+        "Largest over the base's own sequence, without the robustness tokens' rows; mean over the images shown below. "
+        "Where the curve of attacked images with tokens follows that of clean ones, the attack does not reach the "
+        "layer.",
         False,
     ),
     "training_curves.png": (
         "Training of the tokens",
-        "Cosine of the features with those of clean images without tokens, step by step.",
+        "Cosine of the features with the features of clean images without tokens, step by step.",
         False,
     ),
     "attacked_images.png": (
         "Clean images, attacked images, and their difference",
-        "The difference is amplified by the factor beside it. What the model sees is its predicted class, where it "
-        "has classes.",
+        "The difference is amplified by the factor beside it. A classifier's images carry its predictions.",
         True,
     ),
     "feature_maps.png": (
         "Features of the patches as colours",
-        "The first three principal components of the last layer's patches, of clean images without tokens, are red, "
-        "green and blue in all columns: the same colour is the same feature. A good defence makes the columns of "
-        "attacked images look like the clean ones.",
+        "Red, green and blue are the first three principal components of the last layer's patches of clean images "
+        "without tokens, so the same colour means the same feature in all columns. With a good defence the columns of "
+        "attacked images look like those of clean images.",
         True,
     ),
 }
-
-
-def format_number(result: Result, value: float | None = None) -> str:
-    """Returns a value of the result's metric: a cosine as it is, all others in %."""
-    value = result.value if value is None else value
-    return f"{value:.3f}" if result.metric == "cosine" else f"{100 * value:.1f}"
-
-
-def format_interval(result: Result) -> str:
-    """Returns the confidence interval, or nothing."""
-    if result.confidence_interval is None:
-        return ""
-    low, high = result.confidence_interval
-    return f"[{format_number(result, low)}, {format_number(result, high)}]"
-
-
-def format_levels(eps: float) -> str:
-    """Returns a size in pixel units as a multiple of 1/255, such as `"4/255"`."""
-    return f"{255 * eps:.4g}/255"
 
 
 _ENVIRONMENT = Environment(
@@ -100,7 +94,7 @@ _ENVIRONMENT = Environment(
 )
 _ENVIRONMENT.filters |= {
     "number": format_number,
-    "unit": lambda result: "" if result.metric == "cosine" else "%",
+    "unit": format_unit,
     "interval": format_interval,
     "sha256": lambda text: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode(),
 }
@@ -137,25 +131,31 @@ def _headline(report: ReportContent) -> dict[str, Any] | None:
     same = [r for r in report.results if (r.task, r.metric) == (main.task, main.metric) and not is_sweep(r)]
     grey_box = [r for r in same if r.knowledge == "base" and r.eps == main.eps]
     grey_box = [r for r in grey_box if r.attack == WORST_CASE] or grey_box
-    everything = "the attacker knows everything, tokens included; on each image the worst of all attacks"
     return {
-        "metric": METRICS[main.metric].capitalize(),
+        "metric": capitalize(METRICS[main.metric]),
         "eps": None if main.attack is None else format_levels(main.eps),
         "is_white_box": worst is not None,
         "cards": [
-            _card("Clean images", "no attacker", [r for r in same if r.attack is None]),
-            _card("Grey box", "the attacker knows the backbone, not the tokens", grey_box),
-            _card("White box, worst case", everything, [worst] if worst else [], is_strongest=True),
+            _card(None, [r for r in same if r.attack is None]),
+            _card("base", grey_box),
+            _card("full_worst_case", [worst] if worst else []),
         ],
     }
 
 
-def _card(name: str, attacker: str, results: Sequence[Result], *, is_strongest: bool = False) -> dict[str, Any]:
+def _card(knowledge: str | None, results: Sequence[Result]) -> dict[str, Any]:
     ours, without = (
         min((r for r in results if r.tokens == kind), key=lambda r: r.value, default=None)
         for kind in ("trained", "none")
     )
-    return {"name": name, "attacker": attacker, "ours": ours, "without": without, "is_strongest": is_strongest}
+    name, knows = ATTACKERS[knowledge]
+    return {
+        "name": capitalize(name),
+        "attacker": f"the attacker knows {knows}" if knows else "no attacker",
+        "ours": ours,
+        "without": without,
+        "is_strongest": knowledge == "full_worst_case",
+    }
 
 
 def _groups(results: Sequence[Result]) -> list[dict[str, Any]]:
@@ -169,7 +169,7 @@ def _groups(results: Sequence[Result]) -> list[dict[str, Any]]:
             {
                 "task": TASKS[task],
                 "metric": METRICS[metric],
-                "caption": METRICS[metric].capitalize() + ("" if metric == "cosine" else ", in %"),
+                "caption": capitalize(METRICS[metric]) + ("" if metric == "cosine" else ", in %"),
                 "leading": _table(groups.leading),
                 "single": _table(groups.single),
                 "baselines": _table(baselines, ("trained", *BASELINES)),
@@ -188,7 +188,7 @@ def _table(results: Sequence[Result], tokens: Sequence[str] = _MAIN) -> dict[str
         for r in (r for r in results if r.knowledge == knowledge):
             rows.setdefault(_row_key(r), []).append(r)
         if rows:
-            levels.append((_LEVELS[knowledge], [_row(group, kinds) for group in rows.values()]))
+            levels.append((describe_attacker(knowledge), [_row(group, kinds) for group in rows.values()]))
     return {"kinds": [TOKENS[kind] for kind in kinds], "levels": levels} if levels else None
 
 
@@ -198,7 +198,7 @@ def _row(group: Sequence[Result], kinds: Sequence[str]) -> dict[str, Any]:
     has_list = first.attack == WORST_CASE and isinstance(parameters.get("attacks"), list)
     return {
         "attack": first.attack,
-        "words": {None: "no attack", WORST_CASE: "worst case"}.get(first.attack),
+        "words": ATTACKS.get(first.attack),
         "attacks": parameters.pop("attacks") if has_list else None,
         "settings": ", ".join(f"{plain(name)} = {format_setting(name, value)}" for name, value in parameters.items()),
         "cells": [[r for r in group if r.tokens == kind] for kind in kinds],

@@ -1,7 +1,7 @@
 """The report as Markdown, for people and for the model card.
 
-Texts of a report or of a config may come from the Hub. They are shown as they are and never as markup: no links, no
-images, no HTML, no table cell that ends early.
+Texts of a report or of a config may come from the Hub. They are shown as text, never as markup: no links, no images,
+no HTML, no table cell that ends early.
 """
 
 from __future__ import annotations
@@ -11,27 +11,32 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from .schema import Check, ReportContent, Result
-from .words import ATTACKERS, BASELINES, METRICS, TASKS, TOKENS, WORST_CASE, group_results
-
-
-BASE_HEAD = "Results without tokens were read by a head of their own."
-OWN_TOKENS = (
-    "The settings in which their training departs from the recipe; an attacker who follows it may find more. Seeds "
-    "always differ from the recipe's."
+from .words import (
+    ATTACKERS,
+    ATTACKS,
+    BASE_HEAD,
+    BASELINES,
+    METRICS,
+    OWN_TOKENS,
+    OWN_TOKENS_GIVEN,
+    TASKS,
+    TOKENS,
+    WORST_CASE,
+    describe_attacker,
+    format_eps,
+    format_interval,
+    format_levels,
+    format_number,
+    format_setting,
+    format_unit,
+    group_results,
+    own_tokens_rows,
+    plain,
 )
-OWN_TOKENS_GIVEN = "They were given to the evaluation, so how they were trained is not known."
 
 
 def render_report_markdown(report: ReportContent, *, level: int = 1) -> str:
-    """The report as Markdown: the checks first, then the numbers, the strongest attacker's first.
-
-    Args:
-        report: What was found.
-        level: Of its heading, 1 to 4.
-
-    Returns:
-        Markdown that ends with a line break.
-    """
+    """Returns the report as Markdown under a heading of level 1 to 4: first the checks, then the numbers."""
     dataset, hashes = report.dataset, "#" * level
     split = "" if dataset["split"] is None else f", split {code(dataset['split'])}"
     commit = "" if report.base_model_revision is None else f" at commit {code(report.base_model_revision)}"
@@ -49,13 +54,13 @@ def render_report_markdown(report: ReportContent, *, level: int = 1) -> str:
 
 
 def headline(report: ReportContent) -> str | None:
-    """One sentence: the report's first worst case beside the same on clean images; None if it holds no worst case."""
+    """Returns a sentence with the first worst case and its clean result; None for a report without a worst case."""
     worst = [r for r in report.results if r.knowledge == "full_worst_case" and r.tokens == "trained"]
     if not worst:
         return None
     first = worst[0]
     sentence = (
-        f"Against an attacker who knows everything, tokens included (L-inf, eps {format_eps(first.eps)} in pixels, "
+        f"Against an attacker who knows {ATTACKERS['full'].knows} (L-inf, eps {format_eps(first.eps)} in pixels, "
         f"worst case over all attacks), the {METRICS[first.metric]} is {_with_interval(first)}"
     )
     for r in report.results:
@@ -65,7 +70,7 @@ def headline(report: ReportContent) -> str | None:
 
 
 def code(text: object) -> str:
-    """A text as a Markdown code span, where no renderer finds links or HTML, on one line.
+    """Returns a text as a Markdown code span on one line, in which no renderer finds links or HTML.
 
     A pipe ends a table cell even in a code span, so a broken bar stands for it.
     """
@@ -78,55 +83,17 @@ def code(text: object) -> str:
 
 
 def prose(text: object) -> str:
-    """A text in which nothing is markup, on one line.
+    """Returns a text on one line in which nothing is markup.
 
-    Some renderers look for bare links after they have undone the escapes: a space breaks those.
+    Some renderers look for bare links after undoing the escapes, so a space breaks those.
     """
     shown = re.sub(r"(?<=:)(?=//)|(?<=www)(?=\.)|(?=@)", " ", plain(text), flags=re.IGNORECASE)
     shown = re.sub(r"([\\`*_\[\]~$#>])", r"\\\1", shown)
     return shown.replace("&", "&amp;").replace("<", "&lt;").replace("|", "&#124;")
 
 
-def plain(text: object) -> str:
-    """A text without line breaks, control characters and invisible characters."""
-    return " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
-
-
-def format_eps(eps: float) -> str:
-    """A size in pixel units as people say it, and as a number: `"4/255 (0.0157)"`."""
-    return f"{255 * eps:.4g}/255 ({eps:.4g})"
-
-
-def format_setting(name: str, value: Any) -> str:
-    """A hyper-parameter's value; a size in pixel units such as 2/255 as a fraction."""
-    if isinstance(value, list):
-        return f"[{', '.join(format_setting(name, element) for element in value)}]"
-    if not isinstance(value, float):
-        return str(value)
-    if (
-        name in ("eps", "step_size") and 0 < value < 1 and abs(510 * value - round(510 * value)) < 1e-9
-    ):  # whole and half levels
-        return f"{255 * value:g}/255"
-    return f"{value:.6g}"
-
-
-def own_tokens_rows(report: ReportContent) -> list[list[str]]:
-    """Returns how own tokens were trained as the rows of a table, the header first; none if they were not trained."""
-    if not (described := report.own_tokens):
-        return []
-    names = dict.fromkeys(name for settings in described.values() for name in settings)
-    recipe = described.get("recipe", {})
-
-    def cell(kind: str, name: str) -> str:
-        if name in described[kind]:
-            return format_setting(name, described[kind][name])
-        return "as the recipe" if kind != "recipe" and name in recipe else "-"
-
-    return [["Setting", *described], *([name, *(cell(kind, name) for kind in described)] for name in names)]
-
-
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table of cells that are safe already."""
+    """Returns a Markdown table of cells that are already safe."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -150,9 +117,9 @@ def _render_results(report: ReportContent, hashes: str) -> list[str]:
     if not (results := report.results):
         return ["Nothing was measured."]
     blocks = [
-        "A number is worth what the attacker knew. eps is the largest change of a pixel, L-inf, of images in [0, 1]. "
-        "A worst case takes for each image the attack that did the most, or none. In brackets: 95% confidence "
-        "interval."
+        "A number depends on what the attacker knew. eps is the largest change of a pixel (L-inf norm) of images in "
+        "[0, 1]. A worst case takes, for each image, the attack that did the most damage, or the clean image if none "
+        "did any. In brackets: the 95% confidence interval."
     ]
     for (task, metric), groups in group_results(results).items():
         blocks.append(f"{hashes}## {TASKS[task]}: {METRICS[metric]}")
@@ -162,10 +129,11 @@ def _render_results(report: ReportContent, hashes: str) -> list[str]:
             blocks += _details("Every single attack", results_table(groups.single, in_short=False))
         if groups.baselines:
             blocks += _details(
-                "Baselines: other tokens in their place", results_table(groups.baselines, BASELINES, in_short=False)
+                "Baselines: other tokens in place of the trained ones",
+                results_table(groups.baselines, BASELINES, in_short=False),
             )
         if groups.sweep:
-            blocks += _details("The curve over eps: one or two attacks, fewer images", _sweep_table(groups.sweep))
+            blocks += _details("Sweep over eps: one or two attacks on fewer images", _sweep_table(groups.sweep))
     if report.base_has_own_head:
         blocks.append(BASE_HEAD)
     if any(result.knowledge == "own_tokens" for result in results):
@@ -178,20 +146,20 @@ def _render_results(report: ReportContent, hashes: str) -> list[str]:
 
 
 def _details(summary: str, content: str) -> list[str]:
-    """Behind a click, where HTML is let through, as on the Hub."""
+    """Hides content behind a click where HTML is rendered, as on the Hub."""
     return [f"<details><summary>{summary}</summary>", content, "</details>"]
 
 
 def _sweep_table(results: Sequence[Result]) -> str:
-    """One row per attacker, one column per eps."""
+    """Returns a table with a row per attacker and a column per eps."""
     columns = sorted({r.eps for r in results})
     order = list(ATTACKERS)
     rows: dict[tuple[str, ...], dict[float, list[str]]] = {}
     for r in sorted(results, key=lambda r: (order.index(r.knowledge), r.tokens == "trained")):
-        row = (ATTACKERS[r.knowledge], TOKENS[r.tokens], f"{r.num_images:,}", str(r.seed))
+        row = (describe_attacker(r.knowledge), TOKENS[r.tokens], f"{r.num_images:,}", str(r.seed))
         rows.setdefault(row, {eps: [] for eps in columns})[r.eps].append(_with_interval(r))
     return table(
-        ("Attacker knows", "Tokens", "Images", "Seed", *(f"{255 * eps:.4g}/255" for eps in columns)),
+        ("Attacker", "Tokens", "Images", "Seed", *map(format_levels, columns)),
         [(*row, *("; ".join(cells[eps]) or "-" for eps in columns)) for row, cells in rows.items()],
     )
 
@@ -199,7 +167,7 @@ def _sweep_table(results: Sequence[Result]) -> str:
 def results_table(
     results: Sequence[Result], tokens: Sequence[str] = ("none", "trained"), *, in_short: bool = True
 ) -> str:
-    """One row per attack, one column per kind of tokens that occurs; in short, a worst case says over how many."""
+    """Returns a table with a row per attack; `in_short` counts the attacks of a worst case instead of naming them."""
     columns = [kind for kind in tokens if any(r.tokens == kind for r in results)]
     rows: dict[tuple[str, ...], dict[str, list[str]]] = {}
     order = list(ATTACKERS)
@@ -208,25 +176,19 @@ def results_table(
         if in_short and r.attack == WORST_CASE and isinstance(attacks, list):
             attack = f"worst of {len(attacks)} for each image"
         else:
-            attack = "-" if r.attack is None else code(r.attack) + _parameters(r.attack_parameters)
+            attack = ATTACKS.get(r.attack) or code(r.attack)
+            attack += _parameters(r.attack_parameters)
         eps = "0" if r.attack is None else format_eps(r.eps)
-        row = (ATTACKERS[r.knowledge], attack, eps, f"{r.num_images:,}", str(r.seed))
+        row = (describe_attacker(r.knowledge), attack, eps, f"{r.num_images:,}", str(r.seed))
         rows.setdefault(row, {kind: [] for kind in columns})[r.tokens].append(_with_interval(r))
     return table(
-        ("Attacker knows", "Attack", "eps in pixels (L-inf)", "Images", "Seed", *(TOKENS[kind] for kind in columns)),
+        ("Attacker", "Attack", "eps in pixels (L-inf)", "Images", "Seed", *(TOKENS[kind] for kind in columns)),
         [(*row, *("; ".join(cells[kind]) or "-" for kind in columns)) for row, cells in rows.items()],
     )
 
 
 def _with_interval(result: Result) -> str:
-    def shown(value: float) -> str:
-        return f"{value:.3f}" if result.metric == "cosine" else f"{100 * value:.1f}"
-
-    unit = "" if result.metric == "cosine" else "%"
-    if result.confidence_interval is None:
-        return f"{shown(result.value)}{unit}"
-    low, high = result.confidence_interval
-    return f"{shown(result.value)}{unit} [{shown(low)}, {shown(high)}]"
+    return f"{format_number(result)}{format_unit(result)} {format_interval(result)}".rstrip()
 
 
 def _parameters(parameters: dict[str, Any]) -> str:

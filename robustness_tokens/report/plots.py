@@ -5,14 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, TypeAlias
+from typing import IO, Any, TypeAlias
 
 import numpy as np
 from torch import Tensor
 
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from .words import ATTACKERS, METRICS, TOKENS
 
 
 Target: TypeAlias = str | os.PathLike[str] | IO[bytes]
@@ -23,29 +21,19 @@ _SWEEP_CURVES = (
     ("adversarial_cosine", "attacked images, with tokens", "s"),
 )
 _LINES = (("#1b4965", "-"), ("#ca6702", "--"), ("#8d8d8d", ":"))
-# By the name of the curve in a report: in words, and so that the lines differ in grey too.
-_ATTACKERS = {
-    "base, none": ("without tokens (knows the backbone)", "#8d8d8d", ":", "x"),
-    "none": ("knows nothing (noise)", "#5a9fd4", (0, (6, 2, 1, 2, 1, 2)), "^"),
-    "base": ("knows the backbone (grey box)", "#1b4965", "-", "o"),
-    "own_tokens": ("trained own tokens", "#ca6702", "--", "s"),
-    "full": ("knows the tokens (white box)", "#9b2226", "-.", "D"),
+# The curves over eps, by their names in a report: the lines differ in grey too.
+_CURVES = {
+    "base, none": (f"{ATTACKERS['base'].name}, {TOKENS['none']}", "#8d8d8d", ":", "x"),
+    "none": (ATTACKERS["none"].name, "#5a9fd4", (0, (6, 2, 1, 2, 1, 2)), "^"),
+    "base": (ATTACKERS["base"].name, "#1b4965", "-", "o"),
+    "own_tokens": (ATTACKERS["own_tokens"].name, "#ca6702", "--", "s"),
+    "full": (ATTACKERS["full"].name, "#9b2226", "-.", "D"),
 }
-_METRICS = {
-    "accuracy": "accuracy",
-    "miou": "mean IoU",
-    "mean_image_miou": "mean of the images' mean IoU",
-    "cosine": "cosine with the clean features\nwithout tokens (1 = the same)",
-}
+_COSINE = f"{METRICS['cosine']}\n{TOKENS['none']} (1 = the same)"
 
 
 def plot_training_curves(log_history: Sequence[Mapping[str, float]], path: Target) -> None:
-    """Draws the two cosines of the training and the one without tokens, against the step.
-
-    Args:
-        log_history: `RobustnessTokenTrainer.log_history`.
-        path: Where to write; the ending chooses the format.
-    """
+    """Draws the cosines of a trainer's log against the step."""
     figure = _figure(7.2, 4.0)
     axes = figure.subplots()
     curves = (
@@ -58,7 +46,7 @@ def plot_training_curves(log_history: Sequence[Mapping[str, float]], path: Targe
         values = [row[key] for row in log_history]
         axes.plot(steps, values, color=color, linestyle=style, linewidth=2, label=label)
     axes.set_xlabel("optimiser step")
-    axes.set_ylabel("cosine with the clean features\nwithout tokens (1 = the same)")
+    axes.set_ylabel(_COSINE)
     axes.set_title("What training does to the features", loc="left")
     axes.grid(alpha=0.3)
     figure.legend(frameon=False, loc="outside lower center", ncols=3, fontsize=8)
@@ -100,46 +88,12 @@ def plot_sweep(rows: Sequence[Mapping[str, float]], path: Target) -> None:
         axes.set_xlabel("number of tokens")
         axes.set_title(f"learning rate {learning_rate:g}", loc="left", fontsize=10)
         axes.grid(alpha=0.3)
-    panels[0].set_ylabel("cosine with the clean features\nwithout tokens (1 = the same)")
+    panels[0].set_ylabel(_COSINE)
     seeds = "1 seed" if num_seeds == 1 else f"{num_seeds} seeds: mean, lowest and highest"
     figure.suptitle(f"How many tokens it takes ({seeds})", x=0.02, ha="left", fontsize=11)
     handles, labels = panels[0].get_legend_handles_labels()
     columns = 3 if len(panels) > 1 else 1  # three don't fit under one panel
     figure.legend(handles, labels, frameon=False, loc="outside lower center", ncols=columns, fontsize=8)
-    _save(figure, path)
-
-
-def plot_trade_off(rows: Sequence[Mapping[str, Any]], path: Target, *, eps: float) -> None:
-    """Draws accuracy on attacked images against accuracy on clean ones, a number for each way of training.
-
-    Args:
-        rows: Each with `way`, and the accuracies `clean`, `grey_box` and `white_box`; several of a way are averaged.
-        path: Where to write; the ending chooses the format.
-        eps: Of the attacks, in pixel units.
-    """
-    ways = list(dict.fromkeys(row["way"] for row in rows))
-    panels = (("grey_box", "knows the backbone (grey box)"), ("white_box", "knows the tokens (white box)"))
-    figure = _figure(8.4, 4.6)
-    all_axes = figure.subplots(1, 2, sharex=True, sharey=True)
-    for axes, (key, title) in zip(all_axes, panels, strict=True):
-        numbers: dict[tuple[float, float], list[str]] = {}  # several ways may end at the same point
-        for number, way in enumerate(ways, start=1):
-            of_way = [row for row in rows if row["way"] == way]
-            clean, attacked = (float(np.mean([float(row[name]) for row in of_way])) for name in ("clean", key))
-            axes.plot(clean, attacked, "o", color=_LINES[0][0], markersize=5, label=f"{number}  {way}")
-            numbers.setdefault((round(clean, 3), round(attacked, 3)), []).append(str(number))
-        for point, there in numbers.items():
-            # A longer label goes where the neighbours' are not.
-            place = {"xytext": (4, 4)} if len(there) == 1 else {"xytext": (-4, -5), "ha": "right", "va": "top"}
-            axes.annotate(", ".join(there), point, textcoords="offset points", fontsize=9, **place)
-        axes.set_title(f"the attacker {title}", loc="left", fontsize=10)
-        axes.set_xlabel("accuracy on clean images")
-        axes.margins(0.12)
-        axes.grid(alpha=0.3)
-    all_axes[0].set_ylabel(f"accuracy under attack, eps {255 * eps:g}/255 in pixels")
-    all_axes[0].set_ylim(bottom=0)
-    handles, labels = all_axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, frameon=False, loc="outside lower center", ncols=3, fontsize=8, handlelength=0)
     _save(figure, path)
 
 
@@ -152,18 +106,9 @@ def plot_attacked_images(
     titles: Sequence[tuple[str, str]] | None = None,
     heading: str | None = None,
 ) -> None:
-    """Draws clean images, attacked ones, and their difference, amplified; a column per image.
+    """Draws clean and attacked (B, 3, H, W) images in [0, 1], and their difference from -eps (black) to eps (white).
 
-    Args:
-        images: (B, 3, H, W) float in [0, 1].
-        attacked: (B, 3, H, W) float in [0, 1].
-        path: Where to write.
-        eps: Budget of the attack in pixel units; the difference is drawn from -eps (black) to eps (white).
-        titles: Per image what a model sees in the clean and in the attacked one, such as the predicted classes.
-        heading: Over the whole.
-
-    Raises:
-        ValueError: If `eps` is not positive.
+    `titles` are, for each image, what a model sees in the clean and in the attacked one; `eps` is in pixel units.
     """
     if eps <= 0:
         raise ValueError(f"eps must be positive to draw a difference of at most eps, got {eps}")
@@ -185,25 +130,19 @@ def plot_attacked_images(
 
 
 def plot_eps_curves(series: Mapping[str, Sequence[float]], path: Target, *, metric: str) -> None:
-    """Draws a metric against the attack's budget, a line with its 95% band per attacker.
+    """Draws a metric against eps, a line with its 95% band for each attacker.
 
-    Args:
-        series: Of a report: `sweep/<who>/<metric>/` and `eps` (pixel units), `value`, `low`, `high`.
-        path: Where to write.
-        metric: `"accuracy"`, `"cosine"`, `"miou"` or `"mean_image_miou"`.
-
-    Raises:
-        ValueError: If the series hold no curve of this metric.
+    `series` are a report's: `sweep/<who>/<metric>/` and `eps` (pixel units), `value`, `low` or `high`.
     """
-    drawn = [who for who in _ATTACKERS if f"sweep/{who}/{metric}/eps" in series]
+    drawn = [who for who in _CURVES if f"sweep/{who}/{metric}/eps" in series]
     if not drawn:
-        raise ValueError(f"series must hold sweep/<who>/{metric}/eps for a <who> of {list(_ATTACKERS)}, got none")
+        raise ValueError(f"series must hold sweep/<who>/{metric}/eps for a <who> of {list(_CURVES)}, got none")
     figure = _figure(6.4, 4.9)
     axes = figure.subplots()
     scale = 1.0 if metric == "cosine" else 100.0
     levels: set[float] = set()
     for who in drawn:
-        label, color, style, marker = _ATTACKERS[who]
+        label, color, style, marker = _CURVES[who]
         eps, value, low, high = (
             np.asarray(series[f"sweep/{who}/{metric}/{key}"]) for key in ("eps", "value", "low", "high")
         )
@@ -211,29 +150,23 @@ def plot_eps_curves(series: Mapping[str, Sequence[float]], path: Target, *, metr
         look: dict[str, Any] = {"color": color, "linestyle": style, "marker": marker, "linewidth": 2, "markersize": 5}
         axes.plot(255 * eps, scale * value, label=label, **look)
         levels |= set((255 * eps).round(6).tolist())
-    # Doublings are as wide as each other, and 0 still has its place.
+    # A logarithmic axis that also has a place for 0.
     smallest = min((level for level in levels if level > 0), default=1.0)
     axes.set_xscale("symlog", base=2, linthresh=smallest)
     axes.set_xticks(sorted(levels), [f"{level:.3g}" for level in sorted(levels)])
     axes.minorticks_off()
     axes.set_xlabel("largest change of a pixel, eps, in n/255 (axis in doublings)")
-    axes.set_ylabel(_METRICS[metric] + ("" if metric == "cosine" else " in %"))
+    axes.set_ylabel(_COSINE if metric == "cosine" else f"{METRICS[metric]} in %")
     if metric != "cosine":
         axes.set_ylim(-3, 103)
     axes.grid(alpha=0.3)
-    look = {"ncols": 2, "fontsize": 9, "handlelength": 4.0, "title": "What the attacker knows", "frameon": False}
+    look = {"ncols": 2, "fontsize": 9, "handlelength": 4.0, "title": "Attacker", "frameon": False}
     figure.legend(loc="outside lower center", **look)
     _save(figure, path)
 
 
 def plot_layer_maxima(curves: Mapping[str, Sequence[float]], path: Target, *, heading: str | None = None) -> None:
-    """Draws the largest absolute activation after each layer.
-
-    Args:
-        curves: By what the model saw and held, in words, at most four: a value per layer.
-        path: Where to write.
-        heading: Over the whole.
-    """
+    """Draws the largest absolute activation after each layer, for at most four named curves."""
     figure = _figure(6.4, 4.9)
     from matplotlib.ticker import LogLocator
 
@@ -259,13 +192,7 @@ def plot_layer_maxima(curves: Mapping[str, Sequence[float]], path: Target, *, he
 
 
 def plot_image_columns(columns: Sequence[tuple[str, Tensor]], path: Target, *, heading: str | None = None) -> None:
-    """Draws pictures and maps side by side, a row per image.
-
-    Args:
-        columns: What each shows, and (B, 3, H, W) float in [0, 1], of any H and W.
-        path: Where to write.
-        heading: Over the whole.
-    """
+    """Draws named columns of (B, 3, H, W) images and maps in [0, 1], of any H and W, a row per image."""
     count = len(columns[0][1])
     figure = _figure(1.3 * len(columns), 1.3 * count + 0.9)
     axes = figure.subplots(count, len(columns), squeeze=False)
@@ -279,14 +206,14 @@ def plot_image_columns(columns: Sequence[tuple[str, Tensor]], path: Target, *, h
 
 
 def _show(axes: Any, picture: Tensor) -> None:
-    """Draws (3, H, W)."""
+    """Draws a (3, H, W) image in [0, 1]."""
     axes.imshow(np.clip(picture.permute(1, 2, 0).float().cpu().numpy(), 0, 1), interpolation="nearest")
     axes.set_xticks([])
     axes.set_yticks([])
 
 
 def _verbatim(text: str) -> str:
-    """A text in which no dollar sign begins a formula: class names may come from the Hub."""
+    """Escapes dollar signs, which begin a formula: class names may come from the Hub."""
     return text.replace("$", r"\$")
 
 
@@ -298,7 +225,7 @@ def _figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _save(figure: Figure, path: Target) -> None:
+def _save(figure: Any, path: Target) -> None:
     if isinstance(path, str | os.PathLike):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)

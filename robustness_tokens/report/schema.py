@@ -1,4 +1,4 @@
-"""What an evaluation found, as data: read strictly, since a report may come from the Hub."""
+"""The data of a report, checked strictly, since a report may come from the Hub."""
 
 from __future__ import annotations
 
@@ -28,7 +28,9 @@ SCHEMA_VERSION = 2
 Task = Literal["features", "classification", "segmentation"]
 Metric = Literal["cosine", "accuracy", "miou", "mean_image_miou"]
 TokensInPlace = Literal["none", "trained", "untrained", "zero", "mean"]
-Knowledge = Literal["none", "base", "own_tokens", "full", "full_worst_case"]
+Knowledge = Literal["none", "base", "own_tokens", "full"]
+ReportedKnowledge = Literal[Knowledge, "full_worst_case"]
+"""`"full_worst_case"` is the worst case over the attacks of all levels."""
 
 NUM_CHECKS = 12
 _ROUNDING = 1e-3  # by which a cosine of half-precision features, or an interval, may leave its range
@@ -40,22 +42,22 @@ class OlderReportError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """One number, with all that it takes to know what it means.
+    """A number with everything that it depends on.
 
     Args:
         task: What was attacked and measured.
-        metric: `"accuracy"` and the IoUs in [0, 1]; `"cosine"`, of the features with those of clean images seen
+        metric: `"accuracy"` and the IoUs, in [0, 1]; `"cosine"`, between the features and those of the clean images
             without tokens, in [-1, 1].
-        value: Of the metric.
-        confidence_interval: 95%, low and high; None where there is none.
-        tokens: Which were in the model that was measured.
-        knowledge: What the attacker had; None for clean images.
-        attack: Its name; None for clean images.
-        attack_parameters: Its hyper-parameters, by name: plain values, or lists of them.
-        norm: In which `eps` is measured.
-        eps: Budget in pixel units of [0, 1] images.
-        num_images: How many were measured.
-        seed: Of the attack and of the choice of images.
+        value: The metric's value.
+        confidence_interval: Low and high end of the 95% interval; None without one.
+        tokens: The tokens in the measured model.
+        knowledge: The attacker's knowledge; None for clean images.
+        attack: The attack's name; None for clean images.
+        attack_parameters: The attack's hyper-parameters by name: plain values, or lists of them.
+        norm: The norm of `eps`.
+        eps: The attack's budget in pixel units of [0, 1] images.
+        num_images: The number of measured images.
+        seed: The seed of the attack and of the choice of images.
 
     Raises:
         ValueError: If a value is of the wrong type, not finite, or out of range.
@@ -66,7 +68,7 @@ class Result:
     value: float
     confidence_interval: tuple[float, float] | None = None
     tokens: TokensInPlace
-    knowledge: Knowledge | None = None
+    knowledge: ReportedKnowledge | None = None
     attack: str | None = None
     attack_parameters: dict[str, Any] = field(default_factory=dict)
     norm: Literal["Linf"] = "Linf"
@@ -92,7 +94,7 @@ class Result:
         check_int("seed", self.seed, 0)
         check_parameters("attack_parameters", self.attack_parameters)
         if self.knowledge is not None:
-            check_choice("knowledge", self.knowledge, get_args(Knowledge))
+            check_choice("knowledge", self.knowledge, get_args(ReportedKnowledge))
         if self.attack is not None:
             check_text("attack", self.attack, MAX_NAME)
         if (self.knowledge is None) != (self.attack is None):
@@ -109,14 +111,14 @@ class Result:
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """One of the 12 checks that an evaluation must pass before its numbers count.
+    """One of the 12 checks that an evaluation must pass before its numbers can be trusted.
 
     Args:
         number: 1 to 12.
-        name: In a few words.
-        passed: None if the check, or a part of it, was not run; `value` says which.
-        value: What was found.
-        explanation: What was compared, and what it means.
+        name: A few words.
+        passed: None if the check, or a part of it, was not run; `value` names the part.
+        value: The finding.
+        explanation: The comparison, and its meaning.
 
     Raises:
         ValueError: If a value is of the wrong type or out of range.
@@ -139,25 +141,25 @@ class Check:
 
 @dataclass(kw_only=True)
 class ReportContent:
-    """What an evaluation found.
+    """The data of a [`RobustnessReport`]; the modules that render a report import this class.
 
     Args:
-        schema_version: Of this layout.
-        package_version: Of robustness_tokens.
-        adapter: Folder or repo id of what was evaluated.
+        schema_version: Version of the JSON's layout.
+        package_version: Version of robustness_tokens.
+        adapter: Folder or repo id of the evaluated adapter.
         base_model: Hub id or folder of its base.
         base_model_revision: Commit of the base, if it has one.
         dataset: `name`, `split` (or None) and `num_images`.
-        budget: How much was spent: `"quick"`, `"standard"`, `"full"`, or another word.
-        seed: Of everything random.
+        budget: Effort of the attacks: `"quick"`, `"standard"`, `"full"`, or another word.
+        seed: Seed of everything random.
         results: The numbers.
-        checks: Each at most once.
+        checks: The checks, each at most once.
         series: The numbers behind the figures, by name.
         own_tokens: How the attacker's own tokens were trained: for each set, by name, its number of tokens and images
-            and the settings in which it departs from the recipe; under "recipe" the recipe's values of these settings.
-            Empty if none were trained.
-        base_has_own_head: Whether results without tokens were read by another head than those with tokens.
-        seconds: How long it took.
+            and the settings that differ from the recipe; under "recipe" the recipe's values of these settings. Empty
+            if none were trained.
+        base_has_own_head: True if the results without tokens use another head than those with tokens.
+        seconds: Duration of the evaluation.
         figures: PNG files by name; not in the JSON, not compared.
 
     Raises:
@@ -212,20 +214,20 @@ class ReportContent:
             check_numbers(f"series[{name!r}]", values)
 
     def to_dict(self) -> dict[str, Any]:
-        """All but the figures, as JSON holds it."""
+        """Returns everything but the figures, as plain values for JSON."""
         return {key: value for key, value in asdict(self).items() if key != "figures"}
 
     def to_json_string(self) -> str:
-        """The text of evaluation.json."""
+        """Returns the text of evaluation.json."""
         return json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n"
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Self:
-        """The report of what [`to_dict`] made, or of the JSON of it.
+        """Returns the report from the result of [`to_dict`], or from its JSON.
 
         Raises:
             OlderReportError: On an older schema.
-            ValueError: On a newer schema, a missing or an unknown key, or a bad value: it says which.
+            ValueError: On a newer schema, a missing or an unknown key, or a bad value, which it names.
         """
         if isinstance(content, Mapping):
             _check_schema_version(content.get("schema_version"))

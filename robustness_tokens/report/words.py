@@ -1,27 +1,35 @@
-"""The names in a report in plain words, in the order in which they are shown."""
+"""The words and numbers of a report as people read them; the order of a table is the order in which it is shown."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from .schema import Result
+from .schema import ReportContent, Result
 
 
+class Attacker(NamedTuple):
+    """The field's word for an attacker, and what goes after "the attacker knows"."""
+
+    name: str
+    knows: str
+
+
+ATTACKERS = {
+    "full_worst_case": Attacker("white box, worst case", "everything, tokens included"),
+    "full": Attacker("white box", "everything, tokens included"),
+    "own_tokens": Attacker("adaptive (own tokens)", "the base and the training recipe, and trains own tokens"),
+    "base": Attacker("grey box", "the base, not the tokens"),
+    "none": Attacker("black box", "nothing, and tries noise, queries and transfer"),
+    None: Attacker("clean images", ""),
+}
 METRICS = {
     "accuracy": "accuracy",
     "miou": "mean IoU",
     "mean_image_miou": "mean of the images' mean IoU",
     "cosine": "cosine with the clean features",
 }
-ATTACKERS = {
-    "full_worst_case": "everything, worst case over all attacks",
-    "full": "everything, tokens included",
-    "own_tokens": "backbone and training recipe, own tokens",
-    "base": "the backbone, not the tokens",
-    "none": "nothing (noise, queries)",
-    None: "(clean images)",
-}
+TASKS = {"classification": "Classification", "segmentation": "Segmentation", "features": "Features"}
 TOKENS = {
     "none": "without tokens",
     "trained": "with tokens",
@@ -29,40 +37,113 @@ TOKENS = {
     "zero": "zero tokens",
     "mean": "mean of the tokens",
 }
-TASKS = {"classification": "Classification", "segmentation": "Segmentation", "features": "Features"}
+BASELINES = ("untrained", "zero", "mean")
 
 WORST_CASE = "worst_case"
 PART_WORST_CASE = "worst_case_of_part"  # of a level's attacks; attack_parameters name the part
-BASELINES = ("untrained", "zero", "mean")
+ATTACKS = {None: "no attack", WORST_CASE: "worst case", PART_WORST_CASE: "worst case of a part"}
+"""Other attacks are shown by their names."""
+
+BASE_HEAD = "The results without tokens use a head of their own."
+OWN_TOKENS = (
+    "Settings in which the training of the attacker's tokens differs from the recipe. Seeds always differ. An "
+    "attacker who follows the recipe may do more damage."
+)
+OWN_TOKENS_GIVEN = "They were given to the evaluation, so how they were trained is not known."
+
+
+def describe_attacker(knowledge: str | None) -> str:
+    """Returns who the attacker is and what it knows, such as `"Grey box: knows the base, not the tokens"`."""
+    name, knows = ATTACKERS[knowledge]
+    return capitalize(f"{name}: knows {knows}" if knows else name)
+
+
+def capitalize(text: str) -> str:
+    """Returns the text with a capital first letter; the others keep theirs, as in IoU."""
+    return text[:1].upper() + text[1:]
+
+
+def plain(text: object) -> str:
+    """Returns a text without line breaks, control characters and invisible characters."""
+    return " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
+
+
+def format_levels(eps: float) -> str:
+    """Returns a size in pixel units as a multiple of 1/255, such as `"4/255"`."""
+    return f"{255 * eps:.4g}/255"
+
+
+def format_eps(eps: float) -> str:
+    """Returns a size in pixel units as a multiple of 1/255 and as a number, such as `"4/255 (0.0157)"`."""
+    return f"{format_levels(eps)} ({eps:.4g})"
+
+
+def format_number(result: Result, value: float | None = None) -> str:
+    """Returns the result, or another value of its metric: a cosine as it is, all others in %."""
+    value = result.value if value is None else value
+    return f"{value:.3f}" if result.metric == "cosine" else f"{100 * value:.1f}"
+
+
+def format_unit(result: Result) -> str:
+    """Returns what follows a number of the result's metric."""
+    return "" if result.metric == "cosine" else "%"
+
+
+def format_interval(result: Result) -> str:
+    """Returns the confidence interval, such as `"[20.0, 30.0]"`; empty without one."""
+    if result.confidence_interval is None:
+        return ""
+    low, high = result.confidence_interval
+    return f"[{format_number(result, low)}, {format_number(result, high)}]"
+
+
+def format_setting(name: str, value: Any) -> str:
+    """Returns a hyper-parameter's value as text; a size in pixel units such as 2/255 as a fraction."""
+    if isinstance(value, list):
+        return f"[{', '.join(format_setting(name, element) for element in value)}]"
+    if not isinstance(value, float):
+        return str(value)
+    is_level = abs(510 * value - round(510 * value)) < 1e-9  # a whole or half one
+    if name in ("eps", "step_size") and 0 < value < 1 and is_level:
+        return f"{255 * value:g}/255"
+    return f"{value:.6g}"
+
+
+def own_tokens_rows(report: ReportContent) -> list[list[str]]:
+    """Returns how own tokens were trained as the rows of a table, the header first; none if they were not trained."""
+    if not (described := report.own_tokens):
+        return []
+    names = dict.fromkeys(name for settings in described.values() for name in settings)
+    recipe = described.get("recipe", {})
+
+    def cell(kind: str, name: str) -> str:
+        if name in described[kind]:
+            return format_setting(name, described[kind][name])
+        return "as the recipe" if kind != "recipe" and name in recipe else "-"
+
+    return [["Setting", *described], *([name, *(cell(kind, name) for kind in described)] for name in names)]
 
 
 class ResultGroups(NamedTuple):
-    """Results of one task and metric, each in one group.
-
-    Attributes:
-        leading: Clean images, and the worst case of each attacker; every attack of one that has no worst case.
-        single: The attacks that a worst case is over.
-        baselines: With other tokens in place of the trained ones.
-        sweep: The curve over eps.
-    """
+    """The results of one task and metric, each in one group."""
 
     leading: list[Result]
+    """Clean images, and the worst case of each attacker; every attack of an attacker without a worst case."""
     single: list[Result]
+    """The attacks that a worst case covers."""
     baselines: list[Result]
+    """With other tokens in place of the trained ones."""
     sweep: list[Result]
+    """The curve over eps."""
 
 
 def is_sweep(result: Result) -> bool:
-    """Whether a number belongs to the curve over eps."""
+    """Tells whether a number belongs to the curve over eps."""
     return result.attack_parameters.get("series") == "sweep"
 
 
 def group_results(results: Sequence[Result]) -> dict[tuple[str, str], ResultGroups]:
-    """By task and metric, in the order in which they are shown, the groups of their results.
-
-    Args:
-        results: In the order of the report, which the groups keep.
-    """
+    """Returns the groups of each task and metric, in the order of the words; each group keeps the report's order."""
     pairs = [(task, metric) for task in TASKS for metric in METRICS]
     of_pairs = {pair: [r for r in results if (r.task, r.metric) == pair] for pair in pairs}
     return {pair: _group(chosen) for pair, chosen in of_pairs.items() if chosen}

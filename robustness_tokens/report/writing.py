@@ -23,18 +23,18 @@ FIGURE_FILES = tuple(f"{FIGURES_FOLDER}/{name}" for name in FIGURES)
 
 @dataclass(kw_only=True)
 class RobustnessReport(ReportContent):
-    """What an evaluation found, with [`save`] and [`load`]; see [`ReportContent`] for its fields."""
+    """The results and checks of an evaluation; its fields are those of [`ReportContent`]."""
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Writes evaluation.json and, for people, evaluation.md, report.html and figures/.
+        """Writes evaluation.json for programs, and evaluation.md, report.html and figures/ for people.
 
         Each file is written whole or not at all.
 
         Args:
-            folder: Made if it doesn't exist; best the adapter's own, so that the report travels with it.
+            folder: Created if it does not exist. In the adapter's own folder the report is pushed with the adapter.
 
         Raises:
-            ValueError: If the JSON is larger than [`load`] would read, or a figure's name is no plain `name.png`.
+            ValueError: If the JSON is larger than [`load`] reads, or a figure's name is not a plain `name.png`.
         """
         for name in self.figures:
             if not re.fullmatch(r"\w[\w-]*\.png", name, flags=re.ASCII):
@@ -61,7 +61,8 @@ class RobustnessReport(ReportContent):
         """Reads the evaluation.json of a folder, without the figures.
 
         Raises:
-            ValueError: If it is missing or damaged, or of a newer schema.
+            OlderReportError: If an older package wrote it.
+            ValueError: If it is missing or damaged, or of another schema.
         """
         path = Path(folder) / REPORT_FILE
         if not path.is_file():

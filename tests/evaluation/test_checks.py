@@ -24,9 +24,9 @@ from robustness_tokens.evaluation.checks.run import CHECKS, run_checks
 from robustness_tokens.evaluation.measurements import Measurements, own_token_lengths
 from robustness_tokens.evaluation.outcomes import Outcome
 from robustness_tokens.evaluation.plan import BUDGETS, build_attack
-from robustness_tokens.evaluation.threat_models import AttackerView, EvaluatedModel, Knowledge
+from robustness_tokens.evaluation.threat_models import AttackerView, EvaluatedModel
 from robustness_tokens.models.heads import ProbedModel, SegmentationHead
-from robustness_tokens.report.schema import Result
+from robustness_tokens.report.schema import Knowledge, Result
 from tests.support.bases import HIDDEN_SIZE, IMAGE_SIZE, build_base
 
 

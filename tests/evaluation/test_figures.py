@@ -22,9 +22,10 @@ from robustness_tokens.evaluation.figures import (
     training_figures,
 )
 from robustness_tokens.evaluation.measurements import Measurements
-from robustness_tokens.evaluation.threat_models import EvaluatedModel, Knowledge, attacker_views
+from robustness_tokens.evaluation.threat_models import EvaluatedModel, attacker_views
 from robustness_tokens.models.layer_stack import find_layer_stack
 from robustness_tokens.report.html import FIGURES
+from robustness_tokens.report.schema import Knowledge
 from robustness_tokens.training.run_folder import LOG_COLUMNS, LOG_FILE, start_log
 from tests.report.test_plots import make_series
 from tests.support.bases import HIDDEN_SIZE, NUM_LABELS, build_base
@@ -181,9 +182,7 @@ def test_the_drawn_images_are_those_that_were_measured(
     assert torch.equal(clean, batch.images[:3])
     torch.testing.assert_close(drawn, attacked[:3], atol=1e-6, rtol=0)
     assert settings["eps"] == EPS
-    assert settings["heading"] == (
-        "Grey box: the attacker knows the backbone, not the tokens\ncross_entropy, L-inf, eps 8/255"
-    )
+    assert settings["heading"] == ("Grey box: knows the base, not the tokens\ncross_entropy, L-inf, eps 8/255")
     classes = [view.logits(drawn, tokens).argmax(dim=1).tolist() for tokens in (None, view.tokens)]
     assert [title[1] for title in settings["titles"]] == [
         f"seen as\nLABEL_{fooled};\nwith tokens\nLABEL_{defended}" for fooled, defended in zip(*classes, strict=True)
@@ -225,7 +224,7 @@ def test_another_attacker_is_drawn_where_there_is_no_grey_box(
     view: EvaluatedModel, calls: dict[str, tuple[Any, dict[str, Any]]]
 ) -> None:
     make_figures(measured(view, ("full",)), {}, num_images=2)
-    assert calls["plot_attacked_images"][1]["heading"].startswith("White box: the attacker knows the tokens\n")
+    assert calls["plot_attacked_images"][1]["heading"].startswith("White box: knows everything, tokens included\n")
     assert len(calls["plot_image_columns"][0][0]) == 6
 
 

@@ -164,9 +164,9 @@ def test_the_card_shows_the_main_metric_and_the_failed_checks() -> None:
     ]
     rows = [line for line in card.splitlines() if line.startswith("| ")]
     assert rows[2:] == [
-        "| everything, worst case over all attacks | `worst_case` `num_steps=20, step_size=2/255, seeds=[1, 2], "
-        "random_start=True, p=None` | 16/255 (0.06275) | 500 | 3 | 25.0% [20.0, 30.0] |",
-        "| (clean images) | - | 0 | 500 | 3 | 90.0% [20.0, 30.0] |",
+        "| White box, worst case: knows everything, tokens included | worst case `num_steps=20, step_size=2/255, "
+        "seeds=[1, 2], random_start=True, p=None` | 16/255 (0.06275) | 500 | 3 | 25.0% [20.0, 30.0] |",
+        "| Clean images | no attack | 0 | 500 | 3 | 90.0% [20.0, 30.0] |",
     ]
     introduction = card.partition("## Use")[0]
     assert "Against an attacker who knows everything, tokens included" in introduction
@@ -228,8 +228,11 @@ def test_the_card_says_what_it_is() -> None:
             "(grey box), by PGD in 30 steps, L-inf, at eps 4/255 (0.01569) in pixels.",
         ),
         ({}, "by the published attack in 30 steps: its eps is 8/255 of normalised images, about 4.0/255 in pixels."),
-        ({"attack_through": "tokens"}, "who knows the backbone and the tokens (white box), by"),
-        ({"attack_through": "both"}, "with and without the tokens, by"),
+        ({"attack_through": "tokens"}, "who knows everything, tokens included (white box), by"),
+        (
+            {"attack_through": "both"},
+            "(grey box) and an attacker who knows everything, tokens included (white box)",
+        ),
     ],
 )
 def test_the_card_says_against_whom_the_tokens_were_trained(training: dict[str, Any], said: str) -> None:

@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 from robustness_tokens.report.html import FIGURES, render_report_html
-from robustness_tokens.report.markdown import plain
 from robustness_tokens.report.schema import Check, Result
+from robustness_tokens.report.words import plain
 from robustness_tokens.report.writing import RobustnessReport
 from tests.support.reports import CLEAN, HOSTILE, make_report, make_result
 
@@ -205,7 +205,7 @@ def test_verdicts_are_words_and_symbols_in_the_order_of_the_checks() -> None:
     assert "9 Steps ✗ FAIL 1.4 points less than 0.5" in page.words()
     titles = re.findall("<h2>(.*?)</h2>", render_report_html(full_report()))
     assert titles[0] == "Can the numbers be trusted? The checks"
-    assert titles.index("What holds, against whom") < titles.index("Figures") < titles.index("How it was measured")
+    assert titles.index("Results by attacker") < titles.index("Figures") < titles.index("How it was measured")
 
 
 def rows_of(source: str, summary_or_title: str) -> list[list[str]]:
@@ -218,14 +218,14 @@ def rows_of(source: str, summary_or_title: str) -> list[list[str]]:
 
 def test_the_table_has_a_row_per_attacker_the_strongest_first() -> None:
     rows = rows_of(render_report_html(full_report()), "<h3>Classification: accuracy</h3>")
-    assert rows[0] == ["The attacker", "with tokens", "without tokens", "eps, L-inf", "Images", "Seed"]
+    assert rows[0] == ["Attacker", "with tokens", "without tokens", "eps, L-inf", "Images", "Seed"]
     assert [re.split("  +", row[0])[0] for row in rows[1:]] == [
-        "Knows everything: worst case over all levels",
-        "Knows everything, tokens included (white box)",
-        "Knows the backbone and the recipe, trained own tokens",
-        "Knows the backbone, not the tokens (grey box)",
-        "Knows nothing (noise, queries, transfer)",
-        "Clean images, no attacker",
+        "White box, worst case: knows everything, tokens included",
+        "White box: knows everything, tokens included",
+        "Adaptive (own tokens): knows the base and the training recipe, and trains own tokens",
+        "Grey box: knows the base, not the tokens",
+        "Black box: knows nothing, and tries noise, queries and transfer",
+        "Clean images",
     ]
     assert rows[4][1:] == ["19.6", "[20.0, 30.0]", "0.2", "", "16/255", "500", "3"]
     assert rows[6][1:] == ["87.7", "", "90.3", "", "0", "500", "3"]
@@ -237,7 +237,7 @@ def test_the_table_has_a_row_per_attacker_the_strongest_first() -> None:
 def test_single_attacks_baselines_and_the_sweep_have_tables_of_their_own() -> None:
     source = render_report_html(full_report())
     single = rows_of(source, "<summary>Every single attack</summary>")
-    assert [row[0] for row in single[:2]] == ["Attack", "Knows the backbone, not the tokens (grey box)"]
+    assert [row[0] for row in single[:2]] == ["Attack", "Grey box: knows the base, not the tokens"]
     assert re.sub(" +", " ", single[2][0]) == (
         "pgd_cross_entropy num_steps = 20, step_size = 2/255, seeds = [1, 2], random_start = True"
     )
@@ -245,7 +245,7 @@ def test_single_attacks_baselines_and_the_sweep_have_tables_of_their_own() -> No
     baselines = rows_of(source, "<summary>Baselines")
     assert baselines[0][1:3] == ["with tokens", "zero tokens"]
     assert [row[1::2][:2] for row in baselines if len(row) > 6] == [["19.6", "0.8"], ["87.7", "89.9"]]
-    sweep = rows_of(source, "<summary>Numbers of the sweep over eps</summary>")
+    sweep = rows_of(source, "<summary>Sweep over eps: one or two attacks on fewer images</summary>")
     assert sweep[2][1:] == ["65.5", "[20.0, 30.0]", "4/255", "500", "3"]
     features = rows_of(source, "<h3>Features: cosine with the clean features</h3>")
     assert features[1][1:3] == ["-0.125", "[-0.200, -0.100]"]

@@ -4,22 +4,14 @@ from typing import Any
 import pytest
 from markdown_it import MarkdownIt
 
-from robustness_tokens.report.markdown import (
-    code,
-    format_eps,
-    format_setting,
-    headline,
-    plain,
-    prose,
-    render_report_markdown,
-    table,
-)
+from robustness_tokens.report.markdown import code, headline, prose, render_report_markdown, table
 from robustness_tokens.report.schema import Check
+from robustness_tokens.report.words import format_eps, format_setting, plain
 from tests.support.reports import CLEAN, HOSTILE, make_report, make_result
 
 
 def rendered(markdown: str) -> str:
-    """As GitHub would: tables, strike-through, bare links, HTML let through."""
+    """Renders Markdown as GitHub does: with tables, strike-through, bare links and HTML."""
     return str(MarkdownIt("gfm-like", {"html": True, "linkify": False}).render(markdown))
 
 
@@ -108,12 +100,13 @@ def test_every_number_says_what_it_depends_on() -> None:
     rows = [line for line in text.partition("## Results")[2].splitlines() if line.startswith("| ")]
     parameters = "`num_steps=20, step_size=2/255, seeds=[1, 2], random_start=True, p=None`"
     assert rows == [
-        "| Attacker knows | Attack | eps in pixels (L-inf) | Images | Seed | without tokens | with tokens |",
+        "| Attacker | Attack | eps in pixels (L-inf) | Images | Seed | without tokens | with tokens |",
         "| --- | --- | --- | --- | --- | --- | --- |",
-        f"| everything, worst case over all attacks | `all` {parameters} | 16/255 (0.06275) | 500 | 3 | - | 20.0% |",
-        f"| the backbone, not the tokens | `pgd_cross_entropy` {parameters} | 16/255 (0.06275) | 500 | 3 "
+        f"| White box, worst case: knows everything, tokens included | `all` {parameters} | 16/255 (0.06275) | 500 "
+        "| 3 | - | 20.0% |",
+        f"| Grey box: knows the base, not the tokens | `pgd_cross_entropy` {parameters} | 16/255 (0.06275) | 500 | 3 "
         "| 2.0% [1.0, 3.0] | 40.0% [35.0, 45.0] |",
-        "| (clean images) | - | 0 | 500 | 3 | - | 90.0% |",
+        "| Clean images | no attack | 0 | 500 | 3 | - | 90.0% |",
     ]
 
 
@@ -158,19 +151,22 @@ def test_worst_cases_lead_and_the_rest_is_behind_a_click() -> None:
     tables = re.findall(r"<table>(.*?)</table>", found, flags=re.DOTALL)
     assert re.findall(r"<summary>(.*?)</summary>", found) == [
         "Every single attack",
-        "Baselines: other tokens in their place",
-        "The curve over eps: one or two attacks, fewer images",
+        "Baselines: other tokens in place of the trained ones",
+        "Sweep over eps: one or two attacks on fewer images",
     ]
     assert found.count("<details>") == found.count("</details>") == 3
     assert found.index("<table>") < found.index("<details>")
     rows = [[re.findall(r"<t[dh]>(.*?)</t[dh]>", row) for row in one.split("</tr>")[:-1]] for one in tables]
-    assert [row[1] for row in rows[0][1:]] == ["worst of 14 for each image", "worst of 2 for each image", "-"]
+    assert [row[1] for row in rows[0][1:]] == ["worst of 14 for each image", "worst of 2 for each image", "no attack"]
     assert [row[-1] for row in rows[1][1:]] == ["4.0% [20.0, 30.0]"]
     assert [row[-1] for row in rows[2][1:]] == ["60.0% [20.0, 30.0]"]
     assert rows[3] == [
-        ["Attacker knows", "Tokens", "Images", "Seed", "1/255", "8/255"],
-        ["everything, tokens included", "with tokens", "50", "3", "50.0% [20.0, 30.0]", "30.0% [20.0, 30.0]"],
-        ["the backbone, not the tokens", "without tokens", "50", "3", "-", "10.0% [20.0, 30.0]"],
+        ["Attacker", "Tokens", "Images", "Seed", "1/255", "8/255"],
+        [
+            *("White box: knows everything, tokens included", "with tokens", "50", "3"),
+            *("50.0% [20.0, 30.0]", "30.0% [20.0, 30.0]"),
+        ],
+        ["Grey box: knows the base, not the tokens", "without tokens", "50", "3", "-", "10.0% [20.0, 30.0]"],
     ]
 
 

@@ -41,11 +41,11 @@ def test_a_curve_per_attacker_with_its_band(figures: list[Any]) -> None:
     plots.plot_eps_curves(make_series("accuracy"), "unused", metric="accuracy")
     (axes,) = figures[0].get_axes()
     assert [line.get_label() for line in axes.get_lines()] == [
-        "without tokens (knows the backbone)",
-        "knows nothing (noise)",
-        "knows the backbone (grey box)",
-        "trained own tokens",
-        "knows the tokens (white box)",
+        "grey box, without tokens",
+        "black box",
+        "grey box",
+        "adaptive (own tokens)",
+        "white box",
     ]
     white_box = axes.get_lines()[-1]
     assert list(white_box.get_xdata()) == pytest.approx(LEVELS)
@@ -56,7 +56,7 @@ def test_a_curve_per_attacker_with_its_band(figures: list[Any]) -> None:
     assert axes.get_xlabel() == "largest change of a pixel, eps, in n/255 (axis in doublings)"
     assert axes.get_ylabel() == "accuracy in %"
     (legend,) = figures[0].legends
-    assert legend.get_title().get_text() == "What the attacker knows"
+    assert legend.get_title().get_text() == "Attacker"
     assert len(legend.get_texts()) == 5
 
 
@@ -138,25 +138,6 @@ def test_a_class_name_is_no_formula(tmp_path: Path, name: str) -> None:
     plots.plot_attacked_images(images, images, target, eps=0.1, titles=[(name, name)], heading=name)
     plots.plot_image_columns([(name, images)], target, heading=name)
     assert target.read_bytes().startswith(b"\x89PNG")
-
-
-def test_the_trade_off_averages_the_seeds_of_a_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    saved: list[Any] = []
-    monkeypatch.setattr(plots, "_save", lambda figure, path: saved.append(figure))
-    rows: list[dict[str, Any]] = [
-        {"way": "a", "clean": "0.9", "grey_box": "0.2", "white_box": "0.1"},  # as a CSV has it
-        {"way": "a", "clean": 0.8, "grey_box": 0.4, "white_box": 0.1},
-        {"way": "b", "clean": 0.7, "grey_box": 0.5, "white_box": 0.3},
-        {"way": "c", "clean": 0.7, "grey_box": 0.6, "white_box": 0.3},
-    ]
-    plots.plot_trade_off(rows, tmp_path / "x.png", eps=16 / 255)
-    grey, white = saved[0].axes
-    points = [line.get_xydata().tolist()[0] for line in grey.lines]
-    assert points == [pytest.approx([0.85, 0.3]), [0.7, 0.5], [0.7, 0.6]]
-    assert [line.get_ydata()[0] for line in white.lines] == [pytest.approx(0.1), 0.3, 0.3]
-    assert [text.get_text() for text in grey.texts] == ["1", "2", "3"]
-    assert [text.get_text() for text in white.texts] == ["1", "2, 3"], "numbers at one point don't cover each other"
-    assert "16/255" in grey.get_ylabel()
 
 
 def test_an_open_file_gets_a_png() -> None:

@@ -2,7 +2,7 @@ from typing import get_args
 
 import pytest
 
-from robustness_tokens.report.schema import Knowledge, Metric, Result, Task, TokensInPlace
+from robustness_tokens.report.schema import Metric, ReportedKnowledge, Result, Task, TokensInPlace
 from robustness_tokens.report.words import ATTACKERS, METRICS, TASKS, TOKENS, group_results
 
 
@@ -12,12 +12,12 @@ from robustness_tokens.report.words import ATTACKERS, METRICS, TASKS, TOKENS, gr
     ids=["tasks", "metrics", "tokens"],
 )
 def test_every_name_of_the_schema_has_words(words: dict[str, str], names: tuple[str, ...]) -> None:
-    """One without would be left out of every form of the report."""
+    """A name without words would be left out of every form of the report."""
     assert set(words) == set(names)
 
 
 def test_every_level_of_knowledge_has_words_and_clean_images_too() -> None:
-    assert set(ATTACKERS) == {*get_args(Knowledge), None}
+    assert set(ATTACKERS) == {*get_args(ReportedKnowledge), None}
 
 
 def result(metric: Metric, *, task: Task = "classification", tokens: TokensInPlace = "trained") -> Result:
