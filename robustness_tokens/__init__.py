@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from .training import (
         RobustnessTokenTrainer,
         RobustnessTokenTrainingArguments,
+        SweepArguments,
         make_adversarial_pairs,
         resolve_preset,
         robustness_loss,
@@ -56,6 +57,7 @@ __all__ = [
     "RobustnessTokenModel",
     "RobustnessTokenTrainer",
     "RobustnessTokenTrainingArguments",
+    "SweepArguments",
     "__version__",
     "cosine_similarity",
     "evaluate_robustness",

@@ -97,15 +97,7 @@ def sweep(
     if data_args.eval_dataset is not None:
         raise ValueError("eval_dataset has no meaning for a sweep, which holds out num_eval_pairs: leave it out")
     model = RobustnessTokenModel.from_base(model_args.base_model, **model_args.from_base_kwargs())
-    rows = run_sweep(
-        model,
-        training_args,
-        load_train_dataset(data_args),
-        num_tokens=sweep_args.sweep_num_tokens,
-        learning_rates=sweep_args.sweep_learning_rates,
-        seeds=sweep_args.sweep_seeds,
-        num_eval_pairs=sweep_args.num_eval_pairs,
-    )
+    rows = run_sweep(model, training_args, load_train_dataset(data_args), sweep_args)
     if process_state().is_main_process:
         print(to_csv(rows))
 

@@ -1,4 +1,4 @@
-"""The paper's ablation over the number of tokens, with learning rates and seeds: attacked once, trained many times."""
+"""Trains many sets of tokens on the same pairs: the paper's ablation over their number, with learning rates, seeds."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import logging
 import math
 import shutil
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
@@ -25,7 +25,7 @@ from ..data import AdversarialPairs, Normalizer, prepare_images
 from ..hub import holds_adapter, load_adapter, read_config
 from ..models import RobustnessTokenPreTrainedModel
 from ..report import plot_sweep
-from ..utils import share_from_main, write_text
+from ..utils import check_int, share_from_main, write_text
 from .accelerator import build_accelerator
 from .arguments import RobustnessTokenTrainingArguments
 from .checkpoints import list_checkpoints
@@ -38,9 +38,7 @@ from .trainer import RobustnessTokenTrainer
 
 logger = logging.getLogger(__name__)
 
-CSV_FILE = "sweep.csv"
-FIGURE_FILE = "sweep.png"
-PAIRS_FOLDER = "pairs"
+CSV_FILE, FIGURE_FILE, PAIRS_FOLDER = "sweep.csv", "sweep.png", "pairs"
 
 
 class Combination(NamedTuple):
@@ -52,159 +50,61 @@ class Combination(NamedTuple):
 
     @property
     def folder_name(self) -> str:
-        """Where it lies in the folder of the sweep."""
-        learning_rate = repr(float(self.learning_rate)).removesuffix(".0")  # no two have the same
-        return f"tokens-{self.num_tokens}_lr-{learning_rate}_seed-{self.seed}"
-
-
-def config_of(template: RobustnessTokenConfig, num_tokens: int) -> RobustnessTokenConfig:
-    """The config of a training's model before it is trained: that of the sweep's model, with so many tokens."""
-    values = {**template.to_dict(), "num_robustness_tokens": num_tokens, "training": {}}
-    config: RobustnessTokenConfig = RobustnessTokenConfig.from_dict(values)
-    return config
-
-
-def arguments_of(args: RobustnessTokenTrainingArguments, combination: Combination) -> RobustnessTokenTrainingArguments:
-    """The arguments of one training of a sweep, by those of all; it goes on where it was cut."""
-    folder = Path(args.output_dir) / combination.folder_name
-    return dataclasses.replace(
-        args,
-        output_dir=str(folder),
-        learning_rate=combination.learning_rate,
-        seed=combination.seed,
-        # Whatever save_steps says: SIGTERM leaves a checkpoint too.
-        resume_from_checkpoint=True if list_checkpoints(folder) and not args.overwrite_output_dir else None,
-    )
-
-
-def find_finished(
-    args: RobustnessTokenTrainingArguments,
-    wanted: Sequence[Combination],
-    template: RobustnessTokenConfig,
-    pairs: AdversarialPairs,
-    *,
-    num_processes: int,
-) -> list[Combination]:
-    """The combinations that need no training; says which of an earlier sweep's were trained otherwise.
-
-    Args:
-        args: Of the sweep.
-        wanted: What is asked for now.
-        template: Of the model that gives the sweep its base.
-        pairs: To train on.
-        num_processes: To train with, on which the images of a step depend.
-
-    Returns:
-        Those of earlier sweeps, then those wanted, unless `args.overwrite_output_dir` trains these anew.
-
-    Raises:
-        ValueError: If an adapter in the folder is damaged.
-    """
-    images = prepare_images(pairs)
-    known = {"num_processes": num_processes, "image_size": images.image_size, "dataset": images.description}
-    found = []
-    for path in sorted(Path(args.output_dir).glob("tokens-*_lr-*_seed-*")):
-        if not holds_adapter(path):
-            continue
-        config = read_config(path)
-        training = config.training or {}
-        learning_rate, seed = training.get("learning_rate"), training.get("seed")
-        if isinstance(learning_rate, int | float) and isinstance(seed, int):
-            combination = Combination(config.num_robustness_tokens, learning_rate, seed)
-            found += [combination] if combination.folder_name == path.name else []
-    others = [one for one in found if one not in wanted]
-    candidates = others if args.overwrite_output_dir else [*others, *wanted]
-    finished = [
-        one for one in candidates if _is_finished(config_of(template, one.num_tokens), arguments_of(args, one), known)
-    ]
-    if left_out := [one.folder_name for one in others if one not in finished]:
-        logger.warning(
-            "The sweep leaves out what was trained on other pairs, or by another recipe: %s", ", ".join(left_out)
-        )
-    return finished
-
-
-def _is_finished(
-    config: RobustnessTokenConfig, args: RobustnessTokenTrainingArguments, known: Mapping[str, Any]
-) -> bool:
-    """Whether the folder holds the tokens that this training would give; `known` is what no argument says of it."""
-    folder = Path(args.output_dir)
-    log = read_log(folder / LOG_FILE, last_step=args.max_steps)
-    if not holds_adapter(folder) or not log or log[-1]["step"] != args.max_steps:
-        return False
-    stored = read_config(folder)
-    expected = {**args.recipe(), **known, "num_steps_done": args.max_steps}
-    trained = stored.training or {}
-    return (
-        stored.base_model_fingerprint == config.base_model_fingerprint
-        and stored.num_robustness_tokens == config.num_robustness_tokens
-        and stored.feature_view == config.feature_view
-        and stored.similarity_axis == config.similarity_axis
-        and stored.initializer_range == config.initializer_range
-        and all(trained.get(name) == value for name, value in expected.items())
-    )
-
-
-def read_finished(
-    member: RobustnessTokenPreTrainedModel, args: RobustnessTokenTrainingArguments
-) -> list[dict[str, float]]:
-    """Gives the model the tokens of its folder; returns the log of their training."""
-    folder = Path(args.output_dir)
-    with torch.no_grad():
-        member.robustness_tokens.copy_(load_adapter(folder).tokens)
-    return read_log(folder / LOG_FILE, last_step=args.max_steps)
+        """Name of its folder; different learning rates give different names."""
+        return f"tokens-{self.num_tokens}_lr-{repr(self.learning_rate).removesuffix('.0')}_seed-{self.seed}"
 
 
 @dataclass(kw_only=True)
 class SweepArguments:
-    """What `robtok sweep` is told beside the arguments of `robtok train`; the defaults are the paper's ablation.
+    """Grid of a sweep; the defaults are the paper's ablation over the number of tokens.
+
+    Args:
+        sweep_num_tokens: Numbers of tokens K, each at least 1.
+        sweep_learning_rates: Learning rates of Adam, each above 0.
+        sweep_seeds: Seeds of the initial tokens and of the order of the images, each at least 0.
+        num_eval_pairs: Number of pairs held out from all trainings; the cosines in `sweep.csv` are measured on them.
 
     Raises:
-        ValueError: If a list is empty or names a value twice, or a value is out of range.
+        ValueError: If a list is empty or holds a value twice, or a value is out of range.
     """
 
     sweep_num_tokens: list[int] = field(
-        default_factory=lambda: [1, 10, 20, 50], metadata={"help": "Numbers of tokens."}
+        default_factory=lambda: [1, 10, 20, 50], metadata={"help": "Numbers of tokens to train."}
     )
-    sweep_learning_rates: list[float] = field(default_factory=lambda: [1e-3], metadata={"help": "Learning rates."})
-    sweep_seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds of tokens and order."})
+    sweep_learning_rates: list[float] = field(
+        default_factory=lambda: [1e-3], metadata={"help": "Learning rates to train with."}
+    )
+    sweep_seeds: list[int] = field(
+        default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds of the initial tokens and of the image order."}
+    )
     num_eval_pairs: int = field(
-        default=64, metadata={"help": "The last so many pairs are not trained on, and what is reported is theirs."}
+        default=64, metadata={"help": "Number of pairs, the last ones, to hold out and measure the tokens on."}
     )
 
     def __post_init__(self) -> None:
-        for name, smallest in (("sweep_num_tokens", 1), ("sweep_seeds", 0)):
+        for name in ("sweep_num_tokens", "sweep_learning_rates", "sweep_seeds"):
             values = getattr(self, name)
-            are_whole = all(type(value) is int and value >= smallest for value in values)
-            if not values or len(set(values)) < len(values) or not are_whole:
-                raise ValueError(f"{name} must hold different whole numbers of at least {smallest}, got {values!r}")
-        rates = self.sweep_learning_rates
-        if not rates or len(set(rates)) < len(rates) or not all(0 < rate < math.inf for rate in rates):
-            raise ValueError(f"sweep_learning_rates must hold different finite numbers above 0, got {rates!r}")
-        if type(self.num_eval_pairs) is not int or self.num_eval_pairs < 1:
-            raise ValueError(f"num_eval_pairs must be a whole number of at least 1, got {self.num_eval_pairs!r}")
+            if not values or len(set(values)) < len(values):
+                raise ValueError(f"{name} must hold different values, at least one, got {values!r}")
+            for value in values:
+                if name != "sweep_learning_rates":
+                    check_int(f"each of {name}", value, 1 if name == "sweep_num_tokens" else 0)
+                elif not 0 < value < math.inf:
+                    raise ValueError(f"{name} must hold finite numbers above 0, got {values!r}")
+        check_int("num_eval_pairs", self.num_eval_pairs, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SweepRow:
-    """One training of a sweep.
-
-    Attributes:
-        num_robustness_tokens, learning_rate, seed: What distinguishes it.
-        invariance_cosine, adversarial_cosine: Features with tokens of clean and of attacked held-out images, against
-            those of the clean ones without.
-        baseline_cosine: Features of attacked held-out images without tokens, likewise.
-        train_invariance_cosine, train_adversarial_cosine: Mean over the last tenth of the steps, as logged.
-        seconds_per_step: Of the training.
-    """
+    """One training of a sweep, as `sweep.csv` holds it; cosines are with the clean features without tokens."""
 
     num_robustness_tokens: int
     learning_rate: float
     seed: int
-    invariance_cosine: float
-    adversarial_cosine: float
-    baseline_cosine: float
-    train_invariance_cosine: float
+    invariance_cosine: float  # of clean held-out images, with tokens
+    adversarial_cosine: float  # of attacked held-out images, with tokens
+    baseline_cosine: float  # of attacked held-out images, without tokens
+    train_invariance_cosine: float  # means over the last tenth of the training's steps
     train_adversarial_cosine: float
     seconds_per_step: float
 
@@ -213,42 +113,32 @@ def run_sweep(
     model: RobustnessTokenPreTrainedModel,
     args: RobustnessTokenTrainingArguments,
     dataset: Any,
-    *,
-    num_tokens: Sequence[int] = (1, 10, 20, 50),
-    learning_rates: Sequence[float] = (1e-3,),
-    seeds: Sequence[int] = (0, 1, 2),
-    num_eval_pairs: int = 64,
+    sweep_args: SweepArguments | None = None,
 ) -> list[SweepRow]:
-    """Trains every combination on the same pairs and the same base, which is loaded once.
+    """Trains every combination of a grid on the same pairs and the same base, which is loaded once.
 
-    `args.output_dir` gets an adapter per combination, `sweep.csv`, `sweep.png`, and the pairs, where `dataset` is
-    none. Run again, it goes on with what is not there yet; run with other combinations, it adds them to those that
-    were trained on the same pairs by the same recipe. A combination ends with the tokens that
-    `robtok train --dataset <pairs>` with its numbers gives, but for the pairs held out.
+    `args.output_dir` gets a folder with an adapter per combination, `sweep.csv`, `sweep.png`, and the pairs if
+    `dataset` holds images. A second run trains what is missing and keeps what was trained on the same pairs by the
+    same recipe, combinations outside the grid included. Each combination gets the tokens that `robtok train` gives
+    on the same pairs without those held out.
 
     Args:
-        model: Gives its base and its settings. Its tokens are taken out: it is of no more use.
-        args: Of every training, but for the number of tokens, the learning rate and the seed.
-        dataset: Pairs, as [`RobustnessTokenTrainer`] takes them, or images, of which as many are attacked as the
-            steps of a run take, and those held out: a random choice, by `args.seed`, of more.
-        num_tokens, learning_rates, seeds: To combine.
-        num_eval_pairs: The last so many pairs are held out and measured on.
+        model: Gives the base and its settings. Its tokens are removed: do not use it afterwards.
+        args: Arguments of every training, apart from the number of tokens, the learning rate and the seed.
+        dataset: Pairs, as [`RobustnessTokenTrainer`] takes them, or images. Of images, `args.seed` chooses as many as
+            one run sees, plus the held-out ones, and these are attacked.
+        sweep_args: The grid; the paper's if None.
 
     Returns:
-        A row per combination, those of earlier sweeps too, in order. One that diverges is left out, with a warning,
-        and its folder renamed to `<combination>.diverged`.
+        A row per combination, those of earlier runs included, sorted. A combination that diverges has none: a warning
+        names it, and its folder is renamed to `<combination>.diverged`.
 
     Raises:
         ValueError: As [`RobustnessTokenTrainer`], or if there are too few pairs.
-        FloatingPointError: If all diverge.
+        FloatingPointError: If all combinations diverge.
         ImportError: If matplotlib is missing.
     """
-    sweep_args = SweepArguments(
-        sweep_num_tokens=list(num_tokens),
-        sweep_learning_rates=list(learning_rates),
-        sweep_seeds=list(seeds),
-        num_eval_pairs=num_eval_pairs,
-    )
+    grid, folder = sweep_args or SweepArguments(), Path(args.output_dir)
     if args.resume_from_checkpoint is not None:
         raise ValueError("resume_from_checkpoint belongs to one run: run the sweep again, it keeps what is finished")
     if args.eval_steps is not None:
@@ -258,52 +148,53 @@ def run_sweep(
     if find_spec("matplotlib") is None:
         raise ImportError("the figure of a sweep needs matplotlib: pip install 'robustness-tokens[plots]'")
     accelerator = build_accelerator(args)
-    folder = Path(args.output_dir)
     pairs, args = take_pairs(dataset, args=args, config=model.config)
     if not isinstance(pairs, AdversarialPairs):
-        pairs = _attack(model, args, pairs, num_eval_pairs, num_processes=accelerator.num_processes)
+        images_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        num_images = args.max_steps * images_per_step * accelerator.num_processes + grid.num_eval_pairs
+        pairs_args = dataclasses.replace(args, output_dir=str(folder / PAIRS_FOLDER))
+        pairs = make_adversarial_pairs(model, pairs_args, pairs, num_images=num_images)
         pairs, args = take_pairs(pairs, args=args, config=model.config)
-    if len(pairs) <= num_eval_pairs:
+    num_train = len(pairs) - grid.num_eval_pairs
+    if num_train < 1:
         raise ValueError(
-            f"num_eval_pairs={num_eval_pairs} of {len(pairs)} pairs leaves none to train on: make more, or hold out "
-            "fewer"
+            f"num_eval_pairs={grid.num_eval_pairs} of {len(pairs)} pairs leaves none to train on: make more pairs, or "
+            "hold out fewer"
         )
-    num_train = len(pairs) - num_eval_pairs
     train_pairs, eval_pairs = pairs.select(range(num_train)), pairs.select(range(num_train, len(pairs)))
 
     template, model_class, image_processor = model.config, type(model), model.image_processor
     base = model.unload()
     wanted = [
         Combination(*values)
-        for values in itertools.product(
-            sweep_args.sweep_num_tokens, sweep_args.sweep_learning_rates, sweep_args.sweep_seeds
-        )
+        for values in itertools.product(grid.sweep_num_tokens, grid.sweep_learning_rates, grid.sweep_seeds)
     ]
     finished = share_from_main(
-        lambda: find_finished(args, wanted, template, train_pairs, num_processes=accelerator.num_processes),
-        accelerator,
+        lambda: _find_finished(args, wanted, template, train_pairs, accelerator.num_processes), accelerator
     )
     rows: list[SweepRow] = []
-    # What is finished comes first, so that the CSV is never without it for longer than it takes to measure.
+    # Finished ones come first, and the CSV is written once all of them are measured: a killed rerun loses no row.
     for combination in [*finished, *(one for one in wanted if one not in finished)]:
         with torch.random.fork_rng():
-            torch.manual_seed(combination.seed)  # of the new tokens, as `robtok train` does
-            member = model_class(config_of(template, combination.num_tokens), base)
+            torch.manual_seed(combination.seed)  # for the new tokens, as `robtok train` does
+            member = model_class(_config_of(template, combination), base)
         member.image_processor = image_processor
-        member_args = arguments_of(args, combination)
+        member_args = _arguments_of(args, combination)
         try:
-            log = (
-                read_finished(member, member_args)
-                if combination in finished
-                else _train(member, member_args, train_pairs)
-            )
-            row = _measure(member, member_args, eval_pairs, log, accelerator)
+            if combination in finished:
+                with torch.no_grad():
+                    member.robustness_tokens.copy_(load_adapter(member_args.output_dir).tokens)
+            else:
+                trainer = RobustnessTokenTrainer(member, member_args, train_pairs)
+                trainer.train()
+                trainer.save_model()
+            rows.append(_measure(member, member_args, eval_pairs, accelerator))
         except FloatingPointError as exc:
             share_from_main(partial(_put_aside, Path(member_args.output_dir), exc), accelerator)
             continue
         finally:
             base = member.unload()
-        rows = sorted([*rows, row], key=dataclasses.astuple)
+        rows.sort(key=dataclasses.astuple)
         if combination not in finished[:-1]:
             share_from_main(partial(_write, folder, rows), accelerator)
     if not rows:
@@ -312,7 +203,7 @@ def run_sweep(
 
 
 def to_csv(rows: Sequence[SweepRow]) -> str:
-    """The rows as comma-separated values, with a header."""
+    """Returns the rows as comma-separated values, with a header."""
     file = io.StringIO()
     writer = csv.DictWriter(file, [one.name for one in dataclasses.fields(SweepRow)], lineterminator="\n")
     writer.writeheader()
@@ -320,33 +211,65 @@ def to_csv(rows: Sequence[SweepRow]) -> str:
     return file.getvalue()
 
 
-def _attack(
-    model: RobustnessTokenPreTrainedModel,
+def _config_of(template: RobustnessTokenConfig, combination: Combination) -> RobustnessTokenConfig:
+    values = {**template.to_dict(), "num_robustness_tokens": combination.num_tokens, "training": {}}
+    config: RobustnessTokenConfig = RobustnessTokenConfig.from_dict(values)
+    return config
+
+
+def _arguments_of(
+    args: RobustnessTokenTrainingArguments, combination: Combination
+) -> RobustnessTokenTrainingArguments:
+    """Returns the arguments of one training, which goes on from its last checkpoint (SIGTERM leaves one too)."""
+    _, learning_rate, seed = combination
+    folder = Path(args.output_dir) / combination.folder_name
+    resume = True if list_checkpoints(folder) and not args.overwrite_output_dir else None
+    changed = {"learning_rate": learning_rate, "seed": seed, "resume_from_checkpoint": resume}
+    return dataclasses.replace(args, output_dir=str(folder), **changed)
+
+
+def _find_finished(
     args: RobustnessTokenTrainingArguments,
-    dataset: Any,
-    num_eval_pairs: int,
-    *,
+    wanted: Sequence[Combination],
+    template: RobustnessTokenConfig,
+    pairs: AdversarialPairs,
     num_processes: int,
-) -> AdversarialPairs:
-    """Pairs of as many images as a run sees when it sees none twice, and of those held out."""
-    images_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * num_processes
-    pairs_args = dataclasses.replace(args, output_dir=str(Path(args.output_dir) / PAIRS_FOLDER))
-    num_images = args.max_steps * images_per_step + num_eval_pairs
-    return make_adversarial_pairs(model, pairs_args, dataset, num_images=num_images)
+) -> list[Combination]:
+    """Returns what needs no training, combinations of earlier sweeps first; warns of those that differ."""
+    images = prepare_images(pairs)
+    known = {
+        "num_processes": num_processes,  # on which the images of a step depend
+        "image_size": images.image_size,
+        "dataset": images.description,
+        "num_steps_done": args.max_steps,
+    }
+    earlier = []
+    for path in sorted(Path(args.output_dir).glob("tokens-*_lr-*_seed-*")):
+        if holds_adapter(path):
+            config = read_config(path)
+            training = {"learning_rate": None, "seed": None, **(config.training or {})}
+            found = Combination(config.num_robustness_tokens, training["learning_rate"], training["seed"])
+            earlier += [found] if found.folder_name == path.name and found not in wanted else []
+    candidates = earlier if args.overwrite_output_dir else [*earlier, *wanted]
+    finished = [one for one in candidates if _is_finished(_arguments_of(args, one), _config_of(template, one), known)]
+    if left_out := [one.folder_name for one in earlier if one not in finished]:
+        logger.warning("The sweep leaves out members of other pairs or another recipe: %s", ", ".join(left_out))
+    return finished
 
 
-def _train(
-    member: RobustnessTokenPreTrainedModel, args: RobustnessTokenTrainingArguments, pairs: AdversarialPairs
-) -> list[dict[str, float]]:
-    """Trains the model and saves its adapter; returns the log."""
-    trainer = RobustnessTokenTrainer(member, args, pairs)
-    trainer.train()
-    trainer.save_model()
-    return trainer.log_history
+def _is_finished(args: RobustnessTokenTrainingArguments, config: RobustnessTokenConfig, known: dict[str, Any]) -> bool:
+    """Tells whether a folder holds exactly the tokens that this training would give, and its whole log."""
+    folder = Path(args.output_dir)
+    log = read_log(folder / LOG_FILE, last_step=args.max_steps)
+    if not holds_adapter(folder) or not log or log[-1]["step"] != args.max_steps:
+        return False
+    found, expected = read_config(folder).to_dict(), config.to_dict() | {"training": {**args.recipe(), **known}}
+    names = ("base_model_fingerprint", "num_robustness_tokens", "feature_view", "similarity_axis", "initializer_range")
+    return all(found[name] == expected[name] for name in (*names, "image_mean", "image_std", "training"))
 
 
 def _put_aside(folder: Path, reason: FloatingPointError) -> None:
-    """Out of the way of a rerun, which would take an unfinished adapter for one to keep."""
+    """Renames a diverged run, since a rerun would refuse its unfinished adapter."""
     aside = folder.with_name(f"{folder.name}.diverged")
     logger.warning("The sweep goes on without %s, which is now %s: %s", folder.name, aside.name, reason)
     if aside.exists():
@@ -358,12 +281,12 @@ def _measure(
     member: RobustnessTokenPreTrainedModel,
     args: RobustnessTokenTrainingArguments,
     pairs: AdversarialPairs,
-    log: Sequence[dict[str, float]],
     accelerator: Accelerator,
 ) -> SweepRow:
     normalizer = Normalizer(pairs.info.image_mean, pairs.info.image_std).to(accelerator.device)
     member.to(accelerator.device)
     measured = measure_held_out(member, pairs, args=args, accelerator=accelerator, normalizer=normalizer)
+    log = read_log(Path(args.output_dir) / LOG_FILE, last_step=args.max_steps)
     last_tenth = [row for row in log if row["step"] > 0.9 * args.max_steps]
     first, last = log[0], log[-1]
     # The first step is slower than the others, where there are others.
@@ -372,15 +295,13 @@ def _measure(
         num_robustness_tokens=member.config.num_robustness_tokens,
         learning_rate=args.learning_rate,
         seed=args.seed,
-        invariance_cosine=measured["eval_invariance_cosine"],
-        adversarial_cosine=measured["eval_adversarial_cosine"],
-        baseline_cosine=measured["eval_baseline_cosine"],
+        **{name: measured[f"eval_{name}"] for name in ("invariance_cosine", "adversarial_cosine", "baseline_cosine")},
         train_invariance_cosine=statistics.fmean(row["invariance_cosine"] for row in last_tenth),
         train_adversarial_cosine=statistics.fmean(row["adversarial_cosine"] for row in last_tenth),
         seconds_per_step=seconds / steps if steps else last["seconds"] / last["step"],
     )
     if not all(math.isfinite(value) for value in dataclasses.astuple(row)):
-        raise FloatingPointError(f"what was measured on the pairs held out is not finite ({row})")
+        raise FloatingPointError(f"the cosines on the held-out pairs are not finite ({row})")
     return row
 
 

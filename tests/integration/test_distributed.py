@@ -28,7 +28,7 @@ from robustness_tokens.training.accelerator import build_accelerator
 from robustness_tokens.training.arguments import RobustnessTokenTrainingArguments
 from robustness_tokens.training.checkpoints import list_checkpoints
 from robustness_tokens.training.make_pairs import make_adversarial_pairs
-from robustness_tokens.training.sweep import CSV_FILE, run_sweep, to_csv
+from robustness_tokens.training.sweep import CSV_FILE, SweepArguments, run_sweep, to_csv
 from tests.support.bases import build_base
 from tests.support.training_runs import build_trainer, images, run_together, tokens_of
 
@@ -427,7 +427,8 @@ def sweep_together(rank: int, folder: Path) -> None:
     args = RobustnessTokenTrainingArguments(
         output_dir=str(folder), max_steps=2, per_device_train_batch_size=1, num_attack_steps=1, disable_tqdm=True
     )
-    rows = run_sweep(model, args, images(8), num_tokens=[2], seeds=[0], num_eval_pairs=3)
+    grid = SweepArguments(sweep_num_tokens=[2], sweep_seeds=[0], num_eval_pairs=3)
+    rows = run_sweep(model, args, images(8), grid)
     (folder / f"rows-{rank}").write_text(to_csv(rows), encoding="utf-8")
     assert _process_group_timeout() >= timedelta(hours=3), (
         "a process without a last shard waits for those that attack one"

@@ -43,7 +43,12 @@ from robustness_tokens.training.trainer import RobustnessTokenTrainer
 
 
 SIDE, MAX_STEPS, BATCH, NUM_EVAL = 16, 3, 2, 4
-GRID: dict[str, Any] = {"num_tokens": (1, 4), "learning_rates": (0.02,), "seeds": (0, 1), "num_eval_pairs": NUM_EVAL}
+GRID: dict[str, Any] = {
+    "sweep_num_tokens": [1, 4],
+    "sweep_learning_rates": [0.02],
+    "sweep_seeds": [0, 1],
+    "num_eval_pairs": NUM_EVAL,
+}
 
 BaseFactory = Callable[..., Any]
 
@@ -70,7 +75,7 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[SweepRow
     from tests.support.bases import build_base
 
     folder = tmp_path_factory.mktemp("sweep")
-    return folder, run_sweep(new_model(build_base("dinov2")), arguments(folder), pictures(), **GRID)
+    return folder, run_sweep(new_model(build_base("dinov2")), arguments(folder), pictures(), SweepArguments(**GRID))
 
 
 def test_the_folder_holds_an_adapter_per_combination(swept: tuple[Path, list[SweepRow]]) -> None:
@@ -104,12 +109,12 @@ def test_a_combination_that_diverges_is_left_out_each_time(
     make_base: BaseFactory, swept: tuple[Path, list[SweepRow]], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     pairs = load_adversarial_pairs(swept[0] / PAIRS_FOLDER)
-    grid = {**GRID, "num_tokens": (4,), "seeds": (0,)}
+    grid = {**GRID, "sweep_num_tokens": [4], "sweep_seeds": [0]}
     found = []
     for _ in range(2):
         caplog.clear()
-        both = {**grid, "learning_rates": (1e30, 0.02)}  # the first gives tokens that overflow in the base
-        rows = run_sweep(new_model(make_base("dinov2")), arguments(tmp_path), pairs, **both)
+        both = {**grid, "sweep_learning_rates": [1e30, 0.02]}  # the first gives tokens that overflow in the base
+        rows = run_sweep(new_model(make_base("dinov2")), arguments(tmp_path), pairs, SweepArguments(**both))
         assert [row.learning_rate for row in rows] == [0.02]
         assert "goes on without tokens-4_lr-1e+30_seed-0" in caplog.text
         found.append({path.name for path in tmp_path.iterdir()})
@@ -117,7 +122,10 @@ def test_a_combination_that_diverges_is_left_out_each_time(
     assert found == [expected, expected]
     with pytest.raises(FloatingPointError, match="every training of the sweep diverged"):
         run_sweep(
-            new_model(make_base("dinov2")), arguments(tmp_path / "b"), pairs, **{**grid, "learning_rates": (1e30,)}
+            new_model(make_base("dinov2")),
+            arguments(tmp_path / "b"),
+            pairs,
+            SweepArguments(**grid | {"sweep_learning_rates": [1e30]}),
         )
 
 
@@ -164,7 +172,7 @@ def test_a_sweep_goes_on_with_what_is_missing(
 
     monkeypatch.setattr(RobustnessTokenTrainer, "train", counted)
     monkeypatch.setattr(make_pairs, "attack_for_training", lambda *_, **__: pytest.fail("attacked"))
-    rows = run_sweep(new_model(make_base("dinov2")), arguments(folder), pictures(), **GRID)
+    rows = run_sweep(new_model(make_base("dinov2")), arguments(folder), pictures(), SweepArguments(**GRID))
     assert trained == ["tokens-4_lr-0.02_seed-0"]
     for row, expected in zip(rows, swept[1], strict=True):
         assert dataclasses.replace(row, seconds_per_step=0) == dataclasses.replace(expected, seconds_per_step=0)
@@ -174,7 +182,7 @@ def test_a_sweep_that_sigterm_ended_goes_on(
     swept: tuple[Path, list[SweepRow]], make_base: BaseFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pairs = load_adversarial_pairs(swept[0] / PAIRS_FOLDER)
-    grid = {**GRID, "num_tokens": (4,), "seeds": (0,)}
+    grid = {**GRID, "sweep_num_tokens": [4], "sweep_seeds": [0]}
     steps: list[int] = []
     real = trainer.accumulate_gradient
 
@@ -186,13 +194,13 @@ def test_a_sweep_that_sigterm_ended_goes_on(
 
     monkeypatch.setattr(trainer, "accumulate_gradient", terminated)
     with pytest.raises(SystemExit):
-        run_sweep(new_model(make_base("dinov2")), arguments(tmp_path), pairs, **grid)
-    (row,) = run_sweep(new_model(make_base("dinov2")), arguments(tmp_path), pairs, **grid)
+        run_sweep(new_model(make_base("dinov2")), arguments(tmp_path), pairs, SweepArguments(**grid))
+    (row,) = run_sweep(new_model(make_base("dinov2")), arguments(tmp_path), pairs, SweepArguments(**grid))
     assert steps == [0, 1, 2]
     assert dataclasses.replace(row, seconds_per_step=0) == dataclasses.replace(swept[1][2], seconds_per_step=0)
 
 
-OTHER: dict[str, Any] = {"num_tokens": (2,), "learning_rates": (0.02,), "seeds": (0,), "num_eval_pairs": NUM_EVAL}
+OTHER: dict[str, Any] = GRID | {"sweep_num_tokens": [2], "sweep_seeds": [0]}
 
 
 def combinations(rows: Sequence[SweepRow]) -> list[tuple[int, float, int]]:
@@ -208,10 +216,10 @@ def test_other_combinations_are_added_to_those_before(
     with monkeypatch.context() as patch:
         patch.setattr(RobustnessTokenTrainer, "train", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            run_sweep(new_model(make_base("dinov2")), arguments(folder), pictures(), **OTHER)
+            run_sweep(new_model(make_base("dinov2")), arguments(folder), pictures(), SweepArguments(**OTHER))
     assert (folder / CSV_FILE).read_bytes() == (swept[0] / CSV_FILE).read_bytes(), "killed before it had a row"
 
-    rows = run_sweep(new_model(make_base("dinov2")), arguments(folder), pictures(), **OTHER)
+    rows = run_sweep(new_model(make_base("dinov2")), arguments(folder), pictures(), SweepArguments(**OTHER))
     assert combinations(rows) == [(1, 0.02, 0), (1, 0.02, 1), (2, 0.02, 0), (4, 0.02, 0), (4, 0.02, 1)]
     assert [row for row in rows if row.num_robustness_tokens != 2] == swept[1]
     assert (folder / CSV_FILE).read_text(encoding="utf-8") == sweep.to_csv(rows)
@@ -231,7 +239,9 @@ def test_a_new_start_replaces_what_is_asked_for_and_keeps_the_rest(
 
     monkeypatch.setattr(RobustnessTokenTrainer, "train", counted)
     args = arguments(folder, overwrite_output_dir=True)
-    rows = run_sweep(new_model(make_base("dinov2")), args, pictures(), **OTHER | {"num_tokens": (4,)})
+    rows = run_sweep(
+        new_model(make_base("dinov2")), args, pictures(), SweepArguments(**OTHER | {"sweep_num_tokens": [4]})
+    )
     assert trained == ["tokens-4_lr-0.02_seed-0"]
     assert combinations(rows) == combinations(swept[1])
 
@@ -244,7 +254,7 @@ def test_what_was_trained_by_another_recipe_is_left_out_and_said(
 ) -> None:
     folder = Path(shutil.copytree(swept[0], tmp_path / "sweep"))
     args = arguments(folder, invariance_weight=2.0)
-    rows = run_sweep(new_model(make_base("dinov2")), args, pictures(), **OTHER)
+    rows = run_sweep(new_model(make_base("dinov2")), args, pictures(), SweepArguments(**OTHER))
     assert combinations(rows) == [(2, 0.02, 0)]
     assert "tokens-1_lr-0.02_seed-0, tokens-1_lr-0.02_seed-1, tokens-4_lr-0.02_seed-0" in caplog.text
 
@@ -262,32 +272,47 @@ def test_what_was_trained_on_other_pairs_is_trained_anew(
     pairs = make_adversarial_pairs(
         new_model(make_base("dinov2")), arguments(tmp_path / "pairs", image_size=side), pictures(10, **changed)
     )
-    rows = run_sweep(new_model(make_base("dinov2")), arguments(folder, image_size=side), pairs, **OTHER)
+    rows = run_sweep(
+        new_model(make_base("dinov2")), arguments(folder, image_size=side), pairs, SweepArguments(**OTHER)
+    )
     assert combinations(rows) == [(2, 0.02, 0)]
     assert "tokens-1_lr-0.02_seed-0, tokens-1_lr-0.02_seed-1, tokens-4_lr-0.02_seed-0" in caplog.text
     with pytest.raises(ValueError, match="holds an adapter"):
-        run_sweep(new_model(make_base("dinov2")), arguments(folder, image_size=side), pairs, **GRID)
+        run_sweep(new_model(make_base("dinov2")), arguments(folder, image_size=side), pairs, SweepArguments(**GRID))
 
 
-@pytest.mark.parametrize(("name", "value"), [("num_processes", 2), ("image_size", 32), ("feature_view", "cls")])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("num_processes", 2),
+        ("image_size", 32),
+        ("num_steps_done", MAX_STEPS - 1),
+        ("eps", 4 / 255),
+        ("previous", {"seed": 0}),
+        ("feature_view", "cls"),
+        ("initializer_range", 0.5),
+        ("image_mean", [0.1, 0.1, 0.1]),
+        ("base_model_fingerprint", {"layer": "0" * 64}),
+    ],
+)
 def test_what_differs_in_the_config_is_no_finished_training(
     swept: tuple[Path, list[SweepRow]], make_base: BaseFactory, tmp_path: Path, name: str, value: Any
 ) -> None:
     folder = Path(shutil.copytree(swept[0], tmp_path / "sweep"))
     path = folder / "tokens-1_lr-0.02_seed-0" / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
-    (config if name == "feature_view" else config["training"])[name] = value
+    (config if name in config else config["training"])[name] = value
     path.write_text(json.dumps(config), encoding="utf-8")
     with pytest.raises(ValueError, match=r"tokens-1_lr-0\.02_seed-0 holds an adapter"):
-        run_sweep(new_model(make_base("dinov2")), arguments(folder), pictures(), **GRID)
+        run_sweep(new_model(make_base("dinov2")), arguments(folder), pictures(), SweepArguments(**GRID))
 
 
 def test_tokens_that_break_in_the_last_step_are_left_out(
     swept: tuple[Path, list[SweepRow]], make_base: BaseFactory, tmp_path: Path
 ) -> None:
     pairs = load_adversarial_pairs(swept[0] / PAIRS_FOLDER)
-    grid = {**GRID, "num_tokens": (4,), "seeds": (0,), "learning_rates": (1e30, 0.02)}
-    rows = run_sweep(new_model(make_base("dinov2")), arguments(tmp_path, max_steps=1), pairs, **grid)
+    grid = {**GRID, "sweep_num_tokens": [4], "sweep_seeds": [0], "sweep_learning_rates": [1e30, 0.02]}
+    rows = run_sweep(new_model(make_base("dinov2")), arguments(tmp_path, max_steps=1), pairs, SweepArguments(**grid))
     assert [row.learning_rate for row in rows] == [0.02]
     assert (tmp_path / "tokens-4_lr-1e+30_seed-0.diverged").is_dir()
 
@@ -299,7 +324,7 @@ def test_numbers_that_are_not_finite_are_no_result(
     path = folder / "tokens-1_lr-0.02_seed-0" / "model.safetensors"
     tensors = {name: torch.full_like(value, 1e30) for name, value in load_file(path).items()}
     save_file(tensors, path, metadata={"format": "pt"})
-    rows = run_sweep(new_model(make_base("dinov2")), arguments(folder), pictures(), **GRID)
+    rows = run_sweep(new_model(make_base("dinov2")), arguments(folder), pictures(), SweepArguments(**GRID))
     assert rows == swept[1][1:]
     assert "goes on without tokens-1_lr-0.02_seed-0" in caplog.text
 
@@ -312,7 +337,7 @@ def test_learning_rates_that_differ_little_have_folders_of_their_own(
         new_model(make_base("dinov2")),
         arguments(tmp_path, attack=None, eps=None, num_attack_steps=None),
         swept[0] / PAIRS_FOLDER,
-        **OTHER | {"learning_rates": close},
+        SweepArguments(**OTHER | {"sweep_learning_rates": list(close)}),
     )
     assert [row.learning_rate for row in rows] == list(close)
     assert len(list(tmp_path.glob("tokens-*"))) == 2
@@ -341,7 +366,7 @@ def test_a_missing_matplotlib_is_said_before_anything_is_attacked(
 ) -> None:
     monkeypatch.setattr(sweep, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"robustness-tokens\[plots\]"):
-        run_sweep(new_model(make_base("dinov2")), arguments(tmp_path), pictures(), **GRID)
+        run_sweep(new_model(make_base("dinov2")), arguments(tmp_path), pictures(), SweepArguments(**GRID))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -352,7 +377,7 @@ def test_a_log_without_the_last_step_is_no_finished_training(
     log = folder / "tokens-1_lr-0.02_seed-0" / LOG_FILE
     log.write_text(log.read_text(encoding="utf-8").splitlines()[0] + "\n", encoding="utf-8")
     with pytest.raises(ValueError, match="seed-0 holds an adapter"):
-        run_sweep(new_model(make_base("dinov2")), arguments(folder), pictures(), **GRID)
+        run_sweep(new_model(make_base("dinov2")), arguments(folder), pictures(), SweepArguments(**GRID))
 
 
 def test_a_sweep_with_other_settings_replaces_nothing_unasked(
@@ -360,7 +385,7 @@ def test_a_sweep_with_other_settings_replaces_nothing_unasked(
 ) -> None:
     args = arguments(swept[0], invariance_weight=2.0)
     with pytest.raises(ValueError, match="overwrite_output_dir"):
-        run_sweep(new_model(make_base("dinov2")), args, pictures(), **GRID)
+        run_sweep(new_model(make_base("dinov2")), args, pictures(), SweepArguments(**GRID))
 
 
 def test_an_adapter_without_its_log_is_not_taken_for_a_finished_training(
@@ -369,12 +394,14 @@ def test_an_adapter_without_its_log_is_not_taken_for_a_finished_training(
     folder = Path(shutil.copytree(swept[0], tmp_path / "sweep"))
     shutil.rmtree(folder / "tokens-1_lr-0.02_seed-0" / "logs")
     with pytest.raises(ValueError, match="seed-0 holds an adapter"):
-        run_sweep(new_model(make_base("dinov2")), arguments(folder), pictures(), **GRID)
+        run_sweep(new_model(make_base("dinov2")), arguments(folder), pictures(), SweepArguments(**GRID))
 
 
 def test_measures_on_the_way_are_refused_before_anything_is_attacked(make_base: BaseFactory, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="eval_steps has no meaning for a sweep"):
-        run_sweep(new_model(make_base("dinov2")), arguments(tmp_path, eval_steps=2), pictures(), **GRID)
+        run_sweep(
+            new_model(make_base("dinov2")), arguments(tmp_path, eval_steps=2), pictures(), SweepArguments(**GRID)
+        )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -385,7 +412,7 @@ def test_a_folder_of_pairs_is_taken_whoever_attacked(
     loads: list[Any] = []
     monkeypatch.setattr(RobustnessTokenModel, "_load_base", lambda *args: loads.append(args))
     args = arguments(tmp_path, attack=None, eps=None, num_attack_steps=None)
-    rows = run_sweep(new_model(make_base("dinov2")), args, swept[0] / PAIRS_FOLDER, **GRID)
+    rows = run_sweep(new_model(make_base("dinov2")), args, swept[0] / PAIRS_FOLDER, SweepArguments(**GRID))
     assert [row.adversarial_cosine for row in rows] == [row.adversarial_cosine for row in swept[1]]
     assert loads == [], "one base serves all"
 
@@ -396,7 +423,7 @@ def test_too_few_pairs_are_refused(swept: tuple[Path, list[SweepRow]], make_base
             new_model(make_base("dinov2")),
             arguments(tmp_path),
             swept[0] / PAIRS_FOLDER,
-            **GRID | {"num_eval_pairs": 10},
+            SweepArguments(**GRID | {"num_eval_pairs": 10}),
         )
 
 
