@@ -40,8 +40,8 @@ TOKENS = {
 BASELINES = ("untrained", "zero", "mean")
 
 WORST_CASE = "worst_case"
-PART_WORST_CASE = "worst_case_of_part"  # of a level's attacks; attack_parameters name the part
-ATTACKS = {None: "no attack", WORST_CASE: "worst case", PART_WORST_CASE: "worst case of a part"}
+PART_WORST_CASE = "worst_case_of_part"  # over some of a level's attacks, which attack_parameters name
+ATTACKS = {None: "no attack", WORST_CASE: "worst case", PART_WORST_CASE: "worst case of some attacks"}
 """Other attacks are shown by their names."""
 
 BASE_HEAD = "The results without tokens use a head of their own."
