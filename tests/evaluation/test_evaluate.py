@@ -434,7 +434,7 @@ def test_a_head_of_the_bases_own_is_no_secret() -> None:
     report = run(ProbedModel(model, head, base_head=other), Images(list(labels)), **changes)
     assert report.base_has_own_head
     for text in (render_report_markdown(report), render_report_html(report)):
-        assert "Results without tokens were read by a head of their own." in text
+        assert "The results without tokens use a head of their own." in text
 
 
 def test_the_attacker_trains_own_tokens(
