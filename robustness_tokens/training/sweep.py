@@ -224,7 +224,7 @@ def _arguments_of(
     _, learning_rate, seed = combination
     folder = Path(args.output_dir) / combination.folder_name
     resume = True if list_checkpoints(folder) and not args.overwrite_output_dir else None
-    changed = {"learning_rate": learning_rate, "seed": seed, "resume_from_checkpoint": resume}
+    changed: dict[str, Any] = {"learning_rate": learning_rate, "seed": seed, "resume_from_checkpoint": resume}
     return dataclasses.replace(args, output_dir=str(folder), **changed)
 
 
