@@ -164,21 +164,25 @@ class TensorImageDataset(Dataset[dict[str, Any]]):
     """Items of a map-style dataset of ready images, checked and numbered.
 
     Args:
-        dataset: Map-style dataset of `{"images": (3, H, W) float in [0, 1]}`, with "labels" if it has any; a
-            `BrokenImage` stays one, and other keys are dropped.
+        dataset: Map-style dataset of `{"images": (3, H, W) float in [0, 1]}`, with "labels" if it has any; other
+            keys are dropped.
         with_labels: False drops the labels, whatever they hold.
+        broken_images: True keeps a "broken_image" as it is; by default an item without "images" is an error.
     """
 
-    def __init__(self, dataset: Dataset[Mapping[str, Any]], *, with_labels: bool = True) -> None:
+    def __init__(
+        self, dataset: Dataset[Mapping[str, Any]], *, with_labels: bool = True, broken_images: bool = False
+    ) -> None:
         self._dataset = dataset
-        self._kept = ["broken_image", "images", *(["labels"] if with_labels else [])]
+        self._images = {"images", "broken_image"} if broken_images else {"images"}
+        self._kept = self._images | ({"labels"} if with_labels else set())
 
     def __len__(self) -> int:
         return len(self._dataset)  # type: ignore[arg-type]  # torch's Dataset leaves __len__ to its children
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         item = self._dataset[int(index)]
-        if not isinstance(item, Mapping) or not {"images", "broken_image"} & item.keys():
+        if not isinstance(item, Mapping) or not self._images & item.keys():
             came = f"keys {list(item)}" if isinstance(item, Mapping) else f"a {type(item).__name__}"
             raise ValueError(f"dataset[{index}] must be a dict with 'images', got {came}")
         if "images" in item:

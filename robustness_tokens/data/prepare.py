@@ -100,6 +100,7 @@ def prepare_images(
     image_processor: BaseImageProcessor | None = None,
     image_column_name: str | None = None,
     streams: bool = False,
+    broken_images: bool = False,
     rank: int = 0,
     world_size: int = 1,
 ) -> Images:
@@ -107,6 +108,7 @@ def prepare_images(
 
     The task "classification" reads class labels, "segmentation" masks, any other no labels; `image_size` is by default
     that of the image processor. With `streams`, a stream will do; one of `datasets` is dealt out to the processes.
+    With `broken_images`, a dataset of ready images may hold broken ones, as a dataset of pictures always may.
     `ValueError`, which names `argument`, if the dataset can't be used or a setting has no effect on it.
     """
     import datasets
@@ -134,7 +136,8 @@ def prepare_images(
                 raise ValueError(f"{name}={value!r} can't be applied to a {kind} of ready images: leave it out")
         if isinstance(dataset, IterableDataset):
             return Images(dataset, dataset)
-        return Images(TensorImageDataset(dataset, with_labels=task in ("classification", "segmentation")), dataset)
+        with_labels = task in ("classification", "segmentation")
+        return Images(TensorImageDataset(dataset, with_labels=with_labels, broken_images=broken_images), dataset)
     if image_size is None and (resize == "squash" or task == "segmentation"):
         if image_processor is None:
             raise ValueError("image_size must be given, in pixels: there is no image processor that names one")

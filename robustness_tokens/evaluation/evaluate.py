@@ -93,7 +93,11 @@ def evaluate_robustness(
         budget = apply_arguments(BUDGETS[arguments.budget], arguments)
         processor = None if evaluated.adapter is None else evaluated.adapter.image_processor
         images = prepare_images(
-            dataset, task=evaluated.task, image_processor=processor, image_size=arguments.image_size
+            dataset,
+            task=evaluated.task,
+            image_processor=processor,
+            image_size=arguments.image_size,
+            broken_images=True,
         )
         assert images.num_images is not None  # streams are refused
         rows = choose_rows(images.num_images, budget.num_images, seed=arguments.seed)

@@ -37,7 +37,7 @@ from ..models import (
 
 HeadT = TypeVar("HeadT", bound=ProbeHead)
 Batch = tuple[Tensor, Tensor]
-"""What a head reads, (B, F) or (B, F, h, w), and the labels, (B,) or (B, H, W)."""
+"""A head's input, (B, F) or (B, F, h, w), and the labels, (B,) or (B, H, W)."""
 
 
 def train_probe(
@@ -108,6 +108,7 @@ def train_probe(
         image_size=image_size,
         image_processor=getattr(model, "image_processor", None),
         streams=True,
+        broken_images=True,
     )
     normalizer = (normalizer or _normalizer_of(model)).to(base.device)
 

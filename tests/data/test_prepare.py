@@ -73,12 +73,14 @@ def test_labels_and_masks_are_read_where_the_task_needs_them() -> None:
 
 def test_ready_images_keep_their_size_and_broken_ones() -> None:
     items: list[dict[str, Any]] = [{"broken_image": BrokenImage(7, None, "cut")}, *ready(height=2)]
-    images = prepare_images(items)
+    images = prepare_images(items, broken_images=True)
     assert isinstance(images.dataset, TensorImageDataset)
     assert images.dataset[0] == {"broken_image": BrokenImage(7, None, "cut"), "index": 0}
     assert (images.num_images, images.shape, images.image_size) == (4, (2, 4), [2, 4])
     assert images.description == {"num_images": 4}
-    assert prepare_images(items[:1]).shape is None
+    assert prepare_images(items[:1], broken_images=True).shape is None
+    with pytest.raises(ValueError, match=r"dataset\[0\] must be a dict with 'images', got keys \['broken_image'\]"):
+        prepare_images(items).dataset[0]
     unused: dict[str, Any]
     for unused in ({"image_size": 4}, {"image_column_name": "image"}):
         with pytest.raises(ValueError, match=f"{next(iter(unused))}=.* can't be applied to a list of ready images"):

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.trainer_utils import TrainOutput
 
+from robustness_tokens.data.image_datasets import BrokenImage
 from robustness_tokens.models import onednn
 from robustness_tokens.models.features import check_patches
 from robustness_tokens.models.modeling import RobustnessTokenModel
@@ -927,6 +928,13 @@ def test_labels_are_of_no_concern(make_trainer: TrainerFactory, labels: dict[str
 def test_a_stream_can_not_be_resumed(make_trainer: TrainerFactory) -> None:
     with pytest.raises(ValueError, match="streaming dataset can't be resumed"):
         make_trainer("run", pictures(8).to_iterable_dataset(), resume_from_checkpoint=True)
+
+
+def test_ready_images_are_whole(make_trainer: TrainerFactory) -> None:
+    """A broken picture is skipped and counted; an item that is made without an image is a mistake of its maker."""
+    dataset = [*random_images(3), {"broken_image": BrokenImage(3, None, "cut")}]
+    with pytest.raises(ValueError, match=r"dataset\[3\] must be a dict with 'images', got keys \['broken_image'\]"):
+        make_trainer("run", dataset).train()
 
 
 def test_a_dataset_without_an_image_column_lists_its_columns(make_trainer: TrainerFactory) -> None:
