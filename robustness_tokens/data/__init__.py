@@ -25,7 +25,6 @@ from .image_datasets import (
     ImageDataset,
     IterableImageDataset,
     SegmentationDataset,
-    TensorImageDataset,
     choose_rows,
     validate_images,
 )
@@ -58,7 +57,6 @@ __all__ = [
     "PairsInfo",
     "ResizeMode",
     "SegmentationDataset",
-    "TensorImageDataset",
     "build_dataloader",
     "build_image_processor",
     "check_base",

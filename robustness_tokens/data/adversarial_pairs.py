@@ -65,7 +65,7 @@ ATTACK_ARGUMENTS = ("attack", "eps", "step_size", "num_attack_steps", "head_dist
 
 @dataclass(frozen=True, kw_only=True)
 class PairsInfo:
-    """How pairs were made: what `adversarial_pairs.json` holds.
+    """The contents of `adversarial_pairs.json`: how the pairs were made.
 
     Attributes:
         schema_version, package_version: Of what wrote it.
@@ -134,17 +134,17 @@ class PairsInfo:
         return info
 
     def to_json(self) -> str:
-        """What [`from_dict`] reads, as text."""
+        """Returns the text that [`from_dict`] reads back."""
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
 
     @property
     def bytes_per_pair(self) -> int:
-        """What a pair takes on a disk, but for the frame of the file."""
+        """Bytes of a pair on the disk, apart from the overhead of the file."""
         return 2 * 3 * math.prod(self.image_size) + 64
 
     @property
     def num_shards(self) -> int:
-        """How many files there are."""
+        """Number of files."""
         return math.ceil(self.num_images / self.images_per_shard)
 
     def shard_name(self, shard: int) -> str:
@@ -210,7 +210,7 @@ class AdversarialPairs(Dataset[dict[str, Any]]):
         return AdversarialPairs(self.stored, self.info, with_baseline=False)
 
     def digest(self) -> str:
-        """What tells these pairs from others, here and on the Hub; 64 hexadecimal digits.
+        """Identifies these pairs, the same on a disk and on the Hub; 64 hexadecimal digits.
 
         It covers the index and the baseline cosine of every pair, which follows from all pixels of both images and is
         quickly read, and the pixels of the first and the last pair.

@@ -48,7 +48,7 @@ _DRAWN: tuple[Knowledge, ...] = ("base", "own_tokens", "full", "none")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerObservation:
-    """What the layers of a model computed for some images, without the rows of the robustness tokens.
+    """Outputs of the layers of a model for some images, without the rows of the robustness tokens.
 
     Attributes:
         maxima: (L,) largest absolute activation after each layer, over the base's own N rows, mean over the images.

@@ -179,7 +179,7 @@ class AttackerView:
 
     @property
     def is_defended_model(self) -> bool:
-        """Whether this is the measured model with the tokens of its defence."""
+        """Tells whether this is the measured model with the tokens of its defence."""
         return self.knowledge in ("none", "full") and not self.is_surrogate
 
 

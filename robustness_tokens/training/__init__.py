@@ -1,6 +1,5 @@
 """Tokens are trained: attack, two losses, step."""
 
-from .accelerator import build_accelerator
 from .arguments import PAPER, RobustnessTokenTrainingArguments, resolve_preset
 from .dataset import prepare_train_dataset
 from .losses import robustness_loss
@@ -17,7 +16,6 @@ __all__ = [
     "RobustnessTokenTrainer",
     "RobustnessTokenTrainingArguments",
     "SweepArguments",
-    "build_accelerator",
     "make_adversarial_pairs",
     "max_pixel_difference",
     "prepare_train_dataset",

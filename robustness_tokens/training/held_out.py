@@ -1,4 +1,4 @@
-"""How robust the tokens are on held-out images, measured every so many steps of a training run.
+"""Measures the tokens on held-out images every so many steps of a training run.
 
 Shapes: B images of a batch, N sequence, D width.
 """

@@ -50,7 +50,7 @@ _ROUNDING = 1e-3  # of a 255th: 255 * (4 / 255) need not be 4
 
 @dataclass(kw_only=True)
 class PairsArguments:
-    """What `robtok attack` is told beside the arguments of `robtok train`.
+    """Arguments of `robtok attack` beside those of `robtok train`.
 
     Raises:
         ValueError: If a value is out of range.

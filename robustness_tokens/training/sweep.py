@@ -42,7 +42,7 @@ CSV_FILE, FIGURE_FILE, PAIRS_FOLDER = "sweep.csv", "sweep.png", "pairs"
 
 
 class Combination(NamedTuple):
-    """What distinguishes one training of a sweep."""
+    """The settings in which one training of a sweep differs from the others."""
 
     num_tokens: int
     learning_rate: float

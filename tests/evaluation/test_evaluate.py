@@ -22,7 +22,6 @@ from robustness_tokens import (
 )
 from robustness_tokens.evaluation import cells as cells_module
 from robustness_tokens.evaluation import evaluate
-from robustness_tokens.evaluation import evaluate as evaluate_module
 from robustness_tokens.evaluation.arguments import EvaluationArguments
 from robustness_tokens.evaluation.attack_suite import Attack
 from robustness_tokens.evaluation.plan import BUDGETS, Budget
@@ -499,14 +498,14 @@ def test_the_attacker_of_a_segmenter_trains_on_its_pictures(tmp_path: Path) -> N
 
 def test_what_the_checks_look_at_is_run(classifier: RobustnessTokenForImageClassification, images: Images) -> None:
     seen = []
-    real = evaluate_module.run_cells
+    real = evaluate.run_cells
 
     def spy(planned: Any, *args: Any, **kwargs: Any) -> Any:
         seen.extend(planned)
         return real(planned, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate_module, "run_cells", spy)
+        patch.setattr(evaluate, "run_cells", spy)
         run(classifier, images, diagnostics=True, eps_sweep=[], knowledge=["full"], attacks=["cross_entropy"])
     steps = [cell.attack.num_steps for cell in seen if cell.series == "steps"]
     restarts = [cell.attack.num_restarts for cell in seen if cell.series == "restarts"]

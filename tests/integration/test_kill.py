@@ -25,7 +25,7 @@ from tests.support.disks import full_disk
 from tests.support.training_runs import build_trainer, fork_server, start, tokens_of
 
 
-WRITERS = {module.__file__ for module in (checkpoints, run_folder, run_folder)}
+WRITERS = {module.__file__ for module in (checkpoints, run_folder)}
 LONG: dict[str, Any] = {"max_steps": 400, "save_steps": 1, "save_total_limit": 2, "eval_steps": 3, "eval_images": 2}
 
 
