@@ -72,7 +72,7 @@ def load_segmentation(split: str, *, num_images: int | None = None, seed: int = 
         seed: Of the choice, the sizes and the places.
 
     Returns:
-        A data set with the columns "image" (grey) and "mask" (11 classes, 0 the background, 255 ignored).
+        A dataset with the columns "image" (grey) and "mask" (11 classes, 0 the background, 255 ignored).
     """
     source = load_image_dataset(HERE / "data", split=split)
     pictures = np.stack([np.asarray(picture.convert("L")) for picture in source["image"]])

@@ -1,8 +1,8 @@
-"""Clean images and their attacked versions as a dataset: attacked once, read by every training after.
+"""Adversarial pairs: images and their attacked versions as a dataset, made once and read by many trainings.
 
 While training, the paper's attacker sees the base alone, so a pair depends on the image, the base, the attack and the
-noise's seed, and on no token. A folder of pairs is what `datasets.load_from_disk` reads, with `adversarial_pairs.json`
-beside it, which says how they were made; on the Hub the images are PNG.
+seed of the noise, and on no token. A folder of pairs is a dataset that `datasets.load_from_disk` reads, with
+`adversarial_pairs.json` beside it, which describes how they were made; on the Hub the images are PNG.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from ..utils import (
     check_number,
     check_numbers,
     check_text,
+    flush_to_disk,
     read_json,
     write_text,
 )
@@ -48,8 +49,7 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 1
 INFO_FILE = "adversarial_pairs.json"
 PAIRS_STEP = 0
-"""The step that the noise of pairs is drawn for, whichever step of a training reads them: it comes from (seed, step,
-index), so an image has one attacked version."""
+"""Step that the noise of pairs is drawn for, from (seed, step, index), whichever step of a training reads them."""
 
 PAIRS_SPLIT = "train"
 
@@ -65,23 +65,23 @@ ATTACK_ARGUMENTS = ("attack", "eps", "step_size", "num_attack_steps", "head_dist
 
 @dataclass(frozen=True, kw_only=True)
 class PairsInfo:
-    """The contents of `adversarial_pairs.json`: how the pairs were made.
+    """Description of how pairs were made, the content of `adversarial_pairs.json`.
 
     Attributes:
-        schema_version, package_version: Of what wrote it.
-        base_model, base_model_revision, base_model_class, base_model_fingerprint: The model that was attacked, as in
+        schema_version, package_version: Versions of the file format and of the package that wrote it.
+        base_model, base_model_revision, base_model_class, base_model_fingerprint: The attacked base, as in
             `RobustnessTokenConfig`.
-        feature_view, similarity_axis, image_mean, image_std: Of the attacked features, likewise.
-        attack: The arguments of the attack, by their names in `RobustnessTokenTrainingArguments`.
+        feature_view, similarity_axis, image_mean, image_std: The attacked features, as in `RobustnessTokenConfig`.
+        attack: Arguments of the attack, by their names in `RobustnessTokenTrainingArguments`.
         max_pixel_difference: Budget in 8-bit levels, which no pixel of a pair exceeds.
-        seed, step: Of the noise, which comes from (seed, step, index).
+        seed, step: Seed and step of the noise, which comes from (seed, step, index).
         batch_size: Images per forward, on which the paper's attack depends.
-        mixed_precision: That the attack was computed in: `"no"` where the device has no bfloat16.
-        resize: How pictures became images.
+        mixed_precision: Precision of the attack; "no" if the device has no bfloat16.
+        resize: Way from pictures to images, as in `ImageTransform`.
         image_size: Height and width in pixels.
-        dataset: What is known of the images' origin.
-        num_images: That were to be attacked; broken ones have no pair.
-        images_per_shard: Per file.
+        dataset: Origin of the images.
+        num_images: Number of images to attack; broken ones have no pair.
+        images_per_shard: Images per file.
     """
 
     schema_version: int = SCHEMA_VERSION
@@ -108,11 +108,7 @@ class PairsInfo:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PairsInfo:
-        """Reads strictly.
-
-        Raises:
-            ValueError: If keys are missing or unknown, a value is not what it must be, or the schema is newer.
-        """
+        """Reads strictly: `ValueError` for missing or unknown keys, a wrong value or a newer schema."""
         check_keys(INFO_FILE, values, {field.name for field in dataclasses.fields(cls)}, schema=SCHEMA_VERSION)
         info = cls(**values)
         for name in ("max_pixel_difference", "num_images", "images_per_shard", "batch_size"):
@@ -134,12 +130,12 @@ class PairsInfo:
         return info
 
     def to_json(self) -> str:
-        """Returns the text that [`from_dict`] reads back."""
+        """Returns the text of the file."""
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
 
     @property
     def bytes_per_pair(self) -> int:
-        """Bytes of a pair on the disk, apart from the overhead of the file."""
+        """Bytes of a pair on the disk, without its share of the file's header."""
         return 2 * 3 * math.prod(self.image_size) + 64
 
     @property
@@ -148,33 +144,34 @@ class PairsInfo:
         return math.ceil(self.num_images / self.images_per_shard)
 
     def shard_name(self, shard: int) -> str:
-        """Name of a file of the folder."""
+        """Returns the name of a file."""
         return f"shard-{shard:05d}-of-{self.num_shards:05d}.arrow"
 
 
 class AdversarialPairs(Dataset[dict[str, Any]]):
-    """Pairs, read one at a time, in the data loader's workers if it has any; nothing is held in memory.
+    """Pairs, read one at a time; none is held in memory.
 
-    An item is {"images", "adversarial_images": (3, H, W) float32 in [0, 1] on the 8-bit grid, "baseline_cosine":
-    float, "index": the image's row in the dataset that was attacked}.
+    An item is `{"images", "adversarial_images": (3, H, W) float32 in [0, 1] on the 8-bit grid, "baseline_cosine":
+    float, "index": row of the image in the attacked dataset}`. An item raises `ValueError` if its images are damaged
+    or differ by more than the attack's budget.
 
     Args:
-        dataset: With the columns of `PAIR_TYPES`, the images raw or PNG.
-        info: How the pairs were made.
-        with_baseline: False leaves "baseline_cosine" out.
+        dataset: Rows with the columns of `PAIR_TYPES`, images raw or PNG.
+        info: Description of how the pairs were made.
+        with_baseline: False drops "baseline_cosine".
 
     Attributes:
         stored: The rows as they are stored.
 
     Raises:
-        ValueError: If there are other columns.
+        ValueError: If the columns are others.
     """
 
     def __init__(self, dataset: datasets.Dataset, info: PairsInfo, *, with_baseline: bool = True) -> None:
         import datasets
 
         if set(dataset.column_names) != set(PAIR_TYPES):
-            raise ValueError(f"dataset has the columns {dataset.column_names}, expected {sorted(PAIR_TYPES)}")
+            raise ValueError(f"dataset must have the columns {sorted(PAIR_TYPES)}, got {dataset.column_names}")
         self.info, self._with_baseline = info, with_baseline
         self._is_raw = dataset.features["image"] == datasets.Value(PAIR_TYPES["image"])
         for column in () if self._is_raw else ("image", "adversarial_image"):
@@ -191,7 +188,7 @@ class AdversarialPairs(Dataset[dict[str, Any]]):
         if difference > self.info.max_pixel_difference:
             raise ValueError(
                 f"pair {row} differs by {difference}/255, more than the {self.info.max_pixel_difference}/255 of its "
-                "attack: the dataset is damaged, make it anew"
+                "attack, so the dataset is damaged: make the pairs again"
             )
         baseline = {"baseline_cosine": float(stored["baseline_cosine"])} if self._with_baseline else {}
         return {
@@ -202,18 +199,18 @@ class AdversarialPairs(Dataset[dict[str, Any]]):
         }
 
     def select(self, rows: Sequence[int]) -> AdversarialPairs:
-        """The pairs of these rows."""
+        """Returns the pairs of these rows."""
         return AdversarialPairs(self.stored.select(rows), self.info, with_baseline=self._with_baseline)
 
     def without_baseline(self) -> AdversarialPairs:
-        """The same pairs for a cosine along the other axis, which the stored one says nothing of."""
+        """Returns the pairs without their cosine, which is of no use to a training along the other axis."""
         return AdversarialPairs(self.stored, self.info, with_baseline=False)
 
     def digest(self) -> str:
-        """Identifies these pairs, the same on a disk and on the Hub; 64 hexadecimal digits.
+        """Returns 64 hexadecimal digits that identify the pairs, the same here and on the Hub.
 
-        It covers the index and the baseline cosine of every pair, which follows from all pixels of both images and is
-        quickly read, and the pixels of the first and the last pair.
+        They cover the pixels of the first and the last pair, and the index and baseline cosine of every pair; the
+        cosine depends on all pixels of both images and is quick to read.
         """
         content = hashlib.sha256()
         columns = self.stored.select_columns(["index", "baseline_cosine"]).with_format("numpy")[:]
@@ -237,32 +234,27 @@ class AdversarialPairs(Dataset[dict[str, Any]]):
                     return np.asarray(picture)
                 found = f"{picture.mode} of size {picture.size}"
         raise ValueError(
-            f"pair {row} holds an image of {found}, expected RGB of {width} x {height} pixels: make it anew"
+            f"an image of pair {row} must be RGB of {width} x {height} pixels, got {found}: make the pairs again"
         )
 
 
 def to_images(pixels: np.ndarray[Any, np.dtype[np.uint8]]) -> Tensor:
-    """(..., H, W, 3) uint8 -> (..., 3, H, W) float32 in [0, 1]."""
+    """Turns pixels, (..., H, W, 3) uint8, into images, (..., 3, H, W) float32 in [0, 1]."""
     return torch.from_numpy(pixels.copy()).movedim(-1, -3).contiguous().float() / 255
 
 
 def to_pixels(images: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """(B, 3, H, W) float in [0, 1] -> (B, H, W, 3) uint8, rounded."""
+    """Rounds images, (B, 3, H, W) float in [0, 1], to pixels, (B, H, W, 3) uint8."""
     return (images * 255).round().to(torch.uint8).movedim(1, -1).contiguous().cpu().numpy()
 
 
 def round_to_budget(
     adversarial: Tensor, clean: np.ndarray[Any, np.dtype[np.uint8]], levels: int
 ) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """Adversarial images in 8 bits, projected after rounding, which may have pushed them over their budget.
+    """Rounds adversarial images to pixels, (B, H, W, 3) uint8, none further than `levels` from the clean one.
 
-    Args:
-        adversarial: (B, 3, H, W) float, [0, 1] but for rounding errors.
-        clean: (B, H, W, 3) uint8.
-        levels: The budget, in 8-bit levels.
-
-    Returns:
-        (B, H, W, 3) uint8, no pixel further than `levels` from the clean one.
+    Rounding may push a pixel over the budget, so the projection comes after it. `adversarial` is (B, 3, H, W) float,
+    in [0, 1] up to rounding errors; `clean` is (B, H, W, 3) uint8.
     """
     rounded = to_pixels(adversarial.clamp(0, 1)).astype(np.int16)
     projected = np.clip(rounded, clean.astype(np.int16) - levels, clean.astype(np.int16) + levels)
@@ -276,7 +268,7 @@ def find_pairs(
     token: str | bool | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
 ) -> Path | None:
-    """The `adversarial_pairs.json` of a folder or of a dataset on the Hub; None if it has none, so holds no pairs."""
+    """Returns the `adversarial_pairs.json` of a folder or a Hub dataset; `None` if it has none, so holds no pairs."""
     folder = Path(name_or_path).expanduser()
     if folder.exists():
         path = folder / INFO_FILE
@@ -295,14 +287,16 @@ def load_adversarial_pairs(
     token: str | bool | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
 ) -> AdversarialPairs:
-    """Pairs that `robtok attack` made, memory-mapped.
+    """Loads the pairs that `robtok attack` made, memory-mapped.
 
     Args:
-        name_or_path: Folder, or dataset on the Hub.
-        revision, token, cache_dir: Of a dataset on the Hub.
+        name_or_path: Folder of pairs, or id of a Hub dataset of pairs.
+        revision: Commit, tag or branch on the Hub.
+        token: Access token for private datasets.
+        cache_dir: Folder for downloads.
 
     Raises:
-        ValueError: If there are no pairs, or they are not all there, or their description is damaged.
+        ValueError: If there are no pairs, some are missing, or their description is damaged.
     """
     import datasets
 
@@ -315,11 +309,11 @@ def load_adversarial_pairs(
         if missing or not (path.parent / "state.json").is_file():
             raise ValueError(
                 f"{path.parent} holds {info.num_shards - len(missing)} of {info.num_shards} shards: run the attack "
-                "again with the same arguments, and it makes the others"
+                "again with the same arguments to make the others"
             )
         dataset = datasets.load_from_disk(str(path.parent))
     else:
-        # The commit of the description, so that it is that of the images.
+        # The images are read from the same commit as the description.
         options = {"revision": path.parent.name, "token": token, "cache_dir": cache_dir}
         dataset = datasets.load_dataset(os.fspath(name_or_path), split=PAIRS_SPLIT, **options)
     return AdversarialPairs(dataset, info)
@@ -333,12 +327,12 @@ def pair_features() -> datasets.Features:
 
 
 def missing_shards(folder: Path, info: PairsInfo) -> list[int]:
-    """Numbers of the shards that a folder of pairs lacks."""
+    """Returns the numbers of the shards that a folder of pairs lacks."""
     return [shard for shard in range(info.num_shards) if not (folder / info.shard_name(shard)).is_file()]
 
 
 def write_shard(path: Path, batches: Iterable[Mapping[str, list[Any]]]) -> None:
-    """Writes a shard aside and renames it, so that it is whole if it is there."""
+    """Writes a shard under another name and renames it when it is whole and on the disk."""
     from datasets.arrow_writer import ArrowWriter
 
     partial = path.with_name(f".{path.name}.part")
@@ -346,13 +340,12 @@ def write_shard(path: Path, batches: Iterable[Mapping[str, list[Any]]]) -> None:
         for batch in batches:
             writer.write_batch(dict(batch))
         writer.finalize()
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
+    flush_to_disk(partial)
     partial.replace(path)
 
 
 def finish_folder(folder: Path, info: PairsInfo) -> None:
-    """Adds the two files that make the shards a dataset for `datasets.load_from_disk`."""
+    """Writes the two files that make the shards a dataset for `datasets.load_from_disk`."""
     import datasets
     from datasets.fingerprint import Hasher
 
@@ -372,11 +365,7 @@ def finish_folder(folder: Path, info: PairsInfo) -> None:
 
 
 def check_base(info: PairsInfo, config: RobustnessTokenConfig) -> None:
-    """Refuses pairs that were made for another base, or for other features of it.
-
-    Raises:
-        ValueError: With what differs.
-    """
+    """Refuses pairs that were made for another base or for other features of it; the error says what differs."""
     check_same_base(
         config.base_model_fingerprint or {},
         info.base_model_fingerprint,

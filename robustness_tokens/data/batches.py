@@ -1,4 +1,4 @@
-"""Items of a data set to batches, in workers; broken images are left out and counted."""
+"""Batches of images, read by workers; broken images are left out and counted."""
 
 import logging
 import signal
@@ -15,27 +15,26 @@ logger = logging.getLogger(__name__)
 
 
 def collate_images(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Stacks items to a batch, without the broken ones.
+    """Stacks items to a batch, without the broken images.
 
     Args:
-        items: of `ImageDataset`, `IterableImageDataset`, `TensorImageDataset` or `AdversarialPairs`.
+        items: Items of `ImageDataset`, `IterableImageDataset`, `SegmentationDataset` or `AdversarialPairs`.
 
     Returns:
-        {"images": (B, C, H, W), "index": (B,) int64, "labels": (B,) int64, or (B, H, W) where pixels have them, if the
-        items have any, "broken_images": a tuple of `BrokenImage`}; B counts whole images, and if there are none,
-        "images" is (0, 3, 0, 0). Adversarial pairs have "adversarial_images" (B, C, H, W) too, and "baseline_cosine"
-        (B,) where their items do.
+        `{"images": (B, C, H, W), "index": (B,) int64, "broken_images": tuple of BrokenImage}`, and if the items have
+        them "labels", (B,) or (B, H, W) int64, "adversarial_images", (B, C, H, W), and "baseline_cosine", (B,). B
+        counts the readable images; if there are none, "images" is (0, 3, 0, 0).
 
     Raises:
-        ValueError: images of different shapes.
+        ValueError: If the images have different shapes.
     """
     broken = tuple(item["broken_image"] for item in items if "broken_image" in item)
     whole = [item for item in items if "broken_image" not in item]
     shapes = sorted({tuple(item["images"].shape) for item in whole})
     if len(shapes) > 1:
         raise ValueError(
-            f"images of one batch have shapes {shapes}, expected one: let the transform crop or squash them, "
-            "as ImageTransform(resize='squash') does."
+            f"images of one batch must have one shape, got {shapes}: let the transform crop or squash them, as "
+            "ImageTransform(resize='squash') does"
         )
     batch: dict[str, Any] = {
         "images": torch.stack([item["images"] for item in whole]) if whole else torch.empty(0, 3, 0, 0),
@@ -53,27 +52,16 @@ def collate_images(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 class BrokenImageLog:
-    """Counts the broken images of the batches of one process, each row once, up to a limit.
-
-    Args:
-        max_broken_images: how many are skipped before it is an error.
-    """
+    """Counts the broken images of one process, each row once, and raises if they exceed `max_broken_images`."""
 
     def __init__(self, max_broken_images: int = 10) -> None:
         if max_broken_images < 0:
-            raise ValueError(f"max_broken_images={max_broken_images}, expected at least 0.")
+            raise ValueError(f"max_broken_images must be at least 0, got {max_broken_images}")
         self.max_broken_images = max_broken_images
         self.broken_images: dict[int, BrokenImage] = {}
 
     def update(self, batch: Mapping[str, Any]) -> None:
-        """Warns of a batch's broken images and counts them.
-
-        Args:
-            batch: of `collate_images`.
-
-        Raises:
-            ValueError: more than `max_broken_images` so far.
-        """
+        """Warns of the broken images of a batch from `collate_images` and counts them; `ValueError` if too many."""
         for image in batch["broken_images"]:
             if image.index not in self.broken_images:
                 self.broken_images[image.index] = image
@@ -81,8 +69,8 @@ class BrokenImageLog:
         if len(self.broken_images) > self.max_broken_images:
             listed = "\n".join(f"  {image}" for image in self.broken_images.values())
             raise ValueError(
-                f"{len(self.broken_images)} broken images, more than max_broken_images={self.max_broken_images}. "
-                f"Mend or remove these rows, or raise max_broken_images:\n{listed}"
+                f"{len(self.broken_images)} broken images, more than max_broken_images={self.max_broken_images}: "
+                f"repair or remove these rows, or raise max_broken_images\n{listed}"
             )
 
 
@@ -95,23 +83,23 @@ def build_dataloader(
     num_workers: int = 0,
     drop_last: bool = False,
 ) -> DataLoader[dict[str, Any]]:
-    """Makes a data loader whose batches are those of `collate_images`.
+    """Makes a data loader with the batches of `collate_images`.
 
     Args:
-        dataset: of items as `ImageDataset` makes them.
-        batch_size: images per batch, broken ones included.
-        shuffle: a new order every epoch; streams are shuffled beforehand, by `dataset.shuffle(seed, buffer_size)`.
-        seed: of the order.
-        num_workers: processes that read and decode; 0 does it in this one.
-        drop_last: leave out a last batch that is not full.
+        dataset: Dataset with items of `ImageDataset`.
+        batch_size: Images per batch, broken ones included.
+        shuffle: Take a new order every epoch. Shuffle a stream beforehand, by `dataset.shuffle(seed, buffer_size)`.
+        seed: Seed of the order, which does not depend on `num_workers`.
+        num_workers: Processes that read and decode; with 0 this one does.
+        drop_last: Drop a last batch that is not full.
 
     Raises:
-        ValueError: `shuffle` with a stream.
+        ValueError: If a stream is to be shuffled here.
     """
     if shuffle and isinstance(dataset, IterableDataset):
-        raise ValueError("shuffle=True with a stream: shuffle it before, by dataset.shuffle(seed=, buffer_size=).")
-    # Two generators: the loader draws its workers' seeds from its own, and how many depends on num_workers, which from
-    # a shared one would change the order, and from torch's default one the noise of whatever else draws from it.
+        raise ValueError("shuffle=True with a stream: shuffle it before, by dataset.shuffle(seed=, buffer_size=)")
+    # The loader draws as many seeds as it has workers. From a generator shared with the sampler that would change the
+    # order, and from torch's default generator the noise of whatever else draws from that.
     order = torch.Generator().manual_seed(seed)
     return DataLoader(
         dataset,
@@ -127,8 +115,8 @@ def build_dataloader(
 
 
 def _outlive_one_sigterm(worker_id: int) -> None:
-    """A scheduler sends SIGTERM to workers too, and a loader without one can't finish the step that is to be saved.
+    """Lets a worker live through a scheduler's SIGTERM, so that its loader can finish the step that is to be saved.
 
-    The second ends it: that of the loader, or of the interpreter at its end.
+    The second SIGTERM, from the loader or the ending interpreter, terminates it.
     """
     signal.signal(signal.SIGTERM, lambda signum, frame: signal.signal(signal.SIGTERM, signal.SIG_DFL))

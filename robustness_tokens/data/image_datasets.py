@@ -1,4 +1,4 @@
-"""Rows of a data set of pictures, map-style or streaming, to images in [0, 1]."""
+"""Datasets whose items are images in [0, 1]: from rows of pictures, map-style or streaming, or ready ones."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 
 IGNORE_INDEX = 255
-"""Label of the pixels that don't count, as in transformers and mmsegmentation."""
+"""Label of pixels that don't count, as in transformers and mmsegmentation."""
 
 
 @dataclass(frozen=True)
 class BrokenImage:
-    """A row whose picture can't be read: its index, its file if it has one, and the reader's complaint."""
+    """A row with a picture that can't be read: its index, its file if it has one, and the reader's message."""
 
     index: int
     path: str | None
@@ -38,21 +38,23 @@ class BrokenImage:
 
 
 class ImageDataset(Dataset[dict[str, Any]]):
-    """Items of a map-style data set, read and decoded one at a time, in the data loader's workers if it has any.
+    """Images of a map-style dataset; each picture is read and decoded when its item is asked for.
 
-    An item is {"images": (3, H, W) float32 in [0, 1], "index": the row, "labels": the class index, if there is a label
-    column}. Where the picture can't be read, "broken_image", a `BrokenImage`, stands in for "images"; Pillow's guard
-    against decompression bombs counts as that. EXIF orientations are not applied (see `to_rgb`).
+    An item is `{"images": (3, H, W) float32 in [0, 1], "index": row, "labels": class index}`, without "labels" if
+    there is no label column. For a picture that can't be read (or that Pillow takes for a decompression bomb), it has
+    a `BrokenImage` as "broken_image" instead of "images". EXIF orientations are not applied, as in the paper's data
+    loading.
 
     Args:
-        dataset: with a `datasets.Image` column, and no transform of its own.
-        transform: picture -> (3, H, W) float32 in [0, 1], such as an `ImageTransform`.
-        image_column_name: see `find_image_column`.
-        label_column_name: see `find_label_column`.
-        with_labels: False leaves labels out, and then it does not matter what they are.
+        dataset: Dataset with a `datasets.Image` column and no transform of its own.
+        transform: Picture -> (3, H, W) float32 in [0, 1], such as an `ImageTransform`.
+        image_column_name: Column of the pictures; by default the only `datasets.Image` column.
+        label_column_name: Column of the class indices; by default the only `ClassLabel` column, or else the integer
+            column "label" or "labels", if there is one.
+        with_labels: False reads no labels, whatever columns there are.
 
     Raises:
-        ValueError: no such columns, or a data set with a transform.
+        ValueError: If there is no such column or several qualify, or if the dataset has a transform.
     """
 
     def __init__(
@@ -66,43 +68,42 @@ class ImageDataset(Dataset[dict[str, Any]]):
     ) -> None:
         if dataset.format["type"] == "custom":
             raise ValueError(
-                "dataset has a transform (with_transform), which would be bypassed: pass it as `transform`, from a "
-                "picture to a float tensor in [0, 1], and the data set with_format(None)."
+                "dataset must have no transform (with_transform), which would be bypassed: give it as `transform`, "
+                "from a picture to a float tensor in [0, 1], and dataset.with_format(None)"
             )
         self.transform = transform
-        self._reader = _RowReader.of(dataset, transform, image_column_name, label_column_name, with_labels)
-        self._dataset = self._reader.narrow(dataset)
+        self._reader = _RowReader(dataset, transform, image_column_name, label_column_name, with_labels)
 
     def __len__(self) -> int:
-        return len(self._dataset)
+        return len(self._reader.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return self._reader.read(self._dataset[int(index)], int(index))
+        return self._reader.read(self._reader.rows[int(index)], int(index))
 
 
 class IterableImageDataset(IterableDataset[dict[str, Any]]):
-    """Items of a streaming data set, as `ImageDataset` makes them.
+    """Images of a streaming dataset, with the items of `ImageDataset`.
 
-    Processes and workers share the shards as `datasets` deals them out (where the number of shards is no multiple of
-    that of processes, each process reads all rows and decodes its own). Nothing else may split the stream again.
+    Processes and workers share the shards as `datasets` deals them out; if the number of processes does not divide
+    the number of shards, each process reads all rows and decodes its own. Nothing else may split the stream again.
 
-    A row's index is its position in the stream; with P processes of W workers each, worker w of process p numbers its
-    rows p * W + w, p * W + w + P * W, ... So no index is given twice in a pass, and it is the same in every pass over
-    the same order with the same P and W.
+    The index of a row is its position in the stream. With P processes of W workers each, worker w of process p numbers
+    its rows p * W + w, p * W + w + P * W, ... No index occurs twice in a pass, and a row keeps its index in every pass
+    over the same order with the same P and W.
 
-    A picture that is broken where `datasets` decodes it, in a `map` before this, is an error of that `map`.
+    A picture that breaks while `datasets` decodes it, in an earlier `map`, is an error of that `map`.
 
     Args:
-        dataset: with a `datasets.Image` column, shuffled or not.
-        transform: picture -> (3, H, W) float32 in [0, 1], such as an `ImageTransform`.
-        image_column_name: see `find_image_column`.
-        label_column_name: see `find_label_column`.
-        with_labels: False leaves labels out, and then it does not matter what they are.
-        rank: of this process.
-        world_size: number of processes.
+        dataset: Stream with a `datasets.Image` column, shuffled or not.
+        transform: As in `ImageDataset`.
+        image_column_name: As in `ImageDataset`.
+        label_column_name: As in `ImageDataset`.
+        with_labels: As in `ImageDataset`.
+        rank: Number of this process.
+        world_size: Number of processes.
 
     Raises:
-        ValueError: no such columns.
+        ValueError: If there is no such column or several qualify.
     """
 
     def __init__(
@@ -119,49 +120,40 @@ class IterableImageDataset(IterableDataset[dict[str, Any]]):
         from datasets.distributed import split_dataset_by_node
 
         self.transform = transform
-        self._reader = _RowReader.of(dataset, transform, image_column_name, label_column_name, with_labels)
-        narrowed = self._reader.narrow(dataset)
-        self._dataset = split_dataset_by_node(narrowed, rank=rank, world_size=world_size)
+        self._reader = _RowReader(dataset, transform, image_column_name, label_column_name, with_labels)
+        self._reader.rows = split_dataset_by_node(self._reader.rows, rank=rank, world_size=world_size)
         self._rank, self._world_size = rank, world_size
 
     def set_epoch(self, epoch: int) -> None:
         """Sets the epoch, which reorders a shuffled stream."""
-        self._dataset.set_epoch(epoch)
+        self._reader.rows.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         worker = get_worker_info()
         num_workers, worker_id = (worker.num_workers, worker.id) if worker else (1, 0)
         first, stride = self._rank * num_workers + worker_id, self._world_size * num_workers
-        for position, row in enumerate(self._dataset):
+        for position, row in enumerate(self._reader.rows):
             yield self._reader.read(row, first + position * stride)
 
 
 def validate_images(images: Tensor, *, ndim: int = 4) -> None:
-    """Checks that images are float in [0, 1].
-
-    Args:
-        images: (B, C, H, W); an empty batch is fine.
-        ndim: 4 for a batch, 3 for one image (C, H, W).
-
-    Raises:
-        ValueError: no tensor, another rank, not floating point, NaN, or values outside [0, 1].
-    """
+    """Raises a `ValueError` unless images, (B, C, H, W) or with `ndim=3` one (C, H, W), are float in [0, 1]."""
     if not isinstance(images, Tensor):
-        raise ValueError(f"images is a {type(images).__name__}, expected a float tensor in [0, 1].")
+        raise ValueError(f"images must be a float tensor in [0, 1], got a {type(images).__name__}")
     if images.ndim != ndim:
         expected = "(B, C, H, W)" if ndim == 4 else "(C, H, W)"
-        raise ValueError(f"images has shape {tuple(images.shape)}, expected {ndim} dimensions {expected}.")
+        raise ValueError(f"images must have {ndim} dimensions, {expected}, got shape {tuple(images.shape)}")
     low, high = (images.min().item(), images.max().item()) if images.numel() else (0.0, 1.0)
     # Written so that NaN, which compares false to everything, fails too.
     if not images.is_floating_point() or not (low >= 0 and high <= 1):
         raise ValueError(
-            f"images has dtype {images.dtype}, minimum {low:.6g} and maximum {high:.6g}, expected float in [0, 1]. "
-            "Divide 8-bit images by 255; undo a normalisation with Normalizer.inverse."
+            f"images must be float in [0, 1], got dtype {images.dtype}, minimum {low:.6g} and maximum {high:.6g}: "
+            "divide 8-bit images by 255, undo a normalisation with Normalizer.inverse"
         )
 
 
 class TensorImageDataset(Dataset[dict[str, Any]]):
-    """Items of a map-style dataset of ready images, checked and numbered.
+    """Ready images, `{"images": (3, H, W) float in [0, 1]}` or a `BrokenImage`, checked and numbered.
 
     Args:
         dataset: Map-style dataset of `{"images": (3, H, W) float in [0, 1]}`, with "labels" if it has any; other
@@ -191,55 +183,40 @@ class TensorImageDataset(Dataset[dict[str, Any]]):
 
 
 def choose_rows(num_rows: int, num_images: int, *, seed: int) -> list[int]:
-    """A random choice of rows, in random order, so that the first few are one too: datasets are often sorted by class.
-
-    Args:
-        num_rows: Of the dataset.
-        num_images: To choose; all rows if there are no more.
-        seed: Of the choice.
-    """
+    """Returns a random choice of rows, at most all, in random order: the first few of them are a random choice too."""
     rows: list[int] = torch.randperm(num_rows, generator=torch.Generator().manual_seed(seed))[:num_images].tolist()
     return rows
 
 
-@dataclass(frozen=True)
 class _RowReader:
-    transform: Callable[[Image.Image], Tensor]
-    image_column: str
-    label_column: str | None
+    """Makes items of `rows`: the columns that they need, pictures not decoded."""
 
-    @classmethod
-    def of(
-        cls,
+    def __init__(
+        self,
         dataset: datasets.Dataset | datasets.IterableDataset,
         transform: Callable[[Image.Image], Tensor],
         image_column_name: str | None,
         label_column_name: str | None,
         with_labels: bool,
-    ) -> _RowReader:
+    ) -> None:
         if label_column_name is not None and not with_labels:
-            raise ValueError(f"label_column_name={label_column_name!r} with with_labels=False: leave one of them out.")
-        image_column = find_image_column(dataset, image_column_name)
-        label_column = find_label_column(dataset, label_column_name) if with_labels else None
-        return cls(transform, image_column, label_column)
-
-    def narrow(
-        self, dataset: datasets.Dataset | datasets.IterableDataset
-    ) -> datasets.Dataset | datasets.IterableDataset:
+            raise ValueError(f"label_column_name={label_column_name!r} with with_labels=False: leave one of them out")
+        self.transform = transform
+        self.image_column = find_image_column(dataset, image_column_name)
+        self.label_column = find_label_column(dataset, label_column_name) if with_labels else None
         columns = [column for column in (self.image_column, self.label_column) if column is not None]
-        narrowed = dataset.with_format(None).select_columns(columns)
-        if narrowed.features is None:
-            return narrowed
-        from datasets import Image as ImageFeature
+        self.rows: Any = dataset.with_format(None).select_columns(columns)
+        if self.rows.features is not None:
+            from datasets import Image as ImageFeature
 
-        # Decoded by `datasets`, one broken file would end the run.
-        return narrowed.cast_column(self.image_column, ImageFeature(decode=False))
+            # If `datasets` decoded the pictures, one broken file would end the run.
+            self.rows = self.rows.cast_column(self.image_column, ImageFeature(decode=False))
 
     def read(self, row: Mapping[str, Any], index: int) -> dict[str, Any]:
         item: dict[str, Any] = {"index": index}
         if self.label_column is not None:
             if row[self.label_column] is None:
-                raise ValueError(f"row {index} has no {self.label_column!r}: filter such rows out of the data set.")
+                raise ValueError(f"row {index} has no {self.label_column!r}: filter such rows out of the dataset")
             item["labels"] = int(row[self.label_column])
         stored = row[self.image_column]
         try:
@@ -267,21 +244,21 @@ def _decode(stored: Mapping[str, Any] | Image.Image | None) -> Image.Image:
 
 
 class SegmentationDataset(Dataset[dict[str, Any]]):
-    """Items of a map-style data set with a picture and a mask per row, both squashed to a square.
+    """Images and masks of a map-style dataset, both squashed to a square.
 
-    An item is {"images": (3, S, S) float32 in [0, 1], "labels": (S, S) int64, "index": the row}; `IGNORE_INDEX` marks
+    An item is `{"images": (3, S, S) float32 in [0, 1], "labels": (S, S) int64, "index": row}`; `IGNORE_INDEX` marks
     pixels that don't count. A picture that can't be read is a `BrokenImage`, as in `ImageDataset`.
 
     Args:
-        dataset: with two columns of `datasets.Image`.
+        dataset: Dataset with two `datasets.Image` columns.
         image_size: S in pixels; pictures are resized bilinearly, masks to the nearest pixel.
-        image_column_name: of the pictures.
-        mask_column_name: of the masks, which have one channel.
-        do_reduce_labels: 0 becomes `IGNORE_INDEX` and all other classes one less, as ADE20K needs it (transformers'
-            name).
+        image_column_name: Column of the pictures.
+        mask_column_name: Column of the masks, which have one channel.
+        do_reduce_labels: Turn class 0 into `IGNORE_INDEX` and lower all other classes by one, as ADE20K needs it; the
+            name is transformers'.
 
     Raises:
-        ValueError: no such columns, or a data set with a transform.
+        ValueError: If there are no such columns, or if the dataset has a transform.
     """
 
     def __init__(
@@ -312,8 +289,8 @@ class SegmentationDataset(Dataset[dict[str, Any]]):
     def _read_mask(self, index: int) -> Tensor:
         mask: Image.Image | None = self._masks[index][self._mask_column]
         if mask is None or len(mask.getbands()) != 1 or mask.mode == "F":
-            came = "none" if mask is None else f"one of mode {mask.mode!r}"
-            raise ValueError(f"row {index} needs a mask of one channel of integers, got {came}")
+            came = "none" if mask is None else f"mode {mask.mode!r}"
+            raise ValueError(f"the mask of row {index} must have one channel of integers, got {came}")
         classes = np.array(mask.resize(self._size, Image.Resampling.NEAREST)).astype(np.int64)  # (S, S)
         if self._reduce:
             ignored = (classes == 0) | (classes == IGNORE_INDEX)

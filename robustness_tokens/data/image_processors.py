@@ -1,4 +1,4 @@
-"""Image processors: the base's own, or one built where it has none, with the statistics of the tokens' training."""
+"""Image processors: the base's own, or a new one if it has none, with the statistics that tokens were trained with."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from transformers.utils import IMAGE_PROCESSOR_NAME
 from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from ..utils import json_values, read_json
-from .preprocessing import check_statistics
+from .preprocessing import check_image_size, check_statistics
 
 
 logger = logging.getLogger(__name__)
 
-# Sides, patches and statistics of real image processors are far below; a picture resized to it is 200 MB of float32.
+# Far above the sides, patches and statistics of real image processors; an image of this side is 200 MB of float32.
 _LARGEST_NUMBER = 4096
 
 
@@ -33,21 +33,8 @@ def build_image_processor(
     image_mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
     image_std: Sequence[float] = IMAGENET_DEFAULT_STD,
 ) -> BaseImageProcessor:
-    """Makes an image processor that squashes to a square as `ImageTransform` does, then normalises.
-
-    Args:
-        image_size: side in pixels.
-        image_mean: per channel, in [0, 1] units; ImageNet's by default.
-        image_std: likewise.
-
-    Returns:
-        A processor that can be saved.
-
-    Raises:
-        ValueError: statistics that `Normalizer` would refuse, or `image_size` below 1.
-    """
-    if image_size < 1:
-        raise ValueError(f"image_size={image_size}, expected at least 1 pixel.")
+    """Makes an image processor that squashes to a square as `ImageTransform` does, normalises, and can be saved."""
+    check_image_size(image_size)
     mean, std = check_statistics(image_mean, image_std)
     return BitImageProcessorPil(
         size={"height": image_size, "width": image_size},
@@ -71,28 +58,11 @@ def load_image_processor(
     image_mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
     image_std: Sequence[float] = IMAGENET_DEFAULT_STD,
 ) -> BaseImageProcessor:
-    """Loads a base model's image processor, or builds one where the base has none.
+    """Loads the image processor of a base; if it has none, builds one from `image_size`, `image_mean`, `image_std`.
 
-    The PIL backend is asked for, since pixels differ slightly between the backends. A timm model's processor, which
-    can't be saved, is translated; its centre crop may lie one pixel beside timm's where the margin is odd.
-
-    Args:
-        base_model: a Hub id or a folder.
-        revision: commit, tag or branch of a Hub id.
-        token: for private repositories.
-        cache_dir: where downloads are kept.
-        local_files_only: never download.
-        trust_remote_code: run the code of an image processor that the repository brings; never asked, never guessed.
-        image_size: side in pixels; used, like `image_mean` and `image_std`, only where the base has no image
-            processor of its own, for `build_image_processor`.
-        image_mean: see `image_size`.
-        image_std: see `image_size`.
-
-    Returns:
-        A processor that can be saved and knows `do_normalize`.
-
-    Raises:
-        ValueError: the processor can't be read, or there is none and `image_size` is not given.
+    The backend is PIL, since pixels differ slightly between the backends. The processor of a timm model, which can't
+    be saved, is translated; its centre crop may lie one pixel beside timm's if the margin is odd. `ValueError` if the
+    processor can't be read, or if there is none and no `image_size`.
     """
     options = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     given = {name: value for name, value in options.items() if value is not None}
@@ -101,17 +71,17 @@ def load_image_processor(
             base_model, backend="pil", trust_remote_code=trust_remote_code, **given
         )
     except OSError as exc:
-        # transformers says the same of a file that is missing and of one that it couldn't fetch or parse, and another
-        # processor than the base's own must never be made up because the network was down.
+        # transformers raises the same error for a missing file and for one that it can't fetch or parse. A failing
+        # network must not put another processor in the place of the base's own.
         if not _is_without_processor(base_model, revision=revision, cache_dir=cache_dir):
             raise ValueError(
                 f"base_model={str(base_model)!r}: its image processor can't be read, and nothing says that it has "
-                "none. Check the name or folder, the network or the cache."
+                "none: check the name or folder, the network and the cache"
             ) from exc
         if image_size is None:
             raise ValueError(
                 f"base_model={str(base_model)!r} has no image processor ({IMAGE_PROCESSOR_NAME}): give image_size "
-                "(and image_mean, image_std unless they are ImageNet's) to build one."
+                "(and image_mean, image_std unless they are ImageNet's) to build one"
             ) from exc
         logger.warning("%s has no image processor: building one for %d pixels.", base_model, image_size)
         return build_image_processor(image_size=image_size, image_mean=image_mean, image_std=image_std)
@@ -121,11 +91,7 @@ def load_image_processor(
 
 
 def processor_image_size(image_processor: Any) -> int:
-    """The side in pixels of the square images that an image processor makes: its crop, or else its size.
-
-    Raises:
-        ValueError: it makes no square images of a known size.
-    """
+    """Returns the side in pixels of the square images that an image processor makes; `ValueError` if it makes none."""
     names = ["crop_size", "size"] if getattr(image_processor, "do_center_crop", False) else ["size"]
     for name in names:
         size = dict(getattr(image_processor, name, None) or {})
@@ -133,31 +99,20 @@ def processor_image_size(image_processor: Any) -> int:
         if len(sides) == 1 and isinstance(side := sides.pop(), int):
             return side
     raise ValueError(
-        f"image_processor ({type(image_processor).__name__}) names no square size: set image_size (in pixels)."
+        f"image_processor must name a square size, got a {type(image_processor).__name__} without one: set "
+        "image_size, in pixels"
     )
 
 
 def with_normalization(
     image_processor: BaseImageProcessor, image_mean: Sequence[float], image_std: Sequence[float]
 ) -> BaseImageProcessor:
-    """Copies an image processor with other statistics: those that the tokens were trained with.
-
-    Args:
-        image_processor: left as it was.
-        image_mean: per channel, in [0, 1] units.
-        image_std: likewise.
-
-    Returns:
-        A copy that divides by 255 and normalises with these.
-
-    Raises:
-        ValueError: statistics that `Normalizer` would refuse, or a processor that does not normalise by `image_mean`.
-    """
+    """Returns a copy of an image processor that divides by 255 and normalises with these statistics."""
     mean, std = check_statistics(image_mean, image_std)
     if not hasattr(image_processor, "image_mean") or not hasattr(image_processor, "image_std"):
         raise ValueError(
-            f"image_processor ({type(image_processor).__name__}) has no image_mean and image_std to set: "
-            "load it with load_image_processor or build one with build_image_processor."
+            f"image_processor must have image_mean and image_std, got a {type(image_processor).__name__} without: "
+            "give one that normalises by them, such as transformers.BitImageProcessorPil"
         )
     normalizing = copy.deepcopy(image_processor)
     statistics = {"image_mean": list(mean), "image_std": list(std)}
@@ -189,9 +144,9 @@ def _translate_timm(data_config: Mapping[str, Any]) -> BaseImageProcessor:
         size = {}
     if channels != 3 or not size or interpolation.upper() not in Image.Resampling.__members__:
         raise ValueError(
-            f"base_model is a timm model whose preprocessing can't be translated: {dict(data_config)}. Expected three "
-            "channels, a fixed interpolation and crop_mode 'squash', or 'center' with a square input: put a "
-            f"{IMAGE_PROCESSOR_NAME} of your choice beside the model."
+            "a timm model must have three channels, a fixed interpolation and crop_mode 'squash', or 'center' with a "
+            f"square input, to have its preprocessing translated, got {dict(data_config)}: put an "
+            f"{IMAGE_PROCESSOR_NAME} of your choice beside the model"
         )
     return BitImageProcessorPil(
         size=size,
@@ -203,19 +158,15 @@ def _translate_timm(data_config: Mapping[str, Any]) -> BaseImageProcessor:
 
 
 def read_image_processor(path: Path) -> BaseImageProcessor:
-    """Reads the image processor of an adapter; no code is run but transformers' own, whatever the file names.
+    """Reads the preprocessor_config.json of an adapter, running no code but transformers' own, whatever it names.
 
-    Args:
-        path: The adapter's preprocessor_config.json.
-
-    Raises:
-        ValueError: If it is damaged, names code or another class, or holds numbers that no image processor has.
+    `ValueError` if it is damaged, names code or another class, or holds numbers that no image processor has.
     """
     content = read_json(path)
     if "auto_map" in content:
         raise ValueError(
-            f"{path} names code of its own, {content['auto_map']!r}: that of an adapter is never run, "
-            "not even with trust_remote_code=True. Save the adapter with an image processor of transformers"
+            f"{path} names code of its own, {content['auto_map']!r}, and code of an adapter is never run, not even "
+            "with trust_remote_code=True: save the adapter with an image processor of transformers"
         )
     name = content.get("image_processor_type")
     processor_class = getattr(transformers, name, None) if isinstance(name, str) and name.isidentifier() else None
@@ -224,7 +175,7 @@ def read_image_processor(path: Path) -> BaseImageProcessor:
             f"{path} has image_processor_type {name!r}, which is no image processor of transformers "
             f"{transformers.__version__}, and trust_remote_code doesn't reach an adapter"
         )
-    # transformers sets every key as an attribute, whatever it hides.
+    # transformers sets every key as an attribute, and would let it hide a method.
     if hidden := sorted(key for key in content if _hides(processor_class, key)):
         raise ValueError(f"{path} has keys {hidden}, which are no settings of {name}: it is damaged")
     for _, value in json_values(content):
@@ -232,7 +183,7 @@ def read_image_processor(path: Path) -> BaseImageProcessor:
             raise ValueError(f"{path} holds {value!r}, expected numbers from -{_LARGEST_NUMBER} to {_LARGEST_NUMBER}")
     try:
         return load_image_processor(path)
-    # The values' types are checked by transformers alone, with whatever error they lead to.
+    # transformers alone checks the values' types, and raises whatever they lead to.
     except Exception as exc:
         raise ValueError(f"{path} makes no {name}, so it is damaged: {exc}") from exc
 

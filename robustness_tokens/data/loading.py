@@ -1,17 +1,18 @@
-"""Data sets by name, from the Hub or a disk, map-style or streaming; and which of their columns hold what."""
+"""Datasets by name, from the Hub or a disk, map-style or streaming; and the columns that hold pictures and labels."""
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from PIL import Image
 
 
 if TYPE_CHECKING:
-    import datasets
+    import datasets  # its import takes a second, which only those who use a dataset wait for
 
 
 # A saved folder that is streamed is cut into this many shards, so that processes and workers have some to share.
@@ -28,39 +29,41 @@ def load_image_dataset(
     token: str | bool | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
 ) -> datasets.Dataset | datasets.IterableDataset:
-    """Loads a data set from the Hub or from a disk; nothing is held in memory.
+    """Loads a dataset of pictures from the Hub or a disk; no picture is held in memory.
 
     Args:
-        name_or_path: a Hub id, a folder of images (one sub-folder per class or split) or of parquet files, a parquet
-            file, or a folder written by `save_to_disk`. What exists on the disk goes first.
-        name: the configuration of a data set that has several.
-        split: its name; slices as `"train[:100]"` but for `save_to_disk` folders. What carries no split is "train".
-        streaming: read as it goes instead of preparing an Arrow file on the disk first.
-        revision: commit, tag or branch of a Hub id.
-        token: for private data sets.
-        cache_dir: where prepared data sets are kept.
+        name_or_path: Hub id, folder of pictures (one sub-folder per class or split) or of parquet files, parquet file,
+            or folder written by `save_to_disk`. A path that exists goes before the Hub.
+        name: Configuration of a dataset that has several.
+        split: Name of the split, or a slice such as `"train[:100]"` (not for `save_to_disk` folders). Data without a
+            split counts as "train".
+        streaming: Read rows as they are needed, instead of preparing an Arrow file on the disk first.
+        revision: Commit, tag or branch on the Hub.
+        token: Access token for private datasets.
+        cache_dir: Folder for downloaded and prepared datasets.
 
     Returns:
-        A map-style data set, memory-mapped, or an iterable one where `streaming`.
+        A map-style dataset, memory-mapped; with `streaming`, an iterable one.
 
     Raises:
-        ValueError: nothing readable there, an unknown split (those that exist are listed) or configuration, or an
-            argument that a local source has no use for.
+        ValueError: If nothing readable is there, if the split (the error lists those that exist) or the configuration
+            is unknown, or if an argument has no meaning for data on the disk.
     """
     path = Path(name_or_path).expanduser()
-    if path.exists() and revision is not None:
-        raise ValueError(f"revision={revision!r} with name_or_path={str(path)!r}: what is on the disk has none.")
     is_saved = any((path / file).is_file() for file in ("state.json", "dataset_dict.json"))
-    if (is_saved or path.is_file()) and name is not None:
-        raise ValueError(f"name={name!r} with name_or_path={str(path)!r}: it has no configurations.")
+    unused = {"revision": revision} if path.exists() else {}
+    unused |= {"name": name} if is_saved or path.is_file() else {}
+    for argument, value in unused.items():
+        if value is not None:
+            raise ValueError(f"{argument}={value!r} has no meaning for {str(path)!r} on this disk: leave it out")
     if is_saved:
         return _load_saved(path, split=split, streaming=streaming)
     if path.is_file() and path.suffix != ".parquet":
-        raise ValueError(f"name_or_path={str(path)!r} is a file, expected a .parquet file, a folder or a Hub id.")
-    builder, data_files = ("parquet", str(path)) if path.is_file() else (str(path), None)
-    options = {"revision": revision, "token": token, "cache_dir": None if cache_dir is None else str(cache_dir)}
+        raise ValueError(f"name_or_path must be a .parquet file, a folder or a Hub id, got the file {str(path)!r}")
     import datasets
 
+    builder, data_files = ("parquet", str(path)) if path.is_file() else (str(path), None)
+    options = {"revision": revision, "token": token, "cache_dir": None if cache_dir is None else str(cache_dir)}
     try:
         return datasets.load_dataset(builder, name, data_files=data_files, split=split, streaming=streaming, **options)
     except (ConnectionError, FileNotFoundError, ValueError) as exc:
@@ -72,51 +75,27 @@ def load_image_dataset(
 def find_image_column(
     dataset: datasets.Dataset | datasets.IterableDataset, image_column_name: str | None = None
 ) -> str:
-    """Finds the column that holds pictures.
-
-    Args:
-        dataset: map-style or streaming; where a stream does not know its features, its first row is looked at.
-        image_column_name: the column, if it is known; it is checked.
-
-    Returns:
-        Its name.
-
-    Raises:
-        ValueError: the named column is missing or no `datasets.Image`, or not exactly one column is.
-    """
-    import datasets
-
-    features = _features(dataset)
-    found = [column for column, feature in features.items() if isinstance(feature, datasets.Image)]
-    return _pick(found, features, image_column_name, argument="image_column_name", expected="datasets.Image")
+    """Returns the one column of pictures, or the named one; `ValueError` if there is not exactly one, or no such."""
+    types = _column_types(dataset)
+    found = [column for column, name in types.items() if name == "Image"]
+    return _pick(found, types, image_column_name, argument="image_column_name", expected="datasets.Image")
 
 
 def find_label_column(
     dataset: datasets.Dataset | datasets.IterableDataset, label_column_name: str | None = None
 ) -> str | None:
-    """Finds the column that holds class indices.
+    """Returns the `ClassLabel` column, or else the integers "label" or "labels", or the named column; `None` if none.
 
-    Args:
-        dataset: map-style or streaming; where a stream does not know its features, its first row is looked at.
-        label_column_name: the column, if it is known; it is checked.
-
-    Returns:
-        The name of the `ClassLabel`, or else of the integer column "label" or "labels"; None if there is neither.
-
-    Raises:
-        ValueError: the named column is missing or holds no integers, or several columns qualify.
+    `ValueError` if several columns qualify, or the named one holds no integers.
     """
-    import datasets
-
-    features = _features(dataset)
-    classes = [column for column, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
-    scalars = {column: feature.dtype for column, feature in features.items() if isinstance(feature, datasets.Value)}
-    integers = [column for column, dtype in scalars.items() if "int" in dtype]
+    types = _column_types(dataset)
+    classes = [column for column, name in types.items() if name == "ClassLabel"]
+    integers = [column for column, name in types.items() if re.fullmatch(r"u?int\d+", name)]
     found = classes or [column for column in integers if column in ("label", "labels")]
     if label_column_name is None and not found:
         return None
-    candidates = found if label_column_name is None else [*classes, *integers]
-    return _pick(candidates, features, label_column_name, argument="label_column_name", expected="class indices")
+    candidates = found if label_column_name is None else classes + integers
+    return _pick(candidates, types, label_column_name, argument="label_column_name", expected="class indices")
 
 
 def _load_saved(path: Path, *, split: str, streaming: bool) -> datasets.Dataset | datasets.IterableDataset:
@@ -125,46 +104,36 @@ def _load_saved(path: Path, *, split: str, streaming: bool) -> datasets.Dataset 
     loaded = datasets.load_from_disk(str(path))
     splits = loaded if isinstance(loaded, datasets.DatasetDict) else {str(loaded.split or "train"): loaded}
     if split not in splits:
-        raise ValueError(f"split={split!r} is not in {str(path)!r}, which holds {', '.join(map(repr, splits))}.")
+        raise ValueError(
+            f"split={split!r} is not in {str(path)!r}, which holds {', '.join(map(repr, splits))}: choose one of these"
+        )
     dataset = splits[split]
     return dataset.to_iterable_dataset(min(len(dataset), STREAMED_SHARDS)) if streaming else dataset
 
 
-def _features(dataset: datasets.Dataset | datasets.IterableDataset) -> Mapping[str, Any]:
+def _column_types(dataset: datasets.Dataset | datasets.IterableDataset) -> dict[str, str]:
+    """Returns the columns' types by name; a stream that does not know its features is judged by its first row."""
     if dataset.features is not None:
-        return dataset.features
-    row = next(iter(dataset), None)
-    if row is None:
-        raise ValueError("dataset is empty, expected at least one row.")
-    import datasets
-
-    kinds = {Image.Image: datasets.Image(), int: datasets.Value("int64")}
+        types = {column: type(feature).__name__ for column, feature in dataset.features.items()}
+        return {column: dataset.features[column].dtype if name == "Value" else name for column, name in types.items()}
+    if (row := next(iter(dataset), None)) is None:
+        raise ValueError("dataset has no rows, expected at least one")
+    known = ((Image.Image, "Image"), (int, "int64"))
     return {
-        column: next((feature for kind, feature in kinds.items() if isinstance(value, kind)), type(value))
+        column: next((name for kind, name in known if isinstance(value, kind)), type(value).__name__)
         for column, value in row.items()
     }
 
 
-def _pick(
-    candidates: Sequence[str], features: Mapping[str, Any], named: str | None, *, argument: str, expected: str
-) -> str:
-    if named in candidates or (named is None and len(candidates) == 1):
-        return named or candidates[0]
-    columns = ", ".join(f"{column!r} ({_type_name(feature)})" for column, feature in features.items())
+def _pick(found: Sequence[str], types: Mapping[str, str], named: str | None, *, argument: str, expected: str) -> str:
+    if named is not None and named in found:
+        return named
+    if named is None and len(found) == 1:
+        return found[0]
     if named is not None:
-        problem = f"{argument}={named!r} is " + ("no column" if named not in features else f"no column of {expected}")
-    elif candidates:
-        problem = (
-            f"dataset has several columns of {expected} ({', '.join(map(repr, candidates))}): choose by {argument}"
-        )
+        problem = f"{argument} must name one of the dataset's columns of {expected}, got {named!r}"
+    elif found:
+        problem = f"dataset has several columns of {expected}, {list(found)}: choose by {argument}"
     else:
         problem = f"dataset has no column of {expected}: cast the one that holds it by dataset.cast_column(...)"
-    raise ValueError(f"{problem}; its columns are {columns}.")
-
-
-def _type_name(feature: Any) -> str:
-    import datasets
-
-    if isinstance(feature, type):
-        return feature.__name__
-    return feature.dtype if isinstance(feature, datasets.Value) else type(feature).__name__
+    raise ValueError(f"{problem}; its columns are {', '.join(f'{name!r} ({kind})' for name, kind in types.items())}")

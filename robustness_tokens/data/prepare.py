@@ -1,4 +1,4 @@
-"""Whatever the user gave as a dataset -> images in [0, 1] to iterate over, and what is known of them."""
+"""Any dataset that a user gives -> images in [0, 1], described and identified."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Between files and backbones: pictures to images in [0, 1], and [0, 1] images to a backbone's pixel values."""
+"""Pictures -> images in [0, 1] -> the pixel values of a base."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -10,22 +10,25 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers.image_processing_utils import BaseImageProcessor
 
+from ..utils import check_choice
+
 
 ResizeMode = Literal["squash", "processor"]
 
 
 class Normalizer(nn.Module):
-    """Maps images in [0, 1] to the pixel values a backbone was trained on: `(images - mean) / std` per channel.
+    """Maps images in [0, 1] to the pixel values that a base was trained on: `(images - mean) / std` per channel.
 
-    The statistics stay float32 whatever dtype the module is moved to: rounded to bfloat16 they would shift every
-    image by up to a thousandth. They are no part of the state dict.
+    The statistics stay float32 whatever dtype the module is moved to, since rounding them to bfloat16 would shift
+    every image by up to a thousandth. They are not in the state dict.
 
     Args:
-        image_mean: one mean per channel, in [0, 1] image units.
-        image_std: one standard deviation per channel, in the same units, above zero.
+        image_mean: One mean per channel, in [0, 1] image units.
+        image_std: One standard deviation per channel, in [0, 1] image units, above zero.
 
     Raises:
-        ValueError: the two differ in length, are empty, not finite, or a deviation is not positive.
+        ValueError: If the two are empty, differ in length or hold a number that is not finite, or a deviation is not
+            positive.
     """
 
     image_mean: Tensor
@@ -54,7 +57,7 @@ class Normalizer(nn.Module):
             pixel_values: (B, C, H, W), float32 or wider.
 
         Raises:
-            ValueError: another rank or number of channels.
+            ValueError: If the images have another rank or number of channels.
         """
         self._check_shape(images, "images")
         return (images - self.image_mean) / self.image_std
@@ -66,32 +69,29 @@ class Normalizer(nn.Module):
             pixel_values: (B, C, H, W) float, normalised.
 
         Returns:
-            images: (B, C, H, W), float32 or wider; in [0, 1] where the pixel values came from there, never clamped.
+            images: (B, C, H, W), float32 or wider; in [0, 1] if the pixel values came from such images, never clamped.
 
         Raises:
-            ValueError: another rank or number of channels.
+            ValueError: If the pixel values have another rank or number of channels.
         """
         self._check_shape(pixel_values, "pixel_values")
         return pixel_values * self.image_std + self.image_mean
 
     def _check_shape(self, tensor: Tensor, name: str) -> None:
         channels = len(self.image_mean)
-        # One channel would broadcast against three without a word.
+        # One channel would silently broadcast against three.
         if tensor.ndim != 4 or tensor.shape[1] != channels:
             raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)}, expected (B, {channels}, H, W): "
-                f"image_mean and image_std have {channels} channels."
+                f"{name} must have shape (B, {channels}, H, W), as image_mean and image_std have {channels} channels, "
+                f"got {tuple(tensor.shape)}"
             )
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Converts a picture of any mode to 8-bit RGB.
+    """Converts a picture of any mode to 8-bit RGB; `ValueError` for a mode without a known range.
 
-    Transparency is laid on white, as transformers does; 16-bit grey is scaled to 8 bits, where Pillow would clip it
-    to white. An EXIF orientation is not applied: the pixels stay as stored, as in the paper's data loading.
-
-    Raises:
-        ValueError: a mode with no known range (32-bit integers beyond 16 bits, floating point) or no way to RGB.
+    Transparent pixels are laid on white, as in transformers; 16-bit grey is scaled to 8 bits, where Pillow would clip
+    it to white. EXIF orientations are not applied: pixels stay as stored, as in the paper's data loading.
     """
     if image.mode == "RGB" and not image.has_transparency_data:
         return image
@@ -99,12 +99,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:
             raise ValueError(
-                f"image of mode {image.mode!r} holds values from {values.min()} to {values.max()}, "
-                "expected 16 bits (0 to 65535): convert it to 8 bits first."
+                f"a picture of mode {image.mode!r} must hold 16 bits (0 to 65535), got values from {values.min()} to "
+                f"{values.max()}: convert it to 8 bits first"
             )
         return Image.fromarray(np.round(values / 257).astype(np.uint8)).convert("RGB")  # 65535 = 257 * 255
     if image.mode == "F":
-        raise ValueError("image of mode 'F' (floating point) has no known range: convert it to 8 bits first.")
+        raise ValueError("a picture of mode 'F' (floating point) has no known range: convert it to 8 bits first")
     if image.has_transparency_data:
         transparent = image.convert("RGBA")
         white = Image.new("RGBA", transparent.size, "white")
@@ -113,19 +113,19 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 class ImageTransform:
-    """Turns a picture into an image in [0, 1]; picklable, so it works in data loader workers.
+    """Turns a picture into an image in [0, 1]; it can be pickled, so it works in a data loader's workers.
 
-    `resize="squash"` is the paper's: bilinear to a square, without a crop, whatever the aspect ratio; equal to
+    `resize="squash"` is the paper's: bilinear to a square, whatever the aspect ratio, without a crop; it equals
     torchvision's `Resize((image_size, image_size))` and `ToTensor`. `resize="processor"` leaves resizing and cropping
-    to the backbone's image processor. Both convert to RGB by `to_rgb` first.
+    to the base's image processor. Both convert to 8-bit RGB first.
 
     Args:
         resize: "squash" or "processor".
-        image_size: side of the square in pixels; for "squash" alone.
-        image_processor: the backbone's image processor (see `load_image_processor`); for "processor" alone.
+        image_size: Side of the square in pixels; for "squash" alone.
+        image_processor: Image processor of the base; for "processor" alone.
 
     Raises:
-        ValueError: an unknown mode, or an argument that is missing or belongs to the other mode.
+        ValueError: If the mode is unknown, or an argument is missing or belongs to the other mode.
     """
 
     def __init__(
@@ -135,18 +135,17 @@ class ImageTransform:
         image_size: int | None = None,
         image_processor: BaseImageProcessor | None = None,
     ) -> None:
-        if resize not in get_args(ResizeMode):
-            raise ValueError(f"resize={resize!r}, expected one of {', '.join(map(repr, get_args(ResizeMode)))}.")
+        check_choice("resize", resize, get_args(ResizeMode))
         if (resize == "squash") == (image_size is None):
             raise ValueError(
-                f"image_size={image_size} with resize={resize!r}: 'squash' needs it, 'processor' has its own."
+                f"image_size={image_size} with resize={resize!r}: 'squash' needs it, 'processor' has its own"
             )
-        if image_size is not None and image_size < 1:
-            raise ValueError(f"image_size={image_size}, expected at least 1 pixel.")
+        if image_size is not None:
+            check_image_size(image_size)
         if (resize == "processor") == (image_processor is None):
             raise ValueError(
-                f"image_processor is {type(image_processor).__name__} with resize={resize!r}: "
-                "'processor' needs one (see load_image_processor), 'squash' takes none."
+                f"image_processor is a {type(image_processor).__name__} with resize={resize!r}: "
+                "'processor' needs one, 'squash' takes none"
             )
         self.resize = resize
         self.image_size = image_size
@@ -156,13 +155,14 @@ class ImageTransform:
         """Transforms one picture.
 
         Args:
-            image: of any mode and size.
+            image: Picture of any mode and size.
 
         Returns:
             (3, H, W) float32 in [0, 1].
 
         Raises:
-            ValueError: a mode that has no way to RGB, or an image processor that yields no image (SigLIP2's patches).
+            ValueError: If the mode can't be converted to RGB, or the image processor makes no image (SigLIP 2's makes
+                patches).
         """
         image = to_rgb(image)
         if self.image_processor is None:
@@ -176,20 +176,26 @@ class ImageTransform:
         values = batch["pixel_values"]
         if values.ndim != 4 or values.shape[:2] != (1, 3):
             raise ValueError(
-                f"image_processor ({type(self.image_processor).__name__}) made pixel_values of shape "
-                f"{tuple(values.shape)}, expected (1, 3, H, W): use resize='squash' with an image_size."
+                f"image_processor must make pixel_values of shape (1, 3, H, W), got {tuple(values.shape)} from a "
+                f"{type(self.image_processor).__name__}: use resize='squash' with an image_size"
             )
-        # Processors that resize floats overshoot with bicubic weights.
+        # Image processors that resize floats with bicubic weights overshoot.
         return values[0].float().clamp(0, 1)
 
 
 def check_statistics(
     image_mean: Sequence[float], image_std: Sequence[float]
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Both as tuples; raises a `ValueError` unless they are one finite number per channel, the deviations above 0."""
+    """Returns both as tuples; `ValueError` unless they are one finite number per channel, the deviations above 0."""
     mean, std = tuple(map(float, image_mean)), tuple(map(float, image_std))
     if len(mean) != len(std) or not mean:
-        raise ValueError(f"image_mean={mean} and image_std={std}, expected one number per channel in each.")
+        raise ValueError(f"image_mean and image_std must be one number per channel each, got {mean} and {std}")
     if not all(map(math.isfinite, mean + std)) or min(std) <= 0:
-        raise ValueError(f"image_mean={mean} and image_std={std}, expected finite numbers, and deviations above zero.")
+        raise ValueError(f"image_mean and image_std must be finite, and image_std above 0, got {mean} and {std}")
     return mean, std
+
+
+def check_image_size(image_size: int) -> None:
+    """Refuses a side below 1 pixel."""
+    if image_size < 1:
+        raise ValueError(f"image_size must be at least 1 pixel, got {image_size}")

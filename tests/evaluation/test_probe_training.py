@@ -595,7 +595,7 @@ def test_masks_of_16_bits_keep_their_classes() -> None:
 def test_what_is_no_mask_is_named(mask: Any) -> None:
     names: dict[str, Any] = {"image_column_name": "photo", "mask_column_name": "annotation"}
     items = SegmentationDataset(masks_dataset([mask]), image_size=4, **names)
-    with pytest.raises(ValueError, match="row 0 needs a mask of one channel of integers, got"):
+    with pytest.raises(ValueError, match="the mask of row 0 must have one channel of integers, got"):
         items[0]
 
 

@@ -965,7 +965,7 @@ def test_data_that_can_not_be_trained_on_is_refused(
 @pytest.mark.parametrize("factor", [2.0, -1.0, math.nan])
 def test_images_outside_0_1_are_refused(make_trainer: TrainerFactory, factor: float) -> None:
     images = [{"images": item["images"] * factor} for item in random_images(4)]
-    with pytest.raises(ValueError, match=r"expected float in \[0, 1\]"):
+    with pytest.raises(ValueError, match=r"must be float in \[0, 1\]"):
         make_trainer("run", images).train()
 
 
