@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
@@ -27,6 +27,8 @@ _SCHEDULES_TO_MAX_STEPS = ("linear", "cosine", "cosine_with_restarts", "polynomi
 _ENDLESS_SCHEDULES = ("constant", "constant_with_warmup", "inverse_sqrt")
 SPEEDUP_ARGUMENTS = ("torch_compile", "train_attn_implementation", "onednn")
 """Arguments that change the tokens by rounding alone."""
+
+_MAY_BE_ZERO = {"warmup_steps", "seed", "dataloader_num_workers", "max_broken_images"}  # other whole numbers: from 1
 
 _PGD_DEFAULT_EPS = 4 / 255
 
@@ -73,113 +75,139 @@ _PRESET_OF_MODEL_TYPE = {
 class RobustnessTokenTrainingArguments:
     """Hyper-parameters of [`RobustnessTokenTrainer`]; the defaults are the paper's for DINOv2.
 
+    Each field's meaning and unit is its `help` in the metadata, which `robtok train --help` prints.
+
     Raises:
-        ValueError: If a value is out of range, or if `eps` is set for the paper's attack.
+        ValueError: If a value is out of range, has no effect, or `eps` is set for the paper's attack.
     """
 
-    output_dir: str = field(metadata={"help": "Folder for the adapter; checkpoints and log go to folders in it."})
+    output_dir: str = field(metadata={"help": "Folder for the adapter, with folders for checkpoints and logs in it."})
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Replace the adapter and the checkpoints that output_dir holds."}
     )
     max_steps: int = field(
-        default=50, metadata={"help": "Optimiser steps (paper: 50 DINOv2, 300 DeiT-III, OpenCLIP)."}
+        default=50,
+        metadata={"help": "Number of optimiser steps (paper: 50 for DINOv2, 300 for DeiT-III and OpenCLIP)."},
     )
-    per_device_train_batch_size: int = field(default=8, metadata={"help": "Images per process and forward."})
-    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches per optimiser step."})
+    per_device_train_batch_size: int = field(default=8, metadata={"help": "Images per process in one forward pass."})
+    gradient_accumulation_steps: int = field(
+        default=1, metadata={"help": "Batches per process in one optimiser step."}
+    )
     learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of Adam."})
-    lr_scheduler_type: str = field(default="constant", metadata={"help": "As in transformers, such as cosine."})
-    warmup_steps: int = field(default=0, metadata={"help": "Steps of linear warm-up."})
+    lr_scheduler_type: str = field(
+        default="constant", metadata={"help": "Learning rate schedule, by its name in transformers."}
+    )
+    warmup_steps: int = field(default=0, metadata={"help": "Optimiser steps of linear warm-up of the learning rate."})
     max_grad_norm: float | None = field(
-        default=None, metadata={"help": "Clip the tokens' gradient to this norm; not by default."}
+        default=None,
+        metadata={"help": "Clip the gradient of the tokens to this L2 norm; by default it is not clipped."},
     )
     invariance_weight: float = field(default=1.0, metadata={"help": "Weight of the loss on clean images."})
     adversarial_weight: float = field(default=1.0, metadata={"help": "Weight of the loss on attacked images."})
     head_distance_weight: float = field(
         default=None,  # type: ignore[assignment]
         metadata={
-            "help": "Weight, beside the cosine, of the squared relative distance of what a linear head reads, [CLS, "
-            "mean patch]: in both losses, and in attack=pgd. 0 (paper) by default."
+            "help": "Weight of a second term in both losses and in attack=pgd: the squared relative distance of what "
+            "a linear head reads, [CLS, mean patch]; by default 0 (paper), the cosine alone."
         },
     )
 
-    # None tells what was not stated, which adversarial pairs decide; there are values after __post_init__.
+    # None means not stated: stored pairs then decide. __post_init__ replaces it by the default.
     attack: AttackName = field(
         default=None,  # type: ignore[arg-type]
-        metadata={"help": "paper: as published (1.8/255 in pixels), the default; pgd: L-inf PGD of eps in pixels."},
+        metadata={"help": "paper: the published attack (1.8/255 in pixels), the default; pgd: L-inf PGD within eps."},
     )
     attack_through: AttackThrough = field(
-        default="base", metadata={"help": "Whom the attacker sees: the base (paper), the tokens too, or each once."}
+        default="base",
+        metadata={
+            "help": "Model to attack: base (paper), tokens (the base with its tokens), or both, one after the other."
+        },
     )
     eps: float | None = field(
-        default=None, metadata={"help": "pgd only: budget in pixel units of [0, 1] images; by default 4/255."}
+        default=None,
+        metadata={"help": "Budget of pgd in pixel units of [0, 1] images; by default 4/255. Not for attack=paper."},
     )
     step_size: float | None = field(
         default=None,
         metadata={
-            "help": "Step of the attack: by default 0.01 (paper, normalised units) or 2.5 * eps / steps (pgd, pixels)."
+            "help": "Step size of the attack; by default 0.01 in normalised units (paper) or 2.5 eps / steps in "
+            "pixels (pgd)."
         },
     )
     num_attack_steps: int = field(
         default=None,  # type: ignore[assignment]
-        metadata={"help": "Gradient steps of the attack, 30 by default."},
+        metadata={"help": "Gradient steps of the attack; by default 30."},
     )
 
-    image_column_name: str | None = field(default=None, metadata={"help": "Column with the images; found if None."})
-    image_size: int | None = field(default=None, metadata={"help": "Side in pixels; the image processor's if None."})
+    image_column_name: str | None = field(
+        default=None, metadata={"help": "Column with the images; by default found by its type."}
+    )
+    image_size: int | None = field(
+        default=None, metadata={"help": "Side of the images in pixels; by default that of the image processor."}
+    )
     resize: ResizeMode = field(
-        default="squash", metadata={"help": "squash: bilinear, no crop (paper); processor: the image processor's own."}
+        default="squash",
+        metadata={"help": "squash: bilinear, without a crop (paper); processor: as the image processor does."},
     )
     shuffle_buffer_size: int = field(
-        default=1000, metadata={"help": "Streams only: shuffle within so many images (and the order of the shards)."}
+        default=1000, metadata={"help": "Images that a stream is shuffled within; its shards are shuffled too."}
     )
     max_broken_images: int = field(
-        default=10, metadata={"help": "Skip so many unreadable images, counted on each process, before giving up."}
+        default=10, metadata={"help": "Unreadable images that a process skips before it gives up."}
     )
-    dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that decode images."})
+    dataloader_num_workers: int = field(
+        default=0, metadata={"help": "Processes that decode images; 0 decodes in the training process."}
+    )
 
-    seed: int = field(default=0, metadata={"help": "Of the tokens, the order of the images and the attack's noise."})
+    seed: int = field(
+        default=0,
+        metadata={"help": "Seed of the initial tokens, the order of the images and the noise of the attack."},
+    )
     mixed_precision: MixedPrecision = field(
-        default="no", metadata={"help": "Precision of the forward passes: no, or bf16 where the device has it."}
+        default="no",
+        metadata={
+            "help": "Precision of the forward passes: no (that of the weights), or bf16 on devices that have it."
+        },
     )
     torch_compile: bool = field(
-        default=False, metadata={"help": "Compile the base's layers for the attack; goes on without where that fails."}
+        default=False,
+        metadata={"help": "Compile the layers of the base for the attack; if that fails, the run goes on without."},
     )
     train_attn_implementation: str = field(
         default=AUTO,
         metadata={
-            "help": "Attention while training: eager, sdpa, ..., base (its own), auto (eager for bf16 on CPUs)."
+            "help": "Attention while training: eager, sdpa, ..., base (its own), or auto (eager for bf16 on CPUs)."
         },
     )
     onednn: bool = field(
         default=True,
-        metadata={"help": "On a CPU, let oneDNN compute the base's linear layers where it is faster."},
+        metadata={"help": "On a CPU, compute the linear layers of the base by oneDNN if that is faster."},
     )
-    logging_steps: int = field(default=1, metadata={"help": "Write the log every so many steps."})
+    logging_steps: int = field(default=1, metadata={"help": "Optimiser steps between two rows of the log."})
     save_steps: int | None = field(
-        default=None, metadata={"help": "Save a checkpoint every so many steps; by default none."}
+        default=None, metadata={"help": "Optimiser steps between two checkpoints; by default none is saved."}
     )
     save_total_limit: int | None = field(
-        default=None, metadata={"help": "Keep only so many checkpoints; by default all."}
+        default=None, metadata={"help": "Number of checkpoints to keep, the newest; by default all."}
     )
     eval_steps: int | None = field(
         default=None,
-        metadata={
-            "help": "Measure the tokens on eval_dataset every so many steps, and at the end; by default at the end."
-        },
+        metadata={"help": "Optimiser steps between two measurements on eval_dataset; by default one at the end."},
     )
     per_device_eval_batch_size: int = field(
-        default=8, metadata={"help": "Images per process and forward of these measurements."}
+        default=8, metadata={"help": "Images per process in one forward pass of these measurements."}
     )
     report_to: str | list[str] = field(
-        default_factory=list, metadata={"help": "Trackers: trackio, tensorboard, wandb; none by default."}
+        default_factory=list, metadata={"help": "Trackers: trackio, tensorboard, wandb; by default none."}
     )
     resume_from_checkpoint: str | bool | None = field(
         default=None,
         metadata={
-            "help": "True: go on from the last checkpoint in output_dir, if any; or its folder; by default False."
+            "help": "True resumes from the last checkpoint in output_dir, if any; or the folder of a checkpoint; by "
+            "default False."
         },
     )
-    disable_tqdm: bool = field(default=False, metadata={"help": "No progress bar."})
+    disable_tqdm: bool = field(default=False, metadata={"help": "Show no progress bar."})
 
     def __post_init__(self) -> None:
         if (word := str(self.resume_from_checkpoint).lower()) in ("true", "false"):  # as a command line has it
@@ -192,31 +220,15 @@ class RobustnessTokenTrainingArguments:
         self.attack = self.stated_attack.get("attack", "paper")
         self.num_attack_steps = self.stated_attack.get("num_attack_steps", PAPER_NUM_STEPS)
         self.head_distance_weight = self.stated_attack.get("head_distance_weight", 0.0)
-        for name, smallest in (
-            ("max_steps", 1),
-            ("per_device_train_batch_size", 1),
-            ("per_device_eval_batch_size", 1),
-            ("gradient_accumulation_steps", 1),
-            ("num_attack_steps", 1),
-            ("logging_steps", 1),
-            ("shuffle_buffer_size", 1),
-            ("warmup_steps", 0),
-            ("seed", 0),
-            ("dataloader_num_workers", 0),
-            ("max_broken_images", 0),
-        ):
-            check_int(name, getattr(self, name), smallest)
-        for name in ("save_steps", "save_total_limit", "eval_steps", "image_size"):
-            if getattr(self, name) is not None:
-                check_int(name, getattr(self, name), 1)
-        for name, allowed in (
-            ("attack", get_args(AttackName)),
-            ("attack_through", get_args(AttackThrough)),
-            ("mixed_precision", get_args(MixedPrecision)),
-            ("resize", get_args(ResizeMode)),
-            ("lr_scheduler_type", _ENDLESS_SCHEDULES + _SCHEDULES_TO_MAX_STEPS),
-        ):
-            check_choice(name, getattr(self, name), allowed)
+        for name, kind in get_type_hints(type(self)).items():
+            value, kinds = getattr(self, name), get_args(kind)
+            if value is None and type(None) in kinds:
+                continue
+            if int in (kind, *kinds):
+                check_int(name, value, 0 if name in _MAY_BE_ZERO else 1)
+            elif get_origin(kind) is Literal:
+                check_choice(name, value, kinds)
+        check_choice("lr_scheduler_type", self.lr_scheduler_type, _ENDLESS_SCHEDULES + _SCHEDULES_TO_MAX_STEPS)
         if self.warmup_steps > 0 and self.lr_scheduler_type == "constant":
             raise ValueError(
                 f'warmup_steps={self.warmup_steps} has no effect with lr_scheduler_type="constant": '
@@ -252,7 +264,6 @@ class RobustnessTokenTrainingArguments:
                 "invariance_weight and adversarial_weight must be finite, at least 0 and not both 0, "
                 f"got {self.invariance_weight} and {self.adversarial_weight}"
             )
-
         if not 0 <= self.head_distance_weight < math.inf:
             raise ValueError(f"head_distance_weight must be finite and at least 0, got {self.head_distance_weight}")
 
@@ -263,7 +274,7 @@ class RobustnessTokenTrainingArguments:
 
     @property
     def attack_routes(self) -> tuple[bool, ...]:
-        """Each attack on an image, by whether it goes through the tokens."""
+        """One entry per attack on an image: True if it goes through the tokens."""
         return {"base": (False,), "tokens": (True,), "both": (False, True)}[self.attack_through]
 
     @property
@@ -299,17 +310,17 @@ _NOT_RECIPE = {
 
 
 def resolve_preset(name: str, model_type: str | None = None) -> dict[str, Any]:
-    """The settings of a preset, for the user's own to be laid over.
+    """Returns the settings of a preset; the user's own settings override them.
 
     Args:
-        name: `"dinov2"`, `"deit3"` or `"openclip"`; or `"paper"`, which picks one of them by the base's family; or
-            `"adaptive"`, which attacks with and without the tokens, and also what a linear head reads.
-        model_type: `config.model_type` of the base, read for `"paper"` alone. A timm model counts as DeiT-III: name
-            another preset outright for a timm copy of another family.
+        name: `"dinov2"`, `"deit3"` or `"openclip"`; `"paper"`, which picks one of these by the base's family; or
+            `"adaptive"`, which attacks with and without the tokens, and also the input of a linear head.
+        model_type: `config.model_type` of the base, needed for `"paper"` alone. Every timm model counts as DeiT-III:
+            for a timm copy of another family name its preset.
 
     Returns:
-        A new dict by argument name: the fields of `ModelArguments` and `RobustnessTokenTrainingArguments`, and the
-        `image_mean` and `image_std` of `from_base`.
+        A new dict by argument name: fields of `RobustnessTokenTrainingArguments`, and the arguments of
+        `RobustnessTokenModel.from_base` that the preset sets.
 
     Raises:
         ValueError: If there is no such preset, or `"paper"` has no recipe for the family.

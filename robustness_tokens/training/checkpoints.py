@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -20,8 +19,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from ..hub import check_no_other_model, holds_adapter
-from ..utils import MAX_JSON_BYTES, check_dict, check_int, check_keys, flush_to_disk, read_json
+from ..utils import MAX_JSON_BYTES, check_dict, check_int, check_keys, flush_to_disk, read_json, replacing
 
 
 logger = logging.getLogger(__name__)
@@ -33,7 +31,7 @@ _TOKENS = "robustness_tokens"
 
 
 class DamagedCheckpointError(ValueError):
-    """The files of a checkpoint are there, but can't be read."""
+    """A checkpoint has its files, but they can't be read."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +117,7 @@ def save_checkpoint(
         raise OSError(
             exc.errno,
             f"{final} could not be written ({exc.strerror}), and the checkpoints before it are as they were: make "
-            "room, or mend the permissions, and go on with resume_from_checkpoint=True",
+            "room, or fix the permissions, and go on with resume_from_checkpoint=True",
         ) from exc
     # It is there now, and what can't be taken away is no reason to end the run.
     if replaced.exists():
@@ -170,18 +168,10 @@ def read_checkpoint(folder: Path, *, settings: Mapping[str, Any], shape: tuple[i
 def find_checkpoint(
     output_dir: Path, resume_from: str | bool | None, *, settings: Mapping[str, Any], shape: tuple[int, ...]
 ) -> Checkpoint | None:
-    """Reads the checkpoint to go on from.
+    """Reads the checkpoint that `resume_from` names; True takes the newest undamaged one in the run's folder.
 
-    Args:
-        output_dir: Folder of the run.
-        resume_from: Folder of a checkpoint, or True: the last in the run's folder that is whole and undamaged.
-        settings, shape: See [`read_checkpoint`].
-
-    Returns:
-        None if `resume_from` is None, or True where there is no checkpoint yet, which is said.
-
-    Raises:
-        ValueError: If it doesn't fit, or all in the run's folder are damaged.
+    Returns None if `resume_from` is None, or, with a warning, if it is True and there is no checkpoint yet.
+    `ValueError` if the checkpoint does not fit, or all are damaged.
     """
     if resume_from is None:
         return None
@@ -199,43 +189,8 @@ def find_checkpoint(
     return read_checkpoint(folders[0], settings=settings, shape=shape)
 
 
-def check_output_dir(output_dir: Path, *, overwrite: bool, resume_from: str | bool | None) -> None:
-    """Refuses a folder that a run can't write to, or that holds what it must not replace; nothing is written.
-
-    Args:
-        output_dir: Folder of the run, there or not.
-        overwrite: Whether an adapter and checkpoints of an earlier run may be replaced.
-        resume_from: A run that goes on from a checkpoint in this folder may replace them too.
-
-    Raises:
-        ValueError: If it is no folder or not writable, or holds another model, an adapter or checkpoints.
-    """
-    resolved = output_dir.resolve()
-    existing = next(path for path in (resolved, *resolved.parents) if os.path.exists(path))
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        problem = "not writable" if existing.is_dir() else "no folder"
-        raise ValueError(
-            f"output_dir={str(output_dir)!r} can't be used, because {existing} is {problem}: choose another"
-        )
-    check_no_other_model(output_dir)
-    used = holds_adapter(output_dir) or list_checkpoints(output_dir)
-    if used and not overwrite and not is_own_checkpoint(output_dir, resume_from):
-        raise ValueError(
-            f"{output_dir} holds an adapter or checkpoints already: choose another output_dir, or set "
-            "overwrite_output_dir=True to replace them, or, where there are checkpoints, "
-            "resume_from_checkpoint=True to go on"
-        )
-
-
-def is_own_checkpoint(output_dir: Path, resume_from: str | bool | None) -> bool:
-    """Tells whether [`find_checkpoint`] is given a checkpoint in the run's own folder."""
-    if resume_from is True:
-        return bool(list_checkpoints(output_dir))
-    return resume_from is not None and Path(str(resume_from)).resolve().parent == output_dir.resolve()
-
-
 def list_checkpoints(output_dir: Path) -> list[tuple[int, Path]]:
-    """(step, folder) of the whole checkpoints in a run's folder, in order."""
+    """Returns (step, folder) of the whole checkpoints in a run's folder, in order."""
     found = []
     for path in output_dir.glob("checkpoint-*"):
         match = re.fullmatch(r"checkpoint-(\d+)", path.name)
@@ -288,7 +243,5 @@ def _remove(folder: Path, *, hidden_as: Path | None = None) -> None:
 
 
 def _write(path: Path, content: bytes) -> None:
-    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    with replacing(path) as partial:  # which only its owner can read
+        partial.write_bytes(content)

@@ -1,4 +1,4 @@
-"""The images of a training run: any dataset made ready, and dealt out step by step, epoch after epoch."""
+"""Prepares the images of a training run and deals them out, step by step and epoch after epoch."""
 
 from __future__ import annotations
 
@@ -30,43 +30,33 @@ from ..data import (
 from .arguments import RobustnessTokenTrainingArguments
 
 
-# After so many in which no step was possible it never will be.
+# Epochs without any possible step before the run gives up.
 _MAX_EMPTY_EPOCHS = 100
 
 Batch = Mapping[str, Tensor]
 Position = tuple[int, int]
-"""Where in the data a run is: epoch, and batches of this process that it has taken from that epoch."""
+"""Place of a run in its data: the epoch, and the batches that this process has taken from it."""
 
 
 def take_pairs(
     dataset: Any, *, args: RobustnessTokenTrainingArguments, config: RobustnessTokenConfig
 ) -> tuple[Any, RobustnessTokenTrainingArguments]:
-    """Loads adversarial pairs where they are given, and makes their attack that of the arguments.
+    """Loads pairs if `dataset` names them; returns the dataset, and arguments with the attack of the pairs.
 
-    Args:
-        dataset: What the user gave the trainer: `AdversarialPairs`, their folder or their name on the Hub; anything
-            else comes back as it is.
-        args: Of the training.
-        config: Of the model.
-
-    Returns:
-        The dataset, and the arguments to train with.
-
-    Raises:
-        ValueError: If the pairs were made for another base or by another attack than `args` state.
+    `ValueError` if the pairs were made for another base, or by another attack than `args` state.
     """
     if isinstance(dataset, str | os.PathLike):
         dataset = load_adversarial_pairs(dataset)
     if args.image_column_name is None and set(PAIR_TYPES) <= set(getattr(dataset, "column_names", None) or ()):
         raise ValueError(
             "train_dataset holds adversarial pairs, but not how they were made: give their folder, or their name on "
-            "the Hub, instead (or image_column_name='image' to attack these images anew)"
+            "the Hub, instead (or image_column_name='image' to attack these images again)"
         )
     if not isinstance(dataset, AdversarialPairs):
         return dataset, args
     check_base(dataset.info, config)
-    settled = settle_arguments(dataset.info, args)
-    return dataset if dataset.info.similarity_axis == config.similarity_axis else dataset.without_baseline(), settled
+    args = adopt_pairs_arguments(dataset.info, args)
+    return dataset if dataset.info.similarity_axis == config.similarity_axis else dataset.without_baseline(), args
 
 
 def prepare_train_dataset(
@@ -111,7 +101,7 @@ def prepare_train_dataset(
 def build_train_loader(
     dataset: Dataset[Any], *, args: RobustnessTokenTrainingArguments, accelerator: Accelerator
 ) -> DataLoader[Any]:
-    """Batches for this process, shuffled anew every epoch."""
+    """Returns the batches of this process, in another order every epoch."""
     streaming = isinstance(dataset, IterableImageDataset)
     images_per_step = args.per_device_train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
     loader = build_dataloader(
@@ -128,23 +118,11 @@ def build_train_loader(
 def iterate_steps(
     loader: Any, *, args: RobustnessTokenTrainingArguments, accelerator: Accelerator, start: Position = (0, 0)
 ) -> Iterator[tuple[list[Batch], Position]]:
-    """The batches of each optimiser step, without end.
+    """Yields, without end, the batches of each optimiser step and the position after them.
 
-    An epoch has whole steps only, so that several small batches a step see what one large batch would; one that is
-    smaller than a step is a step of its own.
-
-    Args:
-        loader: From [`build_train_loader`].
-        args: Of the training.
-        accelerator: Of the training.
-        start: The position to go on from.
-
-    Returns:
-        An iterator of up to `gradient_accumulation_steps` batches without broken images, and the position after them.
-        A step for which one of the processes has no image is passed over by all of them.
-
-    Raises:
-        ValueError: If too many images are broken, or none is readable, or no step was possible in many epochs.
+    A step has up to `gradient_accumulation_steps` batches, without broken images. An epoch has whole steps only, so
+    that several small batches see what one large batch would; an epoch smaller than a step is one step. All processes
+    skip a step for which one of them has no image. `ValueError` if too many images are broken, or no step is possible.
     """
     broken_images = BrokenImageLog(args.max_broken_images)
     epoch, batches_done = start
@@ -167,7 +145,7 @@ def iterate_steps(
             found = True
             yield whole, (epoch, batches_done)
         num_empty_epochs = 0 if found else num_empty_epochs + 1
-        # In another order each process may have an image.
+        # In the order of another epoch each process may have an image.
         if not found and (num_empty_epochs == _MAX_EMPTY_EPOCHS or not _sum(num_readable, accelerator)):
             on_processes = (
                 f" on each of {accelerator.num_processes} processes" if accelerator.num_processes > 1 else ""
@@ -177,30 +155,19 @@ def iterate_steps(
 
 
 def _without_empty(batches: list[Batch], accelerator: Accelerator) -> list[Batch]:
-    """The batches that hold images; none if a process has none, for which the others would wait in vain."""
+    """Returns the batches that hold images; none if any process has none, or the others would wait for it."""
     whole = [batch for batch in batches if len(batch["images"])]
     return whole if _sum(not whole, accelerator) == 0 else []
 
 
 def _sum(value: float, accelerator: Accelerator) -> float:
-    """Over the processes."""
+    """Sums a value over the processes."""
     total: Tensor = accelerator.reduce(torch.tensor(float(value), device=accelerator.device), reduction="sum")
     return total.item()
 
 
-def settle_arguments(info: PairsInfo, args: RobustnessTokenTrainingArguments) -> RobustnessTokenTrainingArguments:
-    """The arguments of a training on pairs: the attack is theirs, and what was stated of it must agree.
-
-    Args:
-        info: Of the pairs.
-        args: As the user gave them.
-
-    Returns:
-        New arguments, whose attack and `resize` are those of the pairs.
-
-    Raises:
-        ValueError: If the user stated another attack, image size or way to resize, or named an image column.
-    """
+def adopt_pairs_arguments(info: PairsInfo, args: RobustnessTokenTrainingArguments) -> RobustnessTokenTrainingArguments:
+    """Returns new arguments with the attack and `resize` of the pairs; `ValueError` if `args` state something else."""
     if args.attack_through != "base":
         raise ValueError(
             f"attack_through={args.attack_through!r} with adversarial pairs, which were made through the base: what "
@@ -222,8 +189,8 @@ def settle_arguments(info: PairsInfo, args: RobustnessTokenTrainingArguments) ->
         raise ValueError(f"resize={args.resize!r}, but the pairs were made with {info.resize!r}: leave it out")
     # The pairs' own size needs none, but held-out pictures are resized to what was stated.
     image_size = args.image_size if info.resize == "squash" else None
-    settled: dict[str, Any] = {**info.attack, "resize": info.resize, "image_size": image_size}
-    return dataclasses.replace(args, **settled)
+    adopted: dict[str, Any] = {**info.attack, "resize": info.resize, "image_size": image_size}
+    return dataclasses.replace(args, **adopted)
 
 
 def _agree(stated: Any, stored: Any) -> bool:

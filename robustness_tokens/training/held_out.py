@@ -1,4 +1,4 @@
-"""Measures the tokens on held-out images every so many steps of a training run.
+"""Measures the tokens on held-out images during a training run.
 
 Shapes: B images of a batch, N sequence, D width.
 """
@@ -25,7 +25,7 @@ from .step import agreement_of, attacked_pixel_values, base_features, compute_fe
 
 _METRICS = EVAL_LOG_COLUMNS[1:-1]
 
-# Noise from (seed, example) alone: the images are attacked alike at every step of the run.
+# The same at every step of the run, so that the noise depends on (seed, example) alone.
 _NOISE_STEP = 0
 
 
@@ -36,16 +36,9 @@ def prepare_eval_dataset(
     model: RobustnessTokenPreTrainedModel,
     train_image_shape: tuple[int, int] | None,
 ) -> Dataset[Any]:
-    """Makes held-out images ready as [`prepare_train_dataset`] does those to train on.
+    """Prepares held-out images as [`prepare_train_dataset`] does.
 
-    Args:
-        dataset: As there, but for streams and pairs.
-        args: Of the training.
-        model: That is trained.
-        train_image_shape: Height and width of the images to train on, if they have one.
-
-    Raises:
-        ValueError: As there, for a stream or pairs, and for images of another size than those to train on.
+    `ValueError` for a stream, for pairs, and for images whose size differs from `train_image_shape`.
     """
     if isinstance(dataset, AdversarialPairs | str | os.PathLike):
         raise ValueError(
@@ -77,22 +70,12 @@ def measure_held_out(
     accelerator: Accelerator,
     normalizer: Normalizer,
 ) -> dict[str, float]:
-    """The training's losses on held-out images under the training's attack; every image is measured once.
+    """Returns the losses of the training, under its attack, on held-out images: the same on every process.
 
-    Nothing random is drawn, and the noise of an image depends on `args.seed` and its index alone, so that `"pgd"`
-    gives the same numbers for any number of processes, up to rounding. The bounds of `"paper"` depend on the batch.
-
-    Args:
-        model: With its tokens on; never changed.
-        dataset: From [`prepare_eval_dataset`].
-        args, accelerator, normalizer: Of the training.
-
-    Returns:
-        `eval_loss`, `eval_invariance_cosine`, `eval_adversarial_cosine`, `eval_baseline_cosine` (attacked, without
-        tokens), means over the images, and `eval_num_images`; the same on every process.
-
-    Raises:
-        ValueError: If too many images are broken, or all.
+    Means over the images: `eval_loss`, `eval_invariance_cosine`, `eval_adversarial_cosine`, `eval_baseline_cosine`
+    (attacked, without tokens); and `eval_num_images`. Each image is measured once. Its noise depends on `args.seed`
+    and its index alone, so `"pgd"` gives the same numbers for any number of processes, up to rounding; the bounds of
+    `"paper"` depend on the batch. `ValueError` if too many images are broken, or all.
     """
     size = len(dataset)  # type: ignore[arg-type]  # torch's Dataset leaves __len__ to its children
     own = Subset(dataset, range(accelerator.process_index, size, accelerator.num_processes))

@@ -39,7 +39,7 @@ from ..data import (
     write_shard,
 )
 from ..models import MixedPrecision, RobustnessTokenPreTrainedModel, check_patches, runs_in_half
-from ..utils import PROCESS_GROUP, __version__, read_json, share_from_main, write_text
+from ..utils import PROCESS_GROUP, __version__, check_int, read_json, share_from_main, write_text
 from .arguments import RobustnessTokenTrainingArguments
 from .dataset import prepare_train_dataset
 from .step import attack_for_training, base_features, faster_base
@@ -50,16 +50,12 @@ _ROUNDING = 1e-3  # of a 255th: 255 * (4 / 255) need not be 4
 
 @dataclass(kw_only=True)
 class PairsArguments:
-    """Arguments of `robtok attack` beside those of `robtok train`.
+    """Arguments of `robtok attack` beside those of `robtok train`; `ValueError` if a value is out of range."""
 
-    Raises:
-        ValueError: If a value is out of range.
-    """
-
-    num_images: int | None = field(default=None, metadata={"help": "Attack so many, chosen by the seed; all if None."})
-    images_per_shard: int = field(
-        default=500, metadata={"help": "Images per file; a file is what a resumed run keeps."}
+    num_images: int | None = field(
+        default=None, metadata={"help": "Number of images to attack, chosen at random by the seed; by default all."}
     )
+    images_per_shard: int = field(default=500, metadata={"help": "Images per file. A resumed run keeps whole files."})
     push_to_hub: str | None = field(
         default=None, metadata={"help": "Upload the pairs to this dataset, user/name; by default nowhere."}
     )
@@ -71,9 +67,8 @@ class PairsArguments:
 
     def __post_init__(self) -> None:
         for name in ("num_images", "images_per_shard"):
-            value = getattr(self, name)
-            if value is not None and (type(value) is not int or value < 1):
-                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+            if getattr(self, name) is not None:
+                check_int(name, getattr(self, name), 1)
 
 
 def make_adversarial_pairs(
@@ -86,25 +81,25 @@ def make_adversarial_pairs(
 ) -> AdversarialPairs:
     """Attacks the base on a dataset's images and writes the pairs to `args.output_dir`.
 
-    An image is cut to 8 bits before it is attacked. What the attack gives is rounded to 8 bits, then projected to the
-    budget again, and measured. The noise comes from `(args.seed, 0, row)`, the row being that of the dataset: the
-    pairs are those that a training would make in its first step, whichever step reads them later. Run again with the
-    same arguments, it goes on after the last whole shard. Under `accelerate launch` the processes share the shards.
+    An image is rounded to 8 bits before it is attacked; the attacked image is rounded to 8 bits, projected to the
+    budget again, and measured. The noise comes from `(args.seed, 0, row of the dataset)`: a training makes the same
+    pairs in its first step, whichever step reads them later. A second run with the same arguments makes the missing
+    shards. Under `accelerate launch` the processes share the shards.
 
     Args:
-        model: Whose base is attacked; its tokens take no part, so the pairs tell nothing of them.
+        model: Gives the base to attack. Its tokens take no part, so the pairs reveal nothing about them.
         args: The attack, the images and the folder, as for a training.
         dataset: A `datasets` dataset with an image column, or a torch dataset of ready images; no stream.
-        num_images: Attack so many, a random choice by `args.seed` in random order, so that a dataset sorted by class
-            gives images of all; all, in their order, if None.
+        num_images: Number of images to attack, chosen at random by `args.seed` and in random order, so that a dataset
+            sorted by class gives images of every class. All, in their order, if None.
         images_per_shard: Images per file.
 
     Returns:
-        The pairs, as [`load_adversarial_pairs`] reads them. Broken images have none.
+        The pairs, as [`load_adversarial_pairs`] reads them; broken images are left out.
 
     Raises:
-        ValueError: If the attack can't be stored, the folder holds something else or pairs made otherwise, or the disk
-            has no room for all of them.
+        ValueError: If the attack can't be stored, the folder holds something else or other pairs, or the disk has no
+            room for all of them.
         FloatingPointError: If the base's features are not finite.
     """
     PairsArguments(num_images=num_images, images_per_shard=images_per_shard)
@@ -201,7 +196,7 @@ def _rows_of(shard: int, rows: Sequence[int], info: PairsInfo) -> Sequence[int]:
 
 
 def _start(folder: Path, info: PairsInfo, images: Dataset[Any], rows: Sequence[int], *, overwrite: bool) -> None:
-    """Makes the folder ready for these pairs, or for the rest of them."""
+    """Prepares the folder for these pairs, or for those of them that are missing."""
     folder.mkdir(parents=True, exist_ok=True)
     own = {
         *(file for pattern in ("shard-*.arrow", ".shard-*.part", "tmp*.part") for file in folder.glob(pattern)),
@@ -211,7 +206,7 @@ def _start(folder: Path, info: PairsInfo, images: Dataset[Any], rows: Sequence[i
         found = set(folder.iterdir())
         if found - own:
             raise ValueError(f"output_dir {str(folder)!r} holds something else than adversarial pairs: choose another")
-        if found and not overwrite:  # a replacement that was cut short left them
+        if found and not overwrite:  # left by a replacement that was interrupted
             raise ValueError(
                 f"output_dir {str(folder)!r} holds files of adversarial pairs, but no {INFO_FILE} that says how they "
                 "were made: set overwrite_output_dir=True to replace them, or choose another"
@@ -221,7 +216,9 @@ def _start(folder: Path, info: PairsInfo, images: Dataset[Any], rows: Sequence[i
         differing = _differences(dataclasses.asdict(stored), dataclasses.asdict(info))
         if not differing and (found_shard := _first_stored(folder, info)) is not None:
             shard, pairs = found_shard
-            if not set(pairs["index"][:]) <= set(_rows_of(shard, rows, info)):  # by a version that took the first rows
+            if not set(pairs["index"][:]) <= set(
+                _rows_of(shard, rows, info)
+            ):  # made by a version that took the first rows
                 differing = ["the choice of images"]
             else:
                 index = pairs[0]["index"]
@@ -235,14 +232,14 @@ def _start(folder: Path, info: PairsInfo, images: Dataset[Any], rows: Sequence[i
                 f"output_dir {str(folder)!r} holds pairs that were made otherwise ({'; '.join(differing)}): choose "
                 "another, or set overwrite_output_dir=True"
             )
-        path.unlink()  # first, so that what is left of the old shards belongs to nobody if this is cut short
+        path.unlink()  # first, so that an interruption leaves no description of a half-deleted set
     for file in own:
         file.unlink(missing_ok=True)
     write_text(folder / INFO_FILE, info.to_json())
 
 
 def _differences(stored: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
-    # Where the base lies, and which version wrote the pairs, changes nothing of them.
+    # The pairs do not depend on the place of the base or on the version that wrote them.
     ignored = {"package_version", "base_model", "base_model_revision"}
     return [
         f"{name}: {stored[name]!r} -> {found[name]!r}"
@@ -252,7 +249,7 @@ def _differences(stored: Mapping[str, Any], found: Mapping[str, Any]) -> list[st
 
 
 def _first_stored(folder: Path, info: PairsInfo) -> tuple[int, datasets.Dataset] | None:
-    """Number and pairs of a shard that is there already, and not empty."""
+    """Returns number and pairs of a stored shard that is not empty."""
     for shard in sorted(set(range(info.num_shards)) - set(missing_shards(folder, info))):
         pairs = datasets.Dataset.from_file(str(folder / info.shard_name(shard)))
         if len(pairs):
@@ -284,7 +281,7 @@ def _attack_batch(
     normalizer: Normalizer,
     broken_images: BrokenImageLog,
 ) -> dict[str, list[Any]]:
-    """Columns of the pairs of a batch."""
+    """Attacks a batch; returns the columns of its pairs."""
     broken_images.update(batch)
     if not len(batch["images"]):
         return {column: [] for column in PAIR_TYPES}
@@ -320,19 +317,13 @@ def _attack_batch(
 
 
 def max_pixel_difference(args: RobustnessTokenTrainingArguments, image_std: Sequence[float]) -> int:
-    """The budget of an attack in 8-bit levels: of a 4/255 it is 4; of the paper's, on ImageNet's statistics, 2.
+    """Returns the budget of an attack in 8-bit levels: 4 for an eps of 4/255, 2 for the paper's with ImageNet's std.
 
-    Args:
-        args: The attack.
-        image_std: One standard deviation per channel, in [0, 1] image units, by which the paper's radius is stretched;
-            see [`paper_attack_eps`].
-
-    Raises:
-        ValueError: If it is less than one level.
+    `image_std`, per channel and in [0, 1] image units, scales the paper's radius; `ValueError` below one level.
     """
     if args.attack == "paper":
         smallest = 255 * PAPER_EPS_NORMALIZED * min(image_std)
-        budget = round(255 * paper_attack_eps(image_std, on_grid=True))  # as images of pairs are
+        budget = round(255 * paper_attack_eps(image_std, on_grid=True))  # the images of pairs are on the 8-bit grid
     else:
         assert args.eps is not None, "the arguments set it for pgd"
         smallest = 255 * args.eps

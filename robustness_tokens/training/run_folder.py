@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import io
 import logging
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +15,7 @@ import torch
 from torch import nn
 
 from ..configuration import RobustnessTokenConfig
-from ..hub import remove_report
+from ..hub import check_no_other_model, holds_adapter, remove_report
 from ..models import (
     RobustnessTokenPreTrainedModel,
     attention_configs,
@@ -21,9 +23,9 @@ from ..models import (
     onednn_is_faster,
     runs_in_half,
 )
-from ..utils import __version__
+from ..utils import __version__, write_text
 from .arguments import RobustnessTokenTrainingArguments
-from .checkpoints import STATE_FILE, Checkpoint, find_checkpoint, is_own_checkpoint, list_checkpoints
+from .checkpoints import STATE_FILE, Checkpoint, find_checkpoint, list_checkpoints
 
 
 LOG_FILE = "logs/training_log.csv"
@@ -54,14 +56,15 @@ _STATE = {"rounding", "position", "previous_recipe", "scheduler", "callbacks"}  
 
 def start_log(path: Path, rows: Sequence[Mapping[str, float]] = (), *, columns: Sequence[str] = LOG_COLUMNS) -> None:
     """Writes a log with these rows, replacing any that is there; raises `OSError` if it cannot."""
-    partial = path.with_name(f"{path.name}.part")
+    file = io.StringIO()
+    writer = csv.DictWriter(file, fieldnames=columns)
+    writer.writeheader()
+    writer.writerows(rows)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, fieldnames=columns)
-            writer.writeheader()
-            writer.writerows(rows)
-        partial.replace(path)
+        for leftover in path.parent.glob("tmp*.part"):  # of a run that was killed
+            leftover.unlink()
+        write_text(path, file.getvalue())
     except OSError as exc:
         raise _unwritable(path, exc) from exc
 
@@ -88,9 +91,35 @@ def read_log(path: Path, *, last_step: int, columns: Sequence[str] = LOG_COLUMNS
 def _unwritable(path: Path, exc: OSError) -> OSError:
     return OSError(
         exc.errno,
-        f"the log {path} could not be written ({exc.strerror}); checkpoints are as they were: make room, or mend the "
+        f"the log {path} could not be written ({exc.strerror}); checkpoints are as they were: make room, or fix the "
         "permissions, and go on with resume_from_checkpoint=True",
     )
+
+
+def check_output_dir(output_dir: Path, *, overwrite: bool, resume_from: str | bool | None) -> None:
+    """Raises `ValueError` for a folder that is not writable, or holds what a run must not replace; writes nothing."""
+    resolved = output_dir.resolve()
+    existing = next(path for path in (resolved, *resolved.parents) if os.path.exists(path))
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        problem = "not writable" if existing.is_dir() else "no folder"
+        raise ValueError(
+            f"output_dir={str(output_dir)!r} can't be used, because {existing} is {problem}: choose another"
+        )
+    check_no_other_model(output_dir)
+    used = holds_adapter(output_dir) or list_checkpoints(output_dir)
+    if used and not overwrite and not is_own_checkpoint(output_dir, resume_from):
+        raise ValueError(
+            f"{output_dir} holds an adapter or checkpoints already: choose another output_dir, or set "
+            "overwrite_output_dir=True to replace them, or, where there are checkpoints, "
+            "resume_from_checkpoint=True to go on"
+        )
+
+
+def is_own_checkpoint(output_dir: Path, resume_from: str | bool | None) -> bool:
+    """Tells whether [`find_checkpoint`] is given a checkpoint in the run's own folder."""
+    if resume_from is True:
+        return bool(list_checkpoints(output_dir))
+    return resume_from is not None and Path(str(resume_from)).resolve().parent == output_dir.resolve()
 
 
 class RunSoFar(NamedTuple):

@@ -33,10 +33,19 @@ from .callbacks import (
     export_callbacks,
     restore_callbacks,
 )
-from .checkpoints import check_output_dir, save_checkpoint
+from .checkpoints import save_checkpoint
 from .dataset import Batch, Position, build_train_loader, iterate_steps, prepare_train_dataset, take_pairs
 from .held_out import measure_held_out, prepare_eval_dataset
-from .run_folder import EVAL_LOG_FILE, LOG_FILE, append_to_log, open_run, read_run, resume_settings, rounding_settings
+from .run_folder import (
+    EVAL_LOG_FILE,
+    LOG_FILE,
+    append_to_log,
+    check_output_dir,
+    open_run,
+    read_run,
+    resume_settings,
+    rounding_settings,
+)
 from .step import LastGoodTokens, accumulate_gradient, check_trainable, compute_features, faster_base
 
 
@@ -44,7 +53,7 @@ logger = logging.getLogger(__name__)
 
 
 class _Features(nn.Module):
-    """The model's features as a forward pass, so that DistributedDataParallel sees it and sums the gradients."""
+    """Wraps the features in a forward pass, so that DistributedDataParallel sums the gradients."""
 
     def __init__(self, model: RobustnessTokenPreTrainedModel, mixed_precision: MixedPrecision) -> None:
         super().__init__()
@@ -57,9 +66,9 @@ class _Features(nn.Module):
 class RobustnessTokenTrainer:
     """Trains the tokens of a model.
 
-    `args.output_dir` holds the adapter that [`save_model`] writes, and in folders of their own what belongs to the
-    run alone and is never pushed: `checkpoint-<step>/`, `logs/training_log.csv` with the rows of `log_history`, and
-    `logs/eval_log.csv` with those of `eval_history`.
+    `args.output_dir` holds the adapter that [`save_model`] writes, and folders that are never pushed:
+    `checkpoint-<step>/`, `logs/training_log.csv` with the rows of `log_history`, and `logs/eval_log.csv` with those of
+    `eval_history`.
 
     Args:
         model: From `RobustnessTokenModel.from_base` (new tokens) or `from_pretrained` (trained further).
@@ -67,15 +76,15 @@ class RobustnessTokenTrainer:
         train_dataset: A `datasets` dataset with an image column, or a torch dataset of
             `{"images": (3, H, W) float in [0, 1]}`, or adversarial pairs: `AdversarialPairs`, their folder, or their
             name on the Hub; then nothing is attacked, and `args` may leave the attack out.
-        eval_dataset: Held-out images, as `train_dataset` but neither a stream nor pairs, to measure the tokens on
-            every `args.eval_steps`.
-        callbacks: transformers' `TrainerCallback`s, called on every process; what one of them decides by the
-            `TrainerControl` holds on all.
+        eval_dataset: Held-out images to measure the tokens on every `args.eval_steps`: as `train_dataset`, but neither
+            a stream nor pairs.
+        callbacks: `TrainerCallback`s of transformers, called on every process; a decision of one of them, by its
+            `TrainerControl`, holds on all.
 
     Raises:
-        ValueError: If `args.output_dir` holds another model, or an adapter or checkpoints already and the run neither
-            resumes from one of these nor sets `overwrite_output_dir`, or can't be written to; if the dataset has no
-            image column; if the base can't cut its images into patches.
+        ValueError: If `args.output_dir` can't be written to, holds another model, or holds an adapter or checkpoints
+            while the run neither resumes from one of them nor sets `args.overwrite_output_dir`; if the dataset has no
+            image column; if the base can't divide its images into patches.
     """
 
     def __init__(
@@ -129,25 +138,24 @@ class RobustnessTokenTrainer:
         self.state, self.control = TrainerState(), TrainerControl()
         self._good_tokens = LastGoodTokens(model)
         self._saved_step = -1  # of the last checkpoint in output_dir
-        self._checked_step = -1  # after which the tokens were last seen to be whole
+        self._checked_step = -1  # after which the tokens were last found finite
 
     def train(self) -> TrainOutput:
         """Runs the training, from the beginning or from `args.resume_from_checkpoint`.
 
-        On SIGTERM, the step is finished, a checkpoint saved and the process ended with exit code 143, as a shell
-        reports of one that SIGTERM has ended: a run that was cut short is no success. So it is after the last step,
-        until this returns.
+        On SIGTERM, it finishes the step, saves a checkpoint and exits with code 143, the code that a shell reports for
+        a process ended by SIGTERM. This also holds after the last step, until the method returns.
 
         Returns:
             transformers' `TrainOutput`: steps done, mean loss of the steps done now, and the last logged metrics.
 
         Raises:
-            ValueError: If the checkpoint does not fit, or `args.output_dir` holds those of a training before and
-                neither `args.resume_from_checkpoint` nor `overwrite_output_dir` is set, or too many images are
-                unreadable, or the tokens are off, not float32, or not what is trained.
-            FloatingPointError: If the loss is not finite, or the features with the tokens that are to be saved, or are
-                the last, are not; the last good tokens stay in the model, and in output_dir.
-            OSError: If a checkpoint or the log can't be written; the checkpoints before are as they were.
+            ValueError: If the checkpoint does not fit; if `args.output_dir` holds checkpoints of an earlier run and
+                neither `args.resume_from_checkpoint` nor `args.overwrite_output_dir` is set; if too many images are
+                unreadable; if the tokens are disabled or not float32, or anything else is trainable.
+            FloatingPointError: If the loss is not finite, or the features with tokens are not when these are saved or
+                the run ends. The last good tokens stay in the model and in `args.output_dir`.
+            OSError: If a checkpoint or the log can't be written; earlier checkpoints stay as they were.
             SystemExit: After SIGTERM.
         """
         args, accelerator = self.args, self.accelerator
@@ -169,9 +177,9 @@ class RobustnessTokenTrainer:
                 optimizer.zero_grad()
                 self.model.train(was_training)
                 if args.dataloader_num_workers > 0:
-                    accelerator.free_memory()  # which holds the loader, whose workers would live on
-                abandon_trackers(accelerator)  # of which some are left only if an error is on its way
-            if agree(self.control, termination.requested, accelerator):  # while the trackers ended, say
+                    accelerator.free_memory()  # or the workers of the loader live on
+                abandon_trackers(accelerator)  # some are left only while an exception propagates
+            if agree(self.control, termination.requested, accelerator):  # it may come while the trackers finish
                 self._exit_by_sigterm(position, optimizer, scheduler, termination)
         self._note_recipe(self.state.global_step)
         accelerator.wait_for_everyone()
@@ -186,7 +194,7 @@ class RobustnessTokenTrainer:
         if self.eval_dataset is None:
             raise ValueError("evaluate() needs an eval_dataset: give one to RobustnessTokenTrainer")
         return measure_held_out(
-            self.model.to(self.accelerator.device),  # where only train() has put it
+            self.model.to(self.accelerator.device),  # train() alone moves it
             self.eval_dataset,
             args=self.args,
             accelerator=self.accelerator,
@@ -197,10 +205,10 @@ class RobustnessTokenTrainer:
         """Writes the adapter, and nothing but the adapter, from the main process.
 
         Args:
-            output_dir: Where; by default `args.output_dir`.
+            output_dir: Folder to write to; `args.output_dir` if None.
 
         Raises:
-            ValueError: If another folder is given and holds an adapter, without `args.overwrite_output_dir`.
+            ValueError: If another folder holds an adapter and `args.overwrite_output_dir` is not set.
         """
         folder = self.output_dir if output_dir is None else Path(output_dir)
 
@@ -211,7 +219,7 @@ class RobustnessTokenTrainer:
                 )
             self.model.save_pretrained(folder)
 
-        share_from_main(save, self.accelerator)  # by which all have waited for it
+        share_from_main(save, self.accelerator)  # every process waits for it
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
         """Saves the adapter and uploads it from the main process; see [`push_adapter`]."""
@@ -221,7 +229,7 @@ class RobustnessTokenTrainer:
     def _run(
         self, position: Position, features: Any, optimizer: Any, scheduler: Any, termination: Termination
     ) -> tuple[float, Position]:
-        """The loop; returns the mean loss and the position after it."""
+        """Runs the loop; returns the mean loss and the position after it."""
         args, accelerator, state, handler = self.args, self.accelerator, self.state, self.callback_handler
         loader = build_train_loader(self.train_dataset, args=args, accelerator=accelerator)
         steps = iterate_steps(loader, args=args, accelerator=accelerator, start=position)
@@ -284,7 +292,7 @@ class RobustnessTokenTrainer:
     def _exit_by_sigterm(
         self, position: Position, optimizer: Any, scheduler: Any, termination: Termination
     ) -> NoReturn:
-        """Answers SIGTERM, on all processes alike: a checkpoint, unless this step has one, and the end."""
+        """Saves a checkpoint unless this step has one, and exits with code 143, on every process."""
         if self._saved_step != self.state.global_step:
             self._save_checkpoint(position, optimizer, scheduler)
         termination.answered = True
@@ -317,7 +325,7 @@ class RobustnessTokenTrainer:
         return metrics
 
     def _check_tokens(self, batches: Sequence[Batch]) -> None:
-        """Stops where the last step broke the tokens, whose loss is of those before it; looks once after each step."""
+        """Raises if the updated tokens give non-finite features; the step's loss was computed with the old ones."""
         if self._checked_step == self.state.global_step:
             return
         with faster_base(self.model, self.args, self.accelerator.device):
@@ -330,12 +338,12 @@ class RobustnessTokenTrainer:
         self._checked_step = self.state.global_step
 
     def _clean_images(self, batches: Sequence[Batch]) -> Tensor:
-        """(B, 3, H, W) normalised, of the last batch."""
+        """Returns the last batch, (B, 3, H, W) normalised."""
         images: Tensor = self.normalizer(batches[-1]["images"].to(self.accelerator.device))
         return images
 
     def _stop(self, batches: Sequence[Batch], reason: FloatingPointError, *, step: int) -> FloatingPointError:
-        """Ends a run that diverged in a step: puts the last good tokens back and saves them; returns what to raise."""
+        """Restores and saves the last good tokens of a run that diverged; returns the error to raise."""
         with faster_base(self.model, self.args, self.accelerator.device):
             step_of_good = self._good_tokens.go_back(
                 self._clean_images(batches),
@@ -360,7 +368,7 @@ class RobustnessTokenTrainer:
         self.control = getattr(self.callback_handler, event)(self.args, self.state, self.control, **kwargs)
 
     def _recipe(self) -> dict[str, Any]:
-        """The arguments' recipe with what the processes, the image processor and ready images add to it."""
+        """Returns the recipe of the arguments, with the number of processes and the size of the images."""
         recipe = {**self.args.recipe(), "num_processes": self.accelerator.num_processes}
         if self._images.image_size is not None:
             recipe["image_size"] = self._images.image_size

@@ -21,11 +21,12 @@ from transformers import TrainerCallback
 
 from robustness_tokens.training import checkpoints, run_folder
 from robustness_tokens.training.checkpoints import list_checkpoints, read_checkpoint, save_checkpoint
+from robustness_tokens.utils import files
 from tests.support.disks import full_disk
 from tests.support.training_runs import build_trainer, fork_server, start, tokens_of
 
 
-WRITERS = {module.__file__ for module in (checkpoints, run_folder)}
+WRITERS = {module.__file__ for module in (checkpoints, run_folder, files)}
 LONG: dict[str, Any] = {"max_steps": 400, "save_steps": 1, "save_total_limit": 2, "eval_steps": 3, "eval_images": 2}
 
 

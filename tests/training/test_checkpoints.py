@@ -14,14 +14,19 @@ from robustness_tokens.training import checkpoints
 from robustness_tokens.training.checkpoints import (
     STATE_FILE,
     TENSORS_FILE,
-    check_output_dir,
     find_checkpoint,
-    is_own_checkpoint,
     list_checkpoints,
     read_checkpoint,
     save_checkpoint,
 )
-from robustness_tokens.training.run_folder import LOG_COLUMNS, append_to_log, read_log, start_log
+from robustness_tokens.training.run_folder import (
+    LOG_COLUMNS,
+    append_to_log,
+    check_output_dir,
+    is_own_checkpoint,
+    read_log,
+    start_log,
+)
 
 
 SETTINGS = {"seed": 0, "learning_rate": 0.1}
