@@ -21,26 +21,3 @@ from .paper import (
 )
 from .pgd import pgd_attack, pgd_step_size
 from .square import square_attack
-
-
-__all__ = [
-    "PAPER_EPS_NORMALIZED",
-    "PAPER_NUM_STEPS",
-    "PAPER_STEP_SIZE_NORMALIZED",
-    "Objective",
-    "apgd_attack",
-    "auto_attack",
-    "cosine_similarity",
-    "cross_entropy_objective",
-    "example_generators",
-    "feature_cosine_objective",
-    "feature_mse_objective",
-    "margin_objective",
-    "noise_attack",
-    "paper_attack",
-    "paper_attack_eps",
-    "pgd_attack",
-    "pgd_step_size",
-    "pixel_cross_entropy_objective",
-    "square_attack",
-]

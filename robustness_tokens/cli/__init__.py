@@ -2,12 +2,3 @@
 
 from .commands import run_command
 from .parsing import ModelArguments, load_eval_dataset, load_train_dataset, parse_arguments
-
-
-__all__ = [
-    "ModelArguments",
-    "load_eval_dataset",
-    "load_train_dataset",
-    "parse_arguments",
-    "run_command",
-]

@@ -5,12 +5,3 @@ from .attack_suite import Attack
 from .evaluate import evaluate_robustness
 from .figures import training_figures
 from .probe_training import train_probe
-
-
-__all__ = [
-    "Attack",
-    "EvaluationArguments",
-    "evaluate_robustness",
-    "train_probe",
-    "training_figures",
-]

@@ -21,28 +21,3 @@ from .card import is_generated, render_card, update_card
 from .eval_results import to_eval_results
 from .push_pairs import push_adversarial_pairs
 from .pushing import push_adapter
-
-
-__all__ = [
-    "CARD_FILE",
-    "CONFIG_FILE",
-    "EVALUATION_FILE",
-    "Adapter",
-    "cached_commit",
-    "check_base_is_repo_id",
-    "check_no_other_model",
-    "holds_adapter",
-    "is_generated",
-    "is_repo_id",
-    "load_adapter",
-    "push_adapter",
-    "push_adversarial_pairs",
-    "read_config",
-    "read_report",
-    "remove_report",
-    "render_card",
-    "report_of",
-    "to_eval_results",
-    "update_card",
-    "write_tokens",
-]

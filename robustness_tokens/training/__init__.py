@@ -7,21 +7,3 @@ from .make_pairs import PairsArguments, make_adversarial_pairs, max_pixel_differ
 from .run_folder import LOG_FILE, read_log
 from .sweep import SweepArguments, run_sweep, to_csv
 from .trainer import RobustnessTokenTrainer
-
-
-__all__ = [
-    "LOG_FILE",
-    "PAPER",
-    "PairsArguments",
-    "RobustnessTokenTrainer",
-    "RobustnessTokenTrainingArguments",
-    "SweepArguments",
-    "make_adversarial_pairs",
-    "max_pixel_difference",
-    "prepare_train_dataset",
-    "read_log",
-    "resolve_preset",
-    "robustness_loss",
-    "run_sweep",
-    "to_csv",
-]

@@ -30,37 +30,3 @@ from .strict import (
 )
 from .tensors import check_finite, digest, read_tensors
 from .version import __version__
-
-
-__all__ = [
-    "MAX_JSON_BYTES",
-    "MAX_NAME",
-    "MAX_TEXT",
-    "PROCESS_GROUP",
-    "__version__",
-    "check_bool",
-    "check_choice",
-    "check_dict",
-    "check_fingerprint",
-    "check_finite",
-    "check_int",
-    "check_keys",
-    "check_list",
-    "check_number",
-    "check_numbers",
-    "check_parameters",
-    "check_pattern",
-    "check_schema",
-    "check_text",
-    "digest",
-    "flush_to_disk",
-    "has_cache_hash",
-    "json_values",
-    "process_state",
-    "read_json",
-    "read_tensors",
-    "replacing",
-    "share_from_main",
-    "write_bytes",
-    "write_text",
-]

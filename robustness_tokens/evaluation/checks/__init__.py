@@ -1,6 +1,3 @@
 """The checks that an evaluation must pass before its numbers count."""
 
 from .run import run_checks
-
-
-__all__ = ["run_checks"]
