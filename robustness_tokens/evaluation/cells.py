@@ -18,10 +18,11 @@ from safetensors.torch import save
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..attacks import cosine_similarity
 from ..models import packed_once
 from ..utils import digest, process_state, share_from_main, write_bytes
 from .attack_suite import Attack, AttackBatch, run_attack
-from .outcomes import Outcome, measure_outcome
+from .metrics import Outcome, iou_counts
 from .threat_models import AttackerView, EvaluatedModel
 
 
@@ -230,6 +231,41 @@ def run_cells(
             share_from_main(functools.partial(store.save, cell, outcome, remaining), state)
             outcomes.append(outcome)
     return outcomes
+
+
+@torch.no_grad()
+def measure_outcome(
+    model: EvaluatedModel, batch: AttackBatch, adversarial: Tensor, tokens: Mapping[str, Tensor | None]
+) -> dict[str, Tensor]:
+    """Measures a batch of attacked images, (B, 3, H, W), in float32 with each of the tokens.
+
+    Returns on the CPU, with B rows: `pixel_difference` (the largest absolute one), `lowest_pixel` and `highest_pixel`,
+    and per kind of tokens the `cosine` with the base's clean features, `correct`, or `intersections` and `unions`.
+    """
+    flat = adversarial.flatten(1)
+    outcome = {
+        "pixel_difference": (adversarial - batch.images).abs().flatten(1).amax(dim=1),
+        "lowest_pixel": flat.amin(dim=1),
+        "highest_pixel": flat.amax(dim=1),
+    }
+    target = batch.base_features
+    if target is None and model.feature_view is not None:
+        target = model.features(batch.images, None, exact=True)
+    for name, value in tokens.items():
+        if target is not None:
+            features = model.features(adversarial, value, exact=True)
+            outcome[f"{name}.cosine"] = cosine_similarity(features, target, similarity_axis=model.similarity_axis)
+        if model.task == "classification":
+            assert batch.labels is not None
+            outcome[f"{name}.correct"] = model.logits(adversarial, value, exact=True).argmax(dim=1) == batch.labels
+        elif model.task == "segmentation":
+            assert batch.labels is not None
+            logits = model.pixel_logits(adversarial, value, batch.labels.shape[1:], exact=True)
+            counts = iou_counts(
+                logits.argmax(dim=1), batch.labels, num_labels=logits.shape[1], ignore_index=batch.ignore_index
+            )
+            outcome[f"{name}.intersections"], outcome[f"{name}.unions"] = counts.intersections, counts.unions
+    return {name: value.cpu() for name, value in outcome.items()}
 
 
 def find_remaining(

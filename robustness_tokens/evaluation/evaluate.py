@@ -21,12 +21,11 @@ from ..report import RobustnessReport
 from ..utils import __version__, digest, process_state
 from .arguments import DEFAULT_EPS, EvaluationArguments, override_arguments
 from .attack_suite import AttackBatch, on_8bit_grid
-from .cells import CellStore, merge, model_settings, run_cells
+from .cells import CellStore, measure_outcome, merge, model_settings, run_cells
 from .checks.run import run_checks
 from .figures import make_figures
 from .images import load_batches
 from .measurements import Measurements, sweep_curves
-from .outcomes import measure_outcome
 from .own_tokens import defenders_recipe, describe_training, own_tokens_specs, train_own_tokens
 from .plan import BUDGETS, apply_arguments, plan_cells
 from .threat_models import AttackerView, EvaluatedModel, attacker_views

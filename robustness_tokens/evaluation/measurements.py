@@ -12,7 +12,7 @@ from torch import Tensor
 from ..report import PART_WORST_CASE, WORST_CASE, ReportedKnowledge, Result, TokensInPlace
 from .attack_suite import AttackBatch
 from .cells import Cell
-from .outcomes import Outcome, summarize, worst_outcome
+from .metrics import Outcome, summarize, worst_outcome
 from .threat_models import EvaluatedModel
 
 

@@ -1,21 +1,27 @@
-"""Metrics and their intervals, as pure functions of a model's answers.
+"""Outcomes, their worst case over several attacks, and metrics with intervals, as pure functions.
 
-The cosine of features per image is `attacks.cosine_similarity`. Shapes: n images, C classes, H and W pixels.
+An outcome maps names such as `"trained.correct"` (tokens in the model, quantity) to tensors with one entry per image.
+Shapes: n images, C classes, H and W pixels.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from statistics import NormalDist
+from typing import TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..report import Metric, Task
 
-Interval = tuple[float, float]
+
+Outcome: TypeAlias = Mapping[str, Tensor]
+Interval: TypeAlias = tuple[float, float]
 
 
 def accuracy(correct: Tensor) -> float:
@@ -28,10 +34,9 @@ def accuracy(correct: Tensor) -> float:
 
 
 def worst_case(*outcomes: Tensor) -> Tensor:
-    """Returns the (n,) lowest value of each image over several outcomes, (n,) each and of one dtype.
+    """Returns the (n,) lowest value of each image over (n,) outcomes of one dtype, of which higher is better.
 
-    Outcomes are flags (True: the image held) or values of which higher is better. `ValueError` if there is none, they
-    differ in shape or dtype, or one holds NaN.
+    `ValueError` if there is none, they differ in shape or dtype, or one holds NaN.
     """
     kinds = {(outcome.dtype, tuple(outcome.shape)) for outcome in outcomes}
     if len(kinds) != 1 or outcomes[0].dim() != 1:
@@ -66,21 +71,35 @@ def bootstrap_interval(
 
     Source: B. Efron, "Bootstrap methods: another look at the jackknife", Annals of Statistics 1979.
     """
-    array = np.asarray(values.detach().cpu() if isinstance(values, Tensor) else values, dtype=np.float64)
+    array = np.asarray(values, dtype=np.float64)
     if array.ndim != 1 or array.size == 0 or not np.isfinite(array).all():
         raise ValueError(f"values must be one finite number per image, (n,), got shape {array.shape}: {array}")
-    return _bootstrap(
-        lambda rows: float(array[rows].mean()), len(array), confidence=confidence, resamples=num_resamples, seed=seed
-    )
+    return _bootstrap(array, np.mean, confidence=confidence, num_resamples=num_resamples, seed=seed)
+
+
+def _bootstrap(
+    values: np.ndarray, statistic: Callable[[np.ndarray], float], *, confidence: float, num_resamples: int, seed: int
+) -> Interval:
+    _check_confidence(confidence)
+    if num_resamples < 1:
+        raise ValueError(f"num_resamples must be at least 1, got {num_resamples}")
+    generator = np.random.default_rng(seed)
+    # One resample at a time: all at once would take gigabytes for a dataset of 50,000 images.
+    draws = [statistic(values[generator.integers(len(values), size=len(values))]) for _ in range(num_resamples)]
+    low, high = np.quantile(draws, [0.5 - confidence / 2, 0.5 + confidence / 2])
+    return float(low), float(high)
+
+
+def _check_confidence(confidence: float) -> None:
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must lie between 0 and 1, such as 0.95, got {confidence}")
 
 
 @dataclass(frozen=True)
 class IoUCounts:
     """Labelled pixels of each image and class where prediction and label agree, and where either names the class.
 
-    Attributes:
-        intersections: (n, C) int64.
-        unions: (n, C) int64.
+    Both are (n, C) int64 on the CPU.
     """
 
     intersections: Tensor
@@ -88,10 +107,9 @@ class IoUCounts:
 
 
 def iou_counts(predictions: Tensor, labels: Tensor, *, num_labels: int, ignore_index: int = 255) -> IoUCounts:
-    """Counts intersections and unions of (n, H, W) integer classes by torchmetrics; the counts are on the CPU.
+    """Counts intersections and unions of (n, H, W) integer classes by torchmetrics.
 
-    Counts of several batches are concatenated along the images. `ImportError` without torchmetrics (extra `eval`);
-    `ValueError` if shapes differ or a class is out of range.
+    `ImportError` without torchmetrics (extra `eval`); `ValueError` if shapes differ or a class is out of range.
     """
     try:
         from torchmetrics.functional.classification import multiclass_stat_scores
@@ -116,15 +134,22 @@ def iou_counts(predictions: Tensor, labels: Tensor, *, num_labels: int, ignore_i
     return IoUCounts(intersections, unions)
 
 
+def _check_classes(name: str, classes: Tensor, num_labels: int) -> None:
+    if classes.is_floating_point() or classes.dtype == torch.bool:
+        raise ValueError(f"{name} must be integers, got {classes.dtype}")
+    if classes.numel() and not (int(classes.min()) >= 0 and int(classes.max()) < num_labels):
+        raise ValueError(
+            f"{name} hold classes from {int(classes.min())} to {int(classes.max())}, expected 0 to {num_labels - 1} "
+            "(or, of labels, ignore_index)"
+        )
+
+
 def mean_iou(counts: IoUCounts) -> float:
     """Returns the mIoU of a dataset: each class's IoU over all pixels of all images, then the mean over the classes.
 
     A class that no label and no prediction names is left out. `ValueError` if there is no labelled pixel.
     """
-    value = _mean_iou(counts.intersections.numpy(), counts.unions.numpy())
-    if math.isnan(value):
-        raise ValueError("labels have no labelled pixel in any image: nothing to measure")
-    return value
+    return _check_labelled(_mean_iou(_stacked(counts)))
 
 
 def image_ious(counts: IoUCounts) -> Tensor:
@@ -138,62 +163,91 @@ def mean_image_iou(ious: Tensor) -> float:
 
     Source: the published code of Pulfer et al., ECCV 2024.
     """
-    value = ious.nanmean().item()
-    if math.isnan(value):
-        raise ValueError("labels have no labelled pixel in any image: nothing to measure")
-    return value
+    return _check_labelled(ious.nanmean().item())
 
 
 def mean_iou_interval(
     counts: IoUCounts, *, confidence: float = 0.95, num_resamples: int = 1000, seed: int = 0
 ) -> Interval:
     """Returns the percentile bootstrap interval of [`mean_iou`] over the images; see [`bootstrap_interval`]."""
-    labelled = counts.unions.sum(dim=1) > 0  # (n,)
-    intersections, unions = counts.intersections[labelled].numpy(), counts.unions[labelled].numpy()
-    if len(unions) == 0:
-        raise ValueError("labels have no labelled pixel in any image: nothing to measure")
+    mean_iou(counts)  # raises if no pixel is labelled
+    labelled = (counts.unions.sum(dim=1) > 0).numpy()  # (n,)
     return _bootstrap(
-        lambda rows: _mean_iou(intersections[rows], unions[rows]),
-        len(unions),
-        confidence=confidence,
-        resamples=num_resamples,
-        seed=seed,
+        _stacked(counts)[labelled], _mean_iou, confidence=confidence, num_resamples=num_resamples, seed=seed
     )
 
 
-def _mean_iou(intersections: np.ndarray, unions: np.ndarray) -> float:
-    total = unions.sum(axis=0)  # (C,)
-    named = total > 0
-    return float((intersections.sum(axis=0)[named] / total[named]).mean()) if named.any() else math.nan
+def _stacked(counts: IoUCounts) -> np.ndarray:
+    return np.stack([counts.intersections.numpy(), counts.unions.numpy()], axis=1)  # (n, 2, C)
 
 
-def _bootstrap(
-    statistic: Callable[[np.ndarray], float], num_images: int, *, confidence: float, resamples: int, seed: int
-) -> Interval:
-    _check_confidence(confidence)
-    if resamples < 1:
-        raise ValueError(f"num_resamples must be at least 1, got {resamples}")
-    # One resample at a time: all at once would take gigabytes for a dataset of 50,000 images.
-    draws = np.fromiter((statistic(rows) for rows in _resampled(num_images, resamples, seed)), float, resamples)
-    low, high = np.quantile(draws, [0.5 - confidence / 2, 0.5 + confidence / 2])
-    return float(low), float(high)
+def _mean_iou(rows: np.ndarray) -> float:
+    """Returns the mIoU of (n, 2, C) intersections and unions; NaN without a labelled pixel."""
+    intersections, unions = rows.sum(axis=0)  # (C,)
+    named = unions > 0
+    return float((intersections[named] / unions[named]).mean()) if named.any() else math.nan
 
 
-def _resampled(num_images: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
-    generator = np.random.default_rng(seed)
-    return (generator.integers(num_images, size=num_images) for _ in range(resamples))
+def _check_labelled(mean: float) -> float:
+    if math.isnan(mean):
+        raise ValueError("labels have no labelled pixel in any image: nothing to measure")
+    return mean
 
 
-def _check_confidence(confidence: float) -> None:
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence must lie between 0 and 1, such as 0.95, got {confidence}")
+def worst_outcome(
+    outcomes: Sequence[Outcome], tokens: str = "trained", *, parts: Iterable[Sequence[Outcome]] = ()
+) -> dict[str, Tensor]:
+    """Returns the worst outcome of each image over these attacks, for each metric separately.
+
+    For a segmentation it holds `image_iou`, the lowest of each image, and the `intersections` and `unions` of the
+    lowest mIoU of the dataset. Candidates for that are each attack alone, and for each image the attack that hurts its
+    own IoU most, chosen from all attacks or from one of `parts`. So the mIoU of a whole never exceeds that of its
+    parts.
+    """
+    worst = {}
+    for metric in ("cosine", "correct"):
+        name = f"{tokens}.{metric}"
+        if measured := [outcome[name] for outcome in outcomes if name in outcome]:
+            worst[name] = worst_case(*measured)
+    if f"{tokens}.unions" in outcomes[0]:
+        counts = [_counts(outcome, tokens) for outcome in outcomes]
+        image_by_image = _image_by_image(counts)
+        of_parts = (_image_by_image([_counts(outcome, tokens) for outcome in part]) for part in parts)
+        # An image's own IoU weighs classes differently than the dataset's, so a single attack, or a part of them, may
+        # leave a lower mIoU than the worst of each image.
+        lowest = min(chain([image_by_image], counts, of_parts), key=mean_iou)
+        worst[f"{tokens}.image_iou"] = image_ious(image_by_image)
+        worst[f"{tokens}.intersections"], worst[f"{tokens}.unions"] = lowest.intersections, lowest.unions
+    return worst
 
 
-def _check_classes(name: str, classes: Tensor, num_labels: int) -> None:
-    if classes.is_floating_point() or classes.dtype == torch.bool:
-        raise ValueError(f"{name} must be integers, got {classes.dtype}")
-    if classes.numel() and not (int(classes.min()) >= 0 and int(classes.max()) < num_labels):
-        raise ValueError(
-            f"{name} hold classes from {int(classes.min())} to {int(classes.max())}, expected 0 to {num_labels - 1} "
-            "(or, of labels, ignore_index)"
-        )
+def _image_by_image(counts: Sequence[IoUCounts]) -> IoUCounts:
+    """Returns for each image the counts of the attack that hurts its own IoU most."""
+    ious = torch.stack([image_ious(one) for one in counts])  # (attacks, n); NaN for all attacks or for none
+    rows, images = ious.nan_to_num(nan=0.0).argmin(dim=0), torch.arange(ious.shape[1])
+    return IoUCounts(
+        torch.stack([one.intersections for one in counts])[rows, images],
+        torch.stack([one.unions for one in counts])[rows, images],
+    )
+
+
+def summarize(outcome: Outcome, tokens: str, *, seed: int) -> list[tuple[Task, Metric, float, Interval]]:
+    """Returns task, metric, average and 95% interval of all that was measured with these tokens."""
+    rows: list[tuple[Task, Metric, float, Interval]] = []
+    if (correct := outcome.get(f"{tokens}.correct")) is not None:
+        interval = wilson_interval(int(correct.sum()), len(correct))
+        rows.append(("classification", "accuracy", accuracy(correct), interval))
+    if f"{tokens}.unions" in outcome:
+        counts = _counts(outcome, tokens)
+        rows.append(("segmentation", "miou", mean_iou(counts), mean_iou_interval(counts, seed=seed)))
+        ious = outcome.get(f"{tokens}.image_iou", image_ious(counts))
+        interval = bootstrap_interval(ious[~ious.isnan()], seed=seed)
+        rows.append(("segmentation", "mean_image_miou", mean_image_iou(ious), interval))
+    if (cosine := outcome.get(f"{tokens}.cosine")) is not None:
+        interval = bootstrap_interval(cosine, seed=seed)
+        rows.append(("features", "cosine", cosine.double().mean().item(), interval))
+    return rows
+
+
+def _counts(outcome: Outcome, tokens: str) -> IoUCounts:
+    return IoUCounts(outcome[f"{tokens}.intersections"], outcome[f"{tokens}.unions"])

@@ -12,8 +12,8 @@ import torch
 from robustness_tokens import RobustnessTokenForImageClassification, RobustnessTokenModel
 from robustness_tokens.evaluation import cells
 from robustness_tokens.evaluation.attack_suite import Attack, AttackBatch
-from robustness_tokens.evaluation.cells import Cell, CellStore, find_remaining, merge, run_cells
-from robustness_tokens.evaluation.outcomes import measure_outcome, summarize, worst_outcome
+from robustness_tokens.evaluation.cells import Cell, CellStore, find_remaining, measure_outcome, merge, run_cells
+from robustness_tokens.evaluation.metrics import summarize, worst_outcome
 from robustness_tokens.evaluation.threat_models import AttackerView, EvaluatedModel, attacker_views
 from robustness_tokens.utils import digest
 from tests.support.bases import IMAGE_SIZE, build_base

@@ -22,7 +22,7 @@ from robustness_tokens.evaluation.checks.gradients import difference_cosines
 from robustness_tokens.evaluation.checks.parts import exceeds, has_converged
 from robustness_tokens.evaluation.checks.run import CHECKS, run_checks
 from robustness_tokens.evaluation.measurements import Measurements, own_token_lengths
-from robustness_tokens.evaluation.outcomes import Outcome
+from robustness_tokens.evaluation.metrics import Outcome
 from robustness_tokens.evaluation.plan import BUDGETS, build_attack
 from robustness_tokens.evaluation.threat_models import AttackerView, EvaluatedModel
 from robustness_tokens.models.heads import ProbedModel, SegmentationHead

@@ -9,7 +9,7 @@ import torch
 
 from ..cells import Cell
 from ..measurements import Measurements
-from ..outcomes import Outcome
+from ..metrics import Outcome
 from .parts import (
     Finding,
     NotRunError,

@@ -10,8 +10,7 @@ from ...report import Check
 from ...utils import MAX_TEXT
 from ..cells import Cell
 from ..measurements import Measurements
-from ..metrics import IoUCounts, accuracy, mean_iou
-from ..outcomes import Outcome
+from ..metrics import IoUCounts, Outcome, accuracy, mean_iou
 
 
 TOLERANCE = 0.005  # half a point, within which numbers are called the same
