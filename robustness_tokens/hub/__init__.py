@@ -17,7 +17,5 @@ from .adapter_folder import (
     report_of,
     write_tokens,
 )
-from .card import is_generated, render_card, update_card
-from .eval_results import to_eval_results
-from .push_pairs import push_adversarial_pairs
-from .pushing import push_adapter
+from .card import is_generated, render_card, to_eval_results, update_card
+from .pushing import push_adapter, push_adversarial_pairs

@@ -12,20 +12,45 @@ from statistics import fmean
 from typing import Any
 
 import yaml
-from huggingface_hub import ModelCardData
+from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from ..configuration import RobustnessTokenConfig
-from ..report import ATTACKERS, RobustnessReport, code, format_eps, headline, plain, prose, results_table
+from ..report import (
+    ATTACKERS,
+    METRICS,
+    Result,
+    RobustnessReport,
+    code,
+    format_eps,
+    group_results,
+    headline,
+    plain,
+    prose,
+    results_table,
+)
 from .adapter_folder import is_repo_id
-from .eval_results import EVALUATED_WITH, PACKAGE, main_results, to_eval_results
 
 
 BEGIN = "<!-- robustness_tokens:begin -->"
 END = "<!-- robustness_tokens:end -->"
 PLACEHOLDER = "PATH_OR_HUB_ID"
+# Marks our metrics, to tell them from those that a person adds to the same card.
+EVALUATED_WITH, PACKAGE = "evaluated_with", "robustness_tokens"
+
+_TASK_TYPES = {
+    "features": "image-feature-extraction",
+    "classification": "image-classification",
+    "segmentation": "image-segmentation",
+}
+_METRIC_TYPES = {
+    "cosine": "cosine_similarity",
+    "accuracy": "accuracy",
+    "miou": "mean_iou",
+    "mean_image_miou": "mean_image_iou",
+}
 
 # The settings of a recipe that `robtok train` takes.
 RECIPE_ARGUMENTS = (
@@ -226,6 +251,64 @@ def _attack_in_words(config: RobustnessTokenConfig, training: Mapping[str, Any])
         in_pixels = "" if config.image_std is None else f", about {8 * fmean(config.image_std):.1f}/255 in pixels"
         return f", by the published attack in {num_steps} steps: its eps is 8/255 of normalised images{in_pixels}"
     return ""
+
+
+def main_results(report: RobustnessReport) -> list[Result]:
+    """Returns the leading results of a report's main metric, the first that was measured."""
+    groups = list(group_results(report.results).values())
+    return groups[0].leading if groups else []
+
+
+def to_eval_results(report: RobustnessReport) -> list[EvalResult]:
+    """Returns the adapter's main metric on clean images, in the grey box and in the white box, for the model-index."""
+    results = [result for result in main_results(report) if result.tokens == "trained"]
+    has_worst_case = any(result.knowledge == "full_worst_case" for result in results)
+    name = plain(report.dataset["name"])
+    return [
+        EvalResult(
+            task_type=_TASK_TYPES[result.task],
+            dataset_type=name,
+            dataset_name=name,
+            dataset_split=None if report.dataset["split"] is None else plain(report.dataset["split"]),
+            metric_type=_METRIC_TYPES[result.metric],
+            metric_value=result.value,
+            metric_name=_metric_name(result),
+            metric_args={EVALUATED_WITH: f"{PACKAGE} {plain(report.package_version)}", **_metric_args(result)},
+        )
+        for knowledge in (None, "base", "full_worst_case" if has_worst_case else "full")
+        if (result := _strongest([result for result in results if result.knowledge == knowledge])) is not None
+    ]
+
+
+def _strongest(results: Sequence[Result]) -> Result | None:
+    """Returns the lowest result at the first eps; None if there is none."""
+    at_first_eps = (result for result in results if result.eps == results[0].eps)
+    return min(at_first_eps, key=lambda result: result.value, default=None)
+
+
+def _metric_name(result: Result) -> str:
+    metric = METRICS[result.metric]
+    if result.attack is None:
+        return f"{metric} on clean images"
+    return (
+        f"{metric} under attack {plain(result.attack)} (L-inf, eps {format_eps(result.eps)} in pixels), the attacker "
+        f"knows {ATTACKERS[result.knowledge].knows}"
+    )
+
+
+def _metric_args(result: Result) -> dict[str, Any]:
+    interval = result.confidence_interval
+    arguments = {
+        "knowledge": result.knowledge,
+        "norm": result.norm,
+        "eps_in_pixels": result.eps,
+        "attack": None if result.attack is None else plain(result.attack),
+        "num_images": result.num_images,
+        "seed": result.seed,
+        "confidence_interval_95": None if interval is None else list(interval),
+    }
+    # The Hub's client drops None.
+    return {name: value for name, value in arguments.items() if value is not None}
 
 
 def is_generated(card: str) -> bool:

@@ -31,7 +31,7 @@ from robustness_tokens.data.adversarial_pairs import (
 from robustness_tokens.data.batches import build_dataloader
 from robustness_tokens.data.image_datasets import choose_rows
 from robustness_tokens.data.preprocessing import Normalizer
-from robustness_tokens.hub.push_pairs import UNFINISHED_FILE, push_adversarial_pairs
+from robustness_tokens.hub.pushing import UNFINISHED_FILE, push_adversarial_pairs
 from robustness_tokens.models.modeling import RobustnessTokenModel
 from robustness_tokens.training import make_pairs
 from robustness_tokens.training import step as step_module

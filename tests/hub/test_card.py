@@ -13,8 +13,7 @@ from markdown_it import MarkdownIt
 from robustness_tokens.cli.evaluate import EvaluationCommandArguments
 from robustness_tokens.cli.parsing import parse_arguments, parse_groups
 from robustness_tokens.configuration import RobustnessTokenConfig
-from robustness_tokens.hub.card import RECIPE_ARGUMENTS, render_card
-from robustness_tokens.hub.eval_results import to_eval_results
+from robustness_tokens.hub.card import RECIPE_ARGUMENTS, render_card, to_eval_results
 from robustness_tokens.models.modeling import RobustnessTokenForImageClassification
 from robustness_tokens.report import Check, RobustnessReport
 from robustness_tokens.training.arguments import RobustnessTokenTrainingArguments

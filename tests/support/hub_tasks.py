@@ -18,8 +18,7 @@ from transformers import AutoModel, AutoModelForImageClassification, pipeline
 from robtok import main as run_robtok
 from robustness_tokens.data.adversarial_pairs import load_adversarial_pairs
 from robustness_tokens.hub.adapter_folder import load_adapter
-from robustness_tokens.hub.push_pairs import push_adversarial_pairs
-from robustness_tokens.hub.pushing import push_adapter
+from robustness_tokens.hub.pushing import push_adapter, push_adversarial_pairs
 from robustness_tokens.models.modeling import RobustnessTokenModel, RobustnessTokenPreTrainedModel
 from robustness_tokens.training.arguments import RobustnessTokenTrainingArguments
 from robustness_tokens.training.trainer import RobustnessTokenTrainer
