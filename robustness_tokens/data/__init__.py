@@ -19,13 +19,15 @@ from .adversarial_pairs import (
     to_pixels,
     write_shard,
 )
-from .batches import BrokenImageLog, build_dataloader, collate_images
 from .image_datasets import (
     IGNORE_INDEX,
+    BrokenImageLog,
     ImageDataset,
     IterableImageDataset,
     SegmentationDataset,
+    build_dataloader,
     choose_rows,
+    collate_images,
     validate_images,
 )
 from .image_processors import (

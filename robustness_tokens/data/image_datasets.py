@@ -1,8 +1,10 @@
-"""Datasets whose items are images in [0, 1]: from rows of pictures, map-style or streaming, or ready ones."""
+"""Datasets of images in [0, 1], from pictures or ready ones, and their batches, without broken pictures."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import logging
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
@@ -11,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, get_worker_info
 
 from .loading import find_image_column, find_label_column
 from .preprocessing import ImageTransform, to_rgb
@@ -20,6 +22,8 @@ from .preprocessing import ImageTransform, to_rgb
 if TYPE_CHECKING:
     import datasets
 
+
+logger = logging.getLogger(__name__)
 
 IGNORE_INDEX = 255
 """Label of pixels that don't count, as in transformers and mmsegmentation."""
@@ -37,7 +41,68 @@ class BrokenImage:
         return f"row {self.index}" + (f" ({self.path})" if self.path else "") + f": {self.reason}"
 
 
-class ImageDataset(Dataset[dict[str, Any]]):
+class _PictureDataset:
+    """Makes items of a dataset's rows, pictures not decoded before."""
+
+    def __init__(
+        self,
+        dataset: datasets.Dataset | datasets.IterableDataset,
+        transform: Callable[[Image.Image], Tensor],
+        *,
+        image_column_name: str | None = None,
+        label_column_name: str | None = None,
+        with_labels: bool = True,
+    ) -> None:
+        import datasets
+
+        if isinstance(dataset, datasets.Dataset) and dataset.format["type"] == "custom":
+            raise ValueError(
+                "dataset must have no transform (with_transform), which would be bypassed: give it as `transform`, "
+                "from a picture to a float tensor in [0, 1], and dataset.with_format(None)"
+            )
+        if label_column_name is not None and not with_labels:
+            raise ValueError(f"label_column_name={label_column_name!r} with with_labels=False: leave one of them out")
+        self.transform = transform
+        self._image_column = find_image_column(dataset, image_column_name)
+        self._label_column = find_label_column(dataset, label_column_name) if with_labels else None
+        columns = [column for column in (self._image_column, self._label_column) if column is not None]
+        self._rows: Any = dataset.with_format(None).select_columns(columns)
+        if self._rows.features is not None:
+            # If `datasets` decoded the pictures, one broken file would end the run.
+            self._rows = self._rows.cast_column(self._image_column, datasets.Image(decode=False))
+
+    def _read(self, row: Mapping[str, Any], index: int) -> dict[str, Any]:
+        item: dict[str, Any] = {"index": index}
+        if self._label_column is not None:
+            if row[self._label_column] is None:
+                raise ValueError(f"row {index} has no {self._label_column!r}: filter such rows out of the dataset")
+            item["labels"] = int(row[self._label_column])
+        stored = row[self._image_column]
+        try:
+            image = _decode(stored)
+        except Exception as exc:  # Pillow's readers raise nearly anything on a broken file
+            path = stored.get("path") if isinstance(stored, Mapping) else None
+            return {**item, "broken_image": BrokenImage(index, path, f"{type(exc).__name__}: {exc}")}
+        return {**item, "images": self.transform(image)}
+
+
+def _decode(stored: Mapping[str, Any] | Image.Image | None) -> Image.Image:
+    if isinstance(stored, Image.Image):
+        return to_rgb(stored)
+    if stored is None or (stored["bytes"] is None and stored["path"] is None):
+        raise ValueError("the row holds no image")
+    content = stored["bytes"]
+    if content is None:
+        from datasets.utils.file_utils import xopen
+
+        with xopen(stored["path"], "rb") as file:
+            content = file.read()
+    with Image.open(BytesIO(content)) as image:
+        image.load()
+        return to_rgb(image)
+
+
+class ImageDataset(_PictureDataset, Dataset[dict[str, Any]]):
     """Images of a map-style dataset; each picture is read and decoded when its item is asked for.
 
     An item is `{"images": (3, H, W) float32 in [0, 1], "index": row, "labels": class index}`, without "labels" if
@@ -57,53 +122,22 @@ class ImageDataset(Dataset[dict[str, Any]]):
         ValueError: If there is no such column or several qualify, or if the dataset has a transform.
     """
 
-    def __init__(
-        self,
-        dataset: datasets.Dataset,
-        transform: Callable[[Image.Image], Tensor],
-        *,
-        image_column_name: str | None = None,
-        label_column_name: str | None = None,
-        with_labels: bool = True,
-    ) -> None:
-        if dataset.format["type"] == "custom":
-            raise ValueError(
-                "dataset must have no transform (with_transform), which would be bypassed: give it as `transform`, "
-                "from a picture to a float tensor in [0, 1], and dataset.with_format(None)"
-            )
-        self.transform = transform
-        self._reader = _RowReader(dataset, transform, image_column_name, label_column_name, with_labels)
-
     def __len__(self) -> int:
-        return len(self._reader.rows)
+        return len(self._rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return self._reader.read(self._reader.rows[int(index)], int(index))
+        return self._read(self._rows[int(index)], int(index))
 
 
-class IterableImageDataset(IterableDataset[dict[str, Any]]):
-    """Images of a streaming dataset, with the items of `ImageDataset`.
+class IterableImageDataset(_PictureDataset, IterableDataset[dict[str, Any]]):
+    """Images of a stream, with the arguments and items of `ImageDataset`.
 
     Processes and workers share the shards as `datasets` deals them out; if the number of processes does not divide
     the number of shards, each process reads all rows and decodes its own. Nothing else may split the stream again.
 
     The index of a row is its position in the stream. With P processes of W workers each, worker w of process p numbers
     its rows p * W + w, p * W + w + P * W, ... No index occurs twice in a pass, and a row keeps its index in every pass
-    over the same order with the same P and W.
-
-    A picture that breaks while `datasets` decodes it, in an earlier `map`, is an error of that `map`.
-
-    Args:
-        dataset: Stream with a `datasets.Image` column, shuffled or not.
-        transform: As in `ImageDataset`.
-        image_column_name: As in `ImageDataset`.
-        label_column_name: As in `ImageDataset`.
-        with_labels: As in `ImageDataset`.
-        rank: Number of this process.
-        world_size: Number of processes.
-
-    Raises:
-        ValueError: If there is no such column or several qualify.
+    over the same order with the same P and W. A picture that breaks in an earlier `map` is an error of that `map`.
     """
 
     def __init__(
@@ -111,29 +145,26 @@ class IterableImageDataset(IterableDataset[dict[str, Any]]):
         dataset: datasets.IterableDataset,
         transform: Callable[[Image.Image], Tensor],
         *,
-        image_column_name: str | None = None,
-        label_column_name: str | None = None,
-        with_labels: bool = True,
         rank: int = 0,
         world_size: int = 1,
+        **columns: Any,
     ) -> None:
         from datasets.distributed import split_dataset_by_node
 
-        self.transform = transform
-        self._reader = _RowReader(dataset, transform, image_column_name, label_column_name, with_labels)
-        self._reader.rows = split_dataset_by_node(self._reader.rows, rank=rank, world_size=world_size)
+        super().__init__(dataset, transform, **columns)
+        self._rows = split_dataset_by_node(self._rows, rank=rank, world_size=world_size)
         self._rank, self._world_size = rank, world_size
 
     def set_epoch(self, epoch: int) -> None:
         """Sets the epoch, which reorders a shuffled stream."""
-        self._reader.rows.set_epoch(epoch)
+        self._rows.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         worker = get_worker_info()
         num_workers, worker_id = (worker.num_workers, worker.id) if worker else (1, 0)
         first, stride = self._rank * num_workers + worker_id, self._world_size * num_workers
-        for position, row in enumerate(self._reader.rows):
-            yield self._reader.read(row, first + position * stride)
+        for position, row in enumerate(self._rows):
+            yield self._read(row, first + position * stride)
 
 
 def validate_images(images: Tensor, *, ndim: int = 4) -> None:
@@ -153,13 +184,9 @@ def validate_images(images: Tensor, *, ndim: int = 4) -> None:
 
 
 class TensorImageDataset(Dataset[dict[str, Any]]):
-    """Ready images, `{"images": (3, H, W) float in [0, 1]}` or a `BrokenImage`, checked and numbered.
+    """Checks and numbers ready images, `{"images": (3, H, W) float in [0, 1]}`, with "labels" if they have any.
 
-    Args:
-        dataset: Map-style dataset of `{"images": (3, H, W) float in [0, 1]}`, with "labels" if it has any; other
-            keys are dropped.
-        with_labels: False drops the labels, whatever they hold.
-        broken_images: True keeps a "broken_image" as it is; by default an item without "images" is an error.
+    Other keys are dropped. With `broken_images` an item may hold a "broken_image" instead, else that is an error.
     """
 
     def __init__(
@@ -188,77 +215,13 @@ def choose_rows(num_rows: int, num_images: int, *, seed: int) -> list[int]:
     return rows
 
 
-class _RowReader:
-    """Makes items of `rows`: the columns that they need, pictures not decoded."""
-
-    def __init__(
-        self,
-        dataset: datasets.Dataset | datasets.IterableDataset,
-        transform: Callable[[Image.Image], Tensor],
-        image_column_name: str | None,
-        label_column_name: str | None,
-        with_labels: bool,
-    ) -> None:
-        if label_column_name is not None and not with_labels:
-            raise ValueError(f"label_column_name={label_column_name!r} with with_labels=False: leave one of them out")
-        self.transform = transform
-        self.image_column = find_image_column(dataset, image_column_name)
-        self.label_column = find_label_column(dataset, label_column_name) if with_labels else None
-        columns = [column for column in (self.image_column, self.label_column) if column is not None]
-        self.rows: Any = dataset.with_format(None).select_columns(columns)
-        if self.rows.features is not None:
-            from datasets import Image as ImageFeature
-
-            # If `datasets` decoded the pictures, one broken file would end the run.
-            self.rows = self.rows.cast_column(self.image_column, ImageFeature(decode=False))
-
-    def read(self, row: Mapping[str, Any], index: int) -> dict[str, Any]:
-        item: dict[str, Any] = {"index": index}
-        if self.label_column is not None:
-            if row[self.label_column] is None:
-                raise ValueError(f"row {index} has no {self.label_column!r}: filter such rows out of the dataset")
-            item["labels"] = int(row[self.label_column])
-        stored = row[self.image_column]
-        try:
-            image = _decode(stored)
-        except Exception as exc:  # Pillow's readers raise nearly anything on a broken file
-            path = stored.get("path") if isinstance(stored, Mapping) else None
-            return {**item, "broken_image": BrokenImage(index, path, f"{type(exc).__name__}: {exc}")}
-        return {**item, "images": self.transform(image)}
-
-
-def _decode(stored: Mapping[str, Any] | Image.Image | None) -> Image.Image:
-    if isinstance(stored, Image.Image):
-        return to_rgb(stored)
-    if stored is None or (stored["bytes"] is None and stored["path"] is None):
-        raise ValueError("the row holds no image")
-    content = stored["bytes"]
-    if content is None:
-        from datasets.utils.file_utils import xopen
-
-        with xopen(stored["path"], "rb") as file:
-            content = file.read()
-    with Image.open(BytesIO(content)) as image:
-        image.load()
-        return to_rgb(image)
-
-
 class SegmentationDataset(Dataset[dict[str, Any]]):
-    """Images and masks of a map-style dataset, both squashed to a square.
+    """Images and masks of a map-style dataset, both squashed to a square of S = `image_size` pixels a side.
 
     An item is `{"images": (3, S, S) float32 in [0, 1], "labels": (S, S) int64, "index": row}`; `IGNORE_INDEX` marks
-    pixels that don't count. A picture that can't be read is a `BrokenImage`, as in `ImageDataset`.
-
-    Args:
-        dataset: Dataset with two `datasets.Image` columns.
-        image_size: S in pixels; pictures are resized bilinearly, masks to the nearest pixel.
-        image_column_name: Column of the pictures.
-        mask_column_name: Column of the masks, which have one channel.
-        do_reduce_labels: Turn class 0 into `IGNORE_INDEX` and lower all other classes by one, as ADE20K needs it; the
-            name is transformers'.
-
-    Raises:
-        ValueError: If there are no such columns, or if the dataset has a transform.
+    pixels that don't count. A picture that can't be read is a `BrokenImage`, as in `ImageDataset`. A mask has one
+    channel of integers. `do_reduce_labels`, transformers' name, turns class 0 into `IGNORE_INDEX` and lowers all other
+    classes by one, as ADE20K needs it.
     """
 
     def __init__(
@@ -270,15 +233,11 @@ class SegmentationDataset(Dataset[dict[str, Any]]):
         mask_column_name: str = "mask",
         do_reduce_labels: bool = False,
     ) -> None:
-        self._pictures = ImageDataset(
-            dataset,
-            ImageTransform(image_size=image_size),
-            image_column_name=image_column_name,
-            with_labels=False,
-        )
-        mask_column = find_image_column(dataset, mask_column_name)
-        self._masks = dataset.with_format(None).select_columns([mask_column])
-        self._mask_column, self._size, self._reduce = mask_column, (image_size, image_size), do_reduce_labels
+        transform = ImageTransform(image_size=image_size)
+        self._pictures = ImageDataset(dataset, transform, image_column_name=image_column_name, with_labels=False)
+        self._mask_column = find_image_column(dataset, mask_column_name)
+        self._masks = dataset.with_format(None).select_columns([self._mask_column])
+        self._size, self._reduce = (image_size, image_size), do_reduce_labels
 
     def __len__(self) -> int:
         return len(self._pictures)
@@ -296,3 +255,96 @@ class SegmentationDataset(Dataset[dict[str, Any]]):
             ignored = (classes == 0) | (classes == IGNORE_INDEX)
             classes = np.where(ignored, IGNORE_INDEX, classes - 1)
         return torch.from_numpy(classes)
+
+
+def collate_images(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Stacks the items of any of our datasets to a batch, without the broken images.
+
+    Returns `{"images": (B, C, H, W), "index": (B,) int64, "broken_images": tuple of BrokenImage}`, and if the items
+    have them "labels", (B,) or (B, H, W) int64, "adversarial_images", (B, C, H, W), and "baseline_cosine", (B,). If no
+    image is readable, "images" is (0, 3, 0, 0). `ValueError` if the images have different shapes.
+    """
+    broken = tuple(item["broken_image"] for item in items if "broken_image" in item)
+    whole = [item for item in items if "broken_image" not in item]
+    shapes = sorted({tuple(item["images"].shape) for item in whole})
+    if len(shapes) > 1:
+        raise ValueError(
+            f"images of one batch must have one shape, got {shapes}: let the transform crop or squash them, as "
+            "ImageTransform(resize='squash') does"
+        )
+    batch: dict[str, Any] = {
+        "images": torch.stack([item["images"] for item in whole]) if whole else torch.empty(0, 3, 0, 0),
+        "index": torch.tensor([item["index"] for item in whole], dtype=torch.int64),
+    }
+    if all("labels" in item for item in items):
+        labels = [torch.as_tensor(item["labels"], dtype=torch.int64) for item in whole]
+        batch["labels"] = torch.stack(labels) if labels else torch.empty(0, dtype=torch.int64)
+    if whole and all("adversarial_images" in item for item in whole):
+        batch["adversarial_images"] = torch.stack([item["adversarial_images"] for item in whole])
+        if all("baseline_cosine" in item for item in whole):
+            batch["baseline_cosine"] = torch.tensor([item["baseline_cosine"] for item in whole])
+    batch["broken_images"] = broken
+    return batch
+
+
+class BrokenImageLog:
+    """Counts the broken images of one process, each row once, and raises if they exceed `max_broken_images`."""
+
+    def __init__(self, max_broken_images: int = 10) -> None:
+        if max_broken_images < 0:
+            raise ValueError(f"max_broken_images must be at least 0, got {max_broken_images}")
+        self.max_broken_images = max_broken_images
+        self.broken_images: dict[int, BrokenImage] = {}
+
+    def update(self, batch: Mapping[str, Any]) -> None:
+        """Warns of the broken images of a batch from `collate_images` and counts them; `ValueError` if too many."""
+        for image in batch["broken_images"]:
+            if image.index not in self.broken_images:
+                self.broken_images[image.index] = image
+                logger.warning("Skipped a broken image, %s", image)
+        if len(self.broken_images) > self.max_broken_images:
+            listed = "\n".join(f"  {image}" for image in self.broken_images.values())
+            raise ValueError(
+                f"{len(self.broken_images)} broken images, more than max_broken_images={self.max_broken_images}: "
+                f"repair or remove these rows, or raise max_broken_images\n{listed}"
+            )
+
+
+def build_dataloader(
+    dataset: Dataset[dict[str, Any]],
+    *,
+    batch_size: int,
+    shuffle: bool,
+    seed: int = 0,
+    num_workers: int = 0,
+    drop_last: bool = False,
+) -> DataLoader[dict[str, Any]]:
+    """Makes a data loader with the batches of `collate_images`.
+
+    `batch_size` counts broken images too. The order of `shuffle` is new in every epoch, and depends on `seed` but not
+    on `num_workers`; a stream is shuffled beforehand, or it is a `ValueError`.
+    """
+    if shuffle and isinstance(dataset, IterableDataset):
+        raise ValueError("shuffle=True with a stream: shuffle it before, by dataset.shuffle(seed=, buffer_size=)")
+    # The loader draws as many seeds as it has workers. From a generator shared with the sampler that would change the
+    # order, and from torch's default generator the noise of whatever else draws from that.
+    order = torch.Generator().manual_seed(seed)
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        sampler=RandomSampler(dataset, generator=order) if shuffle else None,  # type: ignore[arg-type]
+        generator=torch.Generator().manual_seed(seed),
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+        worker_init_fn=_outlive_one_sigterm if num_workers > 0 else None,
+        drop_last=drop_last,
+        collate_fn=collate_images,
+    )
+
+
+def _outlive_one_sigterm(worker_id: int) -> None:
+    """Lets a worker live through a scheduler's SIGTERM, so that its loader can finish the step that is to be saved.
+
+    The second SIGTERM, from the loader or the ending interpreter, terminates it.
+    """
+    signal.signal(signal.SIGTERM, lambda signum, frame: signal.signal(signal.SIGTERM, signal.SIG_DFL))

@@ -28,8 +28,7 @@ from robustness_tokens.data.adversarial_pairs import (
     to_images,
     to_pixels,
 )
-from robustness_tokens.data.batches import build_dataloader
-from robustness_tokens.data.image_datasets import choose_rows
+from robustness_tokens.data.image_datasets import build_dataloader, choose_rows
 from robustness_tokens.data.preprocessing import Normalizer
 from robustness_tokens.hub.pushing import UNFINISHED_FILE, push_adversarial_pairs
 from robustness_tokens.models.modeling import RobustnessTokenModel

@@ -15,13 +15,15 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from robustness_tokens.data.batches import BrokenImageLog, build_dataloader, collate_images
 from robustness_tokens.data.image_datasets import (
     BrokenImage,
+    BrokenImageLog,
     ImageDataset,
     IterableImageDataset,
     TensorImageDataset,
+    build_dataloader,
     choose_rows,
+    collate_images,
     validate_images,
 )
 from robustness_tokens.data.loading import find_image_column, find_label_column, load_image_dataset

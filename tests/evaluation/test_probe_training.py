@@ -18,8 +18,7 @@ from transformers import PreTrainedModel
 
 from robustness_tokens import Normalizer, RobustnessTokenModel, inject_tokens, pgd_attack
 from robustness_tokens.attacks.objectives import cross_entropy_objective, pixel_cross_entropy_objective
-from robustness_tokens.data.batches import collate_images
-from robustness_tokens.data.image_datasets import IGNORE_INDEX, ImageDataset, SegmentationDataset
+from robustness_tokens.data.image_datasets import IGNORE_INDEX, ImageDataset, SegmentationDataset, collate_images
 from robustness_tokens.data.preprocessing import ImageTransform
 from robustness_tokens.evaluation.probe_training import train_probe
 from robustness_tokens.models.features import extract_features
