@@ -65,23 +65,9 @@ ATTACK_ARGUMENTS = ("attack", "eps", "step_size", "num_attack_steps", "head_dist
 
 @dataclass(frozen=True, kw_only=True)
 class PairsInfo:
-    """Description of how pairs were made, the content of `adversarial_pairs.json`.
+    """How pairs were made: the content of `adversarial_pairs.json`.
 
-    Attributes:
-        schema_version, package_version: Versions of the file format and of the package that wrote it.
-        base_model, base_model_revision, base_model_class, base_model_fingerprint: The attacked base, as in
-            `RobustnessTokenConfig`.
-        feature_view, similarity_axis, image_mean, image_std: The attacked features, as in `RobustnessTokenConfig`.
-        attack: Arguments of the attack, by their names in `RobustnessTokenTrainingArguments`.
-        max_pixel_difference: Budget in 8-bit levels, which no pixel of a pair exceeds.
-        seed, step: Seed and step of the noise, which comes from (seed, step, index).
-        batch_size: Images per forward, on which the paper's attack depends.
-        mixed_precision: Precision of the attack; "no" if the device has no bfloat16.
-        resize: Way from pictures to images, as in `ImageTransform`.
-        image_size: Height and width in pixels.
-        dataset: Origin of the images.
-        num_images: Number of images to attack; broken ones have no pair.
-        images_per_shard: Images per file.
+    The fields of the base, its features and its statistics are as in `RobustnessTokenConfig`.
     """
 
     schema_version: int = SCHEMA_VERSION
@@ -94,16 +80,16 @@ class PairsInfo:
     similarity_axis: str
     image_mean: list[float]
     image_std: list[float]
-    attack: dict[str, Any]
-    max_pixel_difference: int
+    attack: dict[str, Any]  # arguments by their names in RobustnessTokenTrainingArguments
+    max_pixel_difference: int  # budget in 8-bit levels, which no pixel of a pair exceeds
     seed: int
-    step: int
-    batch_size: int
-    mixed_precision: str
-    resize: str
-    image_size: list[int]
-    dataset: dict[str, Any]
-    num_images: int
+    step: int  # the noise comes from (seed, step, index)
+    batch_size: int  # images per forward, on which the paper's attack depends
+    mixed_precision: str  # of the attack; "no" if the device has no bfloat16
+    resize: str  # as in ImageTransform
+    image_size: list[int]  # height and width in pixels
+    dataset: dict[str, Any]  # origin of the images
+    num_images: int  # images to attack; broken ones have no pair
     images_per_shard: int
 
     @classmethod
@@ -113,8 +99,8 @@ class PairsInfo:
         info = cls(**values)
         for name in ("max_pixel_difference", "num_images", "images_per_shard", "batch_size"):
             check_int(f"{INFO_FILE}: {name}", values[name], 1)
-        for name in ("image_mean", "image_std"):
-            check_numbers(f"{INFO_FILE}: {name}", values[name])
+        check_numbers(f"{INFO_FILE}: image_mean", info.image_mean)
+        check_numbers(f"{INFO_FILE}: image_std", info.image_std)
         if not isinstance(info.image_size, list) or len(info.image_size) != 2:
             raise ValueError(f"{INFO_FILE}: image_size must be height and width, got {info.image_size!r:.200}")
         for side in info.image_size:
@@ -157,7 +143,7 @@ class AdversarialPairs(Dataset[dict[str, Any]]):
 
     Args:
         dataset: Rows with the columns of `PAIR_TYPES`, images raw or PNG.
-        info: Description of how the pairs were made.
+        info: How the pairs were made.
         with_baseline: False drops "baseline_cosine".
 
     Attributes:
@@ -190,13 +176,9 @@ class AdversarialPairs(Dataset[dict[str, Any]]):
                 f"pair {row} differs by {difference}/255, more than the {self.info.max_pixel_difference}/255 of its "
                 "attack, so the dataset is damaged: make the pairs again"
             )
+        item = {"images": to_images(clean), "adversarial_images": to_images(adversarial)}
         baseline = {"baseline_cosine": float(stored["baseline_cosine"])} if self._with_baseline else {}
-        return {
-            "images": to_images(clean),
-            "adversarial_images": to_images(adversarial),
-            **baseline,
-            "index": int(stored["index"]),
-        }
+        return {**item, **baseline, "index": int(stored["index"])}
 
     def select(self, rows: Sequence[int]) -> AdversarialPairs:
         """Returns the pairs of these rows."""
@@ -261,21 +243,14 @@ def round_to_budget(
     return projected.astype(np.uint8)  # between a clean and a rounded pixel, so from 0 to 255
 
 
-def find_pairs(
-    name_or_path: str | os.PathLike[str],
-    *,
-    revision: str | None = None,
-    token: str | bool | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
-) -> Path | None:
+def find_pairs(name_or_path: str | os.PathLike[str], **hub_kwargs: Any) -> Path | None:
     """Returns the `adversarial_pairs.json` of a folder or a Hub dataset; `None` if it has none, so holds no pairs."""
     folder = Path(name_or_path).expanduser()
     if folder.exists():
         path = folder / INFO_FILE
         return path if path.is_file() else None
-    options: dict[str, Any] = {"revision": revision, "token": token, "cache_dir": cache_dir}
     try:
-        return Path(hf_hub_download(os.fspath(name_or_path), INFO_FILE, repo_type="dataset", **options))
+        return Path(hf_hub_download(os.fspath(name_or_path), INFO_FILE, repo_type="dataset", **hub_kwargs))
     except (EntryNotFoundError, RepositoryNotFoundError, HFValidationError):
         return None
 
@@ -300,7 +275,8 @@ def load_adversarial_pairs(
     """
     import datasets
 
-    path = find_pairs(name_or_path, revision=revision, token=token, cache_dir=cache_dir)
+    options: dict[str, Any] = {"token": token, "cache_dir": cache_dir}
+    path = find_pairs(name_or_path, revision=revision, **options)
     if path is None:
         raise ValueError(f"{os.fspath(name_or_path)!r} holds no adversarial pairs: it has no {INFO_FILE}")
     info = PairsInfo.from_dict(read_json(path))
@@ -314,8 +290,8 @@ def load_adversarial_pairs(
         dataset = datasets.load_from_disk(str(path.parent))
     else:
         # The images are read from the same commit as the description.
-        options = {"revision": path.parent.name, "token": token, "cache_dir": cache_dir}
-        dataset = datasets.load_dataset(os.fspath(name_or_path), split=PAIRS_SPLIT, **options)
+        name, commit = os.fspath(name_or_path), path.parent.name
+        dataset = datasets.load_dataset(name, split=PAIRS_SPLIT, revision=commit, **options)
     return AdversarialPairs(dataset, info)
 
 
@@ -349,9 +325,8 @@ def finish_folder(folder: Path, info: PairsInfo) -> None:
     import datasets
     from datasets.fingerprint import Hasher
 
-    datasets.DatasetInfo(
-        description=f"Adversarial pairs, see {INFO_FILE}", features=pair_features()
-    ).write_to_directory(str(folder))
+    description = f"Adversarial pairs, see {INFO_FILE}"
+    datasets.DatasetInfo(description=description, features=pair_features()).write_to_directory(str(folder))
     state = {
         "_data_files": [{"filename": info.shard_name(shard)} for shard in range(info.num_shards)],
         "_fingerprint": Hasher.hash(info.to_json()),

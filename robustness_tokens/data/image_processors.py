@@ -17,8 +17,8 @@ from transformers import AutoImageProcessor, BaseImageProcessor, BitImageProcess
 from transformers.utils import IMAGE_PROCESSOR_NAME
 from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from ..utils import json_values, read_json
-from .preprocessing import check_image_size, check_statistics
+from ..utils import check_int, json_values, read_json
+from .preprocessing import check_statistics
 
 
 logger = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ def build_image_processor(
     image_std: Sequence[float] = IMAGENET_DEFAULT_STD,
 ) -> BaseImageProcessor:
     """Makes an image processor that squashes to a square as `ImageTransform` does, normalises, and can be saved."""
-    check_image_size(image_size)
+    check_int("image_size", image_size, 1)
     mean, std = check_statistics(image_mean, image_std)
     return BitImageProcessorPil(
         size={"height": image_size, "width": image_size},
@@ -50,26 +50,21 @@ def load_image_processor(
     base_model: str | os.PathLike[str],
     *,
     revision: str | None = None,
-    token: str | bool | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
-    local_files_only: bool | None = None,
-    trust_remote_code: bool = False,
     image_size: int | None = None,
-    image_mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
-    image_std: Sequence[float] = IMAGENET_DEFAULT_STD,
+    trust_remote_code: bool = False,
+    **hub_kwargs: Any,
 ) -> BaseImageProcessor:
-    """Loads the image processor of a base; if it has none, builds one from `image_size`, `image_mean`, `image_std`.
+    """Loads the image processor of a base; if it has none, builds one for `image_size` with ImageNet's statistics.
 
     The backend is PIL, since pixels differ slightly between the backends. The processor of a timm model, which can't
     be saved, is translated; its centre crop may lie one pixel beside timm's if the margin is odd. `ValueError` if the
     processor can't be read, or if there is none and no `image_size`.
     """
-    options = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    options = {"revision": revision, "cache_dir": cache_dir, "trust_remote_code": trust_remote_code, **hub_kwargs}
     given = {name: value for name, value in options.items() if value is not None}
     try:
-        processor = AutoImageProcessor.from_pretrained(
-            base_model, backend="pil", trust_remote_code=trust_remote_code, **given
-        )
+        processor = AutoImageProcessor.from_pretrained(base_model, backend="pil", **given)
     except OSError as exc:
         # transformers raises the same error for a missing file and for one that it can't fetch or parse. A failing
         # network must not put another processor in the place of the base's own.
@@ -80,11 +75,11 @@ def load_image_processor(
             ) from exc
         if image_size is None:
             raise ValueError(
-                f"base_model={str(base_model)!r} has no image processor ({IMAGE_PROCESSOR_NAME}): give image_size "
-                "(and image_mean, image_std unless they are ImageNet's) to build one"
+                f"base_model={str(base_model)!r} has no image processor ({IMAGE_PROCESSOR_NAME}), and its config "
+                "names no square image_size to build one for: pass image_processor="
             ) from exc
         logger.warning("%s has no image processor: building one for %d pixels.", base_model, image_size)
-        return build_image_processor(image_size=image_size, image_mean=image_mean, image_std=image_std)
+        return build_image_processor(image_size=image_size)
     if isinstance(processor, TimmWrapperImageProcessor):
         return _translate_timm(processor.data_config)
     return processor
@@ -115,8 +110,8 @@ def with_normalization(
             "give one that normalises by them, such as transformers.BitImageProcessorPil"
         )
     normalizing = copy.deepcopy(image_processor)
-    statistics = {"image_mean": list(mean), "image_std": list(std)}
-    for name, value in {**statistics, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True}.items():
+    settings = {"image_mean": list(mean), "image_std": list(std)}
+    for name, value in {**settings, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True}.items():
         setattr(normalizing, name, value)
     return normalizing
 

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers.image_processing_utils import BaseImageProcessor
 
-from ..utils import check_choice
+from ..utils import check_choice, check_int
 
 
 ResizeMode = Literal["squash", "processor"]
@@ -141,7 +141,7 @@ class ImageTransform:
                 f"image_size={image_size} with resize={resize!r}: 'squash' needs it, 'processor' has its own"
             )
         if image_size is not None:
-            check_image_size(image_size)
+            check_int("image_size", image_size, 1)
         if (resize == "processor") == (image_processor is None):
             raise ValueError(
                 f"image_processor is a {type(image_processor).__name__} with resize={resize!r}: "
@@ -193,9 +193,3 @@ def check_statistics(
     if not all(map(math.isfinite, mean + std)) or min(std) <= 0:
         raise ValueError(f"image_mean and image_std must be finite, and image_std above 0, got {mean} and {std}")
     return mean, std
-
-
-def check_image_size(image_size: int) -> None:
-    """Refuses a side below 1 pixel."""
-    if image_size < 1:
-        raise ValueError(f"image_size must be at least 1 pixel, got {image_size}")
