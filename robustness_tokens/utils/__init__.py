@@ -18,6 +18,7 @@ from .strict import (
     check_choice,
     check_dict,
     check_fingerprint,
+    check_finite,
     check_int,
     check_keys,
     check_list,
@@ -27,6 +28,7 @@ from .strict import (
     check_pattern,
     check_schema,
     check_text,
+    digest,
+    read_tensors,
 )
-from .tensors import check_finite, digest, read_tensors
 from .version import __version__

@@ -8,10 +8,7 @@ from datetime import timedelta
 from typing import Any
 
 from accelerate import Accelerator, PartialState
-from accelerate.utils import (
-    InitProcessGroupKwargs,
-    broadcast_object_list,
-)
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 from accelerate.utils.environment import parse_flag_from_env
 
 
