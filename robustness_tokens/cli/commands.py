@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from argparse import BooleanOptionalAction
 from collections.abc import Callable, Sequence
@@ -10,17 +11,19 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
+from torch import nn
 
-from ..data import processor_image_size
-from ..hub import (
-    EVALUATION_FILE,
-    load_adapter,
-    push_adapter,
-    push_adversarial_pairs,
-    to_eval_results,
+from ..data import load_image_dataset, processor_image_size
+from ..evaluation import evaluate_robustness, training_figures
+from ..hub import EVALUATION_FILE, load_adapter, push_adapter, push_adversarial_pairs, to_eval_results
+from ..models import (
+    ProbedModel,
+    RobustnessTokenForImageClassification,
+    RobustnessTokenModel,
+    import_published_tokens,
+    load_head,
 )
-from ..models import RobustnessTokenForImageClassification, RobustnessTokenModel, import_published_tokens
-from ..report import headline
+from ..report import RobustnessReport, headline
 from ..training import (
     PairsArguments,
     RobustnessTokenTrainer,
@@ -31,11 +34,11 @@ from ..training import (
     to_csv,
 )
 from ..utils import process_state
-from .evaluate import EvaluationCommandArguments, run_evaluation
 from .parsing import (
     TRAINING_GROUPS,
     CommandParser,
     DataArguments,
+    EvaluationCommandArguments,
     ModelArguments,
     finish_training_arguments,
     load_eval_dataset,
@@ -102,12 +105,38 @@ def sweep(
         print(to_csv(rows))
 
 
-def evaluate(args: EvaluationCommandArguments, *, adapter: str) -> None:
-    """Evaluates an adapter, writes the report and prints its main result."""
-    report = run_evaluation(adapter, args)
+def evaluate(args: EvaluationCommandArguments, *, adapter: str) -> RobustnessReport:
+    """Evaluates an adapter, writes the report to `args.output_dir` and prints its main result."""
+    name = args.dataset_name
+    if name is None:
+        # A report is published, so it does not name the folders above the dataset's.
+        name = Path(args.dataset).resolve().name if Path(args.dataset).exists() else args.dataset
+    attacker_datasets = None
+    if args.attacker_dataset is not None:
+        attacker_datasets = [load_image_dataset(args.attacker_dataset, split=args.attacker_split)]
+    report = evaluate_robustness(
+        _load_model(adapter, args, head=args.head, base_model=args.base_model),
+        load_image_dataset(args.dataset, name=args.dataset_config, split=args.split),
+        dataclasses.replace(args, dataset_name=name, task=args.task if args.head is None else None),
+        attacker_datasets=attacker_datasets,
+        surrogate=None if args.surrogate is None else _load_model(args.surrogate, args, head=args.surrogate_head),
+    )
     if process_state().is_main_process:
+        report.figures |= training_figures(adapter)
+        report.save(args.output_dir)
         print(headline(report) or f"{len(report.results)} results")
         print(f"wrote {args.output_dir}/{EVALUATION_FILE} ({report.seconds:.0f} s)")
+    return report
+
+
+def _load_model(
+    adapter: str, args: EvaluationCommandArguments, *, head: str | None, base_model: str | None = None
+) -> nn.Module:
+    with_own_head = args.task == "classification" and head is None
+    model_class = RobustnessTokenForImageClassification if with_own_head else RobustnessTokenModel
+    model = model_class.from_pretrained(adapter, base_model=base_model, attn_implementation=args.attn_implementation)
+    model.to(process_state().device)
+    return model if head is None else ProbedModel(model, load_head(head))
 
 
 _STATES = {True: "passed", False: "FAILED", None: "no verdict"}

@@ -15,6 +15,7 @@ from transformers import AutoConfig, HfArgumentParser
 
 from ..configuration import FeatureView, SimilarityAxis
 from ..data import PAIRS_SPLIT, find_pairs, load_adversarial_pairs, load_image_dataset
+from ..evaluation import EvaluationArguments
 from ..models import AUTO, BASE
 from ..report import format_setting
 from ..training import PAPER, RobustnessTokenTrainingArguments, resolve_preset
@@ -61,29 +62,20 @@ GROUPS = {
 def parse_arguments(
     argv: Sequence[str] | None = None, *, prog: str | None = None
 ) -> tuple[ModelArguments, DataArguments, RobustnessTokenTrainingArguments]:
-    """Reads the arguments of a training from a command line.
+    """Reads the arguments of a training from a command line, by default this process's.
 
-    Args:
-        argv: Words of the command line without the program's name; `sys.argv[1:]` if None. The first word may be a
-            YAML file with the same names, over which later words win.
-        prog: Name of the program in the help.
-
-    Returns:
-        The three groups of arguments. Numbers may be fractions such as `8/255`. With an `eval_dataset` and no
-        `eval_steps`, `eval_steps` becomes `max_steps`: one measurement, at the end.
-
-    Raises:
-        ValueError: If a value is out of range, if the file can't be read or is no mapping of names to plain values,
-            or if there are `eval_steps` without an `eval_dataset`.
-        SystemExit: On a word that is not understood, and after `--help`.
+    Numbers may be fractions such as `8/255`. The first word may be a YAML file with the same names, over which later
+    words win. `ValueError` if the file is no mapping of names to plain values or a value is out of range, `SystemExit`
+    on a word that is not understood and after `--help`.
     """
-    model_args, data_args, training_args = parse_groups(argv, TRAINING_GROUPS, prog=prog)
+    groups, _ = CommandParser(TRAINING_GROUPS, prog=prog).parse(sys.argv[1:] if argv is None else argv)
+    model_args, data_args, training_args = groups
     finish_training_arguments(data_args, training_args)
     return model_args, data_args, training_args
 
 
 def finish_training_arguments(data_args: DataArguments, training_args: RobustnessTokenTrainingArguments) -> None:
-    """Settles when held-out images are measured; `ValueError` for `eval_steps` without an `eval_dataset`."""
+    """Measures held-out images at the end if `eval_steps` is not given; it needs an `eval_dataset`."""
     if training_args.eval_steps is not None and data_args.eval_dataset is None:
         raise ValueError(
             f"eval_steps={training_args.eval_steps} needs an eval_dataset: give one, or leave eval_steps out"
@@ -92,18 +84,8 @@ def finish_training_arguments(data_args: DataArguments, training_args: Robustnes
         training_args.eval_steps = training_args.max_steps
 
 
-def parse_groups(argv: Sequence[str] | None, groups: Sequence[type], *, prog: str | None = None) -> tuple[Any, ...]:
-    """Reads a command line into an instance per dataclass; see [`parse_arguments`]."""
-    return CommandParser(groups, prog=prog).parse(sys.argv[1:] if argv is None else argv)[0]
-
-
 class CommandParser(HfArgumentParser):
-    """The parser of one command: dataclasses in groups, both spellings of a name, YAML files, presets, fractions.
-
-    Args:
-        groups: Dataclasses with the command's arguments; `add_argument` adds others.
-        kwargs: Arguments of `argparse.ArgumentParser`.
-    """
+    """The parser of one command: dataclasses in groups, both spellings of a name, YAML files, presets, fractions."""
 
     def __init__(self, groups: Sequence[type] = (), **kwargs: Any) -> None:
         self._groups: dict[str, Any] = {}
@@ -126,13 +108,11 @@ class CommandParser(HfArgumentParser):
     def parse(self, words: Sequence[str]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Returns an instance per dataclass, and the values of the other arguments by name."""
         groups: Any = self.dataclass_types
-        positionals = [action.dest for action in self._actions if not action.option_strings]
+        positionals = [action.dest.upper() for action in self._actions if not action.option_strings]
+        options = [action for action in self._actions if action.option_strings]
         if groups:
-            required = [
-                f"{a.option_strings[0]} {a.dest.upper()}" for a in self._actions if a.option_strings and a.required
-            ]
-            words_first = " ".join([*(name.upper() for name in positionals), "[FILE.yaml]"])
-            self.usage = f"%(prog)s {words_first} {' '.join(required)} [options]"
+            required = [f"{option.option_strings[0]} {option.dest.upper()}" for option in options if option.required]
+            self.usage = " ".join(["%(prog)s", *positionals, "[FILE.yaml]", *required, "[options]"])
             self.epilog = "FILE.yaml holds names and values of these options, over which the words after it win."
             words = self._with_file(list(words), len(positionals))
         values = vars(self.parse_args(words))
@@ -190,11 +170,10 @@ def _words_of_file(path: Path, lists: Collection[str]) -> list[str]:
         raise ValueError(f"{path} can't be read as YAML: {exc}") from exc
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a mapping of argument names to values, got {type(content).__name__}")
+    words: list[str] = []
     for name, value in content.items():
         if isinstance(value, dict) or (isinstance(value, list) and name not in lists):
             raise ValueError(f"{path}: {name} must be a plain value, got a {type(value).__name__}")
-    words: list[str] = []
-    for name, value in content.items():
         if isinstance(value, list):
             words += [f"--{name}", *map(str, value)]
         elif value is not None:
@@ -211,11 +190,7 @@ def _as_number(word: str) -> float:
 
 
 def load_eval_dataset(data_args: DataArguments) -> Any:
-    """Loads the held-out images; returns None if the command line names none.
-
-    Raises:
-        ValueError: If they can't be loaded.
-    """
+    """Loads the held-out images; returns None if the command line names none."""
     if data_args.eval_dataset is None:
         return None
     return load_image_dataset(data_args.eval_dataset, split=data_args.eval_split)
@@ -252,9 +227,7 @@ class ModelArguments:
     )
     attn_implementation: str | None = field(
         default=None,
-        metadata={
-            "help": "Attention of the base: eager, sdpa, flash_attention_2, ...; by default transformers' choice."
-        },
+        metadata={"help": "Attention of the base: eager, sdpa, flash_attention_2, ...; by default transformers'."},
     )
 
     def from_base_kwargs(self) -> dict[str, Any]:
@@ -288,11 +261,7 @@ class DataArguments:
 
 
 def load_train_dataset(data_args: DataArguments) -> Any:
-    """Loads the dataset that the command line names: adversarial pairs made by `robtok attack`, or images.
-
-    Raises:
-        ValueError: If it can't be loaded, or an argument has no meaning for pairs.
-    """
+    """Loads the dataset that the command line names: adversarial pairs made by `robtok attack`, or images."""
     if find_pairs(data_args.dataset) is None:
         return load_image_dataset(
             data_args.dataset, name=data_args.dataset_config, split=data_args.split, streaming=data_args.streaming
@@ -303,6 +272,53 @@ def load_train_dataset(data_args: DataArguments) -> Any:
             "the disk as they are needed: leave streaming, dataset_config and split out"
         )
     return load_adversarial_pairs(data_args.dataset)
+
+
+@dataclass(kw_only=True)
+class EvaluationCommandArguments(EvaluationArguments):
+    """The settings of an evaluation, and where its models and images are; `ValueError` if two do not fit."""
+
+    dataset: str = field(metadata={"help": "Hub id, folder of images, or parquet file of the images to attack."})
+    output_dir: str = field(
+        metadata={"help": "Folder for the report; it keeps finished parts too, which are not run again."}
+    )
+    dataset_config: str | None = field(
+        default=None, metadata={"help": "Configuration of the dataset on the Hub; by default its own default."}
+    )
+    split: str = field(default="test", metadata={"help": "Split of the dataset."})
+    attacker_dataset: str | None = field(
+        default=None,
+        metadata={"help": "Images that the attacker trains own tokens on; by default the evaluated ones."},
+    )
+    attacker_split: str = field(default="train", metadata={"help": "Split of attacker_dataset."})
+    head: str | None = field(
+        default=None,
+        metadata={"help": "Folder of a probe's head to evaluate under, which decides the task; none by default."},
+    )
+    surrogate: str | None = field(
+        default=None,
+        metadata={"help": "Adapter on another base for transfer attacks, whose tokens are not used; none by default."},
+    )
+    surrogate_head: str | None = field(
+        default=None, metadata={"help": "Folder of the surrogate's head, needed where head is given; by default none."}
+    )
+    base_model: str | None = field(
+        default=None, metadata={"help": "Folder or Hub id of the base; by default what the adapter names."}
+    )
+    attn_implementation: str | None = field(
+        default=None,
+        metadata={"help": "Attention of the base: eager, sdpa, flash_attention_2, ...; by default transformers'."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.head is None and self.task == "segmentation":
+            raise ValueError('task="segmentation" needs head, the folder of a probe\'s head')
+        if (self.surrogate_head is not None) != (self.surrogate is not None and self.head is not None):
+            raise ValueError(
+                "surrogate_head is for surrogate where head is given, and needed there, got "
+                f"surrogate={self.surrogate!r}, head={self.head!r}, surrogate_head={self.surrogate_head!r}"
+            )
 
 
 TRAINING_GROUPS: tuple[type, ...] = (ModelArguments, DataArguments, RobustnessTokenTrainingArguments)

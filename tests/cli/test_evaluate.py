@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 from robustness_tokens import RobustnessTokenForImageClassification, RobustnessTokenModel
-from robustness_tokens.cli.evaluate import EvaluationCommandArguments, run_evaluation
-from robustness_tokens.cli.parsing import parse_groups
+from robustness_tokens.cli.commands import evaluate
+from robustness_tokens.cli.parsing import CommandParser, EvaluationCommandArguments
 from robustness_tokens.models.heads import ClassificationHead, save_head
 from robustness_tokens.report.writing import RobustnessReport
 from tests.support.bases import HIDDEN_SIZE
@@ -28,7 +28,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def read(*words: str | Path) -> EvaluationCommandArguments:
-    (args,) = parse_groups([str(word) for word in words], (EvaluationCommandArguments,))
+    (args,), _ = CommandParser((EvaluationCommandArguments,)).parse([str(word) for word in words])
     assert isinstance(args, EvaluationCommandArguments)
     return args
 
@@ -63,7 +63,7 @@ def test_words_become_arguments() -> None:
 
 
 def test_features_of_an_adapter(adapter_folder: Path, pictures: Path, tmp_path: Path) -> None:
-    report = run_evaluation(str(adapter_folder), arguments(pictures, tmp_path))
+    report = evaluate(adapter=str(adapter_folder), args=arguments(pictures, tmp_path))
     assert {result.metric for result in report.results} == {"cosine"}
     assert report.adapter == str(adapter_folder)
     assert report.dataset == {"name": pictures.name, "split": "test", "num_images": 4}
@@ -73,7 +73,7 @@ def test_features_of_an_adapter(adapter_folder: Path, pictures: Path, tmp_path: 
 def test_classes_under_a_probe(adapter_folder: Path, pictures: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     save_head(ClassificationHead(2 * HIDDEN_SIZE, 2), tmp_path / "head")
-    report = run_evaluation(str(adapter_folder), arguments(pictures, tmp_path, "--head", tmp_path / "head"))
+    report = evaluate(adapter=str(adapter_folder), args=arguments(pictures, tmp_path, "--head", tmp_path / "head"))
     assert {result.metric for result in report.results} == {"cosine", "accuracy"}
 
 
@@ -83,7 +83,7 @@ def test_transfer_from_another_base(
     other = RobustnessTokenModel.from_base(base_folders["vit"], num_robustness_tokens=2)
     other.save_pretrained(tmp_path / "other")
     words = ("--surrogate", tmp_path / "other", "--knowledge", "none", "full")
-    report = run_evaluation(str(adapter_folder), arguments(pictures, tmp_path / "out", *words))
+    report = evaluate(adapter=str(adapter_folder), args=arguments(pictures, tmp_path / "out", *words))
     check = report.checks[2]
     assert check.number == 3
     assert check.passed is not None
@@ -96,7 +96,7 @@ def test_classes_by_the_bases_own_head(classifier_folders: dict[str, Path], pict
     model = RobustnessTokenForImageClassification.from_base(classifier_folders["dinov2"], num_robustness_tokens=2)
     model.save_pretrained(tmp_path / "adapter")
     args = arguments(pictures, tmp_path / "out", "--task", "classification")
-    report = run_evaluation(str(tmp_path / "adapter"), args)
+    report = evaluate(adapter=str(tmp_path / "adapter"), args=args)
     assert {result.metric for result in report.results} == {"cosine", "accuracy"}
     headless = RobustnessTokenModel.from_pretrained(tmp_path / "adapter")
     assert torch.equal(headless.robustness_tokens, model.robustness_tokens)

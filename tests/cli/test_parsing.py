@@ -50,7 +50,7 @@ def test_commands_named_in_the_documents_exist() -> None:
     assert named <= set(COMMANDS)
 
 
-@pytest.mark.parametrize("name", [name for name in COMMANDS if name != "evaluate"])
+@pytest.mark.parametrize("name", COMMANDS)
 def test_the_help_groups_and_explains_every_argument_with_its_default(name: str) -> None:
     parser = build_parser(name)
     text = " ".join(parser.format_help().split())

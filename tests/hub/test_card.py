@@ -10,8 +10,7 @@ import yaml
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
-from robustness_tokens.cli.evaluate import EvaluationCommandArguments
-from robustness_tokens.cli.parsing import parse_arguments, parse_groups
+from robustness_tokens.cli.parsing import CommandParser, EvaluationCommandArguments, parse_arguments
 from robustness_tokens.configuration import RobustnessTokenConfig
 from robustness_tokens.hub.card import RECIPE_ARGUMENTS, render_card, to_eval_results
 from robustness_tokens.models.modeling import RobustnessTokenForImageClassification
@@ -333,7 +332,7 @@ def test_the_evaluation_of_the_card_runs_as_printed() -> None:
     assert line.endswith("`.")
     program, subcommand, adapter, *words = shlex.split(line.split("`")[1])
     assert (program, subcommand, adapter) == ("robtok", "evaluate", "user/adapter")
-    (args,) = parse_groups(words, (EvaluationCommandArguments,), prog="robtok evaluate")
+    (args,), _ = CommandParser((EvaluationCommandArguments,)).parse(words)
     expected = EvaluationCommandArguments(
         dataset="user/pictures", output_dir="outputs/evaluation", task="classification", budget="standard", seed=3
     )

@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from robustness_tokens.cli.commands import run_command
-from robustness_tokens.cli.parsing import DataArguments, ModelArguments, parse_groups
+from robustness_tokens.cli.parsing import CommandParser, DataArguments, ModelArguments
 from robustness_tokens.data.adversarial_pairs import load_adversarial_pairs
 from robustness_tokens.data.image_datasets import choose_rows
 from robustness_tokens.hub.adapter_folder import load_adapter, read_config
@@ -456,7 +456,7 @@ def test_the_command_line_reads_lists(tmp_path: Path, from_file: bool) -> None:
     else:
         words += ["--sweep_num_tokens", "1", "2", "--sweep_learning_rates", "1/100", "1"]
     groups = (ModelArguments, DataArguments, RobustnessTokenTrainingArguments, SweepArguments)
-    *_, sweep_args = parse_groups(words, groups)
+    (*_, sweep_args), _ = CommandParser(groups).parse(words)
     assert sweep_args == SweepArguments(sweep_num_tokens=[1, 2], sweep_learning_rates=[0.01, 1.0])
 
 
