@@ -245,7 +245,7 @@ def _add_merge(parser: CommandParser) -> None:
 class _Command(NamedTuple):
     """A command: called with an instance of each dataclass, and the values of the other arguments by name."""
 
-    run: Callable[..., None]
+    run: Callable[..., Any]
     groups: tuple[type, ...] = ()
     add_arguments: Callable[[CommandParser], None] | None = None
 
