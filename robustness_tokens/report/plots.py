@@ -59,7 +59,7 @@ def plot_sweep(rows: Sequence[Mapping[str, float]], path: Target) -> None:
     A marker is a seed's; the line joins their means, and the bar goes from the lowest to the highest.
 
     Args:
-        rows: Of a sweep, each with the fields of `SweepRow`.
+        rows: Rows of a sweep, as `run_sweep` returns them.
         path: Where to write; the ending chooses the format.
     """
     learning_rates = sorted({row["learning_rate"] for row in rows})

@@ -14,10 +14,10 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
-from ..data import AdversarialPairs, BrokenImageLog, Normalizer, build_dataloader
+from ..data import BrokenImageLog, Normalizer, build_dataloader
 from ..models import RobustnessTokenPreTrainedModel
 from .arguments import RobustnessTokenTrainingArguments
-from .dataset import prepare_train_dataset
+from .dataset import prepare_train_dataset, take_pairs
 from .losses import robustness_loss
 from .run_folder import EVAL_LOG_COLUMNS
 from .step import agreement_of, attacked_pixel_values, base_features, compute_features, faster_base, mean_cosine
@@ -38,13 +38,16 @@ def prepare_eval_dataset(
 ) -> Dataset[Any]:
     """Prepares held-out images as [`prepare_train_dataset`] does.
 
-    `ValueError` for a stream, for pairs, and for images whose size differs from `train_image_shape`.
+    `ValueError` for a stream, for pairs of another attack, and for images whose size differs from `train_image_shape`.
     """
-    if isinstance(dataset, AdversarialPairs | str | os.PathLike):
+    if isinstance(dataset, str | os.PathLike):
         raise ValueError(
             f"eval_dataset is a {type(dataset).__name__}, expected a dataset of images, which are attacked as those "
             "of the training: load them by load_image_dataset"
         )
+    dataset, adopted = take_pairs(dataset, args=args, config=model.config)
+    if adopted.recipe() != args.recipe():
+        raise ValueError("eval_dataset holds pairs of another attack than the training's: give images, or other pairs")
     if isinstance(dataset, datasets.IterableDataset):
         raise ValueError(
             "eval_dataset is a stream, expected a fixed set that every process can take its share of: give "

@@ -54,17 +54,22 @@ logger = logging.getLogger(__name__)
 _STATE = {"rounding", "position", "previous_recipe", "scheduler", "callbacks"}  # what the trainer stores
 
 
-def start_log(path: Path, rows: Sequence[Mapping[str, float]] = (), *, columns: Sequence[str] = LOG_COLUMNS) -> None:
-    """Writes a log with these rows, replacing any that is there; raises `OSError` if it cannot."""
+def to_csv(rows: Sequence[Mapping[str, float]], columns: Sequence[str] = ()) -> str:
+    """Returns rows as comma-separated values with a header, by default of the first row's keys."""
     file = io.StringIO()
-    writer = csv.DictWriter(file, fieldnames=columns)
+    writer = csv.DictWriter(file, fieldnames=columns or list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
+    return file.getvalue()
+
+
+def start_log(path: Path, rows: Sequence[Mapping[str, float]] = (), *, columns: Sequence[str] = LOG_COLUMNS) -> None:
+    """Writes a log with these rows, replacing any that is there; raises `OSError` if it cannot."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         for leftover in path.parent.glob("tmp*.part"):  # of a run that was killed
             leftover.unlink()
-        write_text(path, file.getvalue())
+        write_text(path, to_csv(rows, columns))
     except OSError as exc:
         raise _unwritable(path, exc) from exc
 
@@ -73,7 +78,7 @@ def append_to_log(path: Path, row: Mapping[str, float]) -> None:
     """Adds a row to a log that [`start_log`] began; raises `OSError` if it cannot."""
     try:
         with path.open("a", newline="", encoding="utf-8") as file:
-            csv.DictWriter(file, fieldnames=list(row)).writerow(row)
+            csv.DictWriter(file, fieldnames=list(row), lineterminator="\n").writerow(row)
     except OSError as exc:
         raise _unwritable(path, exc) from exc
 

@@ -2,71 +2,47 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 import itertools
 import logging
 import math
 import shutil
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from accelerate import Accelerator
 
 from ..configuration import RobustnessTokenConfig
-from ..data import AdversarialPairs, Normalizer, prepare_images
-from ..hub import holds_adapter, load_adapter, read_config
+from ..data import AdversarialPairs, prepare_images
+from ..hub import holds_adapter, load_adapter
 from ..models import RobustnessTokenPreTrainedModel
 from ..report import plot_sweep
-from ..utils import check_int, share_from_main, write_text
+from ..utils import check_int, check_number, share_from_main, write_text
 from .accelerator import build_accelerator
 from .arguments import RobustnessTokenTrainingArguments
 from .checkpoints import list_checkpoints
 from .dataset import take_pairs
-from .held_out import measure_held_out
 from .make_pairs import make_adversarial_pairs
-from .run_folder import LOG_FILE, read_log
+from .run_folder import EVAL_LOG_COLUMNS, EVAL_LOG_FILE, LOG_FILE, read_log, to_csv
 from .trainer import RobustnessTokenTrainer
 
 
 logger = logging.getLogger(__name__)
 
 CSV_FILE, FIGURE_FILE, PAIRS_FOLDER = "sweep.csv", "sweep.png", "pairs"
-
-
-class Combination(NamedTuple):
-    """The settings in which one training of a sweep differs from the others."""
-
-    num_tokens: int
-    learning_rate: float
-    seed: int
-
-    @property
-    def folder_name(self) -> str:
-        """Name of its folder; different learning rates give different names."""
-        return f"tokens-{self.num_tokens}_lr-{repr(self.learning_rate).removesuffix('.0')}_seed-{self.seed}"
+_SAME_CONFIG = (
+    *("base_model_fingerprint", "feature_view", "similarity_axis", "initializer_range", "image_mean", "image_std"),
+)
 
 
 @dataclass(kw_only=True)
 class SweepArguments:
-    """Grid of a sweep; the defaults are the paper's ablation over the number of tokens.
-
-    Args:
-        sweep_num_tokens: Numbers of tokens K, each at least 1.
-        sweep_learning_rates: Learning rates of Adam, each above 0.
-        sweep_seeds: Seeds of the initial tokens and of the order of the images, each at least 0.
-        num_eval_pairs: Number of pairs held out from all trainings; the cosines in `sweep.csv` are measured on them.
-
-    Raises:
-        ValueError: If a list is empty or holds a value twice, or a value is out of range.
-    """
+    """Grid of a sweep, by default the paper's; `ValueError` for a list that is empty or repeats a value."""
 
     sweep_num_tokens: list[int] = field(
         default_factory=lambda: [1, 10, 20, 50], metadata={"help": "Numbers of tokens to train."}
@@ -82,31 +58,16 @@ class SweepArguments:
     )
 
     def __post_init__(self) -> None:
+        check_int("num_eval_pairs", self.num_eval_pairs, 1)
         for name in ("sweep_num_tokens", "sweep_learning_rates", "sweep_seeds"):
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):
                 raise ValueError(f"{name} must hold different values, at least one, got {values!r}")
             for value in values:
-                if name != "sweep_learning_rates":
+                if name == "sweep_learning_rates":
+                    check_number(f"each of {name}", value, math.ulp(0))
+                else:
                     check_int(f"each of {name}", value, 1 if name == "sweep_num_tokens" else 0)
-                elif not 0 < value < math.inf:
-                    raise ValueError(f"{name} must hold finite numbers above 0, got {values!r}")
-        check_int("num_eval_pairs", self.num_eval_pairs, 1)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SweepRow:
-    """One training of a sweep, as `sweep.csv` holds it; cosines are with the clean features without tokens."""
-
-    num_robustness_tokens: int
-    learning_rate: float
-    seed: int
-    invariance_cosine: float  # of clean held-out images, with tokens
-    adversarial_cosine: float  # of attacked held-out images, with tokens
-    baseline_cosine: float  # of attacked held-out images, without tokens
-    train_invariance_cosine: float  # means over the last tenth of the training's steps
-    train_adversarial_cosine: float
-    seconds_per_step: float
 
 
 def run_sweep(
@@ -114,13 +75,12 @@ def run_sweep(
     args: RobustnessTokenTrainingArguments,
     dataset: Any,
     sweep_args: SweepArguments | None = None,
-) -> list[SweepRow]:
+) -> list[dict[str, float]]:
     """Trains every combination of a grid on the same pairs and the same base, which is loaded once.
 
     `args.output_dir` gets a folder with an adapter per combination, `sweep.csv`, `sweep.png`, and the pairs if
     `dataset` holds images. A second run trains what is missing and keeps what was trained on the same pairs by the
-    same recipe, combinations outside the grid included. Each combination gets the tokens that `robtok train` gives
-    on the same pairs without those held out.
+    same recipe, combinations outside the grid included.
 
     Args:
         model: Gives the base and its settings. Its tokens are removed: do not use it afterwards.
@@ -130,15 +90,18 @@ def run_sweep(
         sweep_args: The grid; the paper's if None.
 
     Returns:
-        A row per combination, those of earlier runs included, sorted. A combination that diverges has none: a warning
-        names it, and its folder is renamed to `<combination>.diverged`.
+        A row per combination, as in `sweep.csv`, sorted; those of earlier runs are included. On the held-out pairs,
+        cosines with the clean features without tokens: `invariance_cosine` (clean, with tokens), `adversarial_cosine`
+        (attacked, with tokens), `baseline_cosine` (attacked, without). `train_...` are means over the last tenth of
+        the steps. A combination that diverges has no row: a warning names it, and its folder is renamed to
+        `<combination>.diverged`.
 
     Raises:
         ValueError: As [`RobustnessTokenTrainer`], or if there are too few pairs.
         FloatingPointError: If all combinations diverge.
         ImportError: If matplotlib is missing.
     """
-    grid, folder = sweep_args or SweepArguments(), Path(args.output_dir)
+    grid, folder, accelerator = sweep_args or SweepArguments(), Path(args.output_dir), build_accelerator(args)
     if args.resume_from_checkpoint is not None:
         raise ValueError("resume_from_checkpoint belongs to one run: run the sweep again, it keeps what is finished")
     if args.eval_steps is not None:
@@ -147,7 +110,6 @@ def run_sweep(
         )
     if find_spec("matplotlib") is None:
         raise ImportError("the figure of a sweep needs matplotlib: pip install 'robustness-tokens[plots]'")
-    accelerator = build_accelerator(args)
     pairs, args = take_pairs(dataset, args=args, config=model.config)
     if not isinstance(pairs, AdversarialPairs):
         images_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
@@ -155,156 +117,103 @@ def run_sweep(
         pairs_args = dataclasses.replace(args, output_dir=str(folder / PAIRS_FOLDER))
         pairs = make_adversarial_pairs(model, pairs_args, pairs, num_images=num_images)
         pairs, args = take_pairs(pairs, args=args, config=model.config)
-    num_train = len(pairs) - grid.num_eval_pairs
-    if num_train < 1:
+    if (num_train := len(pairs) - grid.num_eval_pairs) < 1:
         raise ValueError(
             f"num_eval_pairs={grid.num_eval_pairs} of {len(pairs)} pairs leaves none to train on: make more pairs, or "
             "hold out fewer"
         )
     train_pairs, eval_pairs = pairs.select(range(num_train)), pairs.select(range(num_train, len(pairs)))
+    images = prepare_images(train_pairs)
+    known = {"image_size": images.image_size, "dataset": images.description, "num_steps_done": args.max_steps}
+    recipe = {**args.recipe(), **known, "num_processes": accelerator.num_processes}
+    template, model_class, image_processor, base = model.config, type(model), model.image_processor, model.unload()
+    grid_values = itertools.product(grid.sweep_num_tokens, grid.sweep_learning_rates, grid.sweep_seeds)
+    members = {folder / _folder_name(*values): values for values in grid_values}
 
-    template, model_class, image_processor = model.config, type(model), model.image_processor
-    base = model.unload()
-    wanted = [
-        Combination(*values)
-        for values in itertools.product(grid.sweep_num_tokens, grid.sweep_learning_rates, grid.sweep_seeds)
-    ]
-    finished = share_from_main(
-        lambda: _find_finished(args, wanted, template, train_pairs, accelerator.num_processes), accelerator
-    )
-    rows: list[SweepRow] = []
-    # Finished ones come first, and the CSV is written once all of them are measured: a killed rerun loses no row.
-    for combination in [*finished, *(one for one in wanted if one not in finished)]:
-        with torch.random.fork_rng():
-            torch.manual_seed(combination.seed)  # for the new tokens, as `robtok train` does
-            member = model_class(_config_of(template, combination), base)
-        member.image_processor = image_processor
-        member_args = _arguments_of(args, combination)
-        try:
-            if combination in finished:
-                with torch.no_grad():
-                    member.robustness_tokens.copy_(load_adapter(member_args.output_dir).tokens)
-            else:
-                trainer = RobustnessTokenTrainer(member, member_args, train_pairs)
-                trainer.train()
-                trainer.save_model()
-            rows.append(_measure(member, member_args, eval_pairs, accelerator))
-        except FloatingPointError as exc:
-            share_from_main(partial(_put_aside, Path(member_args.output_dir), exc), accelerator)
+    def find_rows() -> dict[Path, dict[str, float]]:
+        found = {path: _read_row(path, template, recipe) for path in folder.glob("tokens-*_lr-*_seed-*")}
+        if others := sorted(path.name for path, row in found.items() if row is None and path not in members):
+            logger.warning("The sweep leaves out members of other pairs or another recipe: %s", ", ".join(others))
+        return {
+            path: row for path, row in found.items() if row and not (args.overwrite_output_dir and path in members)
+        }
+
+    def write_rows() -> list[dict[str, float]]:
+        in_order = sorted(rows.values(), key=lambda row: tuple(row.values()))
+        write_text(folder / CSV_FILE, to_csv(in_order))
+        plot_sweep(in_order, folder / FIGURE_FILE)
+        return in_order
+
+    rows = share_from_main(find_rows, accelerator)
+    for path, (num_tokens, learning_rate, seed) in members.items():
+        if path in rows:
             continue
+        resume = True if list_checkpoints(path) and not args.overwrite_output_dir else None
+        changed: dict[str, Any] = {"output_dir": str(path), "learning_rate": learning_rate, "seed": seed}
+        changed |= {"eval_steps": args.max_steps, "resume_from_checkpoint": resume}
+        values = {**template.to_dict(), "num_robustness_tokens": num_tokens, "training": {}}
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)  # for the new tokens, as `robtok train` does
+            member = model_class(RobustnessTokenConfig.from_dict(values), base)
+        member.image_processor = image_processor
+        try:
+            trainer = RobustnessTokenTrainer(member, dataclasses.replace(args, **changed), train_pairs, eval_pairs)
+            trainer.train()
+            if not all(math.isfinite(value) for value in trainer.eval_history[-1].values()):
+                raise FloatingPointError(
+                    f"the cosines on the held-out pairs are not finite: {trainer.eval_history[-1]}"
+                )
+            trainer.save_model()
+        except FloatingPointError as exc:
+            share_from_main(partial(_put_aside, path, exc), accelerator)
+        else:
+            rows[path] = share_from_main(partial(_read_row, path, template, recipe), accelerator)
+            share_from_main(write_rows, accelerator)
         finally:
             base = member.unload()
-        rows.sort(key=dataclasses.astuple)
-        if combination not in finished[:-1]:
-            share_from_main(partial(_write, folder, rows), accelerator)
     if not rows:
         raise FloatingPointError(f"every training of the sweep diverged, see {folder}: lower sweep_learning_rates")
-    return rows
+    return share_from_main(write_rows, accelerator)
 
 
-def to_csv(rows: Sequence[SweepRow]) -> str:
-    """Returns the rows as comma-separated values, with a header."""
-    file = io.StringIO()
-    writer = csv.DictWriter(file, [one.name for one in dataclasses.fields(SweepRow)], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(dataclasses.asdict(row) for row in rows)
-    return file.getvalue()
+def _folder_name(num_tokens: float, learning_rate: float, seed: float) -> str:
+    """Names the folder of a combination; different learning rates give different names."""
+    return f"tokens-{num_tokens}_lr-{repr(learning_rate).removesuffix('.0')}_seed-{seed}"
 
 
-def _config_of(template: RobustnessTokenConfig, combination: Combination) -> RobustnessTokenConfig:
-    values = {**template.to_dict(), "num_robustness_tokens": combination.num_tokens, "training": {}}
-    config: RobustnessTokenConfig = RobustnessTokenConfig.from_dict(values)
-    return config
-
-
-def _arguments_of(
-    args: RobustnessTokenTrainingArguments, combination: Combination
-) -> RobustnessTokenTrainingArguments:
-    """Returns the arguments of one training, which goes on from its last checkpoint (SIGTERM leaves one too)."""
-    _, learning_rate, seed = combination
-    folder = Path(args.output_dir) / combination.folder_name
-    resume = True if list_checkpoints(folder) and not args.overwrite_output_dir else None
-    changed: dict[str, Any] = {"learning_rate": learning_rate, "seed": seed, "resume_from_checkpoint": resume}
-    return dataclasses.replace(args, output_dir=str(folder), **changed)
-
-
-def _find_finished(
-    args: RobustnessTokenTrainingArguments,
-    wanted: Sequence[Combination],
-    template: RobustnessTokenConfig,
-    pairs: AdversarialPairs,
-    num_processes: int,
-) -> list[Combination]:
-    """Returns what needs no training, combinations of earlier sweeps first; warns of those that differ."""
-    images = prepare_images(pairs)
-    known = {
-        "num_processes": num_processes,  # on which the images of a step depend
-        "image_size": images.image_size,
-        "dataset": images.description,
-        "num_steps_done": args.max_steps,
-    }
-    earlier = []
-    for path in sorted(Path(args.output_dir).glob("tokens-*_lr-*_seed-*")):
-        if holds_adapter(path):
-            config = read_config(path)
-            training = {"learning_rate": None, "seed": None, **(config.training or {})}
-            found = Combination(config.num_robustness_tokens, training["learning_rate"], training["seed"])
-            earlier += [found] if found.folder_name == path.name and found not in wanted else []
-    candidates = earlier if args.overwrite_output_dir else [*earlier, *wanted]
-    finished = [one for one in candidates if _is_finished(_arguments_of(args, one), _config_of(template, one), known)]
-    if left_out := [one.folder_name for one in earlier if one not in finished]:
-        logger.warning("The sweep leaves out members of other pairs or another recipe: %s", ", ".join(left_out))
-    return finished
-
-
-def _is_finished(args: RobustnessTokenTrainingArguments, config: RobustnessTokenConfig, known: dict[str, Any]) -> bool:
-    """Tells whether a folder holds exactly the tokens that this training would give, and its whole log."""
-    folder = Path(args.output_dir)
-    log = read_log(folder / LOG_FILE, last_step=args.max_steps)
-    if not holds_adapter(folder) or not log or log[-1]["step"] != args.max_steps:
-        return False
-    found, expected = read_config(folder).to_dict(), config.to_dict() | {"training": {**args.recipe(), **known}}
-    names = ("base_model_fingerprint", "num_robustness_tokens", "feature_view", "similarity_axis", "initializer_range")
-    return all(found[name] == expected[name] for name in (*names, "image_mean", "image_std", "training"))
+def _read_row(folder: Path, template: RobustnessTokenConfig, recipe: Mapping[str, Any]) -> dict[str, float] | None:
+    """Returns the row of a whole training by this recipe on these pairs; None if the folder holds anything else."""
+    last_step = recipe["num_steps_done"]
+    log = read_log(folder / LOG_FILE, last_step=last_step)
+    held_out = read_log(folder / EVAL_LOG_FILE, last_step=last_step, columns=EVAL_LOG_COLUMNS)
+    if (
+        not holds_adapter(folder)
+        or not log
+        or not held_out
+        or not log[-1]["step"] == held_out[-1]["step"] == last_step
+    ):
+        return None
+    found, expected = load_adapter(folder).config.to_dict(), template.to_dict()
+    own = {name: (found["training"] or {}).get(name) for name in ("learning_rate", "seed")}
+    same = found["training"] == {**recipe, **own} and all(found[name] == expected[name] for name in _SAME_CONFIG)
+    row = {"num_robustness_tokens": found["num_robustness_tokens"], **own}
+    if not same or folder.name != _folder_name(*row.values()):
+        return None
+    last_tenth = [step for step in log if step["step"] > 0.9 * last_step]
+    first, last = log[0], log[-1]
+    # The first step is slower than the others, where there are others.
+    seconds, steps = last["seconds"] - first["seconds"], last["step"] - first["step"]
+    for name in ("invariance_cosine", "adversarial_cosine", "baseline_cosine"):
+        row[name] = held_out[-1][f"eval_{name}"]
+    for name in ("invariance_cosine", "adversarial_cosine"):
+        row[f"train_{name}"] = statistics.fmean(step[name] for step in last_tenth)
+    row["seconds_per_step"] = seconds / steps if steps else last["seconds"] / last["step"]
+    return row
 
 
 def _put_aside(folder: Path, reason: FloatingPointError) -> None:
     """Renames a diverged run, since a rerun would refuse its unfinished adapter."""
     aside = folder.with_name(f"{folder.name}.diverged")
     logger.warning("The sweep goes on without %s, which is now %s: %s", folder.name, aside.name, reason)
-    if aside.exists():
-        shutil.rmtree(aside)
+    shutil.rmtree(aside, ignore_errors=True)
     folder.rename(aside)
-
-
-def _measure(
-    member: RobustnessTokenPreTrainedModel,
-    args: RobustnessTokenTrainingArguments,
-    pairs: AdversarialPairs,
-    accelerator: Accelerator,
-) -> SweepRow:
-    normalizer = Normalizer(pairs.info.image_mean, pairs.info.image_std).to(accelerator.device)
-    member.to(accelerator.device)
-    measured = measure_held_out(member, pairs, args=args, accelerator=accelerator, normalizer=normalizer)
-    log = read_log(Path(args.output_dir) / LOG_FILE, last_step=args.max_steps)
-    last_tenth = [row for row in log if row["step"] > 0.9 * args.max_steps]
-    first, last = log[0], log[-1]
-    # The first step is slower than the others, where there are others.
-    seconds, steps = last["seconds"] - first["seconds"], last["step"] - first["step"]
-    row = SweepRow(
-        num_robustness_tokens=member.config.num_robustness_tokens,
-        learning_rate=args.learning_rate,
-        seed=args.seed,
-        **{name: measured[f"eval_{name}"] for name in ("invariance_cosine", "adversarial_cosine", "baseline_cosine")},
-        train_invariance_cosine=statistics.fmean(row["invariance_cosine"] for row in last_tenth),
-        train_adversarial_cosine=statistics.fmean(row["adversarial_cosine"] for row in last_tenth),
-        seconds_per_step=seconds / steps if steps else last["seconds"] / last["step"],
-    )
-    if not all(math.isfinite(value) for value in dataclasses.astuple(row)):
-        raise FloatingPointError(f"the cosines on the held-out pairs are not finite ({row})")
-    return row
-
-
-def _write(folder: Path, rows: Sequence[SweepRow]) -> None:
-    write_text(folder / CSV_FILE, to_csv(rows))
-    plot_sweep([dataclasses.asdict(row) for row in rows], folder / FIGURE_FILE)

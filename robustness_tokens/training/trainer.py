@@ -76,8 +76,8 @@ class RobustnessTokenTrainer:
         train_dataset: A `datasets` dataset with an image column, or a torch dataset of
             `{"images": (3, H, W) float in [0, 1]}`, or adversarial pairs: `AdversarialPairs`, their folder, or their
             name on the Hub; then nothing is attacked, and `args` may leave the attack out.
-        eval_dataset: Held-out images to measure the tokens on every `args.eval_steps`: as `train_dataset`, but neither
-            a stream nor pairs.
+        eval_dataset: Held-out images to measure the tokens on every `args.eval_steps`: as `train_dataset`, but no
+            stream; or `AdversarialPairs`, made by the attack of the training.
         callbacks: `TrainerCallback`s of transformers, called on every process; a decision of one of them, by its
             `TrainerControl`, holds on all.
 

@@ -28,7 +28,8 @@ from robustness_tokens.training.accelerator import build_accelerator
 from robustness_tokens.training.arguments import RobustnessTokenTrainingArguments
 from robustness_tokens.training.checkpoints import list_checkpoints
 from robustness_tokens.training.make_pairs import make_adversarial_pairs
-from robustness_tokens.training.sweep import CSV_FILE, SweepArguments, run_sweep, to_csv
+from robustness_tokens.training.run_folder import to_csv
+from robustness_tokens.training.sweep import CSV_FILE, SweepArguments, run_sweep
 from tests.support.bases import build_base
 from tests.support.training_runs import build_trainer, images, run_together, tokens_of
 

@@ -1,12 +1,12 @@
 """Many trainings on the same pairs and the same base."""
 
 import csv
-import dataclasses
 import json
+import math
 import os
 import shutil
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +29,13 @@ from robustness_tokens.training import make_pairs, sweep, trainer
 from robustness_tokens.training import step as step_module
 from robustness_tokens.training.arguments import RobustnessTokenTrainingArguments
 from robustness_tokens.training.make_pairs import make_adversarial_pairs
-from robustness_tokens.training.run_folder import LOG_FILE
+from robustness_tokens.training.run_folder import EVAL_LOG_FILE, LOG_FILE, to_csv
 from robustness_tokens.training.sweep import (
     CSV_FILE,
     FIGURE_FILE,
     PAIRS_FOLDER,
-    Combination,
     SweepArguments,
-    SweepRow,
+    _folder_name,
     run_sweep,
 )
 from robustness_tokens.training.trainer import RobustnessTokenTrainer
@@ -51,6 +50,7 @@ GRID: dict[str, Any] = {
 }
 
 BaseFactory = Callable[..., Any]
+Rows = list[dict[str, float]]
 
 
 def pictures(count: int = 20, *, seed: int = 11, side: int = SIDE) -> datasets.Dataset:
@@ -70,7 +70,7 @@ def new_model(base: Any, num_tokens: int = 1) -> RobustnessTokenModel:
 
 
 @pytest.fixture(scope="module")
-def swept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[SweepRow]]:
+def swept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Rows]:
     """Folder and rows of a sweep over two numbers of tokens and two seeds. Read only."""
     from tests.support.bases import build_base
 
@@ -78,11 +78,11 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[SweepRow
     return folder, run_sweep(new_model(build_base("dinov2")), arguments(folder), pictures(), SweepArguments(**GRID))
 
 
-def test_the_folder_holds_an_adapter_per_combination(swept: tuple[Path, list[SweepRow]]) -> None:
+def test_the_folder_holds_an_adapter_per_combination(swept: tuple[Path, Rows]) -> None:
     folder, rows = swept
     members = {f"tokens-{count}_lr-0.02_seed-{seed}": count for count in (1, 4) for seed in (0, 1)}
     assert {path.name for path in folder.iterdir()} == {*members, CSV_FILE, FIGURE_FILE, PAIRS_FOLDER}
-    assert [(row.num_robustness_tokens, row.seed) for row in rows] == [(1, 0), (1, 1), (4, 0), (4, 1)]
+    assert [(row["num_robustness_tokens"], row["seed"]) for row in rows] == [(1, 0), (1, 1), (4, 0), (4, 1)]
     for name, count in members.items():
         config = read_config(folder / name)
         assert config.num_robustness_tokens == count
@@ -90,23 +90,23 @@ def test_the_folder_holds_an_adapter_per_combination(swept: tuple[Path, list[Swe
         assert config.training["dataset"]["num_images"] == MAX_STEPS * BATCH
 
 
-def test_as_many_images_are_attacked_as_a_run_sees(swept: tuple[Path, list[SweepRow]]) -> None:
+def test_as_many_images_are_attacked_as_a_run_sees(swept: tuple[Path, Rows]) -> None:
     pairs = load_adversarial_pairs(swept[0] / PAIRS_FOLDER)
     assert pairs.stored["index"][:] == choose_rows(20, MAX_STEPS * BATCH + NUM_EVAL, seed=0)
 
 
-def test_the_csv_holds_the_rows(swept: tuple[Path, list[SweepRow]]) -> None:
+def test_the_csv_holds_the_rows(swept: tuple[Path, Rows]) -> None:
     folder, rows = swept
     with (folder / CSV_FILE).open(newline="", encoding="utf-8") as file:
         read = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
-    assert read == [dataclasses.asdict(row) for row in rows]
-    assert all(row.seconds_per_step > 0 for row in rows)
-    assert len({row.baseline_cosine for row in rows}) == 1, "without tokens all are the same"
-    assert len({row.adversarial_cosine for row in rows}) == 4
+    assert read == rows
+    assert all(row["seconds_per_step"] > 0 for row in rows)
+    assert len({row["baseline_cosine"] for row in rows}) == 1, "without tokens all are the same"
+    assert len({row["adversarial_cosine"] for row in rows}) == 4
 
 
 def test_a_combination_that_diverges_is_left_out_each_time(
-    make_base: BaseFactory, swept: tuple[Path, list[SweepRow]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    make_base: BaseFactory, swept: tuple[Path, Rows], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     pairs = load_adversarial_pairs(swept[0] / PAIRS_FOLDER)
     grid = {**GRID, "sweep_num_tokens": [4], "sweep_seeds": [0]}
@@ -115,7 +115,7 @@ def test_a_combination_that_diverges_is_left_out_each_time(
         caplog.clear()
         both = {**grid, "sweep_learning_rates": [1e30, 0.02]}  # the first gives tokens that overflow in the base
         rows = run_sweep(new_model(make_base("dinov2")), arguments(tmp_path), pairs, SweepArguments(**both))
-        assert [row.learning_rate for row in rows] == [0.02]
+        assert [row["learning_rate"] for row in rows] == [0.02]
         assert "goes on without tokens-4_lr-1e+30_seed-0" in caplog.text
         found.append({path.name for path in tmp_path.iterdir()})
     expected = {"tokens-4_lr-0.02_seed-0", "tokens-4_lr-1e+30_seed-0.diverged", CSV_FILE, FIGURE_FILE}
@@ -130,7 +130,7 @@ def test_a_combination_that_diverges_is_left_out_each_time(
 
 
 def test_a_combination_ends_as_a_training_on_the_same_pairs(
-    swept: tuple[Path, list[SweepRow]], make_base: BaseFactory, tmp_path: Path
+    swept: tuple[Path, Rows], make_base: BaseFactory, tmp_path: Path
 ) -> None:
     folder, rows = swept
     pairs = load_adversarial_pairs(folder / PAIRS_FOLDER)
@@ -144,13 +144,15 @@ def test_a_combination_ends_as_a_training_on_the_same_pairs(
     adapter = load_adapter(folder / "tokens-4_lr-0.02_seed-1")
     assert torch.equal(adapter.tokens, trainer.model.robustness_tokens)
 
-    assert rows[3].train_adversarial_cosine == pytest.approx(trainer.log_history[-1]["adversarial_cosine"], abs=1e-6)
+    assert rows[3]["train_adversarial_cosine"] == pytest.approx(
+        trainer.log_history[-1]["adversarial_cosine"], abs=1e-6
+    )
     items = [pairs[row] for row in range(MAX_STEPS * BATCH, len(pairs))]
     images, attacked = (
         trainer.normalizer(torch.stack([item[key] for item in items])) for key in ("images", "adversarial_images")
     )
     target = step_module.base_features(trainer.model, images)
-    for pixel_values, measured in ((images, rows[3].invariance_cosine), (attacked, rows[3].adversarial_cosine)):
+    for pixel_values, measured in ((images, rows[3]["invariance_cosine"]), (attacked, rows[3]["adversarial_cosine"])):
         with torch.no_grad():
             features = trainer.model.get_features(pixel_values)
         # Along the tokens, as published.
@@ -159,7 +161,7 @@ def test_a_combination_ends_as_a_training_on_the_same_pairs(
 
 
 def test_a_sweep_goes_on_with_what_is_missing(
-    swept: tuple[Path, list[SweepRow]], make_base: BaseFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    swept: tuple[Path, Rows], make_base: BaseFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = Path(shutil.copytree(swept[0], tmp_path / "sweep"))
     shutil.rmtree(folder / "tokens-4_lr-0.02_seed-0")
@@ -175,11 +177,11 @@ def test_a_sweep_goes_on_with_what_is_missing(
     rows = run_sweep(new_model(make_base("dinov2")), arguments(folder), pictures(), SweepArguments(**GRID))
     assert trained == ["tokens-4_lr-0.02_seed-0"]
     for row, expected in zip(rows, swept[1], strict=True):
-        assert dataclasses.replace(row, seconds_per_step=0) == dataclasses.replace(expected, seconds_per_step=0)
+        assert {**row, "seconds_per_step": 0} == {**expected, "seconds_per_step": 0}
 
 
 def test_a_sweep_that_sigterm_ended_goes_on(
-    swept: tuple[Path, list[SweepRow]], make_base: BaseFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    swept: tuple[Path, Rows], make_base: BaseFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pairs = load_adversarial_pairs(swept[0] / PAIRS_FOLDER)
     grid = {**GRID, "sweep_num_tokens": [4], "sweep_seeds": [0]}
@@ -197,18 +199,18 @@ def test_a_sweep_that_sigterm_ended_goes_on(
         run_sweep(new_model(make_base("dinov2")), arguments(tmp_path), pairs, SweepArguments(**grid))
     (row,) = run_sweep(new_model(make_base("dinov2")), arguments(tmp_path), pairs, SweepArguments(**grid))
     assert steps == [0, 1, 2]
-    assert dataclasses.replace(row, seconds_per_step=0) == dataclasses.replace(swept[1][2], seconds_per_step=0)
+    assert {**row, "seconds_per_step": 0} == {**swept[1][2], "seconds_per_step": 0}
 
 
 OTHER: dict[str, Any] = GRID | {"sweep_num_tokens": [2], "sweep_seeds": [0]}
 
 
-def combinations(rows: Sequence[SweepRow]) -> list[tuple[int, float, int]]:
-    return [(row.num_robustness_tokens, row.learning_rate, row.seed) for row in rows]
+def combinations(rows: Rows) -> list[tuple[float, float, float]]:
+    return [(row["num_robustness_tokens"], row["learning_rate"], row["seed"]) for row in rows]
 
 
 def test_other_combinations_are_added_to_those_before(
-    swept: tuple[Path, list[SweepRow]], make_base: BaseFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    swept: tuple[Path, Rows], make_base: BaseFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = Path(shutil.copytree(swept[0], tmp_path / "sweep"))
     drawn: list[Any] = []
@@ -221,13 +223,13 @@ def test_other_combinations_are_added_to_those_before(
 
     rows = run_sweep(new_model(make_base("dinov2")), arguments(folder), pictures(), SweepArguments(**OTHER))
     assert combinations(rows) == [(1, 0.02, 0), (1, 0.02, 1), (2, 0.02, 0), (4, 0.02, 0), (4, 0.02, 1)]
-    assert [row for row in rows if row.num_robustness_tokens != 2] == swept[1]
-    assert (folder / CSV_FILE).read_text(encoding="utf-8") == sweep.to_csv(rows)
-    assert drawn[-1] == [dataclasses.asdict(row) for row in rows]
+    assert [row for row in rows if row["num_robustness_tokens"] != 2] == swept[1]
+    assert (folder / CSV_FILE).read_text(encoding="utf-8") == to_csv(rows)
+    assert drawn[-1] == rows
 
 
 def test_a_new_start_replaces_what_is_asked_for_and_keeps_the_rest(
-    swept: tuple[Path, list[SweepRow]], make_base: BaseFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    swept: tuple[Path, Rows], make_base: BaseFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = Path(shutil.copytree(swept[0], tmp_path / "sweep"))
     trained: list[str] = []
@@ -247,7 +249,7 @@ def test_a_new_start_replaces_what_is_asked_for_and_keeps_the_rest(
 
 
 def test_what_was_trained_by_another_recipe_is_left_out_and_said(
-    swept: tuple[Path, list[SweepRow]],
+    swept: tuple[Path, Rows],
     make_base: BaseFactory,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
@@ -261,7 +263,7 @@ def test_what_was_trained_by_another_recipe_is_left_out_and_said(
 
 @pytest.mark.parametrize("changed", [{"seed": 12}, {"side": 2 * SIDE}], ids=["other images", "another size"])
 def test_what_was_trained_on_other_pairs_is_trained_anew(
-    swept: tuple[Path, list[SweepRow]],
+    swept: tuple[Path, Rows],
     make_base: BaseFactory,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
@@ -296,7 +298,7 @@ def test_what_was_trained_on_other_pairs_is_trained_anew(
     ],
 )
 def test_what_differs_in_the_config_is_no_finished_training(
-    swept: tuple[Path, list[SweepRow]], make_base: BaseFactory, tmp_path: Path, name: str, value: Any
+    swept: tuple[Path, Rows], make_base: BaseFactory, tmp_path: Path, name: str, value: Any
 ) -> None:
     folder = Path(shutil.copytree(swept[0], tmp_path / "sweep"))
     path = folder / "tokens-1_lr-0.02_seed-0" / "config.json"
@@ -308,29 +310,58 @@ def test_what_differs_in_the_config_is_no_finished_training(
 
 
 def test_tokens_that_break_in_the_last_step_are_left_out(
-    swept: tuple[Path, list[SweepRow]], make_base: BaseFactory, tmp_path: Path
+    swept: tuple[Path, Rows], make_base: BaseFactory, tmp_path: Path
 ) -> None:
     pairs = load_adversarial_pairs(swept[0] / PAIRS_FOLDER)
     grid = {**GRID, "sweep_num_tokens": [4], "sweep_seeds": [0], "sweep_learning_rates": [1e30, 0.02]}
     rows = run_sweep(new_model(make_base("dinov2")), arguments(tmp_path, max_steps=1), pairs, SweepArguments(**grid))
-    assert [row.learning_rate for row in rows] == [0.02]
+    assert [row["learning_rate"] for row in rows] == [0.02]
     assert (tmp_path / "tokens-4_lr-1e+30_seed-0.diverged").is_dir()
 
 
-def test_numbers_that_are_not_finite_are_no_result(
-    swept: tuple[Path, list[SweepRow]], make_base: BaseFactory, tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_cosines_that_are_not_finite_are_no_result(
+    swept: tuple[Path, Rows],
+    make_base: BaseFactory,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    folder = Path(shutil.copytree(swept[0], tmp_path / "sweep"))
-    path = folder / "tokens-1_lr-0.02_seed-0" / "model.safetensors"
-    tensors = {name: torch.full_like(value, 1e30) for name, value in load_file(path).items()}
-    save_file(tensors, path, metadata={"format": "pt"})
-    rows = run_sweep(new_model(make_base("dinov2")), arguments(folder), pictures(), SweepArguments(**GRID))
-    assert rows == swept[1][1:]
+    pairs = load_adversarial_pairs(swept[0] / PAIRS_FOLDER)
+    real = trainer.measure_held_out
+
+    def measured(model: Any, *args: Any, **kwargs: Any) -> dict[str, float]:
+        found = real(model, *args, **kwargs)
+        return found | ({"eval_adversarial_cosine": math.nan} if model.config.num_robustness_tokens == 1 else {})
+
+    monkeypatch.setattr(trainer, "measure_held_out", measured)
+    grid = SweepArguments(**{**GRID, "sweep_seeds": [0]})
+    rows = run_sweep(new_model(make_base("dinov2")), arguments(tmp_path), pairs, grid)
+    assert [row["num_robustness_tokens"] for row in rows] == [4]
     assert "goes on without tokens-1_lr-0.02_seed-0" in caplog.text
 
 
+@pytest.mark.parametrize("file", [LOG_FILE, EVAL_LOG_FILE])
+def test_a_log_without_the_last_step_is_no_finished_training(
+    swept: tuple[Path, Rows], make_base: BaseFactory, tmp_path: Path, file: str
+) -> None:
+    folder = Path(shutil.copytree(swept[0], tmp_path / "sweep"))
+    log = folder / "tokens-1_lr-0.02_seed-0" / file
+    log.write_text(log.read_text(encoding="utf-8").splitlines()[0] + "\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="seed-0 holds an adapter"):
+        run_sweep(new_model(make_base("dinov2")), arguments(folder), pictures(), SweepArguments(**GRID))
+
+
+def test_damaged_tokens_are_no_result(swept: tuple[Path, Rows], make_base: BaseFactory, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(swept[0], tmp_path / "sweep"))
+    path = folder / "tokens-1_lr-0.02_seed-0" / "model.safetensors"
+    tensors = {name: torch.full_like(value, torch.nan) for name, value in load_file(path).items()}
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="finite"):
+        run_sweep(new_model(make_base("dinov2")), arguments(folder), pictures(), SweepArguments(**GRID))
+
+
 def test_learning_rates_that_differ_little_have_folders_of_their_own(
-    swept: tuple[Path, list[SweepRow]], make_base: BaseFactory, tmp_path: Path
+    swept: tuple[Path, Rows], make_base: BaseFactory, tmp_path: Path
 ) -> None:
     close = (0.1, 0.1000000001)
     rows = run_sweep(
@@ -339,7 +370,7 @@ def test_learning_rates_that_differ_little_have_folders_of_their_own(
         swept[0] / PAIRS_FOLDER,
         SweepArguments(**OTHER | {"sweep_learning_rates": list(close)}),
     )
-    assert [row.learning_rate for row in rows] == list(close)
+    assert [row["learning_rate"] for row in rows] == list(close)
     assert len(list(tmp_path.glob("tokens-*"))) == 2
 
 
@@ -357,7 +388,7 @@ def test_learning_rates_that_differ_little_have_folders_of_their_own(
     ],
 )
 def test_the_folder_of_a_combination_names_its_learning_rate(learning_rate: float, name: str) -> None:
-    assert Combination(4, learning_rate, 0).folder_name == f"tokens-4_lr-{name}_seed-0"
+    assert _folder_name(4, learning_rate, 0) == f"tokens-4_lr-{name}_seed-0"
     assert float(name) == learning_rate
 
 
@@ -370,18 +401,8 @@ def test_a_missing_matplotlib_is_said_before_anything_is_attacked(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_log_without_the_last_step_is_no_finished_training(
-    swept: tuple[Path, list[SweepRow]], make_base: BaseFactory, tmp_path: Path
-) -> None:
-    folder = Path(shutil.copytree(swept[0], tmp_path / "sweep"))
-    log = folder / "tokens-1_lr-0.02_seed-0" / LOG_FILE
-    log.write_text(log.read_text(encoding="utf-8").splitlines()[0] + "\n", encoding="utf-8")
-    with pytest.raises(ValueError, match="seed-0 holds an adapter"):
-        run_sweep(new_model(make_base("dinov2")), arguments(folder), pictures(), SweepArguments(**GRID))
-
-
 def test_a_sweep_with_other_settings_replaces_nothing_unasked(
-    swept: tuple[Path, list[SweepRow]], make_base: BaseFactory
+    swept: tuple[Path, Rows], make_base: BaseFactory
 ) -> None:
     args = arguments(swept[0], invariance_weight=2.0)
     with pytest.raises(ValueError, match="overwrite_output_dir"):
@@ -389,7 +410,7 @@ def test_a_sweep_with_other_settings_replaces_nothing_unasked(
 
 
 def test_an_adapter_without_its_log_is_not_taken_for_a_finished_training(
-    swept: tuple[Path, list[SweepRow]], make_base: BaseFactory, tmp_path: Path
+    swept: tuple[Path, Rows], make_base: BaseFactory, tmp_path: Path
 ) -> None:
     folder = Path(shutil.copytree(swept[0], tmp_path / "sweep"))
     shutil.rmtree(folder / "tokens-1_lr-0.02_seed-0" / "logs")
@@ -406,18 +427,18 @@ def test_measures_on_the_way_are_refused_before_anything_is_attacked(make_base: 
 
 
 def test_a_folder_of_pairs_is_taken_whoever_attacked(
-    swept: tuple[Path, list[SweepRow]], make_base: BaseFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    swept: tuple[Path, Rows], make_base: BaseFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sweep, "make_adversarial_pairs", lambda *_, **__: pytest.fail("attacked"))
     loads: list[Any] = []
     monkeypatch.setattr(RobustnessTokenModel, "_load_base", lambda *args: loads.append(args))
     args = arguments(tmp_path, attack=None, eps=None, num_attack_steps=None)
     rows = run_sweep(new_model(make_base("dinov2")), args, swept[0] / PAIRS_FOLDER, SweepArguments(**GRID))
-    assert [row.adversarial_cosine for row in rows] == [row.adversarial_cosine for row in swept[1]]
+    assert [row["adversarial_cosine"] for row in rows] == [row["adversarial_cosine"] for row in swept[1]]
     assert loads == [], "one base serves all"
 
 
-def test_too_few_pairs_are_refused(swept: tuple[Path, list[SweepRow]], make_base: BaseFactory, tmp_path: Path) -> None:
+def test_too_few_pairs_are_refused(swept: tuple[Path, Rows], make_base: BaseFactory, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="num_eval_pairs=10 of 10 pairs"):
         run_sweep(
             new_model(make_base("dinov2")),
@@ -521,3 +542,14 @@ def test_the_command_line_attacks_once_and_trains_many(
     printed = robtok("sweep", "pairs", "sweep", *lists)
     assert (tmp_path / "sweep" / CSV_FILE).read_text(encoding="utf-8") in printed
     assert (tmp_path / "sweep" / FIGURE_FILE).stat().st_size > 10_000
+
+
+def test_held_out_pairs_are_of_the_attack_of_the_training(
+    swept: tuple[Path, Rows], make_base: BaseFactory, tmp_path: Path
+) -> None:
+    pairs = load_adversarial_pairs(swept[0] / PAIRS_FOLDER)
+    unstated: dict[str, Any] = {"attack": None, "eps": None, "num_attack_steps": None}
+    for changed, message in (({"eps": 4 / 255}, "eps=.*but the pairs were made"), (unstated, "of another attack")):
+        args = arguments(tmp_path, eval_steps=1, **changed)
+        with pytest.raises(ValueError, match=message):
+            RobustnessTokenTrainer(new_model(make_base("dinov2")), args, pictures(), pairs)
