@@ -16,7 +16,7 @@ help:  ## Show this help
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	@touch $@
 
-quickstart: .venv/.installed  ## Train, evaluate, save and reload tokens on the embedded backbone (no network)
+quickstart: .venv/.installed  ## Train, evaluate, save and reload tokens on the embedded base (no network)
 	HF_HUB_OFFLINE=1 $(BIN)/python examples/quickstart/run.py
 
 test: .venv/.installed  ## Run the fast tests (no network)
@@ -37,7 +37,7 @@ quality: .venv/.installed  ## Check format, lint, layers and types
 	$(BIN)/python -m pytest -q tests/test_faces.py
 	$(BIN)/mypy
 
-format: .venv/.installed  ## Format the code and mend what lint can mend
+format: .venv/.installed  ## Fix format and lint
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 

@@ -1,4 +1,4 @@
-"""What the benchmarks of training steps share: the work, the clock, the table's machine and the file."""
+"""Shared by the benchmarks of training steps: the work, the clock, the table's machine and the file."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def random_images(args: argparse.Namespace) -> Tensor:
 
 
 def training_arguments(args: argparse.Namespace, folder: Path, **settings: Any) -> RobustnessTokenTrainingArguments:
-    """Of a quiet run that may be repeated in the same folder."""
+    """Arguments of a quiet run that may be repeated in the same folder."""
     return RobustnessTokenTrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=args.batch_size,
@@ -70,7 +70,7 @@ def possible_here(settings: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def seconds(args: argparse.Namespace, step: Callable[[], object]) -> float:
-    """How long a step takes, by the wall's clock or the processor's."""
+    """Seconds that a step takes, by the wall's clock or the processor's."""
     clock = time.process_time if args.cpu_time else time.perf_counter
     start = clock()
     step()

@@ -1,4 +1,4 @@
-"""A training step as the published implementation takes it, written anew from its description, faults and all.
+"""A training step as the published implementation takes it, written from its description, faults and all.
 
 The backbone is not frozen and runs in float32, each of the attack's backward passes goes through everything and adds
 up gradients of all weights, the targets are computed twice, clean and attacked images go through the model apart, and

@@ -91,7 +91,7 @@ def main() -> None:
 
 
 def build_step(args: argparse.Namespace, name: str, folder: Path) -> Callable[[int], object]:
-    """What takes so many steps of a variant; the weights and the images are the same for all."""
+    """Returns a function that takes so many steps of a variant; all have the same weights and images."""
     torch.manual_seed(0)
     images = random_images(args)
     backbone = build_backbone(args, args.published_attn_implementation if name == PUBLISHED else "sdpa")
@@ -122,7 +122,7 @@ def peak_memory(args: argparse.Namespace, name: str) -> dict[str, float]:
 
 def peak_resident_mib() -> float:
     status = Path("/proc/self/status")
-    if status.exists():  # unlike ru_maxrss it starts anew with a program, whatever its parent took
+    if status.exists():  # unlike ru_maxrss it starts at zero with a program, whatever its parent took
         (line,) = (line for line in status.read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM:"))
         return int(line.split()[1]) * 1024 / MIB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / MIB  # bytes on macOS

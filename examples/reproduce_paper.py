@@ -3,7 +3,7 @@
     python examples/reproduce_paper.py --list
     python examples/reproduce_paper.py --rows dinov2-small openclip-base-16 --dataset ILSVRC/imagenet-1k
 
-For each row: tokens are trained with the paper's preset for the family; features and, where the backbone has a
+For each row: tokens are trained with the paper's preset for the family; features and, where the base has a
 classification head, classes are attacked as in the paper. What a row gave is kept in `--output`, so that the same
 command goes on where it stopped. A row whose weights or data can't be had is named with what it lacks, and the exit
 status is 1; the table with the published numbers is printed all the same.
@@ -82,7 +82,7 @@ class Row:
 
     @property
     def metrics(self) -> list[str]:
-        """What is reported for this row."""
+        """Metrics that are reported for this row."""
         return list(self.published) or [FEATURES]
 
 
@@ -123,7 +123,7 @@ ROWS = (
 
 @dataclass(frozen=True)
 class Settings:
-    """What the numbers depend on besides the row; one output folder holds results of one setting.
+    """Settings that the numbers depend on besides the row; one output folder holds results of one setting.
 
     Attributes:
         dataset: ImageNet: a Hub id or a folder.
@@ -142,7 +142,7 @@ class Settings:
 
 
 def lacks(row: Row, settings: Settings) -> list[str]:
-    """What of a row can't be had, each with the reason; downloads the weights."""
+    """Downloads a row's weights; returns what can't be had, each with the reason."""
     found = []
     for what, repo_id in (("base", row.model_id), ("head", row.head_id)):
         if repo_id is None:

@@ -21,7 +21,7 @@ from robustness_tokens import load_image_dataset
 HERE = Path(__file__).parent
 NUM_IMAGES = {"train": 2000, "test": 500}
 IMAGE_SIZE = 28
-"""Side of a canvas in pixels: that of the backbone's images."""
+"""Side of a canvas in pixels: that of the base's images."""
 
 SIDES = (20, 28)
 """Smallest and largest side that a picture is scaled to."""

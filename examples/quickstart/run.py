@@ -2,9 +2,9 @@
 
     make quickstart
 
-The backbone (1.2 M parameters, DINOv2's architecture) and the images (Fashion-MNIST) lie beside this file. Tokens are
-trained twice, by the paper's losses and against an attacker who knows them. Both models are attacked by somebody who
-knows nothing, the backbone, the training recipe, or everything: `outputs/quickstart/adapter/report.html` shows it.
+The base (1.2 M parameters, DINOv2's architecture) and the images (Fashion-MNIST) lie beside this file. Tokens are
+trained twice, by the paper's losses and against an attacker who knows them. Both models are attacked in the black box,
+in the grey box, by own tokens and in the white box: `outputs/quickstart/adapter/report.html` shows it.
 """
 
 from __future__ import annotations
@@ -35,11 +35,12 @@ from robustness_tokens import (
 )
 from robustness_tokens.data import collate_images
 from robustness_tokens.evaluation import training_figures
+from robustness_tokens.report import ATTACKERS
 
 
 HERE = Path(__file__).parent
 EPS = 16 / 255  # pixel units of [0, 1] images
-# Larger steps and a larger attack than the paper's defaults, which are made for ImageNet backbones.
+# Larger steps and a larger attack than the paper's defaults, which are made for bases trained on ImageNet.
 TRAINING: dict[str, Any] = {
     "max_steps": 32,
     "per_device_train_batch_size": 32,
@@ -55,9 +56,9 @@ TRAINING: dict[str, Any] = {
 
 
 def train(output_dir: Path, **settings: Any) -> RobustnessTokenForImageClassification:
-    """Trains tokens on the embedded backbone and saves the adapter."""
+    """Trains tokens on the embedded base and saves the adapter."""
     transformers.set_seed(0)
-    model = RobustnessTokenForImageClassification.from_base(HERE / "backbone", num_robustness_tokens=10)
+    model = RobustnessTokenForImageClassification.from_base(HERE / "base", num_robustness_tokens=10)
     args = RobustnessTokenTrainingArguments(
         output_dir=str(output_dir), overwrite_output_dir=True, **{**TRAINING, **settings}
     )
@@ -87,7 +88,7 @@ def evaluate(model: RobustnessTokenForImageClassification, adapter: Path, **kwar
 
 
 def reloads_bit_equal(model: RobustnessTokenForImageClassification, adapter: Path) -> bool:
-    """Whether a fresh process computes the same bits from the saved adapter."""
+    """Tells whether a fresh process computes the same bits from the saved adapter."""
     test_set = ImageDataset(load_image_dataset(HERE / "data", split="test"), ImageTransform(image_size=28))
     images = collate_images([test_set[index] for index in range(100)])["images"]
     assert model.config.image_mean is not None
@@ -103,7 +104,7 @@ def reloads_bit_equal(model: RobustnessTokenForImageClassification, adapter: Pat
 
 
 def print_table(reports: dict[str, RobustnessReport]) -> None:
-    """Accuracies by what the attacker knows, each image at its worst over the attacks of that level."""
+    """Prints accuracies by attacker, each image at its worst over the attacks of that attacker."""
 
     def accuracy(report: RobustnessReport, knowledge: str | None, tokens: str = "trained") -> str:
         for result in report.results:
@@ -116,22 +117,14 @@ def print_table(reports: dict[str, RobustnessReport]) -> None:
         return "-"
 
     first = next(iter(reports.values()))
-    rows = {
-        "clean images": None,
-        "knows nothing (queries, noise)": "none",
-        "knows the backbone (grey box)": "base",
-        "knows the recipe (own tokens)": "own_tokens",
-        "knows the tokens (white box)": "full",
-        "worst over all of these": "full_worst_case",
-    }
     num_images = first.dataset["num_images"]
     print(f"\nAccuracy on {num_images:,} held-out test images [95%]; L-inf, eps {255 * EPS:g}/255 in pixels,")
     print("each image at its worst over the attacks. Against the adaptive tokens, own tokens are trained through the")
-    print("backbone alone, where the recipe attacks through the tokens too.")
+    print("base alone, where the recipe attacks through the tokens too.")
     print(f"{'the attacker':<34}" + "".join(f"{name:>24}" for name in ("without tokens", *reports)))
-    for label, knowledge in rows.items():
-        without = accuracy(first, knowledge, "none")
-        print(f"{label:<34}{without:>24}" + "".join(f"{accuracy(r, knowledge):>24}" for r in reports.values()))
+    for knowledge in (None, "none", "base", "own_tokens", "full", "full_worst_case"):
+        cells = [accuracy(first, knowledge, "none"), *(accuracy(report, knowledge) for report in reports.values())]
+        print(f"{ATTACKERS[knowledge].name:<34}" + "".join(f"{cell:>24}" for cell in cells))
 
 
 def main() -> None:

@@ -1,8 +1,8 @@
-"""What training against an attacker who knows the tokens buys, and what it costs: clean, grey- and white-box accuracy.
+"""Measures what training against an attacker who knows the tokens buys and costs: clean, grey- and white-box accuracy.
 
     python examples/quickstart/trade_off.py
 
-Trains tokens in many ways on the quickstart's backbone and attacks each by cross-entropy and margin, once through the
+Trains tokens in many ways on the quickstart's base and attacks each by cross-entropy and margin, once through the
 base alone (grey box) and once through the tokens (white box), on images kept out of the training split: the test split
 is for what is chosen here. Writes `trade_off.csv` and `trade_off.png`; what is in the CSV already is not run again.
 """
@@ -66,7 +66,7 @@ def measure(way: str, *, seed: int, num_images: int) -> dict[str, Any]:
     transformers.set_seed(seed)
     settings = {"num_robustness_tokens": 20, **COMMON, **WAYS[way]}
     of_the_model = {name: settings.pop(name) for name in _OF_THE_MODEL if name in settings}
-    model = RobustnessTokenForImageClassification.from_base(HERE / "backbone", **of_the_model)
+    model = RobustnessTokenForImageClassification.from_base(HERE / "base", **of_the_model)
     images = load_image_dataset(HERE / "data")
     num_training = len(images) - num_images
     with tempfile.TemporaryDirectory() as folder:

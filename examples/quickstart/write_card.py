@@ -23,7 +23,7 @@ def render_quickstart_card() -> str:
     return render_card(
         read_config(STORED),
         name="outputs/quickstart/adapter",
-        license="mit",  # as the card of the backbone says
+        license="mit",  # as in the card of the base
         datasets=["zalando-datasets/fashion_mnist"],
         images="examples/quickstart/data",
         report=read_report(STORED),
@@ -34,7 +34,7 @@ def take_over(adapter: Path) -> None:
     """Stores the config and the report of an adapter, its base named as it is from the root of the repository."""
     loaded = load_adapter(adapter)
     config, report = loaded.config, loaded.report
-    config.base_model_name_or_path = "examples/quickstart/backbone"
+    config.base_model_name_or_path = "examples/quickstart/base"
     STORED.mkdir(exist_ok=True)
     (STORED / CONFIG_FILE).write_text(config.to_json_string(use_diff=False), encoding="utf-8")
     (STORED / EVALUATION_FILE).unlink(missing_ok=True)

@@ -147,7 +147,7 @@ def is_right(model: EvaluatedModel, images: Tensor, batch: AttackBatch) -> Tenso
 
 
 def change_logits(monkeypatch: pytest.MonkeyPatch, change: Callable[[Tensor], Tensor]) -> None:
-    """What attacks see of a model from now on; what is measured stays as it is."""
+    """Changes what attacks see of a model; what is measured stays as it is."""
     real = EvaluatedModel.logits
 
     def logits(self: EvaluatedModel, images: Tensor, tokens: Tensor | None, *, exact: bool = False) -> Tensor:

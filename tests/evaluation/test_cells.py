@@ -297,7 +297,7 @@ def test_the_worst_case_is_taken_image_by_image() -> None:
 
 
 def test_the_worst_miou_is_never_above_that_of_one_attack() -> None:
-    """What hurts an image's own IoU most may spare the data set's, where a class is rare in one image alone."""
+    """The attack that hurts an image's own IoU most may spare the dataset's, if a class is rare in one image alone."""
     unions = torch.tensor([[100, 1], [100, 1000]])
     rare = {"trained.intersections": torch.tensor([[90, 0], [100, 1000]]), "trained.unions": unions}
     common = {"trained.intersections": torch.tensor([[40, 1], [100, 1000]]), "trained.unions": unions}
@@ -316,7 +316,7 @@ def test_the_worst_miou_is_never_above_that_of_one_attack() -> None:
 
 
 def test_the_worst_of_more_attacks_is_never_above_that_of_some_of_them() -> None:
-    """The worst IoU of each image need not make the worst of the data set: so parts have their say."""
+    """The worst IoU of each image need not make the worst of the dataset: so parts count too."""
     unions = torch.tensor([[100, 1], [100, 1000]])
     rare = {"trained.intersections": torch.tensor([[90, 0], [100, 1000]]), "trained.unions": unions}
     common = {"trained.intersections": torch.tensor([[40, 1], [100, 1000]]), "trained.unions": unions}

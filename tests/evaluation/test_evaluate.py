@@ -208,7 +208,7 @@ def test_the_curve_over_eps_has_a_point_per_eps_and_level(report: RobustnessRepo
         assert len(report.series[f"sweep/{level}/cosine/low"]) == 2
     swept = pick(report.results, series="sweep", knowledge="own_tokens")
     assert swept
-    for result in swept:  # of own tokens by the first set alone, and it says so
+    for result in swept:  # of own tokens by the first set alone, which it names
         assert result.attack_parameters["num_robustness_tokens"] == [2]
         assert all("(own_tokens_0)" in attack for attack in result.attack_parameters["attacks"])
 
@@ -302,7 +302,7 @@ def test_what_a_crash_left_damaged_is_run_again(
     assert [record.getMessage().partition(" is damaged")[0] for record in caplog.records] == [str(damaged)]
     assert again.results == first.results
     run(classifier, images, output_dir=tmp_path, **fixed)
-    assert len(caplog.records) == 1  # the file is mended
+    assert len(caplog.records) == 1  # the file is repaired
     assert whole.stat().st_mtime_ns == untouched
 
 

@@ -62,7 +62,7 @@ def test_a_base_without_a_name_gives_no_empty_metadata() -> None:
     card = render_card(config(base_model_name_or_path="", base_model_revision=None), name="out")
     assert "base_model" not in ModelCard(card).data.to_dict()
     assert "# Robustness tokens for `Dinov2Model`" in card
-    assert "The backbone is `Dinov2Model` (`Dinov2Model`, commit not pinned)." in card
+    assert "The base is `Dinov2Model` (`Dinov2Model`, commit not pinned)." in card
 
 
 def test_a_classifiers_adapter_is_one_for_the_hub_too() -> None:
@@ -74,7 +74,7 @@ def test_a_classifiers_adapter_is_one_for_the_hub_too() -> None:
 def test_a_folder_is_no_base_model_for_the_hub() -> None:
     card = render_card(config(base_model_name_or_path="/home/me/dinov2"), name="out")
     assert not {"base_model", "base_model_relation"} & ModelCard(card).data.to_dict().keys()
-    assert "The backbone is `/home/me/dinov2` (" in card
+    assert "The base is `/home/me/dinov2` (" in card
 
 
 @pytest.mark.parametrize(
@@ -211,7 +211,7 @@ def test_the_first_line_of_code_is_the_import_and_the_subfolder_is_named() -> No
 def test_the_card_says_what_it_is() -> None:
     card = render_card(config(), name="user/adapter")
     assert "11 learned input tokens (width 384)" in card
-    assert "The backbone is `facebook/dinov2-small` (`Dinov2Model`, commit `0123456789abcdef`)." in card
+    assert "The base is `facebook/dinov2-small` (`Dinov2Model`, commit `0123456789abcdef`)." in card
     assert "mean `[0.1, 0.2, 0.3]`, std `[0.4, 0.5, 0.6]`" in card
     assert "The tokens are a secret" in card
     assert "The tokens have not been trained." in card

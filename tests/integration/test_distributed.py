@@ -317,7 +317,7 @@ def test_what_fails_on_the_main_process_fails_on_all(tmp_path: Path) -> None:
 
 
 class UnsendableError(Exception):
-    """Can't be made anew from its arguments, as some errors of trackers can't."""
+    """Can't be made again from its arguments, like some errors of trackers."""
 
     def __init__(self, part: str, *, code: int) -> None:
         super().__init__(f"{part} failed with {code}")

@@ -47,7 +47,7 @@ def evaluate(output_dir: Path | None, *, draw: bool = False, **changes: Any) -> 
 
 
 def count_attacked(patch: pytest.MonkeyPatch) -> list[int]:
-    """How many images this process attacks, from now on, each time."""
+    """Counts the images that this process attacks, from now on, each time."""
     counts: list[int] = []
     real = cells_module.run_attack
 

@@ -20,7 +20,7 @@ from tests.support.hub_state import File, Hub, Repo, Request
 from tests.support.reports import make_report
 
 
-BACKBONE = Path(__file__).parents[2] / "examples" / "quickstart" / "backbone"
+BASE = Path(__file__).parents[2] / "examples" / "quickstart" / "base"
 ADAPTER = "alice/adapter"
 FILES = set(ADAPTER_FILES) - {EVALUATION_FILE}
 
@@ -65,16 +65,16 @@ def committed(hub: Hub) -> list[set[str]]:
 
 def test_round_trip(hub: Hub, client: HubClient, upload_mode: str, tmp_path: Path) -> None:
     kwargs: dict[str, Any] = {"token": "hf_alice", "xet": upload_mode == "xet"}
-    client("api", method="create_repo", repo_id="alice/backbone", private=True, **kwargs)
-    client("api", method="upload_folder", repo_id="alice/backbone", folder_path=str(BACKBONE), **kwargs)
+    client("api", method="create_repo", repo_id="alice/base", private=True, **kwargs)
+    client("api", method="upload_folder", repo_id="alice/base", folder_path=str(BASE), **kwargs)
     client.wipe_cache()
     hub.requests.clear()
     output_dir = str(tmp_path / "run")
-    trained = client("train_and_push", base="alice/backbone", repo_id=ADAPTER, output_dir=output_dir, **kwargs)
+    trained = client("train_and_push", base="alice/base", repo_id=ADAPTER, output_dir=output_dir, **kwargs)
     client.wipe_cache()
     assert client("load", adapter=ADAPTER, **kwargs) == trained
     assert client("load", adapter=ADAPTER, auto=True, **kwargs) == trained
-    assert trained["base"] == f"alice/backbone@{hub.repos['alice/backbone'].commit().oid}"
+    assert trained["base"] == f"alice/base@{hub.repos['alice/base'].commit().oid}"
 
     repo = hub.repos[ADAPTER]
     assert repo.private

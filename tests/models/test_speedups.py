@@ -322,7 +322,7 @@ def test_bf16_and_compiled_follow_the_fp32_curves_over_50_steps(tmp_path: Path) 
     }
     for name, variant in variants.items():
         torch.manual_seed(0)
-        model = RobustnessTokenModel.from_base(QUICKSTART / "backbone", num_robustness_tokens=10)
+        model = RobustnessTokenModel.from_base(QUICKSTART / "base", num_robustness_tokens=10)
         settings = {"max_steps": 50, "per_device_train_batch_size": 8, "num_attack_steps": 10, **variant}
         histories[name] = run(model, tmp_path / name, dataset, **settings).log_history
     for name in ("bf16", "bf16, compiled"):

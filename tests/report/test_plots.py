@@ -31,7 +31,7 @@ def make_series(metric: str) -> dict[str, list[float]]:
 
 @pytest.fixture
 def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What is drawn, instead of files."""
+    """Returns what is drawn, instead of files."""
     drawn: list[Any] = []
     monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.append(figure))
     return drawn

@@ -1,4 +1,4 @@
-"""What works on which family: the table in docs/families.md, and a check behind each of its cells.
+"""Capabilities by family: the table in docs/families.md, and a check behind each of its cells.
 
 `python -m tests.support.capabilities` writes the table; test_capabilities.py runs every check and compares the table.
 """
@@ -303,7 +303,7 @@ def check_stands_on(row: Row, model: PreTrainedModel, family: Family, folder: Pa
 
 
 def classes_of(auto_class: Any, model: PreTrainedModel) -> tuple[type, ...]:
-    """What an Auto class makes of a model's config."""
+    """Returns what an Auto class makes of a model's config."""
     found = auto_class._model_mapping[type(model.config)]
     return found if isinstance(found, tuple) else (found,)
 
@@ -330,7 +330,7 @@ def render_table() -> str:
 
 
 def written_table(text: str) -> str:
-    """What stands between the markers of a text."""
+    """Returns the text between the markers of a text."""
     return text.partition(START)[2].partition(END)[0].strip()
 
 

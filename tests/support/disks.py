@@ -21,7 +21,7 @@ def full_disk() -> Iterator[None]:
 
 @contextmanager
 def broken_disk() -> Iterator[None]:
-    """What is written never reaches the disk."""
+    """A disk that nothing written ever reaches."""
 
     def fail(descriptor: int) -> None:
         raise OSError(5, "Input/output error")

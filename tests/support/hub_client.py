@@ -24,7 +24,7 @@ CALL_SECONDS = 120
 
 
 class ClientError(Exception):
-    """What the called function raised: the names of its class and of that one's bases, and its message."""
+    """An error of the called function: the names of its class and of that one's bases, and its message."""
 
     def __init__(self, classes: list[str], message: str) -> None:
         super().__init__(f"{classes[0]}: {message}")
@@ -51,7 +51,7 @@ class HubClient:
         self.read_answer()  # it has imported what it needs
 
     def __call__(self, task: str, **kwargs: Any) -> Any:
-        """What `tests.support.hub_tasks.<task>(**kwargs)` returns; `ClientError` if it raises."""
+        """Returns `tests.support.hub_tasks.<task>(**kwargs)`; `ClientError` if it raises."""
         assert self.process.stdin is not None
         print(json.dumps([task, kwargs]), file=self.process.stdin, flush=True)
         result, error = self.read_answer()

@@ -1,4 +1,4 @@
-"""What the Hub of the tests holds: repos, the objects of its storage host, what came in, and what is to go wrong."""
+"""The state of the tests' Hub: repos, the objects of its storage host, what came in, and what is to go wrong."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class Request:
-    """What came in, and the status of the answer (None if there was none)."""
+    """A request, and the status of the answer (None if there was none)."""
 
     method: str
     path: str
@@ -167,7 +167,7 @@ class Hub:
         return [request for request in self.requests if re.match(pattern, f"{request.method} {request.path}")]
 
     def take_fault(self, request: str) -> FaultKind | None:
-        """What is to go wrong with a request, `METHOD /path`."""
+        """Returns what is to go wrong with a request, `METHOD /path`."""
         with self.lock:
             for index, fault in enumerate(self.faults):
                 if re.match(fault.request, request):

@@ -1,4 +1,4 @@
-"""What the tests let a client of the Hub do; see `tests.support.hub_client`. Arguments and results are JSON."""
+"""The tasks that tests give to a client of the Hub; see `tests.support.hub_client`. Arguments and results are JSON."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def api(method: str, *, token: str | None = None, xet: bool = True, **kwargs: An
 
 
 def jsonable(value: Any) -> Any:
-    """What huggingface_hub returns (its own classes, generators, lists) as JSON."""
+    """Returns what huggingface_hub returns (its own classes, generators, lists) as JSON."""
     if type(value) in (bool, int, float, str, dict, type(None)):
         return value
     if isinstance(value, Iterable) and not isinstance(value, str):
@@ -115,7 +115,7 @@ def load(
 
 
 def described(model: RobustnessTokenPreTrainedModel) -> dict[str, str]:
-    """What must be the same, to the bit, wherever the model is loaded; and which base it has."""
+    """Returns what must be the same, to the bit, wherever the model is loaded; and which base it has."""
     size = model.get_base_model().config.image_size
     pixel_values = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
@@ -133,7 +133,7 @@ def digits(tensor: Tensor) -> str:
 
 
 def classify(repo_id: str, *, token: str) -> list[list[dict[str, Any]]]:
-    """What AutoModelForImageClassification and a pipeline say of a grey picture."""
+    """Returns what AutoModelForImageClassification and a pipeline predict for a grey picture."""
     picture = Image.new("RGB", (16, 16), "grey")
     model: Any = AutoModelForImageClassification.from_pretrained(repo_id, token=token)
     with torch.no_grad():

@@ -470,7 +470,7 @@ def test_a_compiled_run_resumes_with_the_same_bits(
         interrupt(2)
         with pytest.raises(KeyboardInterrupt):
             make_trainer("cut", **settings).train()
-        torch.compiler.reset()  # as a new process compiles anew
+        torch.compiler.reset()  # as a new process compiles again
         assert torch.equal(trained_tokens(make_trainer("cut", resume_from_checkpoint=True, **settings)), tokens)
 
 

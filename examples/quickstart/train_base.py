@@ -1,9 +1,9 @@
-"""Trains the quickstart's backbone: a 1.2 M parameter DINOv2 classifier, on the 60,000 images of Fashion-MNIST.
+"""Trains the quickstart's base: a 1.2 M parameter DINOv2 classifier, on the 60,000 images of Fashion-MNIST.
 
-Run once by the maintainers; what it wrote is committed in ``backbone/``:
+Run once by the maintainers; what it wrote is committed in `base/`:
 
     apt-get install dataset-fashion-mnist
-    python examples/quickstart/train_backbone.py
+    python examples/quickstart/train_base.py
 
 The accuracy in the card is that of the stored float16 file, loaded as float32, on all 10,000 test images.
 """
@@ -39,7 +39,7 @@ self-supervision) on the 60,000 training images of [Fashion-MNIST](https://githu
 **Accuracy: {accuracy:.2%}** on the 10,000 test images, measured on the stored float16 file loaded as float32.
 The test images chose nothing: neither the epoch nor a hyper-parameter.
 
-Made by `examples/quickstart/train_backbone.py`: {epochs} epochs, batch {batch_size}, AdamW (learning rate
+Made by `examples/quickstart/train_base.py`: {epochs} epochs, batch {batch_size}, AdamW (learning rate
 {lr:g}, weight decay {weight_decay:g}, one cycle), {precision}, random flips and shifts by one pixel,
 seed {seed}, {minutes:.0f} minutes on a CPU.
 
@@ -72,7 +72,7 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor, normalise: nn.Mod
 
 
 class Normalise(nn.Module):
-    """[0, 1] images to the pixel values that the backbone reads (ImageNet's mean and standard deviation)."""
+    """Maps images in [0, 1] to the pixel values that the base reads (ImageNet's mean and standard deviation)."""
 
     def forward(self, images: Tensor) -> Tensor:
         mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
@@ -82,7 +82,7 @@ class Normalise(nn.Module):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--source", type=Path, default=SOURCE)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "backbone")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "base")
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--batch_size", type=int, default=256)
     parser.add_argument("--lr", type=float, default=1.5e-3)
