@@ -13,7 +13,7 @@ from robustness_tokens import Normalizer, RobustnessTokenForImageClassification,
 from robustness_tokens.attacks.objectives import cosine_similarity, cross_entropy_objective
 from robustness_tokens.attacks.paper import paper_attack_eps
 from robustness_tokens.evaluation.attack_suite import ATTACKS, Attack, AttackBatch, on_8bit_grid, run_attack
-from robustness_tokens.evaluation.plan import BUDGETS, budget_attacks, build_attack
+from robustness_tokens.evaluation.plan import BUDGETS, build_attack, select_attacks
 from robustness_tokens.evaluation.threat_models import AttackerView, EvaluatedModel, attacker_views
 from tests.support.bases import HIDDEN_SIZE, IMAGE_SIZE, build_base
 
@@ -282,7 +282,7 @@ def test_hyper_parameters_must_be_those_of_the_attack(kwargs: dict[str, Any], me
 @pytest.mark.parametrize("knowledge", ["none", "base", "own_tokens", "full"])
 def test_a_larger_budget_runs_the_attacks_of_a_smaller_one_and_more(knowledge: Any) -> None:
     names = [
-        {(attack.name, attack.target) for attack in budget_attacks(BUDGETS[budget], knowledge)}
+        {(attack.name, attack.target) for attack in select_attacks(None, BUDGETS[budget], knowledge)}
         for budget in ("quick", "standard", "full")
     ]
     assert names[0] <= names[1] <= names[2]

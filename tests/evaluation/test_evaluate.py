@@ -60,6 +60,7 @@ TINY = Budget(
     num_steps=3,
     num_restarts=1,
     num_apgd_steps=3,
+    num_target_classes=3,
     num_queries=5,
     num_draws=2,
     num_own_tokens=2,
