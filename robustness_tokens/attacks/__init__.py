@@ -2,7 +2,6 @@
 
 from .autoattack import apgd_attack, auto_attack
 from .common import example_generators
-from .noise import noise_attack
 from .objectives import (
     Objective,
     cosine_similarity,
@@ -20,4 +19,4 @@ from .paper import (
     paper_attack_eps,
 )
 from .pgd import pgd_attack, pgd_step_size
-from .square import square_attack
+from .random_search import noise_attack, square_attack

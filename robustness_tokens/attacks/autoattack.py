@@ -10,6 +10,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any, Literal, get_args
 
 import torch
@@ -34,7 +35,7 @@ def auto_attack(
         images: (B, 3, H, W) float32 in [0, 1].
         labels: (B,) int64 classes.
         eps: Radius of the L-infinity ball in pixel units.
-        seed: Of its noise.
+        seed: Seed of the noise.
 
     Returns:
         (B, 3, H, W) images; those whose class could not be changed come back as they were.
@@ -48,7 +49,7 @@ def auto_attack(
     """
     if eps == 0:
         return images.clone()
-    model, num_targets = _prepare(logits_fn, images, labels, eps=eps, num_target_classes=9)
+    model, num_targets = _prepare(logits_fn, images, labels, eps=eps, target_classes=9)
     with _left_as_found(images.device):
         attack = _package("pyautoattack").AutoAttack(model, eps=eps, seed=seed, device=images.device)
         attack.apgd_targeted.n_target_classes = attack.fab.n_target_classes = num_targets
@@ -73,17 +74,13 @@ def apgd_attack(
     """Runs one of AutoAttack's gradient attacks: PGD that chooses its own step sizes.
 
     Args:
-        logits_fn: Maps (B, ...) images in [0, 1] to (B, C) logits, in any precision.
-        images: (B, 3, H, W) float32 in [0, 1].
-        labels: (B,) int64 classes.
+        logits_fn, images, labels, eps, seed: As for [`~robustness_tokens.attacks.auto_attack`].
         loss: `"targeted_dlr"` tries the likeliest wrong classes one after the other.
-        eps: Radius of the L-infinity ball in pixel units.
-        num_steps: Of each restart, for each target.
+        num_steps: Steps of each restart, for each target.
         num_restarts: At least 1.
         num_target_classes: For `"targeted_dlr"` alone; at most C - 1 are tried.
-        highest_loss: For `"cross_entropy"` alone: return for each image what has the highest loss, whether it changes
-            the class or not. It is for attacks that are to work on another model than `logits_fn`.
-        seed: Of its noise.
+        highest_loss: For `"cross_entropy"` alone: return each image's iterate of highest loss, whether it changes the
+            class or not, to attack another model than `logits_fn` with it.
 
     Returns:
         (B, 3, H, W) images; without `highest_loss`, those whose class could not be changed come back as they were.
@@ -97,7 +94,7 @@ def apgd_attack(
     """
     if loss not in get_args(ApgdLoss):
         raise ValueError(f"loss must be one of {get_args(ApgdLoss)}, got {loss!r}")
-    check_steps(eps=eps, step_size=None, num_steps=num_steps)
+    check_steps(eps=eps, num_steps=num_steps)
     if num_restarts < 1 or num_target_classes < 1:
         raise ValueError(
             "num_restarts and num_target_classes must be at least 1, "
@@ -109,7 +106,7 @@ def apgd_attack(
     if eps == 0:
         return images.clone()
     model, num_targets = _prepare(
-        logits_fn, images, labels, eps=eps, num_target_classes=num_target_classes if targeted else None
+        logits_fn, images, labels, eps=eps, target_classes=num_target_classes if targeted else None
     )
     settings: dict[str, Any] = {"n_iter": num_steps, "n_restarts": num_restarts, "eps": eps, "seed": seed}
     with _left_as_found(images.device):
@@ -129,16 +126,11 @@ def apgd_attack(
 
 
 def _prepare(
-    logits_fn: Callable[[Tensor], Tensor],
-    images: Tensor,
-    labels: Tensor,
-    *,
-    eps: float,
-    num_target_classes: int | None,
+    logits_fn: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, *, eps: float, target_classes: int | None
 ) -> tuple[Callable[[Tensor], Tensor], int]:
     """Checks the arguments; returns the logits in float32, which the package needs, and how many classes to target."""
     check_pixels("images", images)
-    check_steps(eps=eps, step_size=None, num_steps=1)
+    check_steps(eps=eps, num_steps=1)
     if images.dtype != torch.float32:
         raise ValueError(f"images must be float32, got {images.dtype}: AutoAttack knows no other precision")
     with torch.no_grad():
@@ -148,19 +140,17 @@ def _prepare(
             f"logits must have shape (B, C) and labels (B,), got {tuple(shape)} for one image, and "
             f"{tuple(labels.shape)}: AutoAttack is for classifiers"
         )
-    if num_target_classes is not None and shape[1] < 4:
+    if target_classes is not None and shape[1] < 4:
         raise ValueError(f"the targeted DLR loss needs at least 4 classes, got {shape[1]}: use the cross-entropy")
     # Square writes into the logits, which must not reach a tensor that the caller keeps.
-    return (lambda x: logits_fn(x).float().clone()), min(num_target_classes or 1, shape[1] - 1)
+    return (lambda x: logits_fn(x).float().clone()), min(target_classes or 1, shape[1] - 1)
 
 
 def _package(name: str) -> Any:
-    # Not on top: the package is optional.
     try:
-        __import__(name)
+        return import_module(name)
     except ImportError as exc:
         raise ImportError("AutoAttack needs pyautoattack: pip install 'robustness-tokens[eval]'") from exc
-    return sys.modules[name]
 
 
 @contextmanager

@@ -76,7 +76,7 @@ def check_pixels(name: str, pixels: Tensor) -> None:
         raise ValueError(f"{name} must hold at least one image, shape (B, ...), got shape {tuple(pixels.shape)}")
 
 
-def check_steps(*, eps: float, step_size: float | None, num_steps: int) -> None:
+def check_steps(*, eps: float, num_steps: int, step_size: float | None = None) -> None:
     """Raises `ValueError` if the budget or the steps are out of range."""
     if not 0 <= eps < math.inf:
         raise ValueError(f"eps must be a finite number of at least 0, got {eps}")

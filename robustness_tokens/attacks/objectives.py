@@ -1,7 +1,14 @@
 """Objectives that an attack maximises: callables from images to one number per image.
 
-Each factory takes a function of [0, 1] images, which applies normalisation and model, and what it should be pushed
-away from, in the order of the batch that will be attacked. What it returns can be taken of some of the images alone.
+The factories share their arguments: a function of images in [0, 1], which normalises them and runs the model, and the
+constants to push its output away from, in the order of the batch that will be attacked.
+
+    features_fn: Maps (B, ...) images to (B, N, D) or (B, D) features.
+    logits_fn: Maps (B, ...) images to (B, C) logits.
+    target: Same shape as the features, usually those of the clean images.
+    labels: (B,) int64 classes.
+
+Each returns an [`Objective`], which maps (B, ...) images to (B,) and raises a `ValueError` if the shapes don't fit.
 
 Shapes: B images, N sequence, D width, C classes, H and W pixels.
 """
@@ -20,8 +27,8 @@ class Objective:
     """Maps images to one number each, which may depend on data of the image, such as its label.
 
     Args:
-        function: Maps (B, ...) images in [0, 1], and what belongs to them, to (B,).
-        of_images: (B, ...) each, constants, in the order of the images.
+        function: Maps (B, ...) images in [0, 1] and their data to (B,).
+        of_images: Data of the images: constants, (B, ...) each, in the order of the images.
     """
 
     def __init__(self, function: Callable[..., Tensor], *of_images: Tensor) -> None:
@@ -72,17 +79,9 @@ def feature_cosine_objective(
     *,
     similarity_axis: Literal["token", "feature"] = "token",
 ) -> Objective:
-    """Returns minus the mean cosine with target features, see [`cosine_similarity`]; maximising pushes features away.
+    """Returns minus the mean cosine with target features, as an objective; see [`cosine_similarity`].
 
     At images whose features are the target the gradient is rounding noise: start the attack at random.
-
-    Args:
-        features_fn: Maps (B, ...) images in [0, 1] to (B, N, D) or (B, D) features.
-        target: Same shape as the features, usually those of the clean images.
-        similarity_axis: `"token"` or `"feature"`.
-
-    Returns:
-        The objective, (B, ...) images to (B,).
     """
 
     def objective(images: Tensor, target: Tensor) -> Tensor:
@@ -95,13 +94,6 @@ def feature_mse_objective(features_fn: Callable[[Tensor], Tensor], target: Tenso
     """Returns the mean squared difference from target features, as an objective.
 
     At images whose features are the target the gradient is zero: start the attack at random.
-
-    Args:
-        features_fn: Maps (B, ...) images in [0, 1] to (B, ...) features.
-        target: Same shape as the features, usually those of the clean images.
-
-    Returns:
-        The objective, (B, ...) images to (B,); it raises a `ValueError` if the shapes differ.
     """
 
     def objective(images: Tensor, target: Tensor) -> Tensor:
@@ -117,14 +109,8 @@ def cross_entropy_objective(
 ) -> Objective:
     """Returns a classifier's cross-entropy with the true labels, as an objective.
 
-    Args:
-        logits_fn: Maps (B, ...) images in [0, 1] to (B, C) logits.
-        labels: (B,) int64 classes.
-        misclassified_bonus: Added where the image is misclassified, which leaves the gradient as it is: an attack that
-            keeps its best iterate then keeps one that is, though another that isn't may have the larger loss.
-
-    Returns:
-        The objective, (B, ...) images to (B,); it raises a `ValueError` if logits and labels don't fit.
+    `misclassified_bonus` is added where the image is misclassified and leaves the gradient as it is. With a large one,
+    an attack that keeps its best iterate prefers misclassified iterates to those with a larger loss.
     """
 
     def objective(images: Tensor, labels: Tensor) -> Tensor:
@@ -139,14 +125,7 @@ def cross_entropy_objective(
 def margin_objective(logits_fn: Callable[[Tensor], Tensor], labels: Tensor) -> Objective:
     """Returns the largest wrong logit minus the true one, as an objective: above 0 where an image is misclassified.
 
-    Unlike the cross-entropy it doesn't saturate where the classifier is sure.
-
-    Args:
-        logits_fn: Maps (B, ...) images in [0, 1] to (B, C) logits, C at least 2.
-        labels: (B,) int64 classes.
-
-    Returns:
-        The objective, (B, ...) images to (B,); it raises a `ValueError` if logits and labels don't fit.
+    Unlike the cross-entropy it doesn't saturate where the classifier is sure. It needs at least two classes.
 
     Source: untargeted and unclipped form of the loss f_6 of Carlini & Wagner, "Towards Evaluating the Robustness of
     Neural Networks", IEEE S&P 2017, arXiv 1608.04644.
@@ -169,19 +148,13 @@ def pixel_cross_entropy_objective(
 ) -> Objective:
     """Returns a segmentation's cross-entropy, averaged over each image's labelled pixels, as an objective.
 
-    Args:
-        logits_fn: Maps (B, ...) images in [0, 1] to (B, C, H, W) logits at the size of the labels.
-        labels: (B, H, W) int64 classes.
-        ignore_index: Label of the pixels that don't count (255 as in transformers); an image without any labelled
-            pixel scores 0.
-
-    Returns:
-        The objective, (B, ...) images to (B,); it raises a `ValueError` if logits and labels don't fit.
+    Logits are (B, C, H, W), labels (B, H, W) of the same size. Pixels with the label `ignore_index` (255 as in
+    transformers) don't count; an image without any labelled pixel scores 0.
     """
 
     def objective(images: Tensor, labels: Tensor, num_labelled: Tensor) -> Tensor:
         logits = logits_fn(images)
-        _check_pixel_logits(logits, labels)
+        _check_logits(logits, labels, num_dims=4)
         per_pixel = F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="none")  # (B, H, W)
         return per_pixel.flatten(1).sum(dim=1) / num_labelled.clamp(min=1)  # (B,)
 
@@ -201,16 +174,11 @@ def _check_same_shape(features: Tensor, target: Tensor) -> None:
         )
 
 
-def _check_logits(logits: Tensor, labels: Tensor) -> None:
-    if logits.dim() != 2 or labels.shape != logits.shape[:1]:
+def _check_logits(logits: Tensor, labels: Tensor, *, num_dims: int = 2) -> None:
+    if logits.dim() != num_dims or labels.shape != (logits.shape[0], *logits.shape[2:]):
+        expected, fix = "(B, C) and labels (B,)", ""
+        if num_dims == 4:
+            expected, fix = "(B, C, H, W) and labels (B, H, W)", ": resize the logits to the labels in logits_fn"
         raise ValueError(
-            f"logits must have shape (B, C) and labels (B,), got {tuple(logits.shape)} and {tuple(labels.shape)}"
-        )
-
-
-def _check_pixel_logits(logits: Tensor, labels: Tensor) -> None:
-    if logits.dim() != 4 or labels.shape != (logits.shape[0], *logits.shape[2:]):
-        raise ValueError(
-            "logits must have shape (B, C, H, W) and labels (B, H, W), "
-            f"got {tuple(logits.shape)} and {tuple(labels.shape)}: resize the logits to the labels in logits_fn"
+            f"logits must have shape {expected}, got {tuple(logits.shape)} and {tuple(labels.shape)}{fix}"
         )

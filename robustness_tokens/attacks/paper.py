@@ -58,8 +58,7 @@ def paper_attack(
         model_fn: Maps pixel_values to features, (B, N, D) or (B, D), or to logits, (B, C) or (B, C, H, W), where
             labels are given. The cosine is along dim 1: tokens for (B, N, D), features for (B, D).
         pixel_values: (B, C, H, W) float32 or float64, normalised images.
-        image_mean: C numbers that `pixel_values` were normalised with.
-        image_std: C numbers that `pixel_values` were normalised with, above 0.
+        image_mean, image_std: C numbers each, that `pixel_values` were normalised with; deviations are above 0.
         labels: (B,) or (B, H, W) int64 classes, where -100 is ignored, to attack a classifier; `None` attacks
             features.
         target: What `model_fn` gives for `pixel_values`, (B, N, D) or (B, D), if features are attacked and the caller
@@ -84,18 +83,14 @@ def paper_attack(
     check_pixels("pixel_values", pixel_values)
     check_steps(eps=eps, step_size=step_size, num_steps=num_steps)
     clean = pixel_values.detach().clone()
-    mean, std = _per_channel(clean, image_mean=image_mean, image_std=image_std)
-    clean_images = clean * std + mean
-    _check_range(clean_images)
-
+    clean_images, mean, std = _unnormalize(clean, image_mean=image_mean, image_std=image_std)
     if labels is not None and target is not None:
         raise ValueError("labels attack a classifier and target features: leave one of them out")
     given = target if labels is None else labels
-    if given is not None:
-        target = detached_copy(given)
-    else:
+    if given is None:
         with torch.no_grad():
-            target = model_fn(clean)
+            given = model_fn(clean)
+    target = detached_copy(given)
     lower, upper = clean.aminmax()
     iterate = clean + step_size * draw_noise(clean, torch.randn, generator)
     for step in range(num_steps):
@@ -116,9 +111,10 @@ def paper_attack(
     return (images_8bit - mean) / std
 
 
-def _per_channel(
+def _unnormalize(
     pixel_values: Tensor, *, image_mean: Sequence[float], image_std: Sequence[float]
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns [0, 1] images, (B, C, H, W), and mean and standard deviation, (C, 1, 1) each; checks all three."""
     if pixel_values.dim() != 4:
         raise ValueError(f"pixel_values must have shape (B, C, H, W), got {tuple(pixel_values.shape)}")
     channels = pixel_values.shape[1]
@@ -128,10 +124,7 @@ def _per_channel(
     if not all(number > 0 for number in image_std):
         raise ValueError(f"image_std must be above 0, got {list(image_std)}")
     mean, std = (pixel_values.new_tensor(numbers).view(-1, 1, 1) for numbers in (image_mean, image_std))
-    return mean, std  # (C, 1, 1) each
-
-
-def _check_range(images: Tensor) -> None:
+    images = pixel_values * std + mean
     lowest, highest = images.aminmax()
     tolerance = 1e-4  # normalising and back costs a few float32 roundings
     if not (lowest >= -tolerance and highest <= 1 + tolerance):
@@ -139,6 +132,7 @@ def _check_range(images: Tensor) -> None:
             f"pixel_values must be [0, 1] images normalised with image_mean and image_std, but unnormalised they go "
             f"from {lowest:g} to {highest:g}"
         )
+    return images, mean, std
 
 
 def paper_attack_eps(image_std: Sequence[float], *, on_grid: bool) -> float:

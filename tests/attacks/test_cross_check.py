@@ -8,7 +8,7 @@ import torch
 
 from robustness_tokens.attacks.objectives import cross_entropy_objective, margin_objective
 from robustness_tokens.attacks.pgd import pgd_attack
-from robustness_tokens.attacks.square import square_attack
+from robustness_tokens.attacks.random_search import square_attack
 from tests.support.toy_classifier import accuracy, trained_toy_classifier
 
 

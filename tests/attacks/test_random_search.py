@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from robustness_tokens.attacks.noise import noise_attack
 from robustness_tokens.attacks.objectives import Objective
-from robustness_tokens.attacks.square import square_attack
+from robustness_tokens.attacks.random_search import noise_attack, square_attack
 
 
 EPS = 8 / 255

@@ -1,4 +1,4 @@
-"""Square attack: random search that only asks for scores, never for gradients.
+"""Random search: attacks that only ask for scores, never for gradients.
 
 Shapes: B images, C channels, H and W pixels, Q queries.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -23,18 +24,48 @@ from .common import (
 )
 
 
-# (share of the queries spent, by how much the squares have shrunk): table of the authors' code for 10,000 queries.
-_SCHEDULE = (
-    (0.001, 2),
-    (0.005, 4),
-    (0.02, 8),
-    (0.05, 16),
-    (0.1, 32),
-    (0.2, 64),
-    (0.4, 128),
-    (0.6, 256),
-    (0.8, 512),
-)
+NoiseKind = Literal["uniform", "corners"]
+
+# (share of the queries spent, divisor of the squares' area): table of the authors' code for 10,000 queries.
+_SCHEDULE = ((0.001, 2), (0.005, 4), (0.02, 8), (0.05, 16), (0.1, 32), (0.2, 64), (0.4, 128), (0.6, 256), (0.8, 512))
+
+
+@torch.no_grad()
+def noise_attack(
+    objective: Callable[[Tensor], Tensor],
+    images: Tensor,
+    *,
+    kind: NoiseKind = "uniform",
+    eps: float = 4 / 255,
+    num_draws: int = 10,
+    generator: Generators = None,
+) -> Tensor:
+    """Draws noise in the L-infinity ball and keeps, for each image, the draw with the highest objective.
+
+    It is the baseline that any attack must beat.
+
+    Args:
+        objective, images, eps, generator: As for [`~robustness_tokens.attacks.pgd_attack`]; no gradient is asked for.
+        kind: `"uniform"` draws in the ball, `"corners"` are plus or minus `eps` in every pixel.
+        num_draws: Draws, at least 1.
+
+    Returns:
+        (B, ...) images in [0, 1], within `eps` of the originals.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+    if kind not in get_args(NoiseKind):
+        raise ValueError(f"kind must be one of {get_args(NoiseKind)}, got {kind!r}")
+    check_pixels("images", images)
+    check_steps(eps=eps, num_steps=num_draws)
+    best, best_values = images.clone(), images.new_full((len(images),), -torch.inf)
+    rows = torch.arange(len(images), device=images.device)
+    for _ in range(num_draws):
+        uniform = draw_noise(images, torch.rand, generator)
+        noisy = _move(images, _signs(uniform) if kind == "corners" else 2 * uniform - 1, eps)
+        best_values = keep_best(best, best_values, rows, noisy, evaluate_objective(objective, noisy))
+    return best
 
 
 @torch.no_grad()
@@ -54,14 +85,11 @@ def square_attack(
     raises the objective. The squares, their places and their signs belong to the image, not to the batch.
 
     Args:
-        objective: Maps (B, C, H, W) images in [0, 1] to (B,) numbers, MAXIMISED; no gradient is asked for.
+        objective, eps, stop_above, generator: As for [`~robustness_tokens.attacks.pgd_attack`]; no gradient is asked
+            for.
         images: (B, C, H, W) float32 or float64 in [0, 1].
-        eps: Radius in pixel units.
         num_queries: Q, calls of the objective, at least 1.
         initial_area: Share of the image that the first squares cover, in (0, 1].
-        stop_above: An image is done once its objective exceeds this, as for
-            [`~robustness_tokens.attacks.pgd_attack`], and asks nothing more.
-        generator: Source of the noise, on any device; a sequence holds one generator per image.
 
     Returns:
         (B, C, H, W) images in [0, 1], within `eps` of the originals.
@@ -73,7 +101,7 @@ def square_attack(
     stretched to `num_queries`.
     """
     check_pixels("images", images)
-    check_steps(eps=eps, step_size=None, num_steps=num_queries)
+    check_steps(eps=eps, num_steps=num_queries)
     check_can_stop(objective, stop_above)
     if images.dim() != 4:
         raise ValueError(f"images must have shape (B, C, H, W), got {tuple(images.shape)}")
@@ -113,8 +141,9 @@ def _side(spent: float, initial_area: float, height: int, width: int) -> int:
 
 
 def _signs(uniform: Tensor) -> Tensor:
+    """Maps numbers in [0, 1) to -1 or 1."""
     return torch.where(uniform < 0.5, -1.0, 1.0).to(uniform.dtype)
 
 
-def _move(images: Tensor, signs: Tensor, eps: float) -> Tensor:
-    return (images + eps * signs).clamp(0, 1)
+def _move(images: Tensor, direction: Tensor, eps: float) -> Tensor:
+    return (images + eps * direction).clamp(0, 1)
