@@ -15,6 +15,7 @@ from .utils import (
     check_fingerprint,
     check_int,
     check_keys,
+    check_list,
     check_number,
     check_numbers,
     check_pattern,
@@ -49,8 +50,9 @@ from robustness_tokens import (
 __all__ = ["RobustnessTokenConfig", "RobustnessTokenForImageClassification", "RobustnessTokenModel"]
 '''
 
-# What transformers itself writes into (or accepts in) every config.json; everything else must be a field of ours.
+# transformers writes these keys into every config.json, or accepts them; all others must be fields of ours.
 _TRANSFORMERS_KEYS = {"architectures", "auto_map", "dtype", "model_type", "transformers_version"}
+# transformers passes these when it makes a config; they are not saved.
 _TRANSIENT_KEYS = {
     "attn_implementation",
     "experts_implementation",
@@ -78,7 +80,7 @@ class RobustnessTokenConfig(PreTrainedConfig):
         num_robustness_tokens (`int`): K, the number of tokens.
         hidden_size (`int`): D, the width of the base.
         initializer_range (`float`): Standard deviation of the tokens before training (paper: 0.01).
-        feature_view (`str`): What "the features" are: `"cls_and_patches"` (paper), `"cls"`, `"patches"`, `"pooled"`.
+        feature_view (`str`): Which features: `"cls_and_patches"` (paper), `"cls"`, `"patches"`, `"pooled"`.
         similarity_axis (`str`): `"token"` (what the published code computes) or `"feature"` (the paper's formula).
         image_mean, image_std (`list[float]`): Normalisation of [0, 1] images that the tokens were trained with.
         training (`dict`): The recipe the tokens were trained with; empty before training.
@@ -106,8 +108,8 @@ class RobustnessTokenConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         if unknown := sorted(set(kwargs) - _TRANSFORMERS_KEYS - _TRANSIENT_KEYS):
             raise ValueError(f"RobustnessTokenConfig got unknown keys {unknown}; it knows {sorted(own_keys())}")
-        self.auto_map = _checked_auto_map(kwargs.pop("auto_map", {}))
-        _check_transformers_keys(self)
+        self.auto_map = kwargs.pop("auto_map", {})
+        self._check_transformers_keys()
         self.base_model_fingerprint = self.base_model_fingerprint or {}
         self.training = self.training or {}
         super().__post_init__(**kwargs)
@@ -123,10 +125,8 @@ class RobustnessTokenConfig(PreTrainedConfig):
         check_choice("similarity_axis", self.similarity_axis, get_args(SimilarityAxis))
         check_text("base_model_name_or_path", self.base_model_name_or_path)
         if self.base_model_revision is not None:  # it becomes part of a path in the cache
-            revision = self.base_model_revision
-            check_pattern(
-                "base_model_revision", revision, r"[0-9a-f]{7,40}", "a commit (7 to 40 hexadecimal digits) or null"
-            )
+            expected = "a commit (7 to 40 hexadecimal digits) or null"
+            check_pattern("base_model_revision", self.base_model_revision, r"[0-9a-f]{7,40}", expected)
         if self.base_model_class != "":
             check_pattern("base_model_class", self.base_model_class, r"[A-Za-z][A-Za-z0-9_]*", "the name of a class")
         check_fingerprint("base_model_fingerprint", self.base_model_fingerprint)
@@ -150,6 +150,22 @@ class RobustnessTokenConfig(PreTrainedConfig):
         if min(self.image_std) <= 0:
             raise ValueError(f"image_std must be positive, got {self.image_std!r}")
 
+    def _check_transformers_keys(self) -> None:
+        if not isinstance(self.auto_map, dict) or not self.auto_map.items() <= AUTO_MAP.items():
+            raise ValueError(
+                f"auto_map must name no code but the package's own, {AUTO_MAP}, got {self.auto_map!r}: "
+                "the code of an adapter is never run"
+            )
+        if self.architectures is not None:
+            check_list("architectures", self.architectures)
+            for name in self.architectures:
+                check_text("architectures", name)
+        if self.transformers_version is not None:
+            check_text("transformers_version", self.transformers_version)
+        dtype = getattr(torch, self.dtype, None) if isinstance(self.dtype, str) else self.dtype
+        if self.dtype is not None and not isinstance(dtype, torch.dtype):
+            raise ValueError(f"dtype must be the name of a data type of torch or null, got {self.dtype!r}")
+
     def to_dict(self) -> dict[str, Any]:
         """Returns only the adapter's own keys: labels and such are read from the base."""
         kept = own_keys() | _TRANSFORMERS_KEYS - {"dtype"}
@@ -157,21 +173,15 @@ class RobustnessTokenConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Reads strictly: a missing or an unknown key is an error (see [`check_config_dict`])."""
-        check_config_dict(config_dict)
+        """Reads strictly: a missing or an unknown key is an error, and so is a newer schema."""
+        name, optional = "the adapter's config.json", _TRANSFORMERS_KEYS
+        check_keys(name, config_dict, own_keys(), optional=optional, schema=SCHEMA_VERSION)
         return super().from_dict(config_dict, **kwargs)
 
 
 def own_keys() -> set[str]:
     """Returns the names of the fields that an adapter's config.json must hold."""
     return {field.name for field in fields(RobustnessTokenConfig)} - {field.name for field in fields(PreTrainedConfig)}
-
-
-def check_config_dict(config_dict: Mapping[str, Any]) -> None:
-    """Raises `ValueError` for a config.json with missing or unknown keys, or of a newer schema."""
-    check_keys(
-        "the adapter's config.json", config_dict, own_keys(), optional=_TRANSFORMERS_KEYS, schema=SCHEMA_VERSION
-    )
 
 
 def check_same_base(
@@ -193,26 +203,3 @@ def check_same_base(
                 f"{made} {expected_name}, but the base given is {found_name}, with other weights "
                 f"({dtype} fingerprint {found[dtype][:12]}, not {expected[dtype][:12]}): {fix}"
             )
-
-
-def _checked_auto_map(auto_map: object) -> dict[str, str]:
-    if not isinstance(auto_map, dict) or not auto_map.items() <= AUTO_MAP.items():
-        raise ValueError(
-            f"auto_map must name no code but the package's own, {AUTO_MAP}, got {auto_map!r}: "
-            "the code of an adapter is never run"
-        )
-    return auto_map
-
-
-def _check_transformers_keys(config: PreTrainedConfig) -> None:
-    architectures, version, dtype = config.architectures, config.transformers_version, config.dtype
-    if architectures is not None and not (
-        isinstance(architectures, list) and all(isinstance(name, str) for name in architectures)
-    ):
-        raise ValueError(f"architectures must be a list of names or null, got {architectures!r}")
-    if version is not None and not isinstance(version, str):
-        raise ValueError(f"transformers_version must be a string or null, got {version!r}")
-    if isinstance(dtype, str):
-        dtype = getattr(torch, dtype, dtype)
-    if dtype is not None and not isinstance(dtype, torch.dtype):
-        raise ValueError(f"dtype must be the name of a data type of torch or null, got {config.dtype!r}")

@@ -11,7 +11,6 @@ from robustness_tokens.configuration import (
     AUTO_MAP,
     REMOTE_CODE_FILE,
     RobustnessTokenConfig,
-    check_config_dict,
     check_same_base,
     own_keys,
 )
@@ -203,7 +202,7 @@ def test_a_missing_schema_version_is_an_error() -> None:
 @pytest.mark.parametrize("key", ["peft_type", "num_labels", "id2label", "trust_remote_code"])
 def test_unknown_keys_in_a_file_are_errors(key: str) -> None:
     with pytest.raises(ValueError, match=rf"missing keys \[\] and unknown keys \['{key}'\]"):
-        check_config_dict(config_dict(**{key: 1}))
+        RobustnessTokenConfig.from_dict(config_dict(**{key: 1}))
 
 
 def test_the_packages_own_code_may_be_named() -> None:
@@ -241,7 +240,7 @@ def test_a_newer_schema_says_so_before_it_complains_of_keys() -> None:
 @pytest.mark.parametrize("content", [[], "config", None, 3])
 def test_a_config_that_is_no_object(content: Any) -> None:
     with pytest.raises(ValueError, match="must be a dictionary"):
-        check_config_dict(content)
+        RobustnessTokenConfig.from_dict(content)
 
 
 def test_transformers_may_pass_its_own_arguments() -> None:

@@ -5,6 +5,7 @@ Shapes: B images, N the sequence, P patches, D width, E projection.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -53,7 +54,7 @@ def extract_features(
     Source: section 3 of Pulfer et al., ECCV 2024, arXiv 2503.10191, and its published code.
     """
     headless: Any = headless_model(model)
-    if _is_timm(headless):
+    if hasattr(headless, "timm_model"):
         pixel_values = pixel_values.to(headless.device, headless.dtype)  # as its wrapper does
         hidden_states = headless.timm_model.forward_features(pixel_values, **model_inputs)
         if feature_view == "pooled":
@@ -62,7 +63,8 @@ def extract_features(
         return _select_tokens(hidden_states, headless, count_patches(headless, pixel_values), feature_view)
     num_patches = count_patches(headless, pixel_values)
     if vision_config(headless).model_type == "siglip2_vision_model" and pixel_values.dim() == 4:
-        pixel_values, model_inputs = _siglip2_inputs(headless, pixel_values, model_inputs)
+        pixel_values, siglip2_inputs = _cut_for_siglip2(headless, pixel_values)
+        model_inputs = {**siglip2_inputs, **model_inputs}
     with _all_patches_in_order(headless, pixel_values) as mae_inputs:
         forward = getattr(headless, "get_image_features", headless)  # two towers: vision tower and projection
         output = forward(pixel_values=pixel_values, **{**mae_inputs, **model_inputs})
@@ -81,8 +83,13 @@ def count_patches(model: nn.Module, pixel_values: Tensor) -> int:
     """Returns P, the number of patches that the model cuts these pixel values into."""
     if pixel_values.dim() == 3:
         return pixel_values.shape[1]  # SigLIP 2's processor has cut them
-    height, width = _patch_size(model)
-    return (pixel_values.shape[-2] // height) * (pixel_values.shape[-1] // width)
+    return math.prod(patch_grid(model, pixel_values))
+
+
+def patch_grid(model: nn.Module, pixel_values: Tensor) -> tuple[int, int]:
+    """Returns the rows and columns of patches that the model cuts images (B, 3, H, W) into."""
+    height, width = patch_size(model)
+    return pixel_values.shape[-2] // height, pixel_values.shape[-1] // width
 
 
 def head_inputs(features: Tensor, num_patches: int) -> Tensor:
@@ -115,40 +122,34 @@ def _select_tokens(hidden_states: Any, headless: nn.Module, num_patches: int, fe
     return torch.cat([hidden_states[:, :1], patches], dim=1) if has_cls else patches  # (B, 1 + P, D) or (B, P, D)
 
 
-def _is_timm(headless: nn.Module) -> bool:
-    return hasattr(headless, "timm_model")
-
-
 def find_patch_size(model: nn.Module) -> tuple[int, int] | None:
     """Returns height and width of the model's patches in pixels, or None where it names no patch size."""
     headless: Any = headless_model(model)
     vision_transformer = getattr(headless, "timm_model", headless)
-    is_timm = is_timm_vit(vision_transformer)
-    size: Any = getattr(vision_transformer.patch_embed if is_timm else vision_config(headless), "patch_size", None)
+    names_it = vision_transformer.patch_embed if is_timm_vit(vision_transformer) else vision_config(headless)
+    size: Any = getattr(names_it, "patch_size", None)
     if size is None:
         return None
-    height, width = (size, size) if isinstance(size, int) else size
-    return height, width
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
-def _patch_size(model: nn.Module) -> tuple[int, int]:
+def patch_size(model: nn.Module) -> tuple[int, int]:
+    """Returns height and width of the model's patches in pixels; `ValueError` where it names no patch size."""
     size = find_patch_size(model)
     if size is None:
         raise ValueError(f"{type(model).__name__} names no patch size: pass the headless model or a classifier on it")
     return size
 
 
-def _siglip2_inputs(base: nn.Module, images: Tensor, model_inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+def _cut_for_siglip2(headless: Any, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """Cuts (B, 3, H, W) into (B, P, 3 * patch_size ** 2) as SigLIP 2's processor does, but differentiably."""
-    batch, channels, height, width = images.shape
-    patch_height, patch_width = _patch_size(base)
-    rows, columns = height // patch_height, width // patch_width
-    images = images[..., : rows * patch_height, : columns * patch_width]  # whole patches only
-    grid = images.reshape(batch, channels, rows, patch_height, columns, patch_width)
-    patches = grid.permute(0, 2, 4, 3, 5, 1).reshape(batch, rows * columns, -1)  # (B, P, patch area * C)
-    shapes = torch.tensor([[rows, columns]] * batch, device=images.device)
-    mask = torch.ones(batch, rows * columns, dtype=torch.int32, device=images.device)
-    return patches, {"pixel_attention_mask": mask, "spatial_shapes": shapes, **model_inputs}
+    (height, width), (rows, columns) = patch_size(headless), patch_grid(headless, images)
+    whole = images[..., : rows * height, : columns * width]  # whole patches only
+    grid = whole.unflatten(3, (columns, width)).unflatten(2, (rows, height))  # (B, 3, rows, height, columns, width)
+    patches = grid.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)  # (B, P, 3 * height * width)
+    shapes = torch.tensor([[rows, columns]] * len(images), device=images.device)
+    mask = torch.ones(patches.shape[:2], dtype=torch.int32, device=images.device)
+    return patches, {"pixel_attention_mask": mask, "spatial_shapes": shapes}
 
 
 @contextmanager

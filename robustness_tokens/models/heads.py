@@ -1,4 +1,4 @@
-"""Linear heads on a frozen base: a probe's head, its two files (safetensors and JSON), and the model under it.
+"""Linear heads of probes on a frozen base, their two files (safetensors and JSON), and a model with such a head.
 
 Shapes: B images, P patches in a grid of h rows and w columns, D width, F what a head reads, C classes.
 """
@@ -32,7 +32,7 @@ from ..utils import (
     write_bytes,
     write_text,
 )
-from .features import count_patches, extract_features, find_patch_size, head_inputs
+from .features import count_patches, extract_features, head_inputs, patch_grid
 from .injection import find_injector, tokens_in
 from .layer_stack import check_base
 from .modeling import RobustnessTokenPreTrainedModel
@@ -42,20 +42,18 @@ HEAD_CONFIG_FILE = "head.json"
 HEAD_WEIGHTS_FILE = "head.safetensors"
 
 _SCHEMA_VERSION = 1
+_CONFIG_KEYS = ("task", "in_features", "num_labels", "trained_with_tokens", "base_model_fingerprint")
 
 
 class ProbeHead(nn.Module, ABC):
     """A linear head; see [`ClassificationHead`] and [`SegmentationHead`].
 
     Args:
-        in_features: F, the width of the features that it reads.
-        num_labels: C, the number of classes.
-        base_model_fingerprint: sha256 digests of the base that it was trained on, as in [`RobustnessTokenConfig`];
-            empty if unknown.
-        trained_with_tokens: Whether robustness tokens were in the base during its training.
-
-    Raises:
-        ValueError: If a size is below 1.
+        in_features: F, at least 1.
+        num_labels: C, at least 1.
+        base_model_fingerprint: Digests of the base that it was trained on, as in [`RobustnessTokenConfig`]; empty if
+            unknown.
+        trained_with_tokens: Robustness tokens were in the base during its training.
     """
 
     task: ClassVar[str]
@@ -70,8 +68,8 @@ class ProbeHead(nn.Module, ABC):
         trained_with_tokens: bool = False,
     ) -> None:
         super().__init__()
-        for name, value in (("in_features", in_features), ("num_labels", num_labels)):
-            check_int(name, value, 1)
+        check_int("in_features", in_features, 1)
+        check_int("num_labels", num_labels, 1)
         self.in_features, self.num_labels = in_features, num_labels
         self.base_model_fingerprint = dict(base_model_fingerprint or {})
         self.trained_with_tokens = trained_with_tokens
@@ -89,12 +87,7 @@ class ProbeHead(nn.Module, ABC):
 class ClassificationHead(ProbeHead):
     """A linear layer on the CLS token and the mean of the patches, as DINOv2's linear heads.
 
-    F is 2 D, or D in families without a CLS token, where the head reads the mean only.
-
-    Args:
-        in_features: F, the width of the features.
-        num_labels: C, the number of classes.
-        provenance: `base_model_fingerprint` and `trained_with_tokens`, see [`ProbeHead`].
+    F is 2 D, or D in families without a CLS token, where the head reads the mean only. Arguments as of [`ProbeHead`].
 
     Source: Oquab et al., "DINOv2", arXiv 2304.07193, and its released linear heads.
     """
@@ -120,15 +113,8 @@ class ClassificationHead(ProbeHead):
 class SegmentationHead(ProbeHead):
     """Batch norm and a 1x1 convolution on the grid of patches, as in DINOv2 and the paper; F is D.
 
-    Its logits (B, C, h, w) have one value per patch; [`ProbedModel`] resizes them to the images.
-
-    Args:
-        in_features: F, the width of the features.
-        num_labels: C, the number of classes, at most 255: 255 marks ignored pixels.
-        provenance: `base_model_fingerprint` and `trained_with_tokens`, see [`ProbeHead`].
-
-    Raises:
-        ValueError: If there are more than 255 classes.
+    Its logits (B, C, h, w) have one value per patch; [`ProbedModel`] resizes them to the images. Arguments as of
+    [`ProbeHead`], with at most 255 classes: 255 marks ignored pixels.
     """
 
     task = "segmentation"
@@ -147,10 +133,7 @@ class SegmentationHead(ProbeHead):
     @staticmethod
     def extract(base: PreTrainedModel, pixel_values: Tensor) -> Tensor:
         patches = _cls_and_patches(base, pixel_values)[:, -count_patches(base, pixel_values) :]
-        patch_size = find_patch_size(base)
-        assert patch_size is not None  # the patches were counted by it
-        rows, columns = pixel_values.shape[-2] // patch_size[0], pixel_values.shape[-1] // patch_size[1]
-        return patches.transpose(1, 2).unflatten(2, (rows, columns))  # (B, P, D) -> (B, D, h, w)
+        return patches.transpose(1, 2).unflatten(2, patch_grid(base, pixel_values))  # (B, P, D) -> (B, D, h, w)
 
     def forward(self, features: Tensor) -> Tensor:
         logits: Tensor = self.convolution(self.norm(features))
@@ -174,14 +157,7 @@ def save_head(head: ProbeHead, folder: str | os.PathLike[str]) -> None:
     check_finite("refusing to save a head", tensors)
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
-    config = {
-        "schema_version": _SCHEMA_VERSION,
-        "task": head.task,
-        "in_features": head.in_features,
-        "num_labels": head.num_labels,
-        "trained_with_tokens": head.trained_with_tokens,
-        "base_model_fingerprint": head.base_model_fingerprint,
-    }
+    config = {"schema_version": _SCHEMA_VERSION, **{key: getattr(head, key) for key in _CONFIG_KEYS}}
     write_bytes(path / HEAD_WEIGHTS_FILE, save(tensors, metadata={"format": "pt"}))
     write_text(path / HEAD_CONFIG_FILE, json.dumps(config, indent=2) + "\n")
 
@@ -201,10 +177,13 @@ def load_head(folder: str | os.PathLike[str]) -> ProbeHead:
     path = Path(folder)
     if missing := [name for name in (HEAD_CONFIG_FILE, HEAD_WEIGHTS_FILE) if not (path / name).is_file()]:
         raise ValueError(f"{path} holds no head of a probe: it has no {' and no '.join(missing)}")
-    config = _check_config(read_json(path / HEAD_CONFIG_FILE), path / HEAD_CONFIG_FILE)
-    head_class = _HEAD_CLASSES[config.pop("task")]
+    config, file = read_json(path / HEAD_CONFIG_FILE), path / HEAD_CONFIG_FILE
+    check_keys(str(file), config, {"schema_version", *_CONFIG_KEYS}, schema=_SCHEMA_VERSION)
+    check_choice(f"{file}: task", config["task"], sorted(_HEAD_CLASSES))
+    check_bool(f"{file}: trained_with_tokens", config["trained_with_tokens"])
+    check_fingerprint(f"{file}: base_model_fingerprint", config["base_model_fingerprint"])
     with torch.device("meta"):  # takes no memory until the file's size is checked
-        head = head_class(**config)
+        head = _HEAD_CLASSES[config["task"]](**{key: config[key] for key in _CONFIG_KEYS[1:]})
     weights = read_tensors(path / HEAD_WEIGHTS_FILE, head.state_dict(), config_file=HEAD_CONFIG_FILE)
     head.load_state_dict(weights, assign=True)
     return head.eval().requires_grad_(False)
@@ -221,15 +200,6 @@ def _initialize(layer: nn.Linear | nn.Conv2d) -> None:
     nn.init.normal_(layer.weight, std=0.01)  # as DINOv2's linear heads
     assert layer.bias is not None
     nn.init.zeros_(layer.bias)
-
-
-def _check_config(config: dict[str, Any], path: Path) -> dict[str, Any]:
-    keys = {"schema_version", "task", "in_features", "num_labels", "trained_with_tokens", "base_model_fingerprint"}
-    check_keys(str(path), config, keys, schema=_SCHEMA_VERSION)
-    check_choice(f"{path}: task", config["task"], sorted(_HEAD_CLASSES))
-    check_bool(f"{path}: trained_with_tokens", config["trained_with_tokens"])
-    check_fingerprint(f"{path}: base_model_fingerprint", config["base_model_fingerprint"])
-    return {key: value for key, value in config.items() if key != "schema_version"}
 
 
 class ProbedModel(nn.Module):
@@ -279,14 +249,7 @@ class ProbedModel(nn.Module):
         self.eval()
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """Computes logits of normalised images.
-
-        Args:
-            pixel_values: (B, 3, H, W) normalised images.
-
-        Returns:
-            (B, C) float32 logits, or (B, C, H, W) for a segmentation.
-        """
+        """Maps (B, 3, H, W) normalised images to (B, C) float32 logits, or (B, C, H, W) for a segmentation."""
         base = base_of(self.model)
         injector = find_injector(base)
         is_plain = injector is None or not injector.enabled

@@ -7,7 +7,7 @@ Shapes: B images, N the base's own sequence, K robustness tokens, D width.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -140,6 +140,17 @@ def find_injector(model: nn.Module) -> TokenInjector | None:
     return next((hook.__self__ for _, _, hook in _own_hooks(model)), None)
 
 
+def active_injector(model: nn.Module, *, to: str) -> TokenInjector:
+    """Returns the injector of a model with tokens that are on; the `ValueError` says what they are needed `to` do."""
+    injector = find_injector(model)
+    if injector is None or not injector.enabled:
+        raise ValueError(
+            f"{type(model).__name__} has no robustness tokens to {to}, or they are turned off: "
+            f"inject_tokens(model, ...) first, and {to} outside disable_adapter()"
+        )
+    return injector
+
+
 @contextmanager
 def tokens_in(model: nn.Module, tokens: Tensor | None) -> Iterator[None]:
     """Runs a model with other tokens, (K, D) for any K, or with None bit for bit as its base; contexts nest.
@@ -181,7 +192,7 @@ def remove_tokens(model: nn.Module) -> Any:
     if injector is None:
         raise ValueError(f"{type(model).__name__} has no robustness tokens to remove")
     injector.set_enabled(False)
-    for module, hook_id, _ in list(_own_hooks(model)):
+    for module, hook_id, _ in _own_hooks(model):
         for registry in (
             module._forward_pre_hooks,
             module._forward_pre_hooks_with_kwargs,
@@ -198,11 +209,9 @@ def remove_tokens(model: nn.Module) -> Any:
 def _own_hooks(model: nn.Module) -> Iterator[tuple[nn.Module, int, Any]]:
     """Yields (module, hook id, bound method) for every hook of an injector. Handles would not survive a deepcopy."""
     for module in model.modules():
-        registries: tuple[dict[int, Callable[..., Any]], ...] = (module._forward_pre_hooks, module._forward_hooks)
-        for registry in registries:
-            for hook_id, hook in registry.items():
-                if isinstance(getattr(hook, "__self__", None), TokenInjector):
-                    yield module, hook_id, hook
+        for hook_id, hook in [*module._forward_pre_hooks.items(), *module._forward_hooks.items()]:
+            if isinstance(getattr(hook, "__self__", None), TokenInjector):
+                yield module, hook_id, hook
 
 
 def _pad_mask(mask: Any, k: int, sequence: int) -> Tensor:

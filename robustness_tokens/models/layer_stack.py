@@ -21,21 +21,13 @@ _FINGERPRINT_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 @dataclass(frozen=True)
 class LayerStack:
-    """The layers between which tokens live.
+    """The layers between which tokens live."""
 
-    Attributes:
-        owner: The module whose forward runs the layers and records their hidden states and attentions.
-        layers: The transformer layers, first to last; each maps (B, N, D) to (B, N, D).
-        hidden_size: D.
-        attention_class: Class of the attention modules, where transformers names it.
-        is_timm: Whether `owner` is a timm model (inside a transformers wrapper).
-    """
-
-    owner: nn.Module
-    layers: nn.ModuleList | nn.Sequential
-    hidden_size: int
-    attention_class: type[nn.Module] | None
-    is_timm: bool
+    owner: nn.Module  # runs the layers, and records their hidden states and attentions
+    layers: nn.ModuleList | nn.Sequential  # first to last; each maps (B, N, D) to (B, N, D)
+    hidden_size: int  # D
+    attention_class: type[nn.Module] | None  # of the attention modules, where transformers names it
+    is_timm: bool  # the owner is a timm model, inside a wrapper of transformers
 
 
 def find_layer_stack(model: nn.Module) -> LayerStack:
@@ -111,8 +103,8 @@ def check_base(model: nn.Module, expected: Mapping[str, str], *, expected_name: 
 
 def headless_model(model: nn.Module) -> nn.Module:
     """Returns the headless model inside a classifier (`classifier.dinov2`), or the model itself if it has no head."""
-    if _projects_images(model):
-        return model
+    if hasattr(model, "visual_projection") or hasattr(model, "get_image_features"):
+        return model  # the image's embedding is its output, not its vision tower's (CLIP, SigLIP)
     for name in (getattr(model, "base_model_prefix", ""), "vision_model"):  # CLIP's classifier has the latter
         base = getattr(model, name, None) if name else None
         # DINOv3's `model` is its bare encoder, which takes no images.
@@ -138,11 +130,6 @@ def _recorded_class(owner: PreTrainedModel, key: str) -> type[nn.Module] | None:
     spec = (owner._can_record_outputs or {}).get(key)
     spec = spec[0] if isinstance(spec, list) else spec
     return spec if isinstance(spec, type) else getattr(spec, "target_class", None)
-
-
-def _projects_images(model: nn.Module) -> bool:
-    """Tells whether the image's embedding is the output of the model, not of its vision tower (CLIP, SigLIP)."""
-    return hasattr(model, "visual_projection") or hasattr(model, "get_image_features")
 
 
 def is_timm_vit(module: nn.Module) -> bool:

@@ -15,7 +15,8 @@ import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .injection import find_injector
+from .features import patch_size
+from .injection import active_injector
 from .layer_stack import square_size
 
 
@@ -51,12 +52,7 @@ def merge(model: PreTrainedModel, *, image_size: int | None = None) -> PreTraine
     DINOv2 becomes DINOv2 with registers; DINOv3 and timm's VisionTransformer and Eva keep their class, with K more
     registers behind their own. Positions are stored as the model resamples them for `image_size` pixels.
     """
-    injector = find_injector(model)
-    if injector is None:
-        raise ValueError(f"{type(model).__name__} has no robustness tokens to merge: inject_tokens(model, ...) first")
-    if not injector.enabled:
-        raise ValueError("the robustness tokens are turned off: merge outside disable_adapter()")
-    tokens = injector.robustness_tokens.detach()
+    tokens = active_injector(model, to="merge").robustness_tokens.detach()
     name = type(model).__name__
     if name in _TIMM_WRAPPERS:
         plain = _merge_timm(model, tokens, image_size)
@@ -110,7 +106,7 @@ def _merge_transformers(model: PreTrainedModel, tokens: Tensor, image_size: int 
     else:
         config = copy.deepcopy(model.config)
     if image_size is not None:
-        _check_image_size(image_size, config.patch_size)
+        _check_image_size(image_size, model)
         config.image_size = image_size
 
     state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
@@ -126,7 +122,7 @@ def _merge_transformers(model: PreTrainedModel, tokens: Tensor, image_size: int 
         if size is None:
             raise ValueError(f"{type(model).__name__} names no square image_size: pass image_size= in pixels")
         embeddings: Any = model.get_submodule(stem.removesuffix("."))
-        height, width = (size // patch for patch in _pair(config.patch_size))
+        height, width = (size // side for side in patch_size(model))
         sequence = tokens.new_empty(1, 1 + height * width, tokens.shape[1])  # only its shape matters
         with torch.no_grad():
             positions = embeddings.interpolate_pos_encoding(sequence, size, size)  # (1, 1 + P, D)
@@ -168,7 +164,7 @@ def _merge_timm(model: PreTrainedModel, tokens: Tensor, image_size: int | None) 
     config.model_args = {**(config.model_args or {}), "img_size": own_size, _TIMM_REGISTER_ARGUMENTS[name]: count}
     plain = _fill(type(model)(config), state, model)
     if image_size is not None and (image_size, image_size) != own_size:
-        _check_image_size(image_size, timm_model.patch_embed.patch_size)
+        _check_image_size(image_size, model)
         plain_timm: Any = plain.timm_model
         plain_timm.set_input_size((image_size, image_size))
         config.model_args["img_size"] = (image_size, image_size)
@@ -186,14 +182,10 @@ def _fill(plain: PreTrainedModel, state: dict[str, Tensor], model: PreTrainedMod
     return plain.to(model.device).eval()  # type: ignore[arg-type]
 
 
-def _check_image_size(image_size: int, patch_size: Any) -> None:
-    patches = _pair(patch_size)
-    if image_size < 1 or any(image_size % patch for patch in patches):
+def _check_image_size(image_size: int, model: PreTrainedModel) -> None:
+    patches = patch_size(model)
+    if image_size < 1 or any(image_size % side for side in patches):
         raise ValueError(f"image_size must be a multiple of the patch size {patches} in pixels, got {image_size}")
-
-
-def _pair(size: Any) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 def _warn_of_other_sizes(image_size: int) -> None:

@@ -12,13 +12,7 @@ from typing import Any, Self
 import torch
 from huggingface_hub import CommitInfo
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForImageClassification,
-    BaseImageProcessor,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, BaseImageProcessor, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..configuration import AUTO_MAP, REMOTE_CODE, REMOTE_CODE_FILE, FeatureView, RobustnessTokenConfig, SimilarityAxis
@@ -251,14 +245,7 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
         return load_base(name, base_class, revision, base_kwargs)
 
     def train(self, mode: bool = True) -> Self:
-        """Sets the training mode of the tokens. The base stays in eval mode.
-
-        Args:
-            mode: Training mode if true, eval mode otherwise.
-
-        Returns:
-            This model.
-        """
+        """Sets the training mode of the tokens and returns this model. The base stays in eval mode."""
         super().train(mode)
         if "backbone" in self._modules:
             self.backbone.eval()
@@ -327,8 +314,7 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
 
     def print_trainable_parameters(self) -> None:
         """Prints the number of trainable parameters, as in PEFT."""
-        trainable = sum(p.numel() for p in self.parameters() if p.requires_grad)
-        total = sum(p.numel() for p in self.parameters())
+        trainable, total = self.num_parameters(only_trainable=True), self.num_parameters()
         print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
 
     @classmethod
@@ -380,10 +366,31 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
             raise ValueError(f"save_pretrained got {sorted(push_kwargs)}, unknown, or for push_to_hub=True only")
         if not is_main_process:
             return
-        self._write(Path(save_directory), base_model_id=base_model_id, name=os.fspath(save_directory))
+        self.get_base_model()  # raises after unload()
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        check_no_other_model(folder)
+        config = RobustnessTokenConfig.from_dict(self.config.to_dict())
+        config.architectures = [type(self).__name__]
+        if base_model_id not in (None, config.base_model_name_or_path):
+            config.base_model_name_or_path, config.base_model_revision = base_model_id, None
+        config.auto_map = {}
+        if self._auto_class is not None:
+            config.auto_map = {auto_class: AUTO_MAP[auto_class] for auto_class in ("AutoConfig", self._auto_class)}
+            write_text(folder / REMOTE_CODE_FILE, REMOTE_CODE)
+        config_json, report = config.to_json_string(use_diff=False), report_of(folder, self.robustness_tokens)
+        card_text = render_card(config, name=os.fspath(save_directory), report=report)
+        write_tokens(folder, self.robustness_tokens)
+        write_text(folder / CONFIG_FILE, config_json)
+        if self.image_processor is not None:
+            self.image_processor.save_pretrained(folder)
+        card = folder / CARD_FILE
+        # A card that a person wrote may have any encoding and line breaks.
+        existing = card.read_bytes().decode("utf-8", "surrogateescape") if card.exists() else None
+        if existing is None or is_generated(existing):
+            write_text(card, update_card(existing, card_text))
         if push_to_hub:
-            name = repo_id or Path(save_directory).resolve().name
-            push_adapter(save_directory, name, base_model_id=base_model_id, **push_kwargs)
+            push_adapter(folder, repo_id or folder.resolve().name, base_model_id=base_model_id, **push_kwargs)
 
     def push_to_hub(  # type: ignore[override]
         self, repo_id: str, *, report: RobustnessReport | None = None, **push_kwargs: Any
@@ -408,30 +415,6 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
             if report is not None:
                 report.save(folder)
             return push_adapter(folder, repo_id, **push_kwargs)
-
-    def _write(self, folder: Path, *, base_model_id: str | None, name: str) -> None:
-        self.get_base_model()  # raises after unload()
-        folder.mkdir(parents=True, exist_ok=True)
-        check_no_other_model(folder)
-        config = RobustnessTokenConfig.from_dict(self.config.to_dict())
-        config.architectures = [type(self).__name__]
-        if base_model_id not in (None, config.base_model_name_or_path):
-            config.base_model_name_or_path, config.base_model_revision = base_model_id, None
-        config.auto_map = {}
-        if self._auto_class is not None:
-            config.auto_map = {auto_class: AUTO_MAP[auto_class] for auto_class in ("AutoConfig", self._auto_class)}
-            write_text(folder / REMOTE_CODE_FILE, REMOTE_CODE)
-        report = report_of(folder, self.robustness_tokens)
-        config_json, card_text = config.to_json_string(use_diff=False), render_card(config, name=name, report=report)
-        write_tokens(folder, self.robustness_tokens)
-        write_text(folder / CONFIG_FILE, config_json)
-        if self.image_processor is not None:
-            self.image_processor.save_pretrained(folder)
-        card = folder / CARD_FILE
-        # A card that a person wrote may have any encoding and line breaks.
-        existing = card.read_bytes().decode("utf-8", "surrogateescape") if card.exists() else None
-        if existing is None or is_generated(existing):
-            write_text(card, update_card(existing, card_text))
 
 
 class RobustnessTokenModel(RobustnessTokenPreTrainedModel):
@@ -484,7 +467,12 @@ def inject_tokens(
     if isinstance(adapter, Tensor):
         given = {"revision": revision, "subfolder": subfolder or None, **hub_kwargs}
         _check_no_loading_arguments("the tokens are", given)
-        tokens = _check_tokens(adapter).detach().clone()
+        if not adapter.is_floating_point() or adapter.numel() == 0 or not adapter.isfinite().all():
+            raise ValueError(
+                "robustness tokens must be at least one row of finite floating-point numbers, (K, D), got "
+                f"{adapter.dtype} of shape {tuple(adapter.shape)}"
+            )
+        tokens = adapter.detach().clone()
     else:
         loaded = load_adapter(adapter, revision=revision, subfolder=subfolder, **hub_kwargs)
         tokens = loaded.tokens
@@ -505,15 +493,6 @@ def _check_no_loading_arguments(what: str, arguments: Mapping[str, Any]) -> None
         raise ValueError(f"{what} in memory already: {given} can't be applied, leave them out")
 
 
-def _check_tokens(tokens: Tensor) -> Tensor:
-    if not tokens.is_floating_point() or tokens.numel() == 0 or not tokens.isfinite().all():
-        raise ValueError(
-            "robustness tokens must be at least one row of finite floating-point numbers, (K, D), got "
-            f"{tokens.dtype} of shape {tuple(tokens.shape)}"
-        )
-    return tokens
-
-
 def _check_base(base: PreTrainedModel, config: RobustnessTokenConfig) -> None:
     revision = f" at {config.base_model_revision}" if config.base_model_revision else ""
     check_base(
@@ -526,9 +505,5 @@ def _check_base(base: PreTrainedModel, config: RobustnessTokenConfig) -> None:
 
 
 AutoConfig.register(RobustnessTokenConfig.model_type, RobustnessTokenConfig)
-
-
 AutoModel.register(RobustnessTokenConfig, RobustnessTokenModel)
-
-
 AutoModelForImageClassification.register(RobustnessTokenConfig, RobustnessTokenForImageClassification)

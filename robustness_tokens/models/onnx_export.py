@@ -7,8 +7,6 @@ import inspect
 import logging
 import os
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .injection import TokenInjector, find_injector
+from .injection import TokenInjector, active_injector
 from .layer_stack import find_layer_stack, square_size, vision_config
+from .speedups import attention_implementation
 
 
 logger = logging.getLogger(__name__)
@@ -51,12 +50,7 @@ def export_onnx(model: PreTrainedModel, file: str | os.PathLike[str], *, image_s
     base: Any = model
     if hasattr(base, "get_base_model"):
         base = base.get_base_model()
-    injector = find_injector(base)
-    if injector is None or not injector.enabled:
-        raise ValueError(
-            f"{type(base).__name__} has no robustness tokens, or they are turned off: "
-            "inject_tokens(model, ...) first, and export outside disable_adapter()"
-        )
+    injector = active_injector(base, to="export")
     if base.dtype != torch.float32 or base.training:
         raise ValueError(
             f"the model is in {base.dtype} and {'training' if base.training else 'eval'} mode, expected torch.float32 "
@@ -83,7 +77,9 @@ def export_onnx(model: PreTrainedModel, file: str | os.PathLike[str], *, image_s
                 f"{type(base).__name__} gives other outputs at each call (ViT-MAE shuffles its patches), which can't "
                 "be exported: load the weights of a ViT-MAE as ViTModel, inject_tokens into that, and export it"
             )
-        with _eager_attention(base):
+        # With sdpa, transformers' export path adds BEiT's position bias to a boolean mask, 1 everywhere. The base's
+        # softmax ignores that constant, but the tokens have no bias and would lose weight against the patches.
+        with attention_implementation(base, None if find_layer_stack(base).is_timm else "eager"):
             program = torch.onnx.export(
                 exported,
                 (example,),
@@ -135,26 +131,6 @@ def _check_takes_images(base: Any) -> None:
             f"{name} takes patches, their mask and their grid (SigLIP 2), and ONNX export takes images only: ship "
             "the adapter instead"
         )
-
-
-@contextmanager
-def _eager_attention(base: Any) -> Iterator[None]:
-    """Switches to eager attention while tracing.
-
-    With sdpa, transformers' export path adds BEiT's position bias to a boolean mask, 1 everywhere. The base's softmax
-    ignores that constant, but the tokens have no bias and would lose weight against the patches.
-    """
-    stack = find_layer_stack(base)
-    config: Any = None if stack.is_timm else stack.owner.config
-    if config is None:
-        yield
-        return
-    before = config._attn_implementation
-    config._attn_implementation = "eager"
-    try:
-        yield
-    finally:
-        config._attn_implementation = before
 
 
 def _own_image_size(base: Any) -> int | None:

@@ -6,7 +6,7 @@ import functools
 import logging
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 from weakref import WeakSet
 
@@ -156,29 +156,19 @@ def run_compiled(base: nn.Module, function: Callable[[], Tensor]) -> Tensor:
 
 @contextmanager
 def _compiled_layers(base: nn.Module) -> Iterator[None]:
-    with ExitStack() as stack:
-        for layer in find_layer_stack(base).layers:
-            stack.enter_context(_own_forward(layer, _compile_where_differentiated(layer.forward)))
+    # Hidden by the compiled one inside the context: the class' forward, or the one that Accelerate's hooks set.
+    before = {layer: layer.__dict__.get("forward") for layer in find_layer_stack(base).layers}
+    try:
+        for layer in before:
+            layer.__dict__["forward"] = _compile_where_differentiated(layer.forward)
         yield
+    finally:
+        for layer, own_forward in before.items():
+            layer.__dict__.pop("forward", None)
+            if own_forward is not None:
+                layer.__dict__["forward"] = own_forward
 
 
 def _compile_where_differentiated(forward: Callable[..., Any]) -> Callable[..., Any]:
     compiled = torch.compile(forward, fullgraph=True)
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return compiled(*args, **kwargs) if torch.is_grad_enabled() else forward(*args, **kwargs)
-
-    return call
-
-
-@contextmanager
-def _own_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    before = module.__dict__.get("forward")  # Accelerate's hooks set one
-    module.__dict__["forward"] = forward
-    try:
-        yield
-    finally:
-        if before is None:
-            del module.__dict__["forward"]
-        else:
-            module.__dict__["forward"] = before
+    return lambda *args, **kwargs: (compiled if torch.is_grad_enabled() else forward)(*args, **kwargs)
