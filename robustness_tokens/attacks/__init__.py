@@ -11,12 +11,6 @@ from .objectives import (
     margin_objective,
     pixel_cross_entropy_objective,
 )
-from .paper import (
-    PAPER_EPS_NORMALIZED,
-    PAPER_NUM_STEPS,
-    PAPER_STEP_SIZE_NORMALIZED,
-    paper_attack,
-    paper_attack_eps,
-)
+from .paper import PAPER_EPS_NORMALIZED, PAPER_NUM_STEPS, PAPER_STEP_SIZE_NORMALIZED, paper_attack, paper_attack_eps
 from .pgd import pgd_attack, pgd_step_size
 from .random_search import noise_attack, square_attack

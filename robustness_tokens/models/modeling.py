@@ -59,6 +59,7 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = "image"
     supports_gradient_checkpointing = True
+    _load_base = staticmethod(load_base)
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
 
     def __init__(self, config: RobustnessTokenConfig, base_model: PreTrainedModel | None = None) -> None:
@@ -237,12 +238,6 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
         elif not os.path.isdir(name) and not is_repo_id(name):
             raise ValueError(f"the adapter's base was the folder {name!r}, which is gone: pass base_model=")
         return cls._load_base(name, config.base_model_class, config.base_model_revision, base_kwargs)
-
-    @classmethod
-    def _load_base(
-        cls, name: str, base_class: str, revision: str | None, base_kwargs: Mapping[str, Any]
-    ) -> PreTrainedModel:
-        return load_base(name, base_class, revision, base_kwargs)
 
     def train(self, mode: bool = True) -> Self:
         """Sets the training mode of the tokens and returns this model. The base stays in eval mode."""
@@ -424,18 +419,14 @@ class RobustnessTokenModel(RobustnessTokenPreTrainedModel):
 class RobustnessTokenForImageClassification(RobustnessTokenPreTrainedModel):
     """A frozen image classifier with robustness tokens. It returns its base's outputs: logits."""
 
+    _load_base = staticmethod(load_classifier)
+
     def __init__(self, config: RobustnessTokenConfig, base_model: PreTrainedModel | None = None) -> None:
         base_config: Any = type(getattr(base_model, "config", None))
         classifiers: Any = AutoModelForImageClassification._model_mapping.get(base_config, ())
         if base_model is not None and not isinstance(base_model, classifiers):
             raise no_head_error(f"{type(base_model).__name__} {base_model.config.name_or_path!r}")
         super().__init__(config, base_model)
-
-    @classmethod
-    def _load_base(
-        cls, name: str, base_class: str, revision: str | None, base_kwargs: Mapping[str, Any]
-    ) -> PreTrainedModel:
-        return load_classifier(name, revision, base_kwargs)
 
 
 def inject_tokens(
