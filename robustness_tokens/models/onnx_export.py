@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .heads import base_of
 from .injection import TokenInjector, active_injector
 from .layer_stack import find_layer_stack, square_size, vision_config
 from .speedups import attention_implementation
@@ -47,9 +48,7 @@ def export_onnx(model: PreTrainedModel, file: str | os.PathLike[str], *, image_s
     """
     if missing := [name for name in _PACKAGES if importlib.util.find_spec(name) is None]:
         raise ImportError(f"ONNX export needs {', '.join(missing)}: pip install 'robustness-tokens[onnx]'")
-    base: Any = model
-    if hasattr(base, "get_base_model"):
-        base = base.get_base_model()
+    base: Any = base_of(model)
     injector = active_injector(base, to="export")
     if base.dtype != torch.float32 or base.training:
         raise ValueError(

@@ -42,9 +42,9 @@ CAPABILITIES = ("inject", "train", "classify", "backbone", "compile", "merge", "
 NUM_TOKENS = 3
 LEARNING_RATE = 0.01
 
-NO_BACKBONE = "transformers has no Backbone class for it"
-NO_REGISTERS = "it has no native registers"
-ONE_TOWER = "train its vision class, CLIPVisionModelWithProjection, and inject the tokens here"
+NO_BACKBONE = "transformers has no Backbone class for this family"
+NO_REGISTERS = "this family has no native registers"
+ONE_TOWER = "train the tokens in its vision class, CLIPVisionModelWithProjection, and inject them here"
 
 
 def timm_backbone(architecture: str, **model_args: Any) -> Family:
@@ -85,7 +85,10 @@ TABLE: dict[str, Row] = {
         "dinov2_with_registers", "dinov2_with_registers_classifier", "dinov2_with_registers_backbone"
     ),
     "DINOv3 ViT": Row(
-        "dinov3_vit", None, "dinov3_vit_backbone", no={"classify": "transformers has no classifier class for it"}
+        "dinov3_vit",
+        None,
+        "dinov3_vit_backbone",
+        no={"classify": "transformers has no classifier class for this family"},
     ),
     "CLIPVisionModel": Row("clip_vision", "clip_classifier", no={"backbone": NO_BACKBONE, "merge": NO_REGISTERS}),
     "CLIPVisionModelWithProjection": Row(
@@ -99,7 +102,7 @@ TABLE: dict[str, Row] = {
             "train": ONE_TOWER,
             "backbone": NO_BACKBONE,
             "merge": NO_REGISTERS,
-            "ONNX": "export its vision tower",
+            "ONNX": "export its vision tower instead",
         },
     ),
     "SigLIP": Row("siglip_vision", "siglip_classifier", no={"backbone": NO_BACKBONE, "merge": NO_REGISTERS}),
@@ -109,7 +112,7 @@ TABLE: dict[str, Row] = {
         no={
             "backbone": NO_BACKBONE,
             "merge": NO_REGISTERS,
-            "ONNX": "it takes patches with their mask and grid, not images",
+            "ONNX": "its inputs are patches with their mask and grid, not images",
         },
     ),
     "BEiT": Row("beit_relative", "beit_classifier", "beit_backbone", no={"merge": NO_REGISTERS}),
@@ -119,14 +122,14 @@ TABLE: dict[str, Row] = {
         no={
             "backbone": NO_BACKBONE,
             "merge": NO_REGISTERS,
-            "ONNX": "it shuffles its patches at random; the same weights export as ViTModel",
+            "ONNX": "it shuffles its patches at random; load its weights as ViTModel and export that",
         },
     ),
     "I-JEPA": Row("ijepa", "ijepa_classifier", no={"backbone": NO_BACKBONE, "merge": NO_REGISTERS}),
     "AIMv2": Row(
         "aimv2",
         no={
-            "classify": "transformers has no classifier class for it",
+            "classify": "transformers has no classifier class for this family",
             "backbone": NO_BACKBONE,
             "merge": NO_REGISTERS,
         },
