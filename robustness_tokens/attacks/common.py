@@ -22,46 +22,48 @@ def example_generators(seed: int, step: int, index: Tensor) -> list[torch.Genera
     return [torch.Generator().manual_seed(int(value >> np.uint64(1))) for value in seeds]
 
 
-def evaluate_objective(objective: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-    """Returns the objective's values, (B,); raises `ValueError` unless they are one finite number per image."""
-    values = objective(images)
-    if values.shape != (len(images),):
-        raise ValueError(
-            f"objective must return one number per image, shape ({len(images)},), got shape {tuple(values.shape)}: "
-            "reduce every dimension but the first"
-        )
-    finite = values.isfinite()
-    if not finite.all():
-        raise ValueError(f"objective must be finite, got {values[~finite][0]:g} for image {(~finite).nonzero()[0, 0]}")
-    return values
+class Search:
+    """An attack in progress: the best images so far, and `rows`, (R,) int64, the images that are not done.
 
-
-def keep_best(best_images: Tensor, best_values: Tensor, rows: Tensor, images: Tensor, values: Tensor) -> Tensor:
-    """Overwrites those `best_images` that a candidate beats; returns the new best values, (B,), as `values`' dtype.
-
-    `images` (R, ...) and their `values` (R,) are the candidates for `rows` (R,) of the batch.
+    An image is done once its value exceeds `stop_above`.
     """
-    best_values = best_values.to(values.dtype)
-    better = values > best_values[rows]
-    best_images[rows[better]] = images[better]
-    return best_values.index_put((rows[better],), values[better])
 
+    def __init__(self, objective: Callable[[Tensor], Tensor], images: Tensor, *, stop_above: float = math.inf) -> None:
+        if stop_above < math.inf and not isinstance(objective, Objective):
+            raise ValueError(
+                "stop_above needs an objective that can be taken of some of the images, got a "
+                f"{type(objective).__name__}: make it as an Objective, or with margin_objective and its like"
+            )
+        self.objective, self.objective_of_rows, self.stop_above = objective, objective, stop_above
+        self.best_images, self.best_values = images.clone(), images.new_full((len(images),), -math.inf)
+        self.rows = torch.arange(len(images), device=images.device)
 
-def select_rows(objective: Callable[[Tensor], Tensor], rows: Tensor, num_images: int) -> Callable[[Tensor], Tensor]:
-    """Returns the objective of these rows of a batch; all rows give the objective itself."""
-    if len(rows) == num_images:
-        return objective
-    assert isinstance(objective, Objective)  # see check_can_stop
-    return objective.select(rows)
+    def evaluate(self, images: Tensor) -> Tensor:
+        """Returns the objective's values, (R,), of a candidate for each row, (R, ...); keeps the best candidates."""
+        values = self.objective_of_rows(images)
+        if values.shape != (len(images),):
+            raise ValueError(
+                f"objective must return one number per image, shape ({len(images)},), got shape "
+                f"{tuple(values.shape)}: reduce every dimension but the first"
+            )
+        finite = values.isfinite()
+        if not finite.all():
+            index = (~finite).nonzero()[0, 0]
+            raise ValueError(f"objective must be finite, got {values[index]:g} for image {index}")
+        self.best_values = self.best_values.to(values.dtype)
+        better = values.detach() > self.best_values[self.rows]
+        self.best_images[self.rows[better]] = images.detach()[better]
+        self.best_values[self.rows[better]] = values.detach()[better]
+        return values
 
-
-def check_can_stop(objective: Callable[[Tensor], Tensor], stop_above: float) -> None:
-    """Raises `ValueError` if images may stop early, but the objective can't be restricted to some of them."""
-    if stop_above < math.inf and not isinstance(objective, Objective):
-        raise ValueError(
-            "stop_above needs an objective that can be taken of some of the images, got a "
-            f"{type(objective).__name__}: make it as an Objective, or with margin_objective and its like"
-        )
+    def drop_done(self) -> Tensor:
+        """Drops the rows that are done; returns which of the rows go on, (R,) bool."""
+        goes_on = self.best_values[self.rows] <= self.stop_above
+        if not goes_on.all():
+            assert isinstance(self.objective, Objective)
+            self.rows = self.rows[goes_on]
+            self.objective_of_rows = self.objective.select(self.rows)
+        return goes_on
 
 
 def check_pixels(name: str, pixels: Tensor) -> None:

@@ -11,17 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .common import (
-    Generators,
-    check_can_stop,
-    check_pixels,
-    check_steps,
-    draw_noise,
-    evaluate_objective,
-    input_gradient,
-    keep_best,
-    select_rows,
-)
+from .common import Generators, Search, check_pixels, check_steps, draw_noise, input_gradient
 
 
 def pgd_step_size(eps: float, num_steps: int) -> float:
@@ -87,33 +77,28 @@ def pgd_attack(
         raise ValueError(f"num_restarts must be at least 1, got {num_restarts}")
     if num_restarts > 1 and not random_start:
         raise ValueError(f"num_restarts={num_restarts} would repeat one run without random_start=True")
-    check_can_stop(objective, stop_above)
     if step_size is None:
         step_size = pgd_step_size(eps, num_steps)
 
     images = images.detach().clone()
     lower, upper = (images - eps).clamp(min=0), (images + eps).clamp(max=1)
-    best_images, best_values = images.clone(), images.new_full((len(images),), -math.inf)
-    rows = torch.arange(len(images), device=images.device)  # of the images that are not done
+    search = Search(objective, images, stop_above=stop_above)
     for _ in range(num_restarts):
         iterate = images
         if random_start:
             offset = eps * (2 * draw_noise(images, torch.rand, generator) - 1)
             iterate = torch.clamp(images + offset, lower, upper)
-        iterate, of_rows = iterate[rows], select_rows(objective, rows, len(images))
+        iterate = iterate[search.rows]
         for step in range(num_steps + 1):
             is_last = step == num_steps
             iterate = iterate.detach().requires_grad_(not is_last)
             with torch.set_grad_enabled(not is_last):
-                values = evaluate_objective(of_rows, iterate)
-            best_values = keep_best(best_images, best_values, rows, iterate.detach(), values.detach())
-            goes_on = values.detach() <= stop_above
+                values = search.evaluate(iterate)
+            goes_on = search.drop_done()
             if not goes_on.any():
-                return best_images
+                return search.best_images
             if not is_last:
-                gradient = input_gradient(values.sum(), iterate, source="objective")
-                iterate = torch.clamp(iterate.detach() + step_size * gradient.sign(), lower[rows], upper[rows])
-            if not goes_on.all():
-                rows, iterate = rows[goes_on], iterate[goes_on]
-                of_rows = select_rows(objective, rows, len(images))
-    return best_images
+                step_sign = input_gradient(values.sum(), iterate, source="objective").sign()[goes_on]
+                iterate = iterate.detach()[goes_on] + step_size * step_sign
+                iterate = torch.clamp(iterate, lower[search.rows], upper[search.rows])
+    return search.best_images

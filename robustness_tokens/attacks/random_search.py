@@ -12,16 +12,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from .common import (
-    Generators,
-    check_can_stop,
-    check_pixels,
-    check_steps,
-    draw_noise,
-    evaluate_objective,
-    keep_best,
-    select_rows,
-)
+from .common import Generators, Search, check_pixels, check_steps, draw_noise
 
 
 NoiseKind = Literal["uniform", "corners"]
@@ -59,13 +50,11 @@ def noise_attack(
         raise ValueError(f"kind must be one of {get_args(NoiseKind)}, got {kind!r}")
     check_pixels("images", images)
     check_steps(eps=eps, num_steps=num_draws)
-    best, best_values = images.clone(), images.new_full((len(images),), -torch.inf)
-    rows = torch.arange(len(images), device=images.device)
+    search = Search(objective, images)
     for _ in range(num_draws):
         uniform = draw_noise(images, torch.rand, generator)
-        noisy = _move(images, _signs(uniform) if kind == "corners" else 2 * uniform - 1, eps)
-        best_values = keep_best(best, best_values, rows, noisy, evaluate_objective(objective, noisy))
-    return best
+        search.evaluate(_move(images, _signs(uniform) if kind == "corners" else 2 * uniform - 1, eps))
+    return search.best_images
 
 
 @torch.no_grad()
@@ -102,7 +91,7 @@ def square_attack(
     """
     check_pixels("images", images)
     check_steps(eps=eps, num_steps=num_queries)
-    check_can_stop(objective, stop_above)
+    search = Search(objective, images, stop_above=stop_above)
     if images.dim() != 4:
         raise ValueError(f"images must have shape (B, C, H, W), got {tuple(images.shape)}")
     if not 0 < initial_area <= 1:
@@ -111,27 +100,21 @@ def square_attack(
     numbers = channels * width + (num_queries - 1) * (2 + channels)
     noise = draw_noise(images.new_empty(count, numbers), torch.rand, generator)
     stripes, noise = noise[:, : channels * width], noise[:, channels * width :]
-    best = _move(images, _signs(stripes).view(count, channels, 1, width), eps)
-    best_values = evaluate_objective(objective, best)
+    search.evaluate(_move(images, _signs(stripes).view(count, channels, 1, width), eps))
     ys, xs = (torch.arange(size, device=images.device) for size in (height, width))
-    rows, of_rows = torch.arange(count, device=images.device), objective  # of the images that are not done
     for query, draws in enumerate(noise.split(2 + channels, dim=1), start=1):  # draws: (B, 2 + C)
-        goes_on = best_values[rows] <= stop_above
-        if not goes_on.all():
-            rows = rows[goes_on]
-            of_rows = select_rows(objective, rows, count)
-        if len(rows) == 0:
+        if not search.drop_done().any():
             break
+        rows = search.rows
         draws = draws[rows]
         side = _side(query / num_queries, initial_area, height, width)
         top, left = ((draws[:, i] * (size - side + 1)).long() for i, size in enumerate((height, width)))  # (B,) each
         in_rows = (ys >= top[:, None]) & (ys < top[:, None] + side)  # (B, H)
         in_columns = (xs >= left[:, None]) & (xs < left[:, None] + side)  # (B, W)
         square = (in_rows[:, :, None] & in_columns[:, None])[:, None]  # (B, 1, H, W)
-        candidate = torch.where(square, _move(images[rows], _signs(draws[:, 2:])[:, :, None, None], eps), best[rows])
-        values = evaluate_objective(of_rows, candidate)
-        best_values = keep_best(best, best_values, rows, candidate, values)
-    return best
+        corner = _move(images[rows], _signs(draws[:, 2:])[:, :, None, None], eps)
+        search.evaluate(torch.where(square, corner, search.best_images[rows]))
+    return search.best_images
 
 
 def _side(spent: float, initial_area: float, height: int, width: int) -> int:

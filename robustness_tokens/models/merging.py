@@ -47,10 +47,9 @@ _ALTERNATIVES = (
 
 
 def merge(model: PreTrainedModel, *, image_size: int | None = None) -> PreTrainedModel:
-    """Returns a plain copy of a model, in eval mode, with its robustness tokens as registers.
+    """Returns a plain copy of a model, in eval mode, with its robustness tokens as its last K registers.
 
-    DINOv2 becomes DINOv2 with registers; DINOv3 and timm's VisionTransformer and Eva keep their class, with K more
-    registers behind their own. Positions are stored as the model resamples them for `image_size` pixels.
+    Positions are stored as the model resamples them for `image_size` pixels.
     """
     tokens = active_injector(model, to="merge").robustness_tokens.detach()
     name = type(model).__name__

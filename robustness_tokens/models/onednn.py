@@ -16,12 +16,9 @@ from torch.nn import functional as F
 
 
 def onednn_is_faster(*, device: torch.device, half_precision: bool) -> bool:
-    """Tells whether [`onednn_products`] is faster than torch alone: on a CPU, unless torch uses MKL with AVX2 only.
-
-    torch gives float32 products to MKL if it has it. On processors that are not Intel's MKL doesn't use AVX-512, and
-    takes twice as long as oneDNN; with AVX2 only it is 7% faster. For bfloat16 torch uses oneDNN, but casts and packs
-    the weights at each call.
-    """
+    """Tells whether [`onednn_products`] is faster than torch alone: on a CPU, unless torch uses MKL with AVX2 only."""
+    # torch gives float32 products to MKL. On processors that aren't Intel's, MKL leaves AVX-512 unused and takes twice
+    # as long as oneDNN; with AVX2 only it takes 7% less. In bfloat16 torch casts and packs the weights at each call.
     return device.type == "cpu" and (half_precision or has_avx512() or not torch.backends.mkl.is_available())
 
 
@@ -32,10 +29,9 @@ def has_avx512() -> bool:
 
 @contextmanager
 def packed_once() -> Iterator[None]:
-    """Keeps packed weights inside the context, so that entering [`onednn_products`] again packs nothing twice.
+    """Keeps packed weights inside the context: entering [`onednn_products`] again packs nothing twice.
 
-    The copies stay in memory between entries. A weight that changed is packed again, unless it was changed through
-    `.data`. Nesting changes nothing.
+    A weight that changed is packed again, unless it was changed through `.data`. Nesting changes nothing.
     """
     if _kept.get() is not None:
         yield
@@ -51,11 +47,9 @@ def packed_once() -> Iterator[None]:
 def onednn_products(base: nn.Module, *, dtype: torch.dtype = torch.float32) -> Iterator[None]:
     """Computes the linear layers and the patch embedding of a frozen base on a CPU by oneDNN, inside the context.
 
-    Weights are cast to `dtype` (float32, or bfloat16 under autocast) and packed once for the forward and once for the
-    backward pass; the two copies live as long as the context, or as [`packed_once`]. Results differ by rounding.
-    Layers that are trained, of another class or dtype, or not on a CPU are left as they are.
-
-    Do not change, copy or pickle the base inside the context.
+    Weights are cast to `dtype` (float32, or bfloat16 under autocast) and packed for the forward and for the backward
+    pass; these copies live as long as the context, or as [`packed_once`]. Results differ by rounding. Trained layers
+    and layers of other classes or dtypes stay as they are. Do not change, copy or pickle the base inside the context.
     """
     swapped: dict[Any, type[nn.Module]] = {}
     try:

@@ -30,13 +30,10 @@ MixedPrecision = Literal["no", "bf16"]
 
 
 def runs_in_half(mixed_precision: str, *, device: torch.device) -> bool:
-    """Tells whether to use bfloat16 autocast: `"bf16"` is asked for, and the device has instructions for it.
-
-    Without them a bfloat16 product takes a hundred times as long as a float32 one; that is logged once.
-    """
+    """Tells whether to use bfloat16 autocast: `"bf16"` is asked for, and the device has instructions for it."""
     if mixed_precision != "bf16":
         return False
-    if not has_bfloat16(device.type):
+    if not has_bfloat16(device.type):  # a product would take a hundred times as long as in float32
         _say_that_float32_is_used(device.type)
         return False
     return True
@@ -62,12 +59,8 @@ def _say_that_float32_is_used(device_type: str) -> None:
 
 
 def choose_attention(attn_implementation: str, *, device: torch.device, half_precision: bool) -> str | None:
-    """Returns the attention implementation to attack and train with; None keeps the base's own, as `"base"` does.
-
-    `"auto"` is eager in bfloat16 on a CPU, where the fused kernel's backward alone takes longer than all of eager
-    attention, and the base's own elsewhere. Other values are implementations of transformers.
-    """
-    if attn_implementation == AUTO:
+    """Returns the attention implementation to attack and train with, or None for the base's own."""
+    if attn_implementation == AUTO:  # the fused kernel's backward in bfloat16 alone takes longer than eager attention
         return "eager" if device.type == "cpu" and half_precision else None
     return None if attn_implementation == BASE else attn_implementation
 
@@ -136,8 +129,8 @@ def computing_faster(
 def run_compiled(base: nn.Module, function: Callable[[], Tensor]) -> Tensor:
     """Calls a function that runs a base, with the base's layers compiled wherever a gradient is needed.
 
-    All layers share one compiled layer, so compiling takes seconds at any depth; hooks stay outside. If it fails,
-    warns with a `RuntimeWarning` and calls the function again without it.
+    All layers share one compiled layer, so compiling takes seconds at any depth; hooks stay outside. If compiling
+    fails, warns and calls the function without it.
     """
     if base not in _not_compilable:
         try:
