@@ -38,7 +38,7 @@ def auto_attack(
         seed: Seed of the noise.
 
     Returns:
-        (B, 3, H, W) images; those whose class could not be changed come back as they were.
+        (B, 3, H, W) images; an image comes back as it was if its class could not be changed.
 
     Raises:
         ValueError: If an argument is out of range, or there are fewer than four classes.
@@ -47,9 +47,10 @@ def auto_attack(
     Source: Croce & Hein, "Reliable evaluation of adversarial robustness with an ensemble of diverse parameter-free
     attacks", ICML 2020, arXiv 2003.01690.
     """
+    check_steps(eps=eps, num_steps=1)
     if eps == 0:
         return images.clone()
-    model, num_targets = _prepare(logits_fn, images, labels, eps=eps, target_classes=9)
+    model, num_targets = _prepare(logits_fn, images, labels, target_classes=9)
     with _left_as_found(images.device):
         attack = _package("pyautoattack").AutoAttack(model, eps=eps, seed=seed, device=images.device)
         attack.apgd_targeted.n_target_classes = attack.fab.n_target_classes = num_targets
@@ -83,7 +84,7 @@ def apgd_attack(
             class or not, to attack another model than `logits_fn` with it.
 
     Returns:
-        (B, 3, H, W) images; without `highest_loss`, those whose class could not be changed come back as they were.
+        (B, 3, H, W) images; without `highest_loss`, an image comes back as it was if its class could not be changed.
 
     Raises:
         ValueError: If an argument is out of range, or doesn't go with the loss, or there are fewer than four classes
@@ -105,9 +106,7 @@ def apgd_attack(
         raise ValueError('highest_loss is for loss="cross_entropy": with "targeted_dlr" each target has its own')
     if eps == 0:
         return images.clone()
-    model, num_targets = _prepare(
-        logits_fn, images, labels, eps=eps, target_classes=num_target_classes if targeted else None
-    )
+    model, num_targets = _prepare(logits_fn, images, labels, target_classes=num_target_classes if targeted else None)
     settings: dict[str, Any] = {"n_iter": num_steps, "n_restarts": num_restarts, "eps": eps, "seed": seed}
     with _left_as_found(images.device):
         parts = _package("pyautoattack.autopgd_base")
@@ -126,11 +125,10 @@ def apgd_attack(
 
 
 def _prepare(
-    logits_fn: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, *, eps: float, target_classes: int | None
+    logits_fn: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, *, target_classes: int | None
 ) -> tuple[Callable[[Tensor], Tensor], int]:
     """Checks the arguments; returns the logits in float32, which the package needs, and how many classes to target."""
     check_pixels("images", images)
-    check_steps(eps=eps, num_steps=1)
     if images.dtype != torch.float32:
         raise ValueError(f"images must be float32, got {images.dtype}: AutoAttack knows no other precision")
     with torch.no_grad():

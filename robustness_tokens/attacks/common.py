@@ -31,8 +31,8 @@ class Search:
     def __init__(self, objective: Callable[[Tensor], Tensor], images: Tensor, *, stop_above: float = math.inf) -> None:
         if stop_above < math.inf and not isinstance(objective, Objective):
             raise ValueError(
-                "stop_above needs an objective that can be taken of some of the images, got a "
-                f"{type(objective).__name__}: make it as an Objective, or with margin_objective and its like"
+                "stop_above needs an objective that also works on some of the images alone, got a "
+                f"{type(objective).__name__}: make an Objective, for instance with margin_objective"
             )
         self.objective, self.objective_of_rows, self.stop_above = objective, objective, stop_above
         self.best_images, self.best_values = images.clone(), images.new_full((len(images),), -math.inf)

@@ -81,7 +81,7 @@ def feature_cosine_objective(
 ) -> Objective:
     """Returns minus the mean cosine with target features, as an objective; see [`cosine_similarity`].
 
-    At images whose features are the target the gradient is rounding noise: start the attack at random.
+    Where the features equal the target, the gradient is rounding noise: start the attack at random.
     """
 
     def objective(images: Tensor, target: Tensor) -> Tensor:
@@ -93,7 +93,7 @@ def feature_cosine_objective(
 def feature_mse_objective(features_fn: Callable[[Tensor], Tensor], target: Tensor) -> Objective:
     """Returns the mean squared difference from target features, as an objective.
 
-    At images whose features are the target the gradient is zero: start the attack at random.
+    Where the features equal the target, the gradient is zero: start the attack at random.
     """
 
     def objective(images: Tensor, target: Tensor) -> Tensor:

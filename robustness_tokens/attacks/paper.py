@@ -44,7 +44,7 @@ def paper_attack(
     to the ball and then to the smallest and the largest number in the clean batch. The last iterate is returned, cut
     down to 8 bits.
 
-    What to know before quoting a number of it:
+    Before quoting a number of it:
 
     - `eps` is in NORMALISED units. With ImageNet's standard deviations "8/255" is about 1.8/255 in pixels, and at most
       2/255 after the 8-bit step. That step rounds towards black, so images that are not on the 8-bit grid themselves
@@ -61,8 +61,7 @@ def paper_attack(
         image_mean, image_std: C numbers each, that `pixel_values` were normalised with; deviations are above 0.
         labels: (B,) or (B, H, W) int64 classes, where -100 is ignored, to attack a classifier; `None` attacks
             features.
-        target: What `model_fn` gives for `pixel_values`, (B, N, D) or (B, D), if features are attacked and the caller
-            has it already; `None` computes it.
+        target: Clean features, `model_fn(pixel_values)`, if the caller has them already; `None` computes them.
         eps: Radius of the L-infinity ball in normalised units.
         step_size: Length of a step, and standard deviation of the starting noise, in normalised units.
         num_steps: Steps, at least 1.

@@ -48,9 +48,8 @@ def pgd_attack(
         num_steps: Steps per restart, at least 1.
         num_restarts: Runs from fresh random starts, at least 1.
         random_start: Start uniformly in the ball, clipped to [0, 1], or else at the images themselves.
-        stop_above: An image is done once its objective exceeds this, and costs nothing more: 0 ends with a
-            misclassification where the objective is a margin. Needs an objective that can be taken of some of the
-            images, as those of this package.
+        stop_above: An image is done once its objective exceeds this, and costs nothing more: with a margin as the
+            objective, 0 stops at misclassification. Needs an [`Objective`], as this package's factories return.
         generator: Source of the random starts, on any device. A sequence holds one generator per image, so that an
             image's noise doesn't depend on how images are batched. `None` is torch's default generator.
 

@@ -44,7 +44,14 @@ class TokenInjector(nn.Module):
     def attach(self, stack: LayerStack) -> None:
         """Registers every hook on the layers of the stack."""
         if stack.is_timm:
-            self._attach_timm(stack)
+            timm_model: Any = stack.owner
+            # From norm_pre to norm, so that every intermediate output holds the tokens, as extra prefix tokens.
+            timm_model.norm_pre.register_forward_hook(self.insert_after_norm_pre)
+            timm_model.norm.register_forward_pre_hook(self.strip_before_norm)
+            timm_model.forward_intermediates = functools.partial(_forward_intermediates, timm_model, self)
+            self._rotary_modules = [m for m in stack.layers.modules() if hasattr(m, "num_prefix_tokens")]
+            for module in self._rotary_modules:
+                module.num_prefix_tokens += self.num_active_tokens  # type: ignore[operator, assignment]
             return
         stack.layers[0].register_forward_pre_hook(self.insert_before_layer, with_kwargs=True)
         # Prepended, so that transformers' recorder of hidden states sees the stripped output.
@@ -53,16 +60,6 @@ class TokenInjector(nn.Module):
         for module in stack.layers.modules():
             if stack.attention_class is not None and isinstance(module, stack.attention_class):
                 module.register_forward_pre_hook(self.pad_attention_mask, with_kwargs=True)
-
-    def _attach_timm(self, stack: LayerStack) -> None:
-        timm_model: Any = stack.owner
-        # From norm_pre to norm, so that every intermediate output holds the tokens, as extra prefix tokens.
-        timm_model.norm_pre.register_forward_hook(self.insert_after_norm_pre)
-        timm_model.norm.register_forward_pre_hook(self.strip_before_norm)
-        timm_model.forward_intermediates = functools.partial(_forward_intermediates, timm_model, self)
-        self._rotary_modules = [m for m in stack.layers.modules() if hasattr(m, "num_prefix_tokens")]
-        for module in self._rotary_modules:
-            module.num_prefix_tokens += self.num_active_tokens  # type: ignore[operator, assignment]
 
     def _insert(self, hidden_states: Tensor) -> Tensor:
         """Maps (B, N, D) to (B, K + N, D); returns it unchanged while the tokens are off."""
