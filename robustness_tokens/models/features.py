@@ -126,8 +126,8 @@ def find_patch_size(model: nn.Module) -> tuple[int, int] | None:
     """Returns height and width of the model's patches in pixels, or None where it names no patch size."""
     headless: Any = headless_model(model)
     vision_transformer = getattr(headless, "timm_model", headless)
-    names_it = vision_transformer.patch_embed if is_timm_vit(vision_transformer) else vision_config(headless)
-    size: Any = getattr(names_it, "patch_size", None)
+    described_by = vision_transformer.patch_embed if is_timm_vit(vision_transformer) else vision_config(headless)
+    size: Any = getattr(described_by, "patch_size", None)
     if size is None:
         return None
     return (size, size) if isinstance(size, int) else (size[0], size[1])

@@ -149,7 +149,7 @@ def run_compiled(base: nn.Module, function: Callable[[], Tensor]) -> Tensor:
 
 @contextmanager
 def _compiled_layers(base: nn.Module) -> Iterator[None]:
-    # Hidden by the compiled one inside the context: the class' forward, or the one that Accelerate's hooks set.
+    # Accelerate's hooks give a layer a forward of its own; otherwise its class's is hidden.
     before = {layer: layer.__dict__.get("forward") for layer in find_layer_stack(base).layers}
     try:
         for layer in before:
