@@ -47,9 +47,10 @@ def load_base(name: str, base_class: str, revision: str | None, base_kwargs: Map
 
 
 def load_classifier(
-    name: str, _base_class: str, revision: str | None, base_kwargs: Mapping[str, Any]
+    name: str, base_class: str, revision: str | None, base_kwargs: Mapping[str, Any]
 ) -> PreTrainedModel:
     """Loads a base with its classification head; `ValueError` if it has none: transformers would make a random one."""
+    # Its class follows from its own config; `base_class` is the headless one.
     options = {"trust_remote_code": False, **base_kwargs, "output_loading_info": True}
     base, info = _load(AutoModelForImageClassification, name, revision, options)
     if info["missing_keys"]:
