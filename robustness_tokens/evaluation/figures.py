@@ -5,16 +5,14 @@ Shapes: B images, L layers, N the base's own sequence, K robustness tokens, P pa
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import importlib.util
-import io
 import logging
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -46,19 +44,13 @@ logger = logging.getLogger(__name__)
 _DRAWN: tuple[Knowledge, ...] = ("base", "own_tokens", "full", "none")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class LayerObservation:
-    """Outputs of the layers of a model for some images, without the rows of the robustness tokens.
+    """Outputs of the layers of a model for some images, without the rows of the robustness tokens."""
 
-    Attributes:
-        maxima: (L,) largest absolute activation after each layer, over the base's own N rows, mean over the images.
-        patches: (B, P, D) float32 patches after the last layer, each normalised to mean 0 and variance 1.
-        grid: Rows and columns of the patches.
-    """
-
-    maxima: Tensor
-    patches: Tensor
-    grid: tuple[int, int]
+    maxima: Tensor  # (L,), the largest absolute activation after each layer, mean over the images
+    patches: Tensor  # (B, P, D) float32 after the last layer, each normalised to mean 0 and variance 1
+    grid: tuple[int, int]  # rows and columns of the patches
 
 
 def make_figures(
@@ -68,17 +60,18 @@ def make_figures(
     num_images: int = 8,
     num_feature_maps: int = 4,
 ) -> dict[str, bytes]:
-    """Draws the figures of a report as PNG files by name; attacks a few images again, exactly as before.
+    """Draws the figures of a report as PNG files by name, none without matplotlib; attacks a few images again.
 
     It runs no collective: the process that saves the report, which holds the first batch, calls it with the model in
-    eval mode. Without matplotlib there are no figures.
+    eval mode.
     """
     if not _has_matplotlib():
         return {}
-    figures = {}
-    for metric in get_args(Metric):
-        if any(name.startswith("sweep/") and name.endswith(f"/{metric}/eps") for name in series):
-            figures[f"{metric}_by_eps.png"] = _png(functools.partial(plot_eps_curves, series, metric=metric))
+    figures = {
+        f"{metric}_by_eps.png": plot_eps_curves(series, metric=metric)
+        for metric in get_args(Metric)
+        if any(name.startswith("sweep/") and name.endswith(f"/{metric}/eps") for name in series)
+    }
     cells = [cell for knowledge in _DRAWN if (cell := _find_cell(measurements, knowledge)) is not None]
     if cells and measurements.batches:
         batch = measurements.batches[min(measurements.batches)].first(num_images)
@@ -89,9 +82,7 @@ def make_figures(
 def training_figures(adapter: str | os.PathLike[str]) -> dict[str, bytes]:
     """Draws the training curves from the log beside an adapter, as PNG files by name; none without a log."""
     rows = read_log(Path(adapter) / LOG_FILE, last_step=sys.maxsize)
-    if not rows or not _has_matplotlib():
-        return {}
-    return {"training_curves.png": _png(functools.partial(plot_training_curves, rows))}
+    return {"training_curves.png": plot_training_curves(rows)} if rows and _has_matplotlib() else {}
 
 
 def _image_figures(
@@ -106,38 +97,30 @@ def _image_figures(
         "attacked images, without tokens": observe_layers(model, attacked, None),
         "attacked images, with tokens": observe_layers(model, attacked, model.tokens),
     }
-    figures = {
-        "layer_maxima.png": _png(
-            lambda file: plot_layer_maxima(
-                {name: state.maxima.tolist() for name, state in states.items()}, file, heading=heading
-            )
-        )
-    }
+    maxima = {name: state.maxima.tolist() for name, state in states.items()}
+    figures = {"layer_maxima.png": plot_layer_maxima(maxima, heading=heading)}
     if cell.eps > 0:
         titles = _titles(model, batch.images, attacked) if model.task == "classification" else None
-        figures["attacked_images.png"] = _png(
-            lambda file: plot_attacked_images(
-                batch.images, attacked, file, eps=cell.eps, titles=titles, heading=heading
-            )
+        figures["attacked_images.png"] = plot_attacked_images(
+            batch.images, attacked, eps=cell.eps, titles=titles, heading=heading
         )
-    names = [
-        "clean image",
-        "clean,\nwithout tokens",
-        "clean,\nwith tokens",
-        "attacked image",
-        "attacked,\nwithout tokens",
-        "attacked,\nwith tokens",
-    ]
     observed = list(states.values())
     white_box = next((one for one in cells[1:] if one.view.knowledge == "full"), None)
     if white_box is not None:
         worse = run_attack(white_box.attack, white_box.view, batch, eps=white_box.eps, seed=measurements.seed)
         observed.append(observe_layers(model, worse, model.tokens))
-        names.append("white box,\nwith tokens")
-    first, *rest = feature_colors(observed[0], observed)
-    pictures = [batch.images, first, rest[0], attacked, *rest[1:]]
-    columns = [(name, shown[:num_feature_maps]) for name, shown in zip(names, pictures, strict=True)]
-    figures["feature_maps.png"] = _png(lambda file: plot_image_columns(columns, file, heading=heading))
+    maps = feature_colors(observed[0], observed)
+    columns = [
+        ("clean image", batch.images),
+        ("clean,\nwithout tokens", maps[0]),
+        ("clean,\nwith tokens", maps[1]),
+        ("attacked image", attacked),
+        ("attacked,\nwithout tokens", maps[2]),
+        ("attacked,\nwith tokens", maps[3]),
+        *(("white box,\nwith tokens", one) for one in maps[4:]),
+    ]
+    columns = [(name, shown[:num_feature_maps]) for name, shown in columns]
+    figures["feature_maps.png"] = plot_image_columns(columns, heading=heading)
     return figures
 
 
@@ -145,6 +128,8 @@ def _image_figures(
 def observe_layers(model: EvaluatedModel, images: Tensor, tokens: Tensor | None) -> LayerObservation:
     """Runs (B, 3, H, W) images in [0, 1] with (K, D) tokens, or the base alone, and observes every layer."""
     stack = find_layer_stack(model.model)
+    if (size := find_patch_size(stack.owner)) is None:
+        raise ValueError(f"{type(stack.owner).__name__} names no patch size, so its patches can't be put on a map")
     num_tokens = 0 if tokens is None else len(tokens)
     maxima: list[Tensor] = []
     last = torch.empty(0)
@@ -158,15 +143,12 @@ def observe_layers(model: EvaluatedModel, images: Tensor, tokens: Tensor | None)
     # Prepended, so that all layers alike still hold the tokens: behind the last one a hook takes them out.
     handles = [layer.register_forward_hook(record, prepend=True) for layer in stack.layers]
     try:
-        if model.feature_view is not None:
-            model.features(images, tokens, exact=True)
-        else:
-            model.logits(images, tokens, exact=True)
+        run = model.logits if model.feature_view is None else model.features
+        run(images, tokens, exact=True)
     finally:
         for handle in handles:
             handle.remove()
-    height, width = _patch_size(stack.owner)
-    rows, columns = images.shape[2] // height, images.shape[3] // width
+    rows, columns = images.shape[2] // size[0], images.shape[3] // size[1]
     if last.shape[1] < rows * columns:
         raise ValueError(
             f"images of {tuple(images.shape[2:])} pixels are {rows} x {columns} patches, but the layers of "
@@ -183,8 +165,8 @@ def observe_layers(model: EvaluatedModel, images: Tensor, tokens: Tensor | None)
 def feature_colors(reference: LayerObservation, observations: Sequence[LayerObservation]) -> list[Tensor]:
     """Returns feature maps as colours, (B, 3, rows, columns) in [0, 1] for each observation of the same D.
 
-    Red, green and blue are the first three principal components of `reference`. All maps share its components and its
-    range, so the same colour means the same feature.
+    Red, green and blue are the first three principal components of `reference`, scaled by its range in all maps: the
+    same colour means the same feature.
     """
     flat = reference.patches.flatten(0, 1).double()  # (B * P, D)
     mean = flat.mean(dim=0)
@@ -223,19 +205,10 @@ def _titles(model: EvaluatedModel, images: Tensor, attacked: Tensor) -> list[tup
         classes = model.logits(pictures, tokens, exact=True).argmax(dim=1).tolist()
         return [plain(names.get(index, f"class {index}"))[:16] for index in classes]
 
+    classes = zip(seen(images, None), seen(attacked, None), seen(attacked, model.tokens), strict=True)
     return [
-        (f"seen as\n{clean}", f"seen as\n{fooled};\nwith tokens\n{defended}")
-        for clean, fooled, defended in zip(
-            seen(images, None), seen(attacked, None), seen(attacked, model.tokens), strict=True
-        )
+        (f"seen as\n{clean}", f"seen as\n{fooled};\nwith tokens\n{defended}") for clean, fooled, defended in classes
     ]
-
-
-def _patch_size(owner: nn.Module) -> tuple[int, int]:
-    size = find_patch_size(owner)
-    if size is None:
-        raise ValueError(f"{type(owner).__name__} names no patch size, so its patches can't be put on a map")
-    return size
 
 
 def _has_matplotlib() -> bool:
@@ -243,9 +216,3 @@ def _has_matplotlib() -> bool:
     if not found:
         logger.warning("The report has no figures: pip install 'robustness-tokens[plots]'")
     return found
-
-
-def _png(draw: Callable[[IO[bytes]], None]) -> bytes:
-    file = io.BytesIO()
-    draw(file)
-    return file.getvalue()

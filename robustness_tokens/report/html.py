@@ -42,7 +42,6 @@ from .words import (
 
 # A verdict's CSS class, symbol and word: each alone is enough to tell it.
 _VERDICTS = {True: ("pass", "✓", "pass"), False: ("fail", "✗", "FAIL"), None: ("none", "○", "no verdict")}
-_MAIN = ("trained", "none")
 
 # File name of a figure -> title, explanation, whether it takes the whole width.
 FIGURES: dict[str, tuple[str, str, bool]] = {
@@ -109,7 +108,7 @@ def render_report_html(report: ReportContent) -> str:
         report=report,
         dataset=report.dataset,
         num_images=f"{report.dataset['num_images']:,}",
-        headline=_headline(report),
+        headline=_headline(report.results),
         checks=sorted(report.checks, key=lambda check: check.number),
         counts=[(key, f"{outcomes.count(key)} {word}") for key, word in words.items() if key in outcomes],
         groups=_groups(report.results),
@@ -120,15 +119,16 @@ def render_report_html(report: ReportContent) -> str:
     )
 
 
-def _headline(report: ReportContent) -> dict[str, Any] | None:
+def _headline(results: Sequence[Result]) -> dict[str, Any] | None:
     """Returns clean images, the grey box and the worst case, of the first metric that was reported."""
-    ours = [r for r in report.results if r.tokens == "trained" and not is_sweep(r)]
+    suite = [r for r in results if not is_sweep(r)]
+    ours = [r for r in suite if r.tokens == "trained"]
     if not ours:
         return None
     attacked = [r for r in ours if r.attack is not None]
     worst = next((r for r in attacked if r.knowledge == "full_worst_case"), None)
     main = worst or (attacked or ours)[0]
-    same = [r for r in report.results if (r.task, r.metric) == (main.task, main.metric) and not is_sweep(r)]
+    same = [r for r in suite if (r.task, r.metric) == (main.task, main.metric)]
     grey_box = [r for r in same if r.knowledge == "base" and r.eps == main.eps]
     grey_box = [r for r in grey_box if r.attack == WORST_CASE] or grey_box
     return {
@@ -144,16 +144,16 @@ def _headline(report: ReportContent) -> dict[str, Any] | None:
 
 
 def _card(knowledge: str | None, results: Sequence[Result]) -> dict[str, Any]:
-    ours, without = (
-        min((r for r in results if r.tokens == kind), key=lambda r: r.value, default=None)
-        for kind in ("trained", "none")
-    )
     name, knows = ATTACKERS[knowledge]
+
+    def lowest(tokens: str) -> Result | None:
+        return min((r for r in results if r.tokens == tokens), key=lambda r: r.value, default=None)
+
     return {
         "name": capitalize(name),
         "attacker": f"the attacker knows {knows}" if knows else "no attacker",
-        "ours": ours,
-        "without": without,
+        "ours": lowest("trained"),
+        "without": lowest("none"),
         "is_strongest": knowledge == "full_worst_case",
     }
 
@@ -172,23 +172,24 @@ def _groups(results: Sequence[Result]) -> list[dict[str, Any]]:
                 "caption": capitalize(METRICS[metric]) + ("" if metric == "cosine" else ", in %"),
                 "leading": _table(groups.leading),
                 "single": _table(groups.single),
-                "baselines": _table(baselines, ("trained", *BASELINES)),
+                "baselines": _table(baselines),
                 "sweep": _table(groups.sweep),
             }
         )
     return tables
 
 
-def _table(results: Sequence[Result], tokens: Sequence[str] = _MAIN) -> dict[str, Any] | None:
+def _table(results: Sequence[Result]) -> dict[str, Any] | None:
     """Returns a row per attack, in the order of the attackers; several numbers of one kind of tokens share a cell."""
-    kinds = [kind for kind in tokens if any(r.tokens == kind for r in results)]
-    levels = []
-    for knowledge in ATTACKERS:
-        rows: dict[tuple[Any, ...], list[Result]] = {}
-        for r in (r for r in results if r.knowledge == knowledge):
-            rows.setdefault(_row_key(r), []).append(r)
-        if rows:
-            levels.append((describe_attacker(knowledge), [_row(group, kinds) for group in rows.values()]))
+    kinds = [kind for kind in ("trained", "none", *BASELINES) if any(r.tokens == kind for r in results)]
+    rows: dict[tuple[Any, ...], list[Result]] = {}
+    for r in results:
+        rows.setdefault(_row_key(r), []).append(r)
+    levels = [
+        (describe_attacker(level), [_row(row, kinds) for row in rows.values() if row[0].knowledge == level])
+        for level in ATTACKERS
+        if any(r.knowledge == level for r in results)
+    ]
     return {"kinds": [TOKENS[kind] for kind in kinds], "levels": levels} if levels else None
 
 

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from .schema import Check, ReportContent, Result
 from .words import (
     ATTACKERS,
     ATTACKS,
     BASE_HEAD,
-    BASELINES,
     METRICS,
     OWN_TOKENS,
     OWN_TOKENS_GIVEN,
@@ -128,10 +126,8 @@ def _render_results(report: ReportContent, hashes: str) -> list[str]:
         if groups.single:
             blocks += _details("Every single attack", results_table(groups.single, in_short=False))
         if groups.baselines:
-            blocks += _details(
-                "Baselines: other tokens in place of the trained ones",
-                results_table(groups.baselines, BASELINES, in_short=False),
-            )
+            content = results_table(groups.baselines, in_short=False)
+            blocks += _details("Baselines: other tokens in place of the trained ones", content)
         if groups.sweep:
             blocks += _details("Sweep over eps: one or two attacks on fewer images", _sweep_table(groups.sweep))
     if report.base_has_own_head:
@@ -164,20 +160,18 @@ def _sweep_table(results: Sequence[Result]) -> str:
     )
 
 
-def results_table(
-    results: Sequence[Result], tokens: Sequence[str] = ("none", "trained"), *, in_short: bool = True
-) -> str:
+def results_table(results: Sequence[Result], *, in_short: bool = True) -> str:
     """Returns a table with a row per attack; `in_short` counts the attacks of a worst case instead of naming them."""
-    columns = [kind for kind in tokens if any(r.tokens == kind for r in results)]
-    rows: dict[tuple[str, ...], dict[str, list[str]]] = {}
+    columns = [kind for kind in TOKENS if any(r.tokens == kind for r in results)]
     order = list(ATTACKERS)
+    rows: dict[tuple[str, ...], dict[str, list[str]]] = {}
     for r in sorted(results, key=lambda r: (order.index(r.knowledge), r.eps)):
+        attack = ATTACKS.get(r.attack) or code(r.attack)
         attacks = r.attack_parameters.get("attacks")
         if in_short and r.attack == WORST_CASE and isinstance(attacks, list):
             attack = f"worst of {len(attacks)} for each image"
-        else:
-            attack = ATTACKS.get(r.attack) or code(r.attack)
-            attack += _parameters(r.attack_parameters)
+        elif r.attack_parameters:
+            attack += " " + code(", ".join(f"{k}={format_setting(k, v)}" for k, v in r.attack_parameters.items()))
         eps = "0" if r.attack is None else format_eps(r.eps)
         row = (describe_attacker(r.knowledge), attack, eps, f"{r.num_images:,}", str(r.seed))
         rows.setdefault(row, {kind: [] for kind in columns})[r.tokens].append(_with_interval(r))
@@ -189,9 +183,3 @@ def results_table(
 
 def _with_interval(result: Result) -> str:
     return f"{format_number(result)}{format_unit(result)} {format_interval(result)}".rstrip()
-
-
-def _parameters(parameters: dict[str, Any]) -> str:
-    if not parameters:
-        return ""
-    return " " + code(", ".join(f"{name}={format_setting(name, value)}" for name, value in parameters.items()))

@@ -1,11 +1,10 @@
-"""Figures (optional extra `plots`): labels in plain words, a unit on every axis, readable in grey."""
+"""Figures as PNG files (optional extra `plots`): plain words, a unit on every axis, readable in grey."""
 
 from __future__ import annotations
 
-import os
+import io
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import IO, Any, TypeAlias
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -13,16 +12,13 @@ from torch import Tensor
 from .words import ATTACKERS, METRICS, TOKENS
 
 
-Target: TypeAlias = str | os.PathLike[str] | IO[bytes]
-"""A path, whose ending chooses the format, or an open file, which gets a PNG."""
-
-_SWEEP_CURVES = (
-    ("invariance_cosine", "clean images, with tokens", "o"),
-    ("adversarial_cosine", "attacked images, with tokens", "s"),
-)
-_LINES = (("#1b4965", "-"), ("#ca6702", "--"), ("#8d8d8d", ":"))
+_TRAINING_CURVES = {
+    "invariance_cosine": ("clean images, with tokens", "#1b4965", "-", "o"),
+    "adversarial_cosine": ("attacked images, with tokens", "#ca6702", "--", "s"),
+    "baseline_cosine": ("attacked images, without tokens", "#8d8d8d", ":", "x"),
+}
 # The curves over eps, by their names in a report: the lines differ in grey too.
-_CURVES = {
+_EPS_CURVES = {
     "base, none": (f"{ATTACKERS['base'].name}, {TOKENS['none']}", "#8d8d8d", ":", "x"),
     "none": (ATTACKERS["none"].name, "#5a9fd4", (0, (6, 2, 1, 2, 1, 2)), "^"),
     "base": (ATTACKERS["base"].name, "#1b4965", "-", "o"),
@@ -32,35 +28,25 @@ _CURVES = {
 _COSINE = f"{METRICS['cosine']}\n{TOKENS['none']} (1 = the same)"
 
 
-def plot_training_curves(log_history: Sequence[Mapping[str, float]], path: Target) -> None:
+def plot_training_curves(log_history: Sequence[Mapping[str, float]]) -> bytes:
     """Draws the cosines of a trainer's log against the step."""
     figure = _figure(7.2, 4.0)
     axes = figure.subplots()
-    curves = (
-        ("invariance_cosine", "clean images, with tokens"),
-        ("adversarial_cosine", "attacked images, with tokens"),
-        ("baseline_cosine", "attacked images, without tokens"),
-    )
     steps = [row["step"] for row in log_history]
-    for (key, label), (color, style) in zip(curves, _LINES, strict=True):
-        values = [row[key] for row in log_history]
-        axes.plot(steps, values, color=color, linestyle=style, linewidth=2, label=label)
+    for key, (label, color, style, _) in _TRAINING_CURVES.items():
+        axes.plot(steps, [row[key] for row in log_history], color=color, linestyle=style, linewidth=2, label=label)
     axes.set_xlabel("optimiser step")
     axes.set_ylabel(_COSINE)
     axes.set_title("What training does to the features", loc="left")
     axes.grid(alpha=0.3)
     figure.legend(frameon=False, loc="outside lower center", ncols=3, fontsize=8)
-    _save(figure, path)
+    return _png(figure)
 
 
-def plot_sweep(rows: Sequence[Mapping[str, float]], path: Target) -> None:
-    """Draws the cosine of clean and of attacked images against the number of tokens, a panel per learning rate.
+def plot_sweep(rows: Sequence[Mapping[str, float]]) -> bytes:
+    """Draws the cosines of a sweep's rows against the number of tokens, a panel per learning rate.
 
     A marker is a seed's; the line joins their means, and the bar goes from the lowest to the highest.
-
-    Args:
-        rows: Rows of a sweep, as `run_sweep` returns them.
-        path: Where to write; the ending chooses the format.
     """
     learning_rates = sorted({row["learning_rate"] for row in rows})
     counts = sorted({row["num_robustness_tokens"] for row in rows})
@@ -70,19 +56,19 @@ def plot_sweep(rows: Sequence[Mapping[str, float]], path: Target) -> None:
     baseline = float(np.mean([row["baseline_cosine"] for row in rows]))
     for axes, learning_rate in zip(panels, learning_rates, strict=True):
         of_panel = [row for row in rows if row["learning_rate"] == learning_rate]
-        for (key, label, marker), (color, style) in zip(_SWEEP_CURVES, _LINES[:2], strict=True):
+        for key in ("invariance_cosine", "adversarial_cosine"):
+            label, color, style, marker = _TRAINING_CURVES[key]
             groups = [[row[key] for row in of_panel if row["num_robustness_tokens"] == count] for count in counts]
-            places = [place for place, values in enumerate(groups) if values]
-            means = [float(np.mean(groups[place])) for place in places]
-            below = [mean - min(groups[place]) for place, mean in zip(places, means, strict=True)]
-            above = [max(groups[place]) - mean for place, mean in zip(places, means, strict=True)]
+            drawn = {place: values for place, values in enumerate(groups) if values}
+            means = [float(np.mean(values)) for values in drawn.values()]
+            below = [mean - min(values) for mean, values in zip(means, drawn.values(), strict=True)]
+            above = [max(values) - mean for mean, values in zip(means, drawn.values(), strict=True)]
             look: dict[str, Any] = {"color": color, "linestyle": style, "linewidth": 2, "capsize": 4}
-            axes.errorbar(places, means, yerr=[below, above], label=label, **look)
-            for place in places:
-                values = groups[place]
+            axes.errorbar(list(drawn), means, yerr=[below, above], label=label, **look)
+            for place, values in drawn.items():
                 axes.plot([place] * len(values), values, marker, color=color, markersize=5, fillstyle="none")
-        color, style = _LINES[2]
-        axes.axhline(baseline, color=color, linestyle=style, linewidth=2, label="attacked images, without tokens")
+        label, color, style, _ = _TRAINING_CURVES["baseline_cosine"]
+        axes.axhline(baseline, color=color, linestyle=style, linewidth=2, label=label)
         axes.set_xticks(range(len(counts)), [f"{count:g}" for count in counts])
         axes.set_xlim(-0.4, len(counts) - 0.6)
         axes.set_xlabel("number of tokens")
@@ -94,18 +80,17 @@ def plot_sweep(rows: Sequence[Mapping[str, float]], path: Target) -> None:
     handles, labels = panels[0].get_legend_handles_labels()
     columns = 3 if len(panels) > 1 else 1  # three don't fit under one panel
     figure.legend(handles, labels, frameon=False, loc="outside lower center", ncols=columns, fontsize=8)
-    _save(figure, path)
+    return _png(figure)
 
 
 def plot_attacked_images(
     images: Tensor,
     attacked: Tensor,
-    path: Target,
     *,
     eps: float,
     titles: Sequence[tuple[str, str]] | None = None,
     heading: str | None = None,
-) -> None:
+) -> bytes:
     """Draws clean and attacked (B, 3, H, W) images in [0, 1], and their difference from -eps (black) to eps (white).
 
     `titles` are, for each image, what a model sees in the clean and in the attacked one; `eps` is in pixel units.
@@ -116,9 +101,8 @@ def plot_attacked_images(
     figure = _figure(1.25 * count + 1.3, 5.1 if heading is None else 5.7)
     axes = figure.subplots(3, count, squeeze=False)
     difference = f"difference\ntimes {0.5 / eps:.{0 if eps < 0.1 else 1}f}\n(grey = 0,\nwhite =\n+{255 * eps:.3g}/255)"
-    names = ("clean", "attacked", difference)
-    rows = (images, attacked, (attacked - images) / (2 * eps) + 0.5)
-    for row, (name, pictures) in enumerate(zip(names, rows, strict=True)):
+    rows = {"clean": images, "attacked": attacked, difference: (attacked - images) / (2 * eps) + 0.5}
+    for row, (name, pictures) in enumerate(rows.items()):
         for column in range(count):
             _show(axes[row, column], pictures[column])
             if titles is not None and row < 2:
@@ -126,23 +110,23 @@ def plot_attacked_images(
         axes[row, 0].set_ylabel(name, rotation=0, ha="right", va="center")
     if heading is not None:
         figure.suptitle(_verbatim(heading), x=0.02, ha="left", fontsize=10)
-    _save(figure, path)
+    return _png(figure)
 
 
-def plot_eps_curves(series: Mapping[str, Sequence[float]], path: Target, *, metric: str) -> None:
+def plot_eps_curves(series: Mapping[str, Sequence[float]], *, metric: str) -> bytes:
     """Draws a metric against eps, a line with its 95% band for each attacker.
 
     `series` are a report's: `sweep/<who>/<metric>/` and `eps` (pixel units), `value`, `low` or `high`.
     """
-    drawn = [who for who in _CURVES if f"sweep/{who}/{metric}/eps" in series]
+    drawn = [who for who in _EPS_CURVES if f"sweep/{who}/{metric}/eps" in series]
     if not drawn:
-        raise ValueError(f"series must hold sweep/<who>/{metric}/eps for a <who> of {list(_CURVES)}, got none")
+        raise ValueError(f"series must hold sweep/<who>/{metric}/eps for a <who> of {list(_EPS_CURVES)}, got none")
     figure = _figure(6.4, 4.9)
     axes = figure.subplots()
     scale = 1.0 if metric == "cosine" else 100.0
     levels: set[float] = set()
     for who in drawn:
-        label, color, style, marker = _CURVES[who]
+        label, color, style, marker = _EPS_CURVES[who]
         eps, value, low, high = (
             np.asarray(series[f"sweep/{who}/{metric}/{key}"]) for key in ("eps", "value", "low", "high")
         )
@@ -162,10 +146,10 @@ def plot_eps_curves(series: Mapping[str, Sequence[float]], path: Target, *, metr
     axes.grid(alpha=0.3)
     look = {"ncols": 2, "fontsize": 9, "handlelength": 4.0, "title": "Attacker", "frameon": False}
     figure.legend(loc="outside lower center", **look)
-    _save(figure, path)
+    return _png(figure)
 
 
-def plot_layer_maxima(curves: Mapping[str, Sequence[float]], path: Target, *, heading: str | None = None) -> None:
+def plot_layer_maxima(curves: Mapping[str, Sequence[float]], *, heading: str | None = None) -> bytes:
     """Draws the largest absolute activation after each layer, for at most four named curves."""
     figure = _figure(6.4, 4.9)
     from matplotlib.ticker import LogLocator
@@ -173,9 +157,8 @@ def plot_layer_maxima(curves: Mapping[str, Sequence[float]], path: Target, *, he
     axes = figure.subplots()
     looks = (("#8d8d8d", "-", "o"), ("#8d8d8d", ":", "x"), ("#1b4965", "-", "s"), ("#ca6702", "--", "D"))
     for (label, values), (color, style, marker) in zip(curves.items(), looks, strict=False):
-        layers = range(1, len(values) + 1)
         look: dict[str, Any] = {"color": color, "linestyle": style, "marker": marker, "linewidth": 2, "markersize": 5}
-        axes.plot(layers, values, label=label, **look)
+        axes.plot(range(1, len(values) + 1), values, label=label, **look)
     highest, lowest = max(map(max, curves.values())), min(map(min, curves.values()))
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7) if highest < 20 * lowest else (1, 2, 5)))
@@ -188,10 +171,10 @@ def plot_layer_maxima(curves: Mapping[str, Sequence[float]], path: Target, *, he
         axes.set_title(_verbatim(heading), loc="left", fontsize=10)
     axes.grid(alpha=0.3, which="both")
     figure.legend(frameon=False, loc="outside lower center", ncols=2, fontsize=9, handlelength=4.0)
-    _save(figure, path)
+    return _png(figure)
 
 
-def plot_image_columns(columns: Sequence[tuple[str, Tensor]], path: Target, *, heading: str | None = None) -> None:
+def plot_image_columns(columns: Sequence[tuple[str, Tensor]], *, heading: str | None = None) -> bytes:
     """Draws named columns of (B, 3, H, W) images and maps in [0, 1], of any H and W, a row per image."""
     count = len(columns[0][1])
     figure = _figure(1.3 * len(columns), 1.3 * count + 0.9)
@@ -202,7 +185,7 @@ def plot_image_columns(columns: Sequence[tuple[str, Tensor]], path: Target, *, h
             _show(axes[row, column], pictures[row])
     if heading is not None:
         figure.suptitle(_verbatim(heading), x=0.02, ha="left", fontsize=10)
-    _save(figure, path)
+    return _png(figure)
 
 
 def _show(axes: Any, picture: Tensor) -> None:
@@ -225,7 +208,7 @@ def _figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _save(figure: Any, path: Target) -> None:
-    if isinstance(path, str | os.PathLike):
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+def _png(figure: Any) -> bytes:
+    file = io.BytesIO()
+    figure.savefig(file, dpi=150)
+    return file.getvalue()

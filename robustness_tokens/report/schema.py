@@ -42,39 +42,20 @@ class OlderReportError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """A number with everything that it depends on.
-
-    Args:
-        task: What was attacked and measured.
-        metric: `"accuracy"` and the IoUs, in [0, 1]; `"cosine"`, between the features and those of the clean images
-            without tokens, in [-1, 1].
-        value: The metric's value.
-        confidence_interval: Low and high end of the 95% interval; None without one.
-        tokens: The tokens in the measured model.
-        knowledge: The attacker's knowledge; None for clean images.
-        attack: The attack's name; None for clean images.
-        attack_parameters: The attack's hyper-parameters by name: plain values, or lists of them.
-        norm: The norm of `eps`.
-        eps: The attack's budget in pixel units of [0, 1] images.
-        num_images: The number of measured images.
-        seed: The seed of the attack and of the choice of images.
-
-    Raises:
-        ValueError: If a value is of the wrong type, not finite, or out of range.
-    """
+    """A number with everything that it depends on; `ValueError` if a value is of the wrong type or out of range."""
 
     task: Task
     metric: Metric
-    value: float
-    confidence_interval: tuple[float, float] | None = None
+    value: float  # in [0, 1]; a cosine with the clean images' features without tokens in [-1, 1]
+    confidence_interval: tuple[float, float] | None = None  # 95%
     tokens: TokensInPlace
-    knowledge: ReportedKnowledge | None = None
-    attack: str | None = None
-    attack_parameters: dict[str, Any] = field(default_factory=dict)
+    knowledge: ReportedKnowledge | None = None  # the attacker's; None for clean images
+    attack: str | None = None  # None for clean images
+    attack_parameters: dict[str, Any] = field(default_factory=dict)  # plain values, or lists of them
     norm: Literal["Linf"] = "Linf"
-    eps: float = 0.0
+    eps: float = 0.0  # in pixel units of [0, 1] images
     num_images: int
-    seed: int
+    seed: int  # of the attack and of the choice of images
 
     def __post_init__(self) -> None:
         check_choice("task", self.task, get_args(Task))
@@ -111,24 +92,13 @@ class Result:
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """One of the 12 checks that an evaluation must pass before its numbers can be trusted.
-
-    Args:
-        number: 1 to 12.
-        name: A few words.
-        passed: None if the check, or a part of it, was not run; `value` names the part.
-        value: The finding.
-        explanation: The comparison, and its meaning.
-
-    Raises:
-        ValueError: If a value is of the wrong type or out of range.
-    """
+    """One of the 12 checks that an evaluation must pass before its numbers can be trusted."""
 
     number: int
     name: str
-    passed: bool | None
-    value: str
-    explanation: str
+    passed: bool | None  # None if the check, or a part of it that `value` names, was not run
+    value: str  # the finding
+    explanation: str  # the comparison, and its meaning
 
     def __post_init__(self) -> None:
         check_int("number", self.number, 1, NUM_CHECKS)
@@ -139,9 +109,12 @@ class Check:
         check_text("explanation", self.explanation)
 
 
+_LISTS: dict[str, type[Any]] = {"results": Result, "checks": Check}
+
+
 @dataclass(kw_only=True)
 class ReportContent:
-    """The data of a [`RobustnessReport`]; the modules that render a report import this class.
+    """The data of a [`RobustnessReport`], for the modules that render it and that its `save` imports.
 
     Args:
         schema_version: Version of the JSON's layout.
@@ -195,7 +168,7 @@ class ReportContent:
         check_int("dataset.num_images", self.dataset["num_images"], 1)
         check_int("seed", self.seed, 0)
         check_number("seconds", self.seconds, 0.0)
-        for name, kind in (("results", Result), ("checks", Check)):
+        for name, kind in _LISTS.items():
             value = getattr(self, name)
             if not isinstance(value, list) or not all(isinstance(element, kind) for element in value):
                 raise ValueError(f"{name} must be a list of {kind.__name__}, got {value!r:.200}")
@@ -203,8 +176,7 @@ class ReportContent:
         for name, settings in self.own_tokens.items():
             check_text("the name of a set of own tokens", name, MAX_NAME)
             check_parameters(f"own_tokens[{name!r}]", settings)
-        if type(self.base_has_own_head) is not bool:
-            raise ValueError(f"base_has_own_head must be true or false, got {self.base_has_own_head!r:.200}")
+        check_bool("base_has_own_head", self.base_has_own_head)
         numbers = [check.number for check in self.checks]
         if twice := sorted({number for number in numbers if numbers.count(number) > 1}):
             raise ValueError(f"checks must hold each check once, got more of number {twice}")
@@ -232,31 +204,22 @@ class ReportContent:
         if isinstance(content, Mapping):
             _check_schema_version(content.get("schema_version"))
         check_keys("the report", content, {f.name for f in fields(cls)} - {"figures"})
-        return cls(
-            **{
-                **content,
-                "results": [
-                    _read(f"results[{i}]", Result, entry) for i, entry in _numbered(content["results"], "results")
-                ],
-                "checks": [_read(f"checks[{i}]", Check, entry) for i, entry in _numbered(content["checks"], "checks")],
-            }
-        )
+        return cls(**{**content, **{name: _read(name, kind, content[name]) for name, kind in _LISTS.items()}})
 
 
-def _numbered(entries: Any, name: str) -> list[tuple[int, Any]]:
+def _read(name: str, kind: type[Any], entries: Any) -> list[Any]:
     check_list(name, entries)
-    return list(enumerate(entries))
-
-
-def _read(name: str, kind: type[Any], entry: Any) -> Any:
-    check_keys(name, entry, {f.name for f in fields(kind)})
-    interval = entry.get("confidence_interval")
-    if isinstance(interval, list):  # JSON has no tuples
-        entry = {**entry, "confidence_interval": tuple(interval)}
-    try:
-        return kind(**entry)
-    except ValueError as exc:
-        raise ValueError(f"{name}: {exc}") from exc
+    read = []
+    for i, entry in enumerate(entries):
+        check_keys(f"{name}[{i}]", entry, {f.name for f in fields(kind)})
+        interval = entry.get("confidence_interval")
+        if isinstance(interval, list):  # JSON has no tuples
+            entry = {**entry, "confidence_interval": tuple(interval)}
+        try:
+            read.append(kind(**entry))
+        except ValueError as exc:
+            raise ValueError(f"{name}[{i}]: {exc}") from exc
+    return read
 
 
 def _check_schema_version(version: Any) -> None:

@@ -28,10 +28,10 @@ class RobustnessReport(ReportContent):
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes evaluation.json for programs, and evaluation.md, report.html and figures/ for people.
 
-        Each file is written whole or not at all.
+        Each file is written whole or not at all. In the adapter's own folder the report is pushed with the adapter.
 
         Args:
-            folder: Created if it does not exist. In the adapter's own folder the report is pushed with the adapter.
+            folder: Created if it does not exist.
 
         Raises:
             ValueError: If the JSON is larger than [`load`] reads, or a figure's name is not a plain `name.png`.
@@ -42,8 +42,8 @@ class RobustnessReport(ReportContent):
         text = self.to_json_string()
         if (size := len(text.encode())) > MAX_JSON_BYTES:
             raise ValueError(
-                f"the report has {size:,} bytes as JSON, expected at most {MAX_JSON_BYTES:,}: keep fewer "
-                "results or shorter series"
+                f"the report has {size:,} bytes as JSON, expected at most {MAX_JSON_BYTES:,}: keep fewer results or "
+                "shorter series"
             )
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)

@@ -22,7 +22,7 @@ from ..data import AdversarialPairs, prepare_images
 from ..hub import holds_adapter, load_adapter
 from ..models import RobustnessTokenPreTrainedModel
 from ..report import plot_sweep
-from ..utils import check_int, check_number, share_from_main, write_text
+from ..utils import check_int, check_number, share_from_main, write_bytes, write_text
 from .accelerator import build_accelerator
 from .arguments import RobustnessTokenTrainingArguments
 from .checkpoints import list_checkpoints
@@ -141,7 +141,7 @@ def run_sweep(
     def write_rows() -> list[dict[str, float]]:
         in_order = sorted(rows.values(), key=lambda row: tuple(row.values()))
         write_text(folder / CSV_FILE, to_csv(in_order))
-        plot_sweep(in_order, folder / FIGURE_FILE)
+        write_bytes(folder / FIGURE_FILE, plot_sweep(in_order))
         return in_order
 
     rows = share_from_main(find_rows, accelerator)

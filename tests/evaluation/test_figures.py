@@ -178,7 +178,7 @@ def test_the_drawn_images_are_those_that_were_measured(
     cell, batch = measurements.cells[0], measurements.batches[0]
     attacked = run_attack(cell.attack, cell.view, batch, eps=EPS, seed=4)
     make_figures(measurements, {}, num_images=3, num_feature_maps=2)
-    (clean, drawn, _), settings = calls["plot_attacked_images"]
+    (clean, drawn), settings = calls["plot_attacked_images"]
     assert torch.equal(clean, batch.images[:3])
     torch.testing.assert_close(drawn, attacked[:3], atol=1e-6, rtol=0)
     assert settings["eps"] == EPS
@@ -194,7 +194,7 @@ def test_maps_and_maxima_show_clean_and_attacked_without_and_with_tokens(
 ) -> None:
     measurements = measured(view)
     make_figures(measurements, {}, num_images=3, num_feature_maps=2)
-    (curves, _), _ = calls["plot_layer_maxima"]
+    (curves,), _ = calls["plot_layer_maxima"]
     images = measurements.batches[0].images[:3]
     assert list(curves) == [
         "clean images, without tokens",
@@ -204,7 +204,7 @@ def test_maps_and_maxima_show_clean_and_attacked_without_and_with_tokens(
     ]
     for name, tokens in (("clean images, without tokens", None), ("clean images, with tokens", view.tokens)):
         assert curves[name] == observe_layers(view, images, tokens).maxima.tolist()
-    (columns, _), _ = calls["plot_image_columns"]
+    (columns,), _ = calls["plot_image_columns"]
     assert [name.replace("\n", " ") for name, _ in columns] == [
         "clean image",
         "clean, without tokens",
@@ -274,6 +274,6 @@ def test_what_the_training_left_is_taken_in(tmp_path: Path, monkeypatch: pytest.
     rows = [dict.fromkeys(LOG_COLUMNS, 0.5) | {"step": step} for step in (1, 2, 3)]
     assert training_figures(folder) == {}
     start_log(folder / LOG_FILE, rows)
-    monkeypatch.setattr(evaluation_figures, "plot_training_curves", lambda log, file: file.write(repr(log).encode()))
+    monkeypatch.setattr(evaluation_figures, "plot_training_curves", lambda log: repr(log).encode())
     assert training_figures(folder) == {"training_curves.png": repr(rows).encode()}
     assert training_figures("adapter/on-the-hub") == {}

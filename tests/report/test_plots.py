@@ -1,6 +1,5 @@
 import builtins
 import io
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,12 +32,12 @@ def make_series(metric: str) -> dict[str, list[float]]:
 def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Returns what is drawn, instead of files."""
     drawn: list[Any] = []
-    monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.append(figure))
+    monkeypatch.setattr(plots, "_png", drawn.append)
     return drawn
 
 
 def test_a_curve_per_attacker_with_its_band(figures: list[Any]) -> None:
-    plots.plot_eps_curves(make_series("accuracy"), "unused", metric="accuracy")
+    plots.plot_eps_curves(make_series("accuracy"), metric="accuracy")
     (axes,) = figures[0].get_axes()
     assert [line.get_label() for line in axes.get_lines()] == [
         "grey box, without tokens",
@@ -61,8 +60,8 @@ def test_a_curve_per_attacker_with_its_band(figures: list[Any]) -> None:
 
 
 def test_lines_differ_without_their_colour(figures: list[Any]) -> None:
-    plots.plot_eps_curves(make_series("cosine"), "unused", metric="cosine")
-    plots.plot_layer_maxima({name: [1.0, 2.0] for name in "abcd"}, "unused")
+    plots.plot_eps_curves(make_series("cosine"), metric="cosine")
+    plots.plot_layer_maxima({name: [1.0, 2.0] for name in "abcd"})
     for figure in figures:
         lines = figure.get_axes()[0].get_lines()
         assert len({line.get_marker() for line in lines}) == len(lines)
@@ -71,7 +70,7 @@ def test_lines_differ_without_their_colour(figures: list[Any]) -> None:
 
 
 def test_a_cosine_is_no_percentage(figures: list[Any]) -> None:
-    plots.plot_eps_curves(make_series("cosine"), "unused", metric="cosine")
+    plots.plot_eps_curves(make_series("cosine"), metric="cosine")
     (axes,) = figures[0].get_axes()
     assert list(axes.get_lines()[0].get_ydata()) == pytest.approx([0.9, 0.89, 0.88, 0.82])
     assert axes.get_ylabel() == "cosine with the clean features\nwithout tokens (1 = the same)"
@@ -79,17 +78,17 @@ def test_a_cosine_is_no_percentage(figures: list[Any]) -> None:
 
 def test_only_what_was_measured_is_drawn(figures: list[Any]) -> None:
     series = {name: values for name, values in make_series("miou").items() if name.startswith("sweep/base/")}
-    plots.plot_eps_curves(series, "unused", metric="miou")
+    plots.plot_eps_curves(series, metric="miou")
     assert len(figures[0].get_axes()[0].get_lines()) == 1
     with pytest.raises(ValueError, match=r"series must hold sweep/<who>/accuracy/eps"):
-        plots.plot_eps_curves(series, "unused", metric="accuracy")
+        plots.plot_eps_curves(series, metric="accuracy")
 
 
 @pytest.mark.parametrize(("highest", "ticks"), [(22.0, [10, 15, 20]), (900.0, [10, 20, 50, 100, 200, 500, 1000])])
 def test_layers_are_counted_from_one_on_a_logarithmic_axis(
     figures: list[Any], highest: float, ticks: list[float]
 ) -> None:
-    plots.plot_layer_maxima({"clean": [9.0, 12.0, 11.0], "attacked": [9.0, 15.0, highest]}, "unused", heading="x")
+    plots.plot_layer_maxima({"clean": [9.0, 12.0, 11.0], "attacked": [9.0, 15.0, highest]}, heading="x")
     (axes,) = figures[0].get_axes()
     clean, attacked = axes.get_lines()
     assert list(clean.get_xdata()) == [1, 2, 3]
@@ -107,7 +106,7 @@ def test_the_difference_is_amplified_by_the_factor_beside_it(figures: list[Any],
     attacked = images.clone()
     attacked[0, :, 0, 0] += eps
     attacked[1, :, 0, 0] -= eps / 2
-    plots.plot_attacked_images(images, attacked, "unused", eps=eps, titles=[("a", "b"), ("c", "d")], heading="h")
+    plots.plot_attacked_images(images, attacked, eps=eps, titles=[("a", "b"), ("c", "d")], heading="h")
     grid = figures[0].get_axes()
     assert len(grid) == 6
     shown = [np.asarray(cell.get_images()[0].get_array()) for cell in grid]
@@ -119,12 +118,12 @@ def test_the_difference_is_amplified_by_the_factor_beside_it(figures: list[Any],
     assert grid[4].get_ylabel().startswith(f"difference\ntimes {factor}\n")
     assert [cell.get_title() for cell in grid] == ["a", "c", "b", "d", "", ""]
     with pytest.raises(ValueError, match="eps must be positive"):
-        plots.plot_attacked_images(images, attacked, "unused", eps=0.0)
+        plots.plot_attacked_images(images, attacked, eps=0.0)
 
 
 def test_columns_of_pictures_keep_their_own_size(figures: list[Any]) -> None:
     images, maps = torch.rand(3, 3, 8, 8), torch.rand(3, 3, 2, 2)
-    plots.plot_image_columns([("image", images), ("features", maps)], "unused")
+    plots.plot_image_columns([("image", images), ("features", maps)])
     grid = figures[0].get_axes()
     assert [cell.get_title() for cell in grid] == ["image", "features", "", "", "", ""]
     assert np.asarray(grid[3].get_images()[0].get_array()) == pytest.approx(maps[1].permute(1, 2, 0).numpy())
@@ -132,18 +131,14 @@ def test_columns_of_pictures_keep_their_own_size(figures: list[Any]) -> None:
 
 
 @pytest.mark.parametrize("name", ["$\\frac{", "$x", "a$b$c", "\\$"])
-def test_a_class_name_is_no_formula(tmp_path: Path, name: str) -> None:
+def test_a_class_name_is_no_formula(name: str) -> None:
     images = torch.rand(1, 3, 4, 4)
-    target = tmp_path / "new" / "x.png"
-    plots.plot_attacked_images(images, images, target, eps=0.1, titles=[(name, name)], heading=name)
-    plots.plot_image_columns([(name, images)], target, heading=name)
-    assert target.read_bytes().startswith(b"\x89PNG")
+    plots.plot_attacked_images(images, images, eps=0.1, titles=[(name, name)], heading=name)
+    assert plots.plot_image_columns([(name, images)], heading=name).startswith(b"\x89PNG")
 
 
-def test_an_open_file_gets_a_png() -> None:
-    file = io.BytesIO()
-    plots.plot_eps_curves(make_series("accuracy"), file, metric="accuracy")
-    with Image.open(file) as image:
+def test_a_figure_is_a_png() -> None:
+    with Image.open(io.BytesIO(plots.plot_eps_curves(make_series("accuracy"), metric="accuracy"))) as image:
         assert image.format == "PNG"
         assert image.size == (960, 735)
 
@@ -158,4 +153,4 @@ def test_without_matplotlib_the_error_says_what_to_install(monkeypatch: pytest.M
 
     monkeypatch.setattr(builtins, "__import__", missing)
     with pytest.raises(ImportError, match=r"pip install 'robustness-tokens\[plots\]'"):
-        plots.plot_layer_maxima({"clean": [1.0]}, "unused")
+        plots.plot_layer_maxima({"clean": [1.0]})

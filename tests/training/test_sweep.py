@@ -214,7 +214,12 @@ def test_other_combinations_are_added_to_those_before(
 ) -> None:
     folder = Path(shutil.copytree(swept[0], tmp_path / "sweep"))
     drawn: list[Any] = []
-    monkeypatch.setattr(sweep, "plot_sweep", lambda rows, path: drawn.append(rows))
+
+    def draw(rows: Any) -> bytes:
+        drawn.append(rows)
+        return b"PNG"
+
+    monkeypatch.setattr(sweep, "plot_sweep", draw)
     with monkeypatch.context() as patch:
         patch.setattr(RobustnessTokenTrainer, "train", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
@@ -481,9 +486,9 @@ def test_the_command_line_reads_lists(tmp_path: Path, from_file: bool) -> None:
     assert sweep_args == SweepArguments(sweep_num_tokens=[1, 2], sweep_learning_rates=[0.01, 1.0])
 
 
-def test_the_figure_shows_means_and_spread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_figure_shows_means_and_spread(monkeypatch: pytest.MonkeyPatch) -> None:
     figures: list[Figure] = []
-    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(plots, "_png", figures.append)
     rows = [
         {
             "num_robustness_tokens": count,
@@ -497,7 +502,7 @@ def test_the_figure_shows_means_and_spread(tmp_path: Path, monkeypatch: pytest.M
         for learning_rate in (1e-3, 1e-2)
         for seed in (0, 1)
     ]
-    plots.plot_sweep(rows, tmp_path / "sweep.png")
+    plots.plot_sweep(rows)
     panels = figures[0].get_axes()
     assert [axes.get_title(loc="left") for axes in panels] == ["learning rate 0.001", "learning rate 0.01"]
     for axes in panels:
