@@ -22,7 +22,7 @@ from ..utils import __version__, digest, process_state
 from .arguments import DEFAULT_EPS, EvaluationArguments, override_arguments
 from .attack_suite import AttackBatch, on_8bit_grid
 from .cells import CellStore, measure_outcome, merge, model_settings, run_cells
-from .checks.run import run_checks
+from .checks import run_checks
 from .figures import make_figures
 from .images import load_batches
 from .measurements import Measurements, sweep_curves

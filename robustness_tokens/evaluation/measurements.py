@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 from torch import Tensor
 
-from ..report import PART_WORST_CASE, WORST_CASE, ReportedKnowledge, Result, TokensInPlace
+from ..report import PART_WORST_CASE, WORST_CASE, ReportedKnowledge, Result, TokensInPlace, is_sweep
 from .attack_suite import AttackBatch
 from .cells import Cell
 from .metrics import Outcome, summarize, worst_outcome
@@ -18,30 +18,20 @@ from .threat_models import EvaluatedModel
 
 @dataclass(frozen=True, kw_only=True)
 class Measurements:
-    """All that was measured, image by image.
-
-    Attributes:
-        model: The defended model.
-        batches: Images of this process, by the batch's number.
-        clean: Outcome on the clean images, with every kind of tokens.
-        cells: The cells that were run.
-        outcomes: Outcome of each cell, on the first `cell.num_images` images in their order.
-        eps: Budgets of the suite in pixel units, the main one first.
-        seed: Seed of the evaluation.
-    """
+    """All that was measured, image by image."""
 
     model: EvaluatedModel
-    batches: Mapping[int, AttackBatch]
-    clean: Outcome
+    batches: Mapping[int, AttackBatch]  # images of this process, by the batch's number
+    clean: Outcome  # with every kind of tokens
     cells: Sequence[Cell]
-    outcomes: Sequence[Outcome]
-    eps: Sequence[float]
+    outcomes: Sequence[Outcome]  # of each cell, on the first `cell.num_images` images in their order
+    eps: Sequence[float]  # budgets of the suite in pixel units, the main one first
     seed: int
 
     def select(self, **wanted: Any) -> list[tuple[Cell, Outcome]]:
-        """Returns the cells with these values, and their outcomes.
+        """Returns the cells with these values, such as `knowledge="full"`, and their outcomes.
 
-        `wanted` takes `series`, `knowledge`, `view`, `attack`, `target` and `eps`, such as `knowledge="full"`.
+        `wanted` takes `series`, `knowledge`, `view`, `attack`, `target` and `eps`.
         """
 
         def fits(cell: Cell) -> bool:
@@ -55,7 +45,7 @@ class Measurements:
             }
             return all(values[key] == value for key, value in wanted.items())
 
-        return [pair for pair in self._pairs() if fits(pair[0])]
+        return [pair for pair in zip(self.cells, self.outcomes, strict=True) if fits(pair[0])]
 
     def worst(self, chosen: Sequence[tuple[Cell, Outcome]], tokens: str = "trained") -> dict[str, Tensor]:
         """Returns the worst outcome of each image over these attacks and no attack, which is open to an attacker too.
@@ -73,58 +63,56 @@ class Measurements:
         parts = ([*(outcomes[row] for row in rows), clean] for rows in _parts([cell for cell, _ in chosen]))
         return worst_outcome([*outcomes, clean], tokens, parts=parts)
 
-    def reached(self, cell: Cell, outcome: Outcome, tokens: str = "trained") -> Outcome:
-        """Returns the outcome of an attack with these tokens; a `remaining_only` one counts with those before it."""
-        if not cell.remaining_only:
-            return {name: value for name, value in outcome.items() if name.startswith(f"{tokens}.")}
-        return self.worst(self._up_to(cell), tokens)
-
-    def _pairs(self) -> list[tuple[Cell, Outcome]]:
-        return list(zip(self.cells, self.outcomes, strict=True))
-
     def _up_to(self, cell: Cell) -> list[tuple[Cell, Outcome]]:
         """Returns the cells of its level and eps up to and including this one, with their outcomes."""
         row = next(row for row, other in enumerate(self.cells) if other is cell)
-        return [pair for pair in self._pairs()[: row + 1] if pair[0].is_beside(cell)]
+        return [pair for pair in self.select()[: row + 1] if pair[0].is_beside(cell)]
 
     def results(self) -> list[Result]:
         """Returns the results: clean, worst cases, then each attack; worst cases of the sweep last."""
+        suite, sweep = self.select(series="suite"), self.select(series="sweep")
         results = self._results(self.clean, knowledge=None)
-        for series in ("suite", "sweep"):
-            chosen = self.select(series=series)
-            levels = list(dict.fromkeys(cell.view.knowledge for cell, _ in chosen))
-            for eps in self.eps if series == "suite" else sorted({cell.eps for cell, _ in chosen}):
-                at_eps = [(cell, outcome) for cell, outcome in chosen if cell.eps == eps]
-                if "full" in levels:
-                    results += self._worst("full_worst_case", at_eps)
-                for level in reversed(levels):
-                    results += self._worst(level, [pair for pair in at_eps if pair[0].view.knowledge == level])
-                if series == "suite":
-                    results += self._worst_of_parts(at_eps)
-            # Of the sweep the worst cases are enough: it is a curve for each level. The published attack has an eps of
-            # its own, and fewer images, and is there to be compared with the paper's tables.
-            for cell, outcome in [*chosen, *self.select(series="published")] if series == "suite" else ():
-                parameters = {
-                    **cell.attack.reported_parameters(cell.eps),
-                    **self._precision(),
-                    **self._own_tokens([cell]),
-                    "view": cell.view.name,
-                    **_after(outcome),
-                }
-                found = {
-                    key: value
-                    for tokens in ("trained", "none")
-                    if tokens in _tokens_of(outcome)
-                    for key, value in self.reached(cell, outcome, tokens).items()
-                    if key in outcome
-                }
-                results += self._results(
-                    found,
-                    knowledge=cell.view.knowledge,
-                    attack=cell.attack.name,
-                    attack_parameters=parameters,
-                    eps=cell.eps,
-                )
+        for eps in self.eps:
+            results += self._worst_by_level(suite, eps)
+            results += self._worst_of_parts([pair for pair in suite if pair[0].eps == eps])
+        # The published attack has an eps of its own, and fewer images: it is compared with the paper's tables.
+        for cell, outcome in [*suite, *self.select(series="published")]:
+            results += self._single(cell, outcome)
+        # Of the sweep the worst cases are enough: it is a curve for each level.
+        for eps in sorted({cell.eps for cell, _ in sweep}):
+            results += self._worst_by_level(sweep, eps)
+        return results
+
+    def _single(self, cell: Cell, outcome: Outcome) -> list[Result]:
+        """Returns the results of an attack; a `remaining_only` one counts together with those before it."""
+        parameters = {
+            **cell.attack.reported_parameters(cell.eps),
+            **self._precision(),
+            **_own_tokens([cell]),
+            "view": cell.view.name,
+        }
+        if "attacked" in outcome:
+            left = f"which left it {int(outcome['attacked'].sum()):,} images"
+            parameters["after"] = f"the attacks before it, {left}; the number is of all together"
+        found: dict[str, Tensor] = {}
+        for tokens in ("trained", "none"):
+            reached = self.worst(self._up_to(cell), tokens) if cell.remaining_only else outcome
+            found |= {key: value for key, value in reached.items() if key in outcome and key.startswith(f"{tokens}.")}
+        return self._results(
+            found,
+            knowledge=cell.view.knowledge,
+            attack=cell.attack.name,
+            attack_parameters=parameters,
+            eps=cell.eps,
+        )
+
+    def _worst_by_level(self, series: Sequence[tuple[Cell, Outcome]], eps: float) -> list[Result]:
+        """Returns the worst cases at an eps over all levels and over each of them."""
+        levels = list(dict.fromkeys(cell.view.knowledge for cell, _ in series))
+        at_eps = [pair for pair in series if pair[0].eps == eps]
+        results = self._worst("full_worst_case", at_eps) if "full" in levels else []
+        for level in reversed(levels):
+            results += self._worst(level, [pair for pair in at_eps if pair[0].view.knowledge == level])
         return results
 
     def _worst(
@@ -151,10 +139,10 @@ class Measurements:
                 attack=WORST_CASE if part is None else PART_WORST_CASE,
                 attack_parameters={
                     **({} if part is None else {"part": part}),
-                    "attacks": sorted({_name(cell) for cell in counted}),
+                    "attacks": sorted({f"{attack_in_words(cell)} ({cell.view.name})" for cell in counted}),
                     **self._precision(),
-                    **(self._own_tokens(counted) if knowledge == "own_tokens" else {}),
-                    **_series(cells[0]),
+                    **(_own_tokens(counted) if knowledge == "own_tokens" else {}),
+                    **({} if cells[0].series == "suite" else {"series": cells[0].series}),
                 },
                 eps=cells[0].eps,
             )
@@ -177,12 +165,6 @@ class Measurements:
         if len(features) < len(white_box):
             results += self._worst("full", features, part="attacks on features")
         return results
-
-    def _own_tokens(self, cells: Sequence[Cell]) -> dict[str, list[Any]]:
-        """Returns the number of tokens in each of the attacker's sets."""
-        if lengths := own_token_lengths(cells):
-            return {"num_robustness_tokens": lengths}
-        return {}
 
     def _precision(self) -> dict[str, str]:
         """Returns the attack precision if it is half, which rounds the gradients."""
@@ -213,8 +195,7 @@ def sweep_curves(results: Sequence[Result]) -> dict[str, list[float]]:
     """
     curves: dict[str, list[float]] = {}
     for result in results:
-        is_sweep = result.attack_parameters.get("series") == "sweep"
-        if is_sweep and result.attack == WORST_CASE and result.confidence_interval is not None:
+        if is_sweep(result) and result.attack == WORST_CASE and result.confidence_interval is not None:
             who = result.knowledge if result.tokens == "trained" else f"{result.knowledge}, {result.tokens}"
             low, high = result.confidence_interval
             for key, value in {"eps": result.eps, "value": result.value, "low": low, "high": high}.items():
@@ -243,28 +224,19 @@ def _parts(cells: Sequence[Cell]) -> list[list[int]]:
     return [list(rows) for rows in dict.fromkeys(map(tuple, parts.values())) if 1 < len(rows) < len(cells)]
 
 
-def _name(cell: Cell) -> str:
-    target = f":{cell.attack.target}" if cell.attack.target else ""
-    return f"{cell.attack.name}{target} ({cell.view.name})"
+def attack_in_words(cell: Cell) -> str:
+    """Returns text such as `feature_cosine:base`."""
+    return f"{cell.attack.name}:{cell.attack.target}" if cell.attack.target else cell.attack.name
+
+
+def _own_tokens(cells: Sequence[Cell]) -> dict[str, list[int]]:
+    lengths = own_token_lengths(cells)
+    return {"num_robustness_tokens": lengths} if lengths else {}
 
 
 def own_token_lengths(cells: Sequence[Cell]) -> list[int]:
     """Returns the number of tokens in each set that the attacker trained and attacks through in these cells."""
     views = (cell.view for cell in cells if cell.view.knowledge == "own_tokens")
     sets = {view.name: [len(tokens) for tokens in view.tokens if tokens is not None] for view in views}
-    # An ensemble is of all the sets that there are.
-    return max(
-        [[length for lengths in sets.values() if len(lengths) == 1 for length in lengths], *sets.values()], key=len
-    )
-
-
-def _after(outcome: Outcome) -> dict[str, str]:
-    """Returns a note that the number covers this attack and all earlier ones."""
-    if "attacked" not in outcome:
-        return {}
-    count = int(outcome["attacked"].sum())
-    return {"after": f"the attacks before it, which left it {count:,} images; the number is of all together"}
-
-
-def _series(cell: Cell) -> dict[str, str]:
-    return {} if cell.series == "suite" else {"series": cell.series}
+    alone = [length for lengths in sets.values() if len(lengths) == 1 for length in lengths]
+    return max([alone, *sets.values()], key=len)  # an ensemble is of all the sets that there are

@@ -19,6 +19,7 @@ from .words import (
     format_eps,
     format_setting,
     group_results,
+    is_sweep,
     plain,
 )
 from .writing import FIGURE_FILES, HTML_FILE, MARKDOWN_FILE, REPORT_FILE, RobustnessReport

@@ -16,11 +16,10 @@ from robustness_tokens.attacks.pgd import pgd_attack
 from robustness_tokens.evaluation import attack_suite, evaluate
 from robustness_tokens.evaluation.attack_suite import Attack, AttackBatch
 from robustness_tokens.evaluation.cells import Cell, Series
-from robustness_tokens.evaluation.checks import attackers, convergence, gradients
+from robustness_tokens.evaluation.checks import CHECKS, comparisons, gradients, run_checks
 from robustness_tokens.evaluation.checks import parts as parts_module
 from robustness_tokens.evaluation.checks.gradients import difference_cosines
 from robustness_tokens.evaluation.checks.parts import exceeds, has_converged
-from robustness_tokens.evaluation.checks.run import CHECKS, run_checks
 from robustness_tokens.evaluation.measurements import Measurements, own_token_lengths
 from robustness_tokens.evaluation.metrics import Outcome
 from robustness_tokens.evaluation.plan import BUDGETS, build_attack
@@ -170,86 +169,86 @@ def changed(name: str, value: float, eps: float = EPS, attack: str = "cross_entr
 @pytest.mark.parametrize(
     ("function", "checked", "passed", "value"),
     [
-        (attackers.white_box, levels(0.2, 0.5, 0.3), True, "white box 20.0%, grey box 50.0%, own tokens 30.0%"),
-        (attackers.white_box, levels(0.305, 0.5, 0.3), True, "white box 30.5%"),
-        (attackers.white_box, levels(0.31, 0.5, 0.3), False, "own tokens 30.0%"),
-        (attackers.white_box, levels(0.4, 0.3, 0.5), False, "grey box 30.0%"),
-        (attackers.white_box, without(levels(0.2, 0.5, 0.3), "own_tokens"), None, "own tokens not run"),
-        (attackers.white_box, without(levels(0.6, 0.5, 0.3), "own_tokens"), False, "own tokens not run"),
-        (attackers.white_box, without(levels(0.2, 0.5, 0.3), "full"), None, "not run"),
-        (attackers.queries, squared(0.2), True, "square 20.0% after 100 queries"),
-        (attackers.queries, squared(0.19), False, "square 19.0%"),
-        (attackers.queries, transferred(0.5), None, "not run"),
-        (attackers.transfer, transferred(0.6), True, "transfer 60.0%"),
-        (attackers.transfer, transferred(0.1), False, "transfer 10.0%"),
+        (comparisons.white_box, levels(0.2, 0.5, 0.3), True, "white box 20.0%, grey box 50.0%, own tokens 30.0%"),
+        (comparisons.white_box, levels(0.305, 0.5, 0.3), True, "white box 30.5%"),
+        (comparisons.white_box, levels(0.31, 0.5, 0.3), False, "own tokens 30.0%"),
+        (comparisons.white_box, levels(0.4, 0.3, 0.5), False, "grey box 30.0%"),
+        (comparisons.white_box, without(levels(0.2, 0.5, 0.3), "own_tokens"), None, "own tokens not run"),
+        (comparisons.white_box, without(levels(0.6, 0.5, 0.3), "own_tokens"), False, "own tokens not run"),
+        (comparisons.white_box, without(levels(0.2, 0.5, 0.3), "full"), None, "not run"),
+        (comparisons.queries, squared(0.2), True, "square 20.0% after 100 queries"),
+        (comparisons.queries, squared(0.19), False, "square 19.0%"),
+        (comparisons.queries, transferred(0.5), None, "not run"),
+        (comparisons.transfer, transferred(0.6), True, "transfer 60.0%"),
+        (comparisons.transfer, transferred(0.1), False, "transfer 10.0%"),
         (
-            attackers.transfer,
+            comparisons.transfer,
             squared(0.5),
             None,
             "not run: no attack with knowledge 'none', view 'transfer' at eps 4/255",
         ),
         (
-            attackers.noise,
+            comparisons.noise,
             noises(0.9, 0.8),
             True,
             "uniform_noise 90.0% after 5 draws, corner_noise 80.0% after 5 draws",
         ),
-        (attackers.noise, noises(0.9, 0.1), False, "corner_noise 10.0%"),
-        (attackers.noise, noises(0.1, 0.9), False, "uniform_noise 10.0%"),
-        (convergence.steps, by_steps(0.5, 0.4, 0.3, 0.2, 0.2), True, "10: 50.0%, 20: 40.0%"),
-        (convergence.steps, by_steps(0.5, 0.4, 0.3, 0.2, 0.195), False, "100: 20.0%, 200: 19.5% (200 images)"),
-        (convergence.steps, by_steps(0.5, 0.4, 0.3, 0.2, 0.25), False, "200: 25.0%"),
+        (comparisons.noise, noises(0.9, 0.1), False, "corner_noise 10.0%"),
+        (comparisons.noise, noises(0.1, 0.9), False, "uniform_noise 10.0%"),
+        (comparisons.steps, by_steps(0.5, 0.4, 0.3, 0.2, 0.2), True, "10: 50.0%, 20: 40.0%"),
+        (comparisons.steps, by_steps(0.5, 0.4, 0.3, 0.2, 0.195), False, "100: 20.0%, 200: 19.5% (200 images)"),
+        (comparisons.steps, by_steps(0.5, 0.4, 0.3, 0.2, 0.25), False, "200: 25.0%"),
         (
-            convergence.steps,
+            comparisons.steps,
             and_results(by_steps(0.3, 0.3, 0.3, 0.2, 0.2), 0.205),
             True,
             "take 10, which leaves 20.5%",
         ),
         (
-            convergence.steps,
+            comparisons.steps,
             and_results(by_steps(0.3, 0.3, 0.3, 0.2, 0.2), 0.3),
             False,
             "take 10, which leaves 30.0%",
         ),
-        (convergence.steps, measurements(), None, "not run: needs the diagnostics"),
-        (convergence.restarts, by_restarts(0.5, 0.4, 0.4), True, "1: 50.0%, 5: 40.0%, 10: 40.0%"),
-        (convergence.restarts, by_restarts(0.5, 0.4, 0.3), False, "5: 40.0%, 10: 30.0%"),
-        (convergence.restarts, and_results(by_restarts(0.4, 0.3, 0.3), 0.305), True, "take 1, which leaves 30.5%"),
-        (convergence.restarts, and_results(by_restarts(0.4, 0.3, 0.3), 0.4), False, "take 1, which leaves 40.0%"),
+        (comparisons.steps, measurements(), None, "not run: needs the diagnostics"),
+        (comparisons.restarts, by_restarts(0.5, 0.4, 0.4), True, "1: 50.0%, 5: 40.0%, 10: 40.0%"),
+        (comparisons.restarts, by_restarts(0.5, 0.4, 0.3), False, "5: 40.0%, 10: 30.0%"),
+        (comparisons.restarts, and_results(by_restarts(0.4, 0.3, 0.3), 0.305), True, "take 1, which leaves 30.5%"),
+        (comparisons.restarts, and_results(by_restarts(0.4, 0.3, 0.3), 0.4), False, "take 1, which leaves 40.0%"),
         # The worst for each image: what one start found is not lost again.
-        (convergence.restarts, by_restarts(0.3, 0.4, 0.35), True, "1: 30.0%, 5: 30.0%, 10: 30.0%"),
-        (convergence.strength_order, single_step(0.5, 0.5, 0.4, 0.3, 0.2, 0.2), True, "single step 50.0%"),
-        (convergence.strength_order, single_step(0.3, 0.5, 0.4, 0.3, 0.2, 0.2), False, "iterative 50.0%"),
-        (convergence.strength_order, single_step(0.3, 0.2, 0.2, 0.3, 0.4, 0.2), False, "iterative 40.0%"),
-        (convergence.strength_order, by_steps(0.5, 0.4, 0.3, 0.2, 0.2), None, "not run"),
-        (convergence.eps_sweep, by_eps(0.9, 0.5, 0.5, 0.1), True, "by 255 eps 0: 90.0%, 1: 50.0%"),
-        (convergence.eps_sweep, by_eps(0.9, 0.5, 0.505, 0.1), True, "eps 0 equals clean"),
-        (convergence.eps_sweep, by_eps(0.9, 0.5, 0.51, 0.1), False, "2: 51.0%"),
-        (convergence.eps_sweep, by_eps(0.9, 0.5, 0.505, 0.51), False, "4: 51.0%"),  # slowly up is up
-        (convergence.eps_sweep, by_eps(0.895, 0.5, 0.4, 0.1), False, "eps 0 differs from clean"),
+        (comparisons.restarts, by_restarts(0.3, 0.4, 0.35), True, "1: 30.0%, 5: 30.0%, 10: 30.0%"),
+        (comparisons.strength_order, single_step(0.5, 0.5, 0.4, 0.3, 0.2, 0.2), True, "single step 50.0%"),
+        (comparisons.strength_order, single_step(0.3, 0.5, 0.4, 0.3, 0.2, 0.2), False, "iterative 50.0%"),
+        (comparisons.strength_order, single_step(0.3, 0.2, 0.2, 0.3, 0.4, 0.2), False, "iterative 40.0%"),
+        (comparisons.strength_order, by_steps(0.5, 0.4, 0.3, 0.2, 0.2), None, "not run"),
+        (comparisons.eps_sweep, by_eps(0.9, 0.5, 0.5, 0.1), True, "by 255 eps 0: 90.0%, 1: 50.0%"),
+        (comparisons.eps_sweep, by_eps(0.9, 0.5, 0.505, 0.1), True, "eps 0 equals clean"),
+        (comparisons.eps_sweep, by_eps(0.9, 0.5, 0.51, 0.1), False, "2: 51.0%"),
+        (comparisons.eps_sweep, by_eps(0.9, 0.5, 0.505, 0.51), False, "4: 51.0%"),  # slowly up is up
+        (comparisons.eps_sweep, by_eps(0.895, 0.5, 0.4, 0.1), False, "eps 0 differs from clean"),
         (
-            convergence.eps_sweep,
+            comparisons.eps_sweep,
             by_eps(0.9, 0.5, 0.4, 0.1, attack="feature_cosine"),
             True,
             "cosine by 255 eps 0: 0.9",
         ),
-        (convergence.eps_sweep, by_eps(0.9, 0.5, 0.6, 0.1, knowledge="base"), None, "white box not swept"),
-        (convergence.eps_sweep, by_eps(0.8, 0.5, 0.4, 0.1, knowledge="base"), False, "eps 0 differs"),
-        (convergence.eps_sweep, measurements(measured(0.5, series="sweep")), None, "eps 0 not swept"),
-        (convergence.eps_sweep, measurements(measured(0.9, series="sweep", eps=0)), None, "eps 0 equals clean"),
-        (convergence.eps_sweep, measurements(), None, "not run: no sweep"),
-        (convergence.unbounded, drawn(0.01), True, "accuracy 1.0% after 100 steps"),
-        (convergence.unbounded, drawn(0.02), False, "accuracy 2.0%"),
-        (convergence.unbounded, drawn(0.05, task="features"), True, "cosine 0.050"),
-        (convergence.unbounded, drawn(0.2, task="features"), False, "cosine 0.200"),
-        (convergence.unbounded, measurements(), None, "not run"),
-        (convergence.budget, changed("pixel_difference", EPS + 5e-7), True, "0 of 400"),
-        (convergence.budget, changed("pixel_difference", EPS + 2e-6), False, "1 of 400"),
-        (convergence.budget, changed("pixel_difference", float("nan")), False, "1 of 400"),
-        (convergence.budget, changed("pixel_difference", 2 / 255, 2 / 255, "paper"), True, "0 of 400"),
-        (convergence.budget, changed("pixel_difference", 3 / 255, 2 / 255, "paper"), False, "paper-eps2 1"),
-        (convergence.budget, changed("lowest_pixel", -1e-9), False, "1 of 400"),
-        (convergence.budget, changed("highest_pixel", 1 + 1e-6), False, "1 of 400"),
+        (comparisons.eps_sweep, by_eps(0.9, 0.5, 0.6, 0.1, knowledge="base"), None, "white box not swept"),
+        (comparisons.eps_sweep, by_eps(0.8, 0.5, 0.4, 0.1, knowledge="base"), False, "eps 0 differs"),
+        (comparisons.eps_sweep, measurements(measured(0.5, series="sweep")), None, "eps 0 not swept"),
+        (comparisons.eps_sweep, measurements(measured(0.9, series="sweep", eps=0)), None, "eps 0 equals clean"),
+        (comparisons.eps_sweep, measurements(), None, "not run: no sweep"),
+        (comparisons.unbounded, drawn(0.01), True, "accuracy 1.0% after 100 steps"),
+        (comparisons.unbounded, drawn(0.02), False, "accuracy 2.0%"),
+        (comparisons.unbounded, drawn(0.05, task="features"), True, "cosine 0.050"),
+        (comparisons.unbounded, drawn(0.2, task="features"), False, "cosine 0.200"),
+        (comparisons.unbounded, measurements(), None, "not run"),
+        (comparisons.budget, changed("pixel_difference", EPS + 5e-7), True, "0 of 400"),
+        (comparisons.budget, changed("pixel_difference", EPS + 2e-6), False, "1 of 400"),
+        (comparisons.budget, changed("pixel_difference", float("nan")), False, "1 of 400"),
+        (comparisons.budget, changed("pixel_difference", 2 / 255, 2 / 255, "paper"), True, "0 of 400"),
+        (comparisons.budget, changed("pixel_difference", 3 / 255, 2 / 255, "paper"), False, "paper-eps2 1"),
+        (comparisons.budget, changed("lowest_pixel", -1e-9), False, "1 of 400"),
+        (comparisons.budget, changed("highest_pixel", 1 + 1e-6), False, "1 of 400"),
     ],
 )
 def test_the_verdict_on_what_was_measured(
@@ -319,7 +318,7 @@ def test_an_attack_on_what_is_left_counts_with_those_before_it() -> None:
     apgd = after_others(measured(0.9, knowledge="base", attack="apgd_cross_entropy"), numbers < 0)
     weak = measured(0.5, knowledge="base", attack="feature_cosine:base")
     checked = measurements(weak, measured(0.1, knowledge="base"), margin, apgd, measured(0.2))
-    assert convergence.budget(checked).value.startswith("0 of 620 attacked images")
+    assert comparisons.budget(checked).value.startswith("0 of 620 attacked images")
     found = {r.attack: r for r in checked.results() if r.metric == "accuracy" and r.knowledge == "base"}
     values = {name: (r.value, r.num_images) for name, r in found.items()}
     assert values == {
@@ -381,7 +380,7 @@ def test_every_set_of_own_tokens_counts() -> None:
 def test_the_paper_attack_is_no_part_of_a_comparison() -> None:
     weak = measured(0.1, series="published", knowledge="base", attack="paper")
     checked = levels(0.2, 0.5, 0.3)
-    assert attackers.white_box(measurements(*zip(checked.cells, checked.outcomes, strict=True), weak)).passed, (
+    assert comparisons.white_box(measurements(*zip(checked.cells, checked.outcomes, strict=True), weak)).passed, (
         "2/255 says nothing of 4/255"
     )
 
@@ -390,7 +389,7 @@ def test_every_eps_is_judged() -> None:
     checked = [*zip(levels(0.2, 0.5, 0.3).cells, levels(0.2, 0.5, 0.3).outcomes, strict=True)]
     others: tuple[Knowledge, ...] = ("base", "own_tokens")
     second = [measured(0.4, eps=8 / 255), *(measured(0.1, knowledge=level, eps=8 / 255) for level in others)]
-    check = attackers.white_box(measurements(*checked, *second, eps=(EPS, 8 / 255)))
+    check = comparisons.white_box(measurements(*checked, *second, eps=(EPS, 8 / 255)))
     assert check.passed is False
     assert "at 8/255 white box 40.0%" in check.value
 
@@ -406,9 +405,9 @@ def test_segmentation_is_judged_by_the_iou_over_all_pixels() -> None:
     white, grey = ious([[50, 0], [0, 0]]), ious([[40, 0], [0, 0]], knowledge="base")
     own = ious([[60, 0], [0, 0]], knowledge="own_tokens")
     clean = ious([[90, 90], [90, 90]])[1]
-    check = attackers.white_box(measurements(white, grey, own, clean=clean, task="segmentation"))
+    check = comparisons.white_box(measurements(white, grey, own, clean=clean, task="segmentation"))
     assert (check.passed, check.value) == (False, "miou at 4/255 white box 0.125, grey box 0.100, own tokens 0.150")
-    assert convergence.unbounded(
+    assert comparisons.unbounded(
         measurements(ious([[10, 0], [0, 0]], series="unbounded"), task="segmentation")
     ).passed, ".025 is about 0"
 
@@ -465,7 +464,7 @@ def test_more_attacks_never_leave_a_higher_worst_case(seeds: range) -> None:
         reported = {result.knowledge: result.value for result in worst_cases(checked)}
         assert (reported["full_worst_case"], reported["full"]) == (every, full)
         assert reported["full_worst_case"] == min(reported.values())
-        by_number = re.findall(r"\d+: ([\d.]+)", convergence.restarts(checked).value)
+        by_number = re.findall(r"\d+: ([\d.]+)", comparisons.restarts(checked).value)
         assert len(by_number) == 3
         assert by_number == sorted(by_number, reverse=True), seed
 
@@ -480,7 +479,7 @@ def test_an_attacker_may_leave_an_image_as_it_is() -> None:
     changes: dict[str, Any] = {"trained.correct": torch.arange(COUNT) >= COUNT // 10}
     clean = outcome(0.9, **changes)
     checked = measurements(measured(0.5), clean=clean)
-    check = attackers.white_box(checked)
+    check = comparisons.white_box(checked)
     assert check.value.startswith("accuracy at 4/255 white box 40.0%")
 
 
@@ -494,7 +493,7 @@ def test_half_a_point_is_the_same_and_no_change_is_less() -> None:
 def test_a_sentence_never_breaks_a_report() -> None:
     too_bright: dict[str, Any] = {"highest_pixel": torch.full((COUNT,), 2.0)}
     parts = [measured(0.3, knowledge="own_tokens", view=f"own_tokens_{number}", **too_bright) for number in range(500)]
-    check = convergence.budget(measurements(*parts))
+    check = comparisons.budget(measurements(*parts))
     assert len(check.value) == 2000
     assert check.value.endswith(" ...")
 

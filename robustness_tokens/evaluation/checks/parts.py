@@ -17,7 +17,7 @@ TOLERANCE = 0.005  # half a point, within which numbers are called the same
 _ROUNDING = 9  # decimals, so that one image of 200 is half a point exactly
 
 CheckFunction: TypeAlias = Callable[[Measurements], Check]
-Finding: TypeAlias = tuple[bool | None, str]
+Finding: TypeAlias = tuple[bool | None, str]  # the verdict, and the numbers in words
 
 
 class NotRunError(Exception):
@@ -59,21 +59,21 @@ def main_metric(measurements: Measurements) -> str:
     return {"classification": "accuracy", "segmentation": "miou", "features": "cosine"}[measurements.model.task]
 
 
-def score(outcome: Outcome, metric: str, tokens: str = "trained") -> float:
-    """Returns the average over the images of `"accuracy"`, `"miou"` or `"cosine"`."""
+def score(outcome: Outcome, metric: str) -> float:
+    """Returns the average over the images of `"accuracy"`, `"miou"` or `"cosine"`, with the trained tokens."""
     if metric == "accuracy":
-        return accuracy(outcome[f"{tokens}.correct"])
+        return accuracy(outcome["trained.correct"])
     if metric == "miou":
-        return mean_iou(IoUCounts(outcome[f"{tokens}.intersections"], outcome[f"{tokens}.unions"]))
-    return outcome[f"{tokens}.cosine"].double().mean().item()
+        return mean_iou(IoUCounts(outcome["trained.intersections"], outcome["trained.unions"]))
+    return outcome["trained.cosine"].double().mean().item()
 
 
-def suite(measurements: Measurements, eps: float | None = None, **wanted: Any) -> list[tuple[Cell, Outcome]]:
+def suite(measurements: Measurements, eps: float, **wanted: Any) -> list[tuple[Cell, Outcome]]:
     """Returns the suite's cells with these values (see [`Measurements.select`]); `NotRunError` if there are none."""
-    chosen = measurements.select(series="suite", **wanted, **({} if eps is None else {"eps": eps}))
+    chosen = measurements.select(series="suite", eps=eps, **wanted)
     if not chosen:
-        at = "" if eps is None else f" at eps {eps_in_words(eps)}"
-        raise NotRunError(f"no attack with {', '.join(f'{key} {value!r}' for key, value in wanted.items())}{at}")
+        words = ", ".join(f"{key} {value!r}" for key, value in wanted.items())
+        raise NotRunError(f"no attack with {words} at eps {eps_in_words(eps)}")
     return chosen
 
 
@@ -85,11 +85,9 @@ def diagnostic(measurements: Measurements, series: str) -> list[tuple[Cell, Outc
     return chosen
 
 
-def worst(
-    measurements: Measurements, chosen: Sequence[tuple[Cell, Outcome]], metric: str, tokens: str = "trained"
-) -> float:
+def worst(measurements: Measurements, chosen: Sequence[tuple[Cell, Outcome]], metric: str) -> float:
     """Returns the average over the images of the worst outcome, see [`Measurements.worst`]."""
-    return score(measurements.worst(chosen, tokens), metric, tokens)
+    return score(measurements.worst(chosen), metric)
 
 
 def exceeds(value: float, reference: float) -> bool:
@@ -116,8 +114,3 @@ def images_in_words(outcome: Outcome) -> str:
     """Returns text such as `50 images`, which tells how much one image counts."""
     count = len(outcome["pixel_difference"])
     return f"{count} images" if count > 1 else "1 image"
-
-
-def attack_in_words(cell: Cell) -> str:
-    """Returns text such as `feature_cosine:base`."""
-    return f"{cell.attack.name}:{cell.attack.target}" if cell.attack.target else cell.attack.name

@@ -1,27 +1,30 @@
-"""Checks that the white-box attack converges: more steps, more starts, larger eps."""
+"""Checks that compare what was measured: the attackers, and more steps, more starts, larger eps."""
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
 
+from ..attack_suite import Attack
 from ..cells import Cell
-from ..measurements import Measurements
+from ..measurements import Measurements, attack_in_words
 from ..metrics import Outcome
 from .parts import (
     Finding,
     NotRunError,
-    attack_in_words,
     check,
     diagnostic,
+    eps_in_words,
     exceeds,
     has_converged,
     images_in_words,
     in_words,
     main_metric,
     score,
+    suite,
     verdict,
     worst,
 )
@@ -33,6 +36,70 @@ ABOUT_ZERO = {"accuracy": 0.01, "miou": 0.05, "cosine": 0.1}
 
 
 @check(
+    1,
+    "white box",
+    "White-box attacks alone, the worst for each image, must leave at most what the grey box and the attacker with "
+    "own tokens leave, within half a point. If they leave more, gradients through the tokens mislead the attack, and "
+    "every white-box number is too good.",
+)
+def white_box(measurements: Measurements) -> Finding:
+    others = {"grey box": {"knowledge": "base"}, "own tokens": {"knowledge": "own_tokens"}}
+    return _leaves_least(measurements, others, may_lack=True)
+
+
+_WEAKER = (
+    "The attacker who knows less must leave at least what the white box leaves, within half a point. If this attack "
+    "does more, the white-box attacks are not as strong as they could be: suspect masked gradients."
+)
+
+
+@check(2, "queries", f"Square, without gradients. {_WEAKER}")
+def queries(measurements: Measurements) -> Finding:
+    return _leaves_least(measurements, {"square": {"knowledge": "none", "attack": "square"}})
+
+
+@check(3, "transfer", f"Attacks made on another backbone. {_WEAKER}")
+def transfer(measurements: Measurements) -> Finding:
+    return _leaves_least(measurements, {"transfer": {"knowledge": "none", "view": "transfer"}})
+
+
+@check(4, "noise", f"Uniform draws in the ball, and draws of its corners. {_WEAKER}")
+def noise(measurements: Measurements) -> Finding:
+    attacks = ("uniform_noise", "corner_noise")
+    return _leaves_least(measurements, {name: {"knowledge": "none", "attack": name} for name in attacks})
+
+
+def _leaves_least(
+    measurements: Measurements, others: Mapping[str, Mapping[str, str]], *, may_lack: bool = False
+) -> Finding:
+    """Tells whether the white box leaves at most what the named others leave, at every eps."""
+    metric = main_metric(measurements)
+    parts: list[bool | None] = []
+    words = []
+    for eps in measurements.eps:
+        full = worst(measurements, suite(measurements, eps, knowledge="full"), metric)
+        values = [f"at {eps_in_words(eps)} white box {in_words(full, metric)}"]
+        for name, wanted in others.items():
+            if may_lack and not measurements.select(series="suite", eps=eps, **wanted):
+                parts.append(None)
+                values.append(f"{name} not run")
+                continue
+            chosen = suite(measurements, eps, **wanted)
+            value = worst(measurements, chosen, metric)
+            parts.append(not exceeds(full, value))
+            values.append(f"{name} {in_words(value, metric)}{_effort(chosen[0][0].attack)}")
+        words.append(", ".join(values))
+    return verdict(*parts), f"{metric} {'; '.join(words)}"
+
+
+def _effort(attack: Attack) -> str:
+    """Returns the number of queries or draws in words: few find little and prove little."""
+    if attack.num_queries is not None:
+        return f" after {attack.num_queries} queries"
+    return "" if attack.num_draws is None else f" after {attack.num_draws} draws"
+
+
+@check(
     5,
     "steps",
     "White-box PGD with more and more steps: doubling the last number must change less than half a point, and the "
@@ -40,16 +107,9 @@ ABOUT_ZERO = {"accuracy": 0.01, "miou": 0.05, "cosine": 0.1}
     "the attack has not converged and more steps would find more.",
 )
 def steps(measurements: Measurements) -> Finding:
-    metric = main_metric(measurements)
-    pairs = diagnostic(measurements, "steps")
-    values = {cell.attack.num_steps or 0: score(outcome, metric) for cell, outcome in pairs}
-    most = max(values)
-    if most // 2 not in values:
-        raise NotRunError(f"{most} steps, but not half of them")
-    words = ", ".join(f"{count}: {in_words(values[count], metric)}" for count in sorted(values))
-    suffices, taken = _in_suite(measurements, pairs[0], "num_steps", metric, least=values[most])
-    passed = suffices and has_converged(values[most // 2], values[most])
-    return passed, f"{metric} by steps {words} ({images_in_words(pairs[0][1])}){taken}"
+    pairs = sorted(diagnostic(measurements, "steps"), key=lambda pair: pair[0].attack.num_steps or 0)
+    left = [score(outcome, main_metric(measurements)) for _, outcome in pairs]
+    return _converges(measurements, pairs, left, "steps")
 
 
 @check(
@@ -60,43 +120,38 @@ def steps(measurements: Measurements) -> Finding:
     "on the same images. If it fails, the attack depends on luck and more starts would find more.",
 )
 def restarts(measurements: Measurements) -> Finding:
-    metric = main_metric(measurements)
     pairs = sorted(diagnostic(measurements, "restarts"), key=lambda pair: pair[0].attack.num_restarts or 0)
-    prefixes = (worst(measurements, pairs[: number + 1], metric) for number in range(len(pairs)))
-    numbers = (cell.attack.num_restarts or 0 for cell, _ in pairs)
-    values = dict(zip(numbers, itertools.accumulate(prefixes, min), strict=True))
+    left = (worst(measurements, pairs[: row + 1], main_metric(measurements)) for row in range(len(pairs)))
+    return _converges(measurements, pairs, list(itertools.accumulate(left, min)), "restarts")
+
+
+def _converges(
+    measurements: Measurements,
+    pairs: Sequence[tuple[Cell, Outcome]],
+    left: Sequence[float],
+    effort: Literal["steps", "restarts"],
+) -> Finding:
+    """Judges what an attack left with growing effort, and whether the results' effort leaves as little."""
+    metric = main_metric(measurements)
+    values = {getattr(cell.attack, f"num_{effort}"): value for (cell, _), value in zip(pairs, left, strict=True)}
     most = max(values)
     if most // 2 not in values:
-        raise NotRunError(f"{most} restarts, but not half of them")
+        raise NotRunError(f"{most} {effort}, but not half of them")
+    passed = has_converged(values[most // 2], values[most])
+    cell, outcome = pairs[0]
     words = ", ".join(f"{count}: {in_words(value, metric)}" for count, value in values.items())
-    suffices, taken = _in_suite(measurements, pairs[0], "num_restarts", metric, least=values[most])
-    passed = suffices and has_converged(values[most // 2], values[most])
-    return passed, f"{metric} by restarts {words} ({images_in_words(pairs[0][1])}){taken}"
-
-
-def _in_suite(
-    measurements: Measurements,
-    pair: tuple[Cell, Outcome],
-    effort: Literal["num_steps", "num_restarts"],
-    metric: str,
-    *,
-    least: float,
-) -> tuple[bool, str]:
-    """Tells whether the attack in the results leaves at most `least`, as the most effort did, and says what it leaves.
-
-    `pair` is a cell of the attack with any effort, and its outcome; `effort` names what was tried more of.
-    """
-    cell, count = pair[0], len(pair[1]["pixel_difference"])
+    words = f"{metric} by {effort} {words} ({images_in_words(outcome)})"
     chosen = measurements.select(
         series="suite", knowledge="full", attack=cell.attack.name, target=cell.attack.target, eps=cell.eps
     )
     if not chosen:
-        return True, ""
-    values = [score({name: value[:count] for name, value in outcome.items()}, metric) for _, outcome in chosen]
-    taken = sorted({getattr(one.attack, effort) for one, _ in chosen})
-    left = ", ".join(in_words(value, metric) for value in values)
-    words = f"; the results take {' and '.join(map(str, taken))}, which leaves {left}"
-    return not exceeds(min(values), least), words
+        return passed, words
+    count = len(outcome["pixel_difference"])
+    results = [score({name: value[:count] for name, value in found.items()}, metric) for _, found in chosen]
+    taken = sorted({getattr(one.attack, f"num_{effort}") for one, _ in chosen})
+    words += f"; the results take {' and '.join(map(str, taken))}, which leaves "
+    words += ", ".join(in_words(value, metric) for value in results)
+    return passed and not exceeds(min(results), values[most]), words
 
 
 @check(
@@ -124,9 +179,8 @@ def eps_sweep(measurements: Measurements) -> Finding:
     chosen = measurements.select(series="sweep")
     if not chosen:
         raise NotRunError("no sweep over eps")
-    at_zero = [outcome for cell, outcome in chosen if cell.eps == 0]
     exact = None
-    if at_zero:
+    if at_zero := [outcome for cell, outcome in chosen if cell.eps == 0]:
         exact = all(
             torch.equal(value, measurements.clean[name][: len(value)])
             for outcome in at_zero
@@ -141,10 +195,8 @@ def eps_sweep(measurements: Measurements) -> Finding:
         values = [score(outcome, metric) for _, outcome in curve]
         rises = any(exceeds(value, min(values[:i])) for i, value in enumerate(values) if i)
         parts.append(not rises if len(values) > 1 else None)
-        along = ", ".join(
-            f"{255 * cell.eps:g}: {in_words(v, metric)}" for (cell, _), v in zip(curve, values, strict=True)
-        )
-        words.append(f"{attack}, {metric} by 255 eps {along}")
+        along = [f"{255 * cell.eps:g}: {in_words(v, metric)}" for (cell, _), v in zip(curve, values, strict=True)]
+        words.append(f"{attack}, {metric} by 255 eps {', '.join(along)}")
     if not full:
         parts.append(None)
         words.append("white box not swept")
@@ -178,7 +230,7 @@ def budget(measurements: Measurements) -> Finding:
         raise NotRunError("no attack")
     violations: dict[str, int] = {}
     excess, total = -1.0, 0
-    for cell, outcome in zip(measurements.cells, measurements.outcomes, strict=True):
+    for cell, outcome in measurements.select():
         difference = outcome["pixel_difference"].double()
         # What is NaN is no pixel either.
         kept = (difference <= cell.eps + PIXEL_TOLERANCE) & (outcome["lowest_pixel"] >= 0)
