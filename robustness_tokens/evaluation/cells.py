@@ -6,7 +6,7 @@ import functools
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -36,24 +36,14 @@ Series = Literal["suite", "published", "sweep", "steps", "restarts", "single_ste
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One measurement: an attack on some images.
-
-    Attributes:
-        series: The suite of attacks, the published attack, the sweep over eps, or a series for a check.
-        view: The model that the attacker holds.
-        attack: The attack and its hyper-parameters.
-        eps: Budget in pixel units.
-        num_images: Takes the first so many of the evaluation's images.
-        remaining_only: Attack only images that earlier attacks left correct, see
-            [`~robustness_tokens.evaluation.cells.find_remaining`]; the worst case of an accuracy needs no others.
-    """
+    """One measurement: an attack, through one model that the attacker holds, on some images."""
 
     series: Series
     view: AttackerView
     attack: Attack
-    eps: float
-    num_images: int
-    remaining_only: bool = False
+    eps: float  # in pixel units
+    num_images: int  # takes the first so many of the evaluation's images
+    remaining_only: bool = False  # attack only what `find_remaining` returns; a worst case of accuracy needs no others
 
     @property
     def name(self) -> str:
@@ -117,7 +107,7 @@ class CellStore:
         `remaining` is the (n,) bool mask of the images to attack, if not all. A damaged file, which a crash or a full
         disk may leave, counts as missing and is logged.
         """
-        path, key = self._path(cell, remaining), self._key(cell, remaining)
+        path, key = self._locate(cell, remaining)
         if path is None or not path.is_file():
             return None
         try:
@@ -136,22 +126,19 @@ class CellStore:
 
     def save(self, cell: Cell, outcome: Mapping[str, Tensor], remaining: Tensor | None = None) -> None:
         """Stores an outcome; only the main process calls it."""
-        path = self._path(cell, remaining)
+        path, key = self._locate(cell, remaining)
         if path is not None:
-            metadata = {"key": self._key(cell, remaining), "digest": _digest(outcome)}
+            metadata = {"key": key, "digest": _digest(outcome)}
             write_bytes(path, save({k: v.contiguous() for k, v in outcome.items()}, metadata=metadata))
 
-    def _key(self, cell: Cell, remaining: Tensor | None) -> str:
+    def _locate(self, cell: Cell, remaining: Tensor | None) -> tuple[Path | None, str]:
+        """Returns the file of a cell, `None` without a folder, and the settings that it must hold as its key."""
         settings = {"format": FORMAT, **self.settings, **cell.settings()}
         if remaining is not None:
             settings["remaining"] = digest([remaining])
-        return json.dumps(settings, sort_keys=True)
-
-    def _path(self, cell: Cell, remaining: Tensor | None) -> Path | None:
-        if self.folder is None:
-            return None
-        sha = hashlib.sha256(self._key(cell, remaining).encode()).hexdigest()[:16]
-        return self.folder / f"{cell.name}-{sha}.safetensors"
+        key = json.dumps(settings, sort_keys=True)
+        sha = hashlib.sha256(key.encode()).hexdigest()[:16]
+        return (None if self.folder is None else self.folder / f"{cell.name}-{sha}.safetensors"), key
 
 
 def _digest(outcome: Mapping[str, Tensor]) -> str:
@@ -193,15 +180,15 @@ def run_cells(
         ) as progress_bar,
     ):
         for row, cell in enumerate(cells):
-            other = _find_covering(cells[:row], cell, tokens)
-            if other is not None:
-                outcomes.append(_first_rows(outcomes[other], cell, tokens))
+            covered = _find_covered(cell, cells[:row], outcomes, tokens)
+            if covered is not None:
+                outcomes.append(covered)
                 progress_bar.total -= cell.cost  # so that it isn't taken for speed
                 continue
-            measured_with = _measured_with(cell, tokens)
-            remaining = (
-                find_remaining(cell, cells[:row], outcomes, clean, measured_with) if cell.remaining_only else None
-            )
+            measured_with = {name: tokens[name] for name in _measured_with(cell, tokens)}
+            remaining = None
+            if cell.remaining_only:
+                remaining = find_remaining(cell, cells[:row], outcomes, clean, list(measured_with))
             stored = store.load(cell, remaining)
             # A process may see a file that another doesn't see yet.
             if all(gather_object([stored is not None])):
@@ -212,25 +199,50 @@ def run_cells(
             progress_bar.set_postfix_str(cell.name, refresh=True)
             cost = cell.cost if remaining is None else int(cell.cost * remaining.sum()) // cell.num_images
             progress_bar.total -= cell.cost - cost
-            mine, counted = [], 0
+            begun_at, parts = progress_bar.n, []
             for number, batch in batches.items():
                 first = number * batch_size
                 count = min(len(batch.images), cell.num_images - first)
                 if count <= 0:
                     continue
-                before = {name: clean[name][first : first + count] for name in clean}
-                rows = torch.arange(count) if remaining is None else remaining[first : first + count].nonzero()[:, 0]
-                attacked = {name: tokens[name] for name in measured_with}
-                mine.append((number, _attack_rows(cell, model, batch.first(count), rows, attacked, before, seed=seed)))
-                # The others do as much meanwhile.
-                share = min(cost * count * state.num_processes // cell.num_images, cost - counted)
-                counted += share
-                progress_bar.update(share)
-            progress_bar.update(cost - counted)
-            outcome = merge(gather_object(mine))
+                rows = slice(first, first + count)
+                unchanged = {name: value[rows] for name, value in clean.items()}
+                left = None if remaining is None else remaining[rows]
+                outcome = _run_batch(cell, model, batch.first(count), measured_with, unchanged, left, seed=seed)
+                parts.append((number, outcome))
+                # The other processes do as much meanwhile.
+                progress_bar.update(cost * count * state.num_processes // cell.num_images)
+            progress_bar.update(begun_at + cost - progress_bar.n)
+            outcome = merge(gather_object(parts))
             share_from_main(functools.partial(store.save, cell, outcome, remaining), state)
             outcomes.append(outcome)
     return outcomes
+
+
+def _run_batch(
+    cell: Cell,
+    model: EvaluatedModel,
+    batch: AttackBatch,
+    tokens: Mapping[str, Tensor | None],
+    clean: Outcome,
+    remaining: Tensor | None,
+    *,
+    seed: int,
+) -> dict[str, Tensor]:
+    """Attacks a batch, or the images of a (B,) bool mask, and returns the outcome; other images keep the clean one."""
+    if remaining is None:
+        adversarial = run_attack(cell.attack, cell.view, batch, eps=cell.eps, seed=seed)
+        return measure_outcome(model, batch, adversarial, tokens)
+    # A worst case of the cosine is of all images, right or wrong.
+    kept = {name: value for name, value in _measured(clean, tokens).items() if not name.endswith(".cosine")}
+    outcome = {name: value.clone() for name, value in kept.items()}
+    if remaining.any():
+        part = batch.select(remaining.nonzero()[:, 0])
+        adversarial = run_attack(cell.attack, cell.view, part, eps=cell.eps, seed=seed)
+        found = measure_outcome(model, part, adversarial, tokens)
+        for name, value in outcome.items():
+            value[remaining] = found[name]
+    return {**outcome, "attacked": remaining}
 
 
 @torch.no_grad()
@@ -283,51 +295,17 @@ def find_remaining(
     return torch.stack(right).any(dim=0)
 
 
-def _attack_rows(
-    cell: Cell,
-    model: EvaluatedModel,
-    batch: AttackBatch,
-    rows: Tensor,
-    tokens: Mapping[str, Tensor | None],
-    clean: Outcome,
-    *,
-    seed: int,
-) -> dict[str, Tensor]:
-    """Attacks these rows of a batch and returns the outcome; the other rows keep their clean outcome."""
-    if len(rows) == len(batch.images):
-        adversarial = run_attack(cell.attack, cell.view, batch, eps=cell.eps, seed=seed)
-        outcome = measure_outcome(model, batch, adversarial, tokens)
-    else:
-        outcome = {
-            name: value.clone() for name, value in clean.items() if "." not in name or name.partition(".")[0] in tokens
-        }
-        if len(rows):
-            part = batch.select(rows)
-            adversarial = run_attack(cell.attack, cell.view, part, eps=cell.eps, seed=seed)
-            for name, value in measure_outcome(model, part, adversarial, tokens).items():
-                outcome[name][rows] = value
-    if cell.remaining_only:
-        # A worst case of the cosine is of all images, right or wrong.
-        outcome = {name: value for name, value in outcome.items() if not name.endswith(".cosine")}
-        outcome["attacked"] = torch.zeros(len(batch.images), dtype=torch.bool).index_fill(0, rows, True)
-    return outcome
-
-
-def _find_covering(cells: Sequence[Cell], cell: Cell, tokens: Mapping[str, Tensor | None]) -> int | None:
-    """Returns the row of a cell that has the same attack on at least the same images, or `None`."""
-    wanted = set(_measured_with(cell, tokens))
-    for row, other in enumerate(cells):
+def _find_covered(
+    cell: Cell, before: Sequence[Cell], outcomes: Sequence[Outcome], tokens: Mapping[str, Tensor | None]
+) -> dict[str, Tensor] | None:
+    """Returns the outcome that an earlier cell found by the same attack on at least the same images, or `None`."""
+    wanted = _measured_with(cell, tokens)
+    for other, outcome in zip(before, outcomes, strict=True):
         same = (other.view.name, other.attack, other.eps) == (cell.view.name, cell.attack, cell.eps)
         same &= not (other.remaining_only or cell.remaining_only)
-        if same and other.num_images >= cell.num_images and wanted <= set(_measured_with(other, tokens)):
-            return row
+        if same and other.num_images >= cell.num_images and set(wanted) <= set(_measured_with(other, tokens)):
+            return {name: value[: cell.num_images] for name, value in _measured(outcome, wanted).items()}
     return None
-
-
-def _first_rows(outcome: Mapping[str, Tensor], cell: Cell, tokens: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
-    """Returns the part of a covering outcome that the cell would have measured."""
-    others = set(tokens) - set(_measured_with(cell, tokens))
-    return {name: value[: cell.num_images] for name, value in outcome.items() if name.partition(".")[0] not in others}
 
 
 def _measured_with(cell: Cell, tokens: Mapping[str, Tensor | None]) -> Sequence[str]:
@@ -335,6 +313,11 @@ def _measured_with(cell: Cell, tokens: Mapping[str, Tensor | None]) -> Sequence[
     if cell.view.knowledge != "base":
         return ["trained"]
     return list(tokens) if cell.series in ("suite", "published") else ["trained", "none"]
+
+
+def _measured(outcome: Outcome, tokens: Collection[str]) -> Outcome:
+    """Returns the part of an outcome that does not depend on the tokens, or was measured with the named ones."""
+    return {name: value for name, value in outcome.items() if "." not in name or name.partition(".")[0] in tokens}
 
 
 def merge(parts: Sequence[tuple[int, dict[str, Tensor]]]) -> dict[str, Tensor]:

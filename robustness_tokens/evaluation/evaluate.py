@@ -28,7 +28,7 @@ from .images import load_batches
 from .measurements import Measurements, sweep_curves
 from .own_tokens import defenders_recipe, describe_training, own_tokens_specs, train_own_tokens
 from .plan import BUDGETS, apply_arguments, plan_cells
-from .threat_models import AttackerView, EvaluatedModel, attacker_views
+from .threat_models import EvaluatedModel, attacker_views
 
 
 MAX_CACHE_BYTES = 2 << 30
@@ -125,7 +125,15 @@ def evaluate_robustness(
                 training = describe_training(
                     evaluated, trained, overrides=own_tokens_overrides, on_evaluated=attacker_datasets is None
                 )
-            views = _views(evaluated, arguments.knowledge, own_tokens or (), surrogate)
+            other = None
+            if surrogate is not None:
+                surrogate.eval().to(evaluated.device)
+                other = EvaluatedModel(surrogate, task=evaluated.task, attack_precision=evaluated.attack_precision)
+            views = [
+                view
+                for level in dict.fromkeys(arguments.knowledge)
+                for view in attacker_views(level, evaluated, own_tokens=own_tokens or (), surrogate=other)  # type: ignore[arg-type]
+            ]
             cells = plan_cells(
                 evaluated,
                 views,
@@ -140,7 +148,7 @@ def evaluate_robustness(
             tokens = reported_tokens(evaluated, seed=arguments.seed)
             store = CellStore(
                 None if arguments.output_dir is None else folder / "cells",
-                _settings(evaluated, batches, batch_size=arguments.batch_size, seed=arguments.seed),
+                _settings(evaluated, batches, arguments),
             )
             parts = [(row, measure_outcome(evaluated, one, one.images, tokens)) for row, one in batches.items()]
             clean = merge(gather_object(parts))
@@ -191,20 +199,6 @@ def evaluate_robustness(
         figures=figures,
         seconds=time.perf_counter() - start,
     )
-
-
-def _views(
-    model: EvaluatedModel, knowledge: Sequence[str], own_tokens: Sequence[Tensor], surrogate: nn.Module | None
-) -> list[AttackerView]:
-    other = None
-    if surrogate is not None:
-        surrogate.eval().to(model.device)
-        other = EvaluatedModel(surrogate, task=model.task, attack_precision=model.attack_precision)
-    return [
-        view
-        for level in dict.fromkeys(knowledge)
-        for view in attacker_views(level, model, own_tokens=own_tokens, surrogate=other)  # type: ignore[arg-type]  # checked
-    ]
 
 
 @contextmanager
@@ -261,25 +255,21 @@ def _count_classes(model: EvaluatedModel, batches: Mapping[int, AttackBatch]) ->
 
 
 def _settings(
-    model: EvaluatedModel, batches: Mapping[int, AttackBatch], *, batch_size: int, seed: int
+    model: EvaluatedModel, batches: Mapping[int, AttackBatch], arguments: EvaluationArguments
 ) -> dict[str, Any]:
     """Returns the settings on which the outcome of every cell depends, as JSON values."""
     parts = gather_object(  # a process may have none
         [
-            (
-                number,
-                digest([batch.images, batch.index] + ([] if batch.labels is None else [batch.labels])),
-                batch.ignore_index,
-            )
+            (number, digest([batch.images, batch.index, *([] if batch.labels is None else [batch.labels])]))
             for number, batch in batches.items()
         ]
     )
     return {
         "model": model_settings(model),
         "defended_tokens": digest([model.tokens]),
-        "images": [sha for _, sha, _ in sorted(parts)],
-        "ignore_index": sorted({ignore_index for _, _, ignore_index in parts}),
-        "batch_size": batch_size,
-        "seed": seed,
+        "images": [sha for _, sha in sorted(parts)],
+        "ignore_index": [arguments.ignore_index],
+        "batch_size": arguments.batch_size,
+        "seed": arguments.seed,
         "package_version": __version__,
     }

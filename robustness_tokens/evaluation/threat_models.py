@@ -5,6 +5,7 @@ Shapes: B images, N sequence, K robustness tokens, D width, C classes.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -29,23 +30,17 @@ from ..models import (
     tokens_in,
 )
 from ..report import Knowledge, Task
+from ..utils import check_choice
 
 
 class EvaluatedModel:
     """A model as functions of [0, 1] images and of the tokens to put into it.
 
-    Args:
-        model: `RobustnessTokenModel`, `RobustnessTokenForImageClassification`, a `ProbedModel`, or a transformers
-            model after `inject_tokens`.
-        task: By default classification for a classifier, and features for a model without a head.
-        normalizer: [0, 1] images -> pixel values; by default from the adapter's config.
-        feature_view, similarity_axis: By default from the adapter's config; a model after `inject_tokens` has none
-            and takes the paper's choice for its family (a segmenter has no features).
-        attack_precision: Precision of the attacks' forward passes; by default that of the tokens' training, and always
-            `"no"` where the device has no bfloat16. Outcomes are measured in float32.
-
-    Raises:
-        ValueError: If the model has no tokens, or a value is unknown or can't be derived.
+    Arguments and their defaults are those of [`evaluate_robustness`]: the normalizer, the features and the precision
+    come from the adapter's config; a model after `inject_tokens` has none, and takes the features that the paper takes
+    for its family. The precision is that of the attacks' forward passes, always `"no"` where the device has no
+    bfloat16; `exact` results are float32. `ValueError` if the model has no tokens, or a value is unknown or can't be
+    derived.
     """
 
     def __init__(
@@ -55,7 +50,6 @@ class EvaluatedModel:
         task: Task | None = None,
         normalizer: Normalizer | None = None,
         feature_view: FeatureView | None = None,
-        similarity_axis: SimilarityAxis | None = None,
         attack_precision: MixedPrecision | None = None,
     ) -> None:
         injector = find_injector(model)
@@ -67,9 +61,8 @@ class EvaluatedModel:
         config: Any = None if adapter is None else adapter.config
         if task is None:
             task = _task_of(model)
-        elif task not in get_args(Task):
-            raise ValueError(f"task must be one of {get_args(Task)}, got {task!r}")
-        elif task != "features" and model is adapter and _task_of(model) == "features":
+        check_choice("task", task, get_args(Task))
+        if task != "features" and model is adapter and _task_of(model) == "features":
             raise ValueError(
                 f"task={task!r}, but {type(model).__name__} has no head: load it as "
                 "RobustnessTokenForImageClassification, put a probe on it, or inject_tokens into a model with a head"
@@ -86,10 +79,10 @@ class EvaluatedModel:
         self.device = next(model.parameters()).device
         self.normalizer = normalizer.to(self.device)
         self.feature_view = feature_view
-        self.similarity_axis: SimilarityAxis = similarity_axis or (config.similarity_axis if config else "token")
+        self.similarity_axis: SimilarityAxis = config.similarity_axis if config else "token"
+        if attack_precision is not None:
+            check_choice("attack_precision", attack_precision, get_args(MixedPrecision))
         recipe = (config.training if config else None) or {}
-        if attack_precision not in (None, *get_args(MixedPrecision)):
-            raise ValueError(f"attack_precision must be one of {get_args(MixedPrecision)}, got {attack_precision!r}")
         asked = attack_precision or recipe.get("mixed_precision", "no")
         self.attack_precision: MixedPrecision = "bf16" if runs_in_half(asked, device=self.device) else "no"
 
@@ -97,6 +90,11 @@ class EvaluatedModel:
     def tokens(self) -> Tensor:
         """The tokens in the model, (K, D): the secret of the defence."""
         return self.injector.robustness_tokens.detach()
+
+    @property
+    def base(self) -> nn.Module:
+        """The model without the adapter around it, if there is one."""
+        return self.model if self.adapter is None else self.adapter.get_base_model()
 
     def features(self, images: Tensor, tokens: Tensor | None, *, exact: bool = False) -> Tensor:
         """Returns the features that the tokens were trained to keep, float32 (B, N, D) or (B, D).
@@ -107,8 +105,8 @@ class EvaluatedModel:
         if self.feature_view is None:
             raise ValueError(f"feature_view is not given: say what the features of a {type(self.model).__name__} are")
         view = self.feature_view
-        source: Any = self.adapter.get_base_model() if self.adapter is not None else self.model
-        return self._run(lambda x: extract_features(source, x, feature_view=view), images, tokens, exact)
+        base: Any = self.base
+        return self._run(lambda x: extract_features(base, x, feature_view=view), images, tokens, exact)
 
     def logits(self, images: Tensor, tokens: Tensor | None, *, exact: bool = False) -> Tensor:
         """Returns the head's logits, float32 (B, C) or (B, C, h, w); arguments as in [`features`]."""
@@ -133,8 +131,7 @@ class EvaluatedModel:
 
     def attacked_faster(self) -> AbstractContextManager[None]:
         """Returns a context in which the base computes as in training: faster, and equal except for rounding."""
-        base = self.model if self.adapter is None else self.adapter.get_base_model()
-        return computing_faster(base, device=self.device, half_precision=self.attack_precision == "bf16")
+        return computing_faster(self.base, device=self.device, half_precision=self.attack_precision == "bf16")
 
     def _run(self, function: Callable[[Tensor], Tensor], images: Tensor, tokens: Tensor | None, exact: bool) -> Tensor:
         half = self.attack_precision == "bf16" and not exact
@@ -158,24 +155,14 @@ def _task_of(model: nn.Module) -> Task:
 
 @dataclass(frozen=True, kw_only=True)
 class AttackerView:
-    """A model that the attacker holds.
+    """A model that the attacker holds."""
 
-    Attributes:
-        name: Unique within an evaluation.
-        knowledge: Level that it belongs to.
-        model: The evaluated model, or another one for a transfer attack.
-        tokens: (K, D) tokens that the attacker puts into it, `None` for the base alone. Several form an ensemble, over
-            which objectives are averaged.
-        differentiable: Whether the attacker has gradients, or only answers.
-        is_surrogate: Whether it is another model than the evaluated one.
-    """
-
-    name: str
+    name: str  # unique within an evaluation
     knowledge: Knowledge
-    model: EvaluatedModel
-    tokens: tuple[Tensor | None, ...]
-    differentiable: bool = True
-    is_surrogate: bool = False
+    model: EvaluatedModel  # the evaluated one, or another one for a transfer attack
+    tokens: tuple[Tensor | None, ...]  # (K, D) each, `None` for the base alone; objectives average over several
+    differentiable: bool = True  # whether the attacker has gradients, or only answers
+    is_surrogate: bool = False  # whether it is another model than the evaluated one
 
     @property
     def is_defended_model(self) -> bool:
@@ -192,33 +179,25 @@ def attacker_views(
 ) -> list[AttackerView]:
     """Returns the models, at least one, through which an attacker of this level can attack.
 
-    `"none"`: the defended model's answers, and the surrogate if there is one. `"base"`: base and head without tokens.
-    `"own_tokens"`: each (K, D) set that the attacker trained, and their ensemble. `"full"`: the defended model.
+    Black box: the defended model's answers, and the surrogate if there is one. Grey box: base and head without tokens.
+    Own tokens: each (K, D) set that the attacker trained, and their ensemble. White box: the defended model.
     `ValueError` if the level is unknown, or `"own_tokens"` has no sets.
     """
+    view = functools.partial(AttackerView, knowledge=knowledge, model=model)
     if knowledge == "none":
-        views = [
-            AttackerView(name="queries", knowledge="none", model=model, tokens=(model.tokens,), differentiable=False)
-        ]
+        views = [view(name="queries", tokens=(model.tokens,), differentiable=False)]
         if surrogate is not None:
-            views.append(
-                AttackerView(name="transfer", knowledge="none", model=surrogate, tokens=(None,), is_surrogate=True)
-            )
+            views.append(view(name="transfer", model=surrogate, tokens=(None,), is_surrogate=True))
         return views
     if knowledge == "base":
-        return [AttackerView(name="base", knowledge="base", model=model, tokens=(None,))]
+        return [view(name="base", tokens=(None,))]
     if knowledge == "full":
-        return [AttackerView(name="full", knowledge="full", model=model, tokens=(model.tokens,))]
+        return [view(name="full", tokens=(model.tokens,))]
     if knowledge != "own_tokens":
         raise ValueError(f"knowledge must be among {get_args(Knowledge)}, got {knowledge!r}")
     if not own_tokens:
         raise ValueError('knowledge "own_tokens" needs own_tokens, the tokens that the attacker trained; got none')
-    views = [
-        AttackerView(name=f"own_tokens_{i}", knowledge="own_tokens", model=model, tokens=(tokens,))
-        for i, tokens in enumerate(own_tokens)
-    ]
+    views = [view(name=f"own_tokens_{i}", tokens=(tokens,)) for i, tokens in enumerate(own_tokens)]
     if len(own_tokens) > 1:
-        views.append(
-            AttackerView(name="own_tokens_ensemble", knowledge="own_tokens", model=model, tokens=tuple(own_tokens))
-        )
+        views.append(view(name="own_tokens_ensemble", tokens=tuple(own_tokens)))
     return views
