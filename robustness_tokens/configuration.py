@@ -40,11 +40,7 @@ AUTO_MAP = {
 REMOTE_CODE_FILE = "modeling.py"
 REMOTE_CODE = '''"""Loads this adapter by the package robustness-tokens: pip install robustness-tokens."""
 
-from robustness_tokens import (
-    RobustnessTokenConfig,
-    RobustnessTokenForImageClassification,
-    RobustnessTokenModel,
-)
+from robustness_tokens import RobustnessTokenConfig, RobustnessTokenForImageClassification, RobustnessTokenModel
 
 
 __all__ = ["RobustnessTokenConfig", "RobustnessTokenForImageClassification", "RobustnessTokenModel"]

@@ -15,6 +15,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..utils import check_int
 from .features import patch_size
 from .injection import active_injector
 from .layer_stack import square_size
@@ -82,8 +83,7 @@ def extract_tokens(plain: nn.Module, *, num_robustness_tokens: int = 10) -> Tens
     Raises:
         ValueError: If the model has fewer than K registers, or K is below 1.
     """
-    if num_robustness_tokens < 1:
-        raise ValueError(f"num_robustness_tokens must be at least 1, got {num_robustness_tokens}")
+    check_int("num_robustness_tokens", num_robustness_tokens, 1)
     registers = next((p for n, p in plain.named_parameters() if n.rpartition(".")[2] in _REGISTER_NAMES), None)
     found = 0 if registers is None else registers.shape[1]
     if registers is None or found < num_robustness_tokens:
