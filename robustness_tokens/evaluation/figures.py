@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..models import find_layer_stack, find_patch_size
+from ..models import find_layer_stack, patch_grid
 from ..report import (
     Knowledge,
     Metric,
@@ -128,8 +128,7 @@ def _image_figures(
 def observe_layers(model: EvaluatedModel, images: Tensor, tokens: Tensor | None) -> LayerObservation:
     """Runs (B, 3, H, W) images in [0, 1] with (K, D) tokens, or the base alone, and observes every layer."""
     stack = find_layer_stack(model.model)
-    if (size := find_patch_size(stack.owner)) is None:
-        raise ValueError(f"{type(stack.owner).__name__} names no patch size, so its patches can't be put on a map")
+    rows, columns = patch_grid(stack.owner, images)
     num_tokens = 0 if tokens is None else len(tokens)
     maxima: list[Tensor] = []
     last = torch.empty(0)
@@ -148,7 +147,6 @@ def observe_layers(model: EvaluatedModel, images: Tensor, tokens: Tensor | None)
     finally:
         for handle in handles:
             handle.remove()
-    rows, columns = images.shape[2] // size[0], images.shape[3] // size[1]
     if last.shape[1] < rows * columns:
         raise ValueError(
             f"images of {tuple(images.shape[2:])} pixels are {rows} x {columns} patches, but the layers of "

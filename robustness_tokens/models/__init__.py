@@ -5,8 +5,8 @@ from .features import (
     count_patches,
     default_feature_view,
     extract_features,
-    find_patch_size,
     head_inputs,
+    patch_grid,
 )
 from .heads import (
     ClassificationHead,

@@ -122,23 +122,15 @@ def _select_tokens(hidden_states: Any, headless: nn.Module, num_patches: int, fe
     return torch.cat([hidden_states[:, :1], patches], dim=1) if has_cls else patches  # (B, 1 + P, D) or (B, P, D)
 
 
-def find_patch_size(model: nn.Module) -> tuple[int, int] | None:
-    """Returns height and width of the model's patches in pixels, or None where it names no patch size."""
+def patch_size(model: nn.Module) -> tuple[int, int]:
+    """Returns height and width of the model's patches in pixels; `ValueError` where it names no patch size."""
     headless: Any = headless_model(model)
     vision_transformer = getattr(headless, "timm_model", headless)
     described_by = vision_transformer.patch_embed if is_timm_vit(vision_transformer) else vision_config(headless)
     size: Any = getattr(described_by, "patch_size", None)
     if size is None:
-        return None
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
-
-
-def patch_size(model: nn.Module) -> tuple[int, int]:
-    """Returns height and width of the model's patches in pixels; `ValueError` where it names no patch size."""
-    size = find_patch_size(model)
-    if size is None:
         raise ValueError(f"{type(model).__name__} names no patch size: pass the headless model or a classifier on it")
-    return size
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 def _cut_for_siglip2(headless: Any, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -169,13 +161,11 @@ def _all_patches_in_order(headless: Any, pixel_values: Tensor) -> Iterator[dict[
 
 def check_patches(base: nn.Module, image_shape: tuple[int, int]) -> None:
     """Raises `ValueError` if a side of the images, (height, width) in pixels, is no multiple of the base's patches."""
-    patch_shape = find_patch_size(base)
-    if patch_shape is None:
-        return
     # Some bases ignore a border at their own image size: SigLIP has 384 pixels and patches of 14.
     own_size = getattr(vision_config(headless_model(base)), "image_size", None)
     if image_shape in (own_size, (own_size, own_size)):
         return
+    patch_shape = patch_size(base)
     if any(side < patch or side % patch for side, patch in zip(image_shape, patch_shape, strict=True)):
         raise ValueError(
             f"the images have {image_shape[0]} x {image_shape[1]} pixels, and the patches of {type(base).__name__} "
