@@ -17,11 +17,7 @@ from typing import Any
 import safetensors
 import torch
 from huggingface_hub import snapshot_download, try_to_load_from_cache
-from huggingface_hub.utils import (
-    HFValidationError,
-    LocalEntryNotFoundError,
-    validate_repo_id,
-)
+from huggingface_hub.utils import HFValidationError, LocalEntryNotFoundError, validate_repo_id
 from safetensors.torch import load_file, save
 from torch import Tensor
 from transformers import BaseImageProcessor
@@ -47,19 +43,12 @@ TOKENS_KEY = "robustness_tokens"
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """An adapter that was read strictly.
-
-    Args:
-        folder: Where it is on disk.
-        config: Its config.json. One from the Hub is less trusted: see [`check_base_is_repo_id`].
-        tokens: (K, D) float32, finite.
-        commit: Its commit on the Hub; None for a local folder.
-    """
+    """An adapter that was read strictly. A config from the Hub is less trusted: see [`check_base_is_repo_id`]."""
 
     folder: Path
     config: RobustnessTokenConfig
-    tokens: Tensor
-    commit: str | None
+    tokens: Tensor  # (K, D) float32, finite
+    commit: str | None  # on the Hub; None for a local folder
 
     @cached_property
     def image_processor(self) -> BaseImageProcessor:
@@ -73,27 +62,6 @@ class Adapter:
 
 
 def load_adapter(
-    name_or_path: str | os.PathLike[str], *, revision: str | None = None, subfolder: str = "", **hub_kwargs: Any
-) -> Adapter:
-    """Reads an adapter from a local folder or from the Hub, without its base.
-
-    Args:
-        name_or_path: Local folder or Hub repo id.
-        revision: Branch, tag, commit or `refs/pr/N`.
-        subfolder: Folder of the adapter inside the repo.
-        hub_kwargs: `token`, `cache_dir`, `local_files_only`, `force_download`, as in
-            `huggingface_hub.snapshot_download`.
-
-    Raises:
-        ValueError: If there is no adapter, its config or its tokens are damaged, or `revision` is given for a local
-            folder. Errors of the Hub pass through.
-    """
-    folder, commit = fetch_adapter(name_or_path, revision=revision, subfolder=subfolder, **hub_kwargs)
-    config = read_config(folder)
-    return Adapter(folder, config, read_tokens(folder, config), commit)
-
-
-def fetch_adapter(
     name_or_path: str | os.PathLike[str],
     *,
     revision: str | None = None,
@@ -102,40 +70,40 @@ def fetch_adapter(
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
     force_download: bool = False,
-) -> tuple[Path, str | None]:
-    """Returns an adapter's folder and commit; downloads only an adapter's files, unless it is a local folder."""
-    subfolder = normalize_subfolder(subfolder)
-    if os.path.isdir(name_or_path):
+) -> Adapter:
+    """Reads an adapter from a folder or from the Hub, of which it downloads only an adapter's files, no base.
+
+    `ValueError` if there is none, its config or its tokens are damaged, or a folder is given a `revision`. Errors of
+    the Hub pass through.
+    """
+    name, subfolder, commit = os.fspath(name_or_path), normalize_subfolder(subfolder), None
+    if os.path.isdir(name):
         if revision is not None:
             raise ValueError(
-                f"{str(name_or_path)!r} is a folder here, which has no revision {revision!r}: leave revision= out, or "
-                "work in another folder if the Hub repo of that name is meant"
+                f"{name!r} is a folder here, which has no revision {revision!r}: leave revision= out, or work in "
+                "another folder if the Hub repo of that name is meant"
             )
-        folder, commit = Path(name_or_path) / subfolder, None
+        folder = Path(name) / subfolder
     else:
-        repo_id = str(name_or_path)
-        if not is_repo_id(repo_id):
-            raise ValueError(f"{repo_id!r} is neither a local folder nor the id of a Hub repo")
-        options: dict[str, Any] = {
-            "token": token,
-            "cache_dir": cache_dir,
-            "local_files_only": local_files_only,
-            "force_download": force_download,
-        }
+        if not is_repo_id(name):
+            raise ValueError(f"{name!r} is neither a local folder nor the id of a Hub repo")
+        options: dict[str, Any] = {"token": token, "cache_dir": cache_dir}
+        options |= {"local_files_only": local_files_only, "force_download": force_download}
         prefix = f"{subfolder}/" if subfolder else ""
         try:
             # The config comes first: it tells an adapter from a model with gigabytes of weights.
-            snapshot = _download(repo_id, [prefix + CONFIG_FILE], revision=revision, **options)
-            _check_files(snapshot / subfolder, [CONFIG_FILE], repo_id)
+            snapshot = _download(name, [prefix + CONFIG_FILE], revision=revision, **options)
+            _check_files(snapshot / subfolder, [CONFIG_FILE], name)
             _read_config_dict(snapshot / subfolder / CONFIG_FILE)
-            snapshot = _download(repo_id, [prefix + file for file in ADAPTER_FILES], revision=snapshot.name, **options)
+            snapshot = _download(name, [prefix + file for file in ADAPTER_FILES], revision=snapshot.name, **options)
         except LocalEntryNotFoundError as exc:
             raise ValueError(
-                f"{name_or_path} is no folder here and not in the cache, and the Hub can't be reached: {exc}"
+                f"{name} is no folder here and not in the cache, and the Hub can't be reached: {exc}"
             ) from exc
         folder, commit = snapshot / subfolder, snapshot.name
-    _check_files(folder, [CONFIG_FILE, TOKENS_FILE, PROCESSOR_FILE], name_or_path)
-    return folder, commit
+    _check_files(folder, [CONFIG_FILE, TOKENS_FILE, PROCESSOR_FILE], name)
+    config = read_config(folder)
+    return Adapter(folder, config, read_tokens(folder, config), commit)
 
 
 def normalize_subfolder(subfolder: str) -> str:
@@ -163,19 +131,18 @@ def _download(repo_id: str, files: Iterable[str], *, revision: str | None, **opt
     return snapshot
 
 
-def _check_files(folder: Path, files: Iterable[str], name: str | os.PathLike[str]) -> None:
+def _check_files(folder: Path, files: Iterable[str], name: str) -> None:
     if missing := [file for file in files if not (folder / file).is_file()]:
         raise ValueError(f"{name} is not a robustness-token adapter: it has no {' and no '.join(missing)}")
 
 
 def read_config(folder: Path) -> RobustnessTokenConfig:
     """Reads config.json; `ValueError` if it is damaged, or of a newer schema."""
-    path = folder / CONFIG_FILE
-    config_dict = _read_config_dict(path)
+    config_dict = _read_config_dict(folder / CONFIG_FILE)
     try:
         config: RobustnessTokenConfig = RobustnessTokenConfig.from_dict(config_dict)
     except ValueError as exc:
-        raise ValueError(f"{path}: {exc}") from exc
+        raise ValueError(f"{folder / CONFIG_FILE}: {exc}") from exc
     return config
 
 

@@ -188,9 +188,6 @@ def _recipe(
     config: RobustnessTokenConfig, training: Mapping[str, Any], trained_on: str | None, images: str | None
 ) -> dict[str, Any]:
     """Returns the arguments of `robtok train` that train such tokens."""
-    settings = {key: training.get(key) for key in RECIPE_ARGUMENTS}
-    if settings["resize"] == "processor":
-        settings["image_size"] = None  # the processor decides it
     entry = training["dataset"] if trained_on is not None else {}
     settings = {
         "base_model": config.base_model_name_or_path or "BASE_MODEL",
@@ -202,13 +199,15 @@ def _recipe(
         "initializer_range": config.initializer_range,
         "feature_view": config.feature_view,
         "similarity_axis": config.similarity_axis,
-        **settings,
+        **{key: training.get(key) for key in RECIPE_ARGUMENTS},
     }
-    recipe: dict[str, Any] = {
-        key: _setting(value) for key, value in settings.items() if isinstance(value, str | int | float)
+    if settings["resize"] == "processor":
+        settings["image_size"] = None  # the processor decides it
+    statistics = {"image_mean": config.image_mean, "image_std": config.image_std}
+    return {
+        **{key: _setting(value) for key, value in settings.items() if isinstance(value, str | int | float)},
+        **{key: value for key, value in statistics.items() if value is not None},
     }
-    means = {"image_mean": config.image_mean, "image_std": config.image_std}
-    return recipe | {key: value for key, value in means.items() if value is not None}
 
 
 def _setting(value: str | int | float) -> str | int | float:

@@ -279,14 +279,12 @@ def push_adversarial_pairs(
 
 
 def _to_png(row: Mapping[str, Any], image_size: list[int]) -> dict[str, Any]:
-    return {column: _encode_png(row[column], image_size) for column in _IMAGE_COLUMNS}
-
-
-def _encode_png(pixels: bytes, image_size: list[int]) -> dict[str, Any]:
     height, width = image_size
-    file = BytesIO()
-    Image.frombytes("RGB", (width, height), pixels).save(file, "png")
-    return {"bytes": file.getvalue(), "path": None}
+    encoded = {}
+    for column in _IMAGE_COLUMNS:
+        Image.frombytes("RGB", (width, height), row[column]).save(file := BytesIO(), "png")
+        encoded[column] = {"bytes": file.getvalue(), "path": None}
+    return encoded
 
 
 def _describe_for_people(info: PairsInfo) -> str:

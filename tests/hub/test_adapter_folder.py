@@ -17,7 +17,6 @@ from robustness_tokens.hub.adapter_folder import (
     cached_commit,
     check_base_is_repo_id,
     check_no_other_model,
-    fetch_adapter,
     holds_adapter,
     is_repo_id,
     load_adapter,
@@ -46,42 +45,42 @@ def read_both(folder: Path) -> Tensor:
 # Finding an adapter
 
 
-def test_fetch_a_local_folder(adapter_folder: Path) -> None:
-    assert fetch_adapter(adapter_folder) == (adapter_folder, None)
-    assert fetch_adapter(str(adapter_folder.parent), subfolder=adapter_folder.name) == (adapter_folder, None)
+def test_load_a_local_folder(adapter_folder: Path) -> None:
+    whole, part = load_adapter(adapter_folder), load_adapter(str(adapter_folder.parent), subfolder=adapter_folder.name)
+    assert (whole.folder, whole.commit) == (part.folder, part.commit) == (adapter_folder, None)
 
 
 @pytest.mark.parametrize("missing", ["config.json", "model.safetensors"])
-def test_fetch_a_folder_that_is_no_adapter(adapter_folder: Path, missing: str) -> None:
+def test_load_a_folder_that_is_no_adapter(adapter_folder: Path, missing: str) -> None:
     (adapter_folder / missing).unlink()
     with pytest.raises(ValueError, match=rf"{adapter_folder.name} is not a robustness-token adapter.* no {missing}$"):
-        fetch_adapter(adapter_folder)
+        load_adapter(adapter_folder)
 
 
-def test_fetch_names_every_missing_file(tmp_path: Path) -> None:
+def test_load_names_every_missing_file(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"has no config\.json and no model\.safetensors"):
-        fetch_adapter(tmp_path)
+        load_adapter(tmp_path)
 
 
 def test_a_folder_named_like_the_weights_is_no_weights(adapter_folder: Path) -> None:
     (adapter_folder / "model.safetensors").unlink()
     (adapter_folder / "model.safetensors").mkdir()
     with pytest.raises(ValueError, match=r"no model\.safetensors"):
-        fetch_adapter(adapter_folder)
+        load_adapter(adapter_folder)
 
 
 @pytest.mark.parametrize(
     "name", ["", "/no/such/folder", "../adapter", "a/b/c", "C:\\adapter", "user/..", "user/na me"]
 )
-def test_fetch_what_is_neither_folder_nor_repo(name: str) -> None:
+def test_load_what_is_neither_folder_nor_repo(name: str) -> None:
     with pytest.raises(ValueError, match="neither a local folder nor the id of a Hub repo"):
-        fetch_adapter(name)
+        load_adapter(name)
 
 
 def test_a_folder_has_no_revisions(adapter_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(adapter_folder.parent)
     with pytest.raises(ValueError, match=r"'adapter' is a folder here, which has no revision 'v1'"):
-        fetch_adapter("adapter", revision="v1")
+        load_adapter("adapter", revision="v1")
 
 
 @pytest.mark.parametrize(
@@ -94,18 +93,18 @@ def test_subfolders(written: str, expected: str) -> None:
 @pytest.mark.parametrize("subfolder", ["/small", "..", "a/../b", "../../x"])
 def test_a_subfolder_is_inside_the_repo(adapter_folder: Path, subfolder: str) -> None:
     with pytest.raises(ValueError, match="subfolder must be a folder inside the repo"):
-        fetch_adapter(adapter_folder, subfolder=subfolder)
+        load_adapter(adapter_folder, subfolder=subfolder)
 
 
-def test_fetch_from_the_cache_of_the_hub(adapter_folder: Path, tmp_path: Path) -> None:
+def test_load_from_the_cache_of_the_hub(adapter_folder: Path, tmp_path: Path) -> None:
     snapshot = cache_as_repo(adapter_folder, tmp_path / "cache")
-    folder, commit = fetch_adapter("user/adapter", cache_dir=tmp_path / "cache", local_files_only=True)
-    assert (folder.resolve(), commit) == (snapshot.resolve(), COMMIT)
+    adapter = load_adapter("user/adapter", cache_dir=tmp_path / "cache", local_files_only=True)
+    assert (adapter.folder.resolve(), adapter.commit) == (snapshot.resolve(), COMMIT)
 
 
-def test_fetch_knows_its_arguments(adapter_folder: Path) -> None:
+def test_load_knows_its_arguments(adapter_folder: Path) -> None:
     with pytest.raises(TypeError, match="revison"):
-        fetch_adapter(adapter_folder, revison="main")  # type: ignore[call-arg]
+        load_adapter(adapter_folder, revison="main")  # type: ignore[call-arg]
 
 
 def test_an_adapter_is_read_in_one_call(adapter_folder: Path) -> None:

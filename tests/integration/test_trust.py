@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageClassification,
 
 from robustness_tokens import RobustnessTokenModel, inject_tokens
 from robustness_tokens.data.image_processors import read_image_processor
-from robustness_tokens.hub.adapter_folder import check_base_is_repo_id, fetch_adapter, load_adapter
+from robustness_tokens.hub.adapter_folder import check_base_is_repo_id, load_adapter
 from robustness_tokens.models.injection import find_injector
 from robustness_tokens.models.layer_stack import find_layer_stack
 from robustness_tokens.utils.files import read_json
@@ -293,6 +293,7 @@ def test_only_the_files_of_an_adapter_are_fetched(adapter_folder: Path, monkeypa
         return str(adapter_folder)
 
     monkeypatch.setattr("robustness_tokens.hub.adapter_folder.snapshot_download", snapshot_download)
-    assert fetch_adapter("user/adapter", subfolder="") == (adapter_folder, adapter_folder.name)
+    adapter = load_adapter("user/adapter", subfolder="")
+    assert (adapter.folder, adapter.commit) == (adapter_folder, adapter_folder.name)
     allowed = {"config.json", "model.safetensors", "preprocessor_config.json", "README.md", "evaluation.json"}
     assert set(asked["allow_patterns"]) == allowed
