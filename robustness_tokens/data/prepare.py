@@ -13,13 +13,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from ..utils import digest
 from .adversarial_pairs import AdversarialPairs
-from .image_datasets import (
-    ImageDataset,
-    IterableImageDataset,
-    SegmentationDataset,
-    TensorImageDataset,
-    choose_rows,
-)
+from .image_datasets import ImageDataset, IterableImageDataset, SegmentationDataset, TensorImageDataset, choose_rows
 from .image_processors import processor_image_size
 from .preprocessing import ImageTransform, ResizeMode
 
@@ -32,15 +26,10 @@ _NUM_DIGESTED = 64
 
 @dataclass(frozen=True, eq=False)
 class Images:
-    """Prepared images and what is known of them; each property is computed once, when it is first read.
+    """Prepared images and what is known of them; each property is computed once, when it is first read."""
 
-    Attributes:
-        dataset: Torch dataset with the items of `ImageDataset`, `SegmentationDataset` or `AdversarialPairs`.
-        source: The dataset that the user gave.
-    """
-
-    dataset: Dataset[dict[str, Any]]
-    source: Any
+    dataset: Dataset[dict[str, Any]]  # with the items of ImageDataset, SegmentationDataset or AdversarialPairs
+    source: Any  # the dataset that the user gave
 
     @cached_property
     def num_images(self) -> int | None:
@@ -145,9 +134,8 @@ def prepare_images(
     if task == "segmentation":
         assert image_size is not None
         return Images(SegmentationDataset(dataset, image_size=image_size), dataset)
-    transform = ImageTransform(
-        resize=resize, image_size=image_size, image_processor=image_processor if resize == "processor" else None
-    )
+    processor = image_processor if resize == "processor" else None
+    transform = ImageTransform(resize=resize, image_size=image_size, image_processor=processor)
     options: dict[str, Any] = {"image_column_name": image_column_name, "with_labels": task == "classification"}
     if streaming:
         return Images(IterableImageDataset(dataset, transform, rank=rank, world_size=world_size, **options), dataset)

@@ -48,32 +48,12 @@ class Normalizer(nn.Module):
         return self
 
     def forward(self, images: Tensor) -> Tensor:
-        """Normalises images.
-
-        Args:
-            images: (B, C, H, W) float in [0, 1].
-
-        Returns:
-            pixel_values: (B, C, H, W), float32 or wider.
-
-        Raises:
-            ValueError: If the images have another rank or number of channels.
-        """
+        """Returns the pixel values, (B, C, H, W) float32 or wider, of images, (B, C, H, W) float in [0, 1]."""
         self._check_shape(images, "images")
         return (images - self.image_mean) / self.image_std
 
     def inverse(self, pixel_values: Tensor) -> Tensor:
-        """Undoes `forward`.
-
-        Args:
-            pixel_values: (B, C, H, W) float, normalised.
-
-        Returns:
-            images: (B, C, H, W), float32 or wider; in [0, 1] if the pixel values came from such images, never clamped.
-
-        Raises:
-            ValueError: If the pixel values have another rank or number of channels.
-        """
+        """Undoes `forward`; returns images, (B, C, H, W) float32 or wider, which are never clamped to [0, 1]."""
         self._check_shape(pixel_values, "pixel_values")
         return pixel_values * self.image_std + self.image_mean
 
@@ -152,17 +132,9 @@ class ImageTransform:
         self.image_processor = image_processor
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """Transforms one picture.
+        """Transforms a picture of any mode and size to an image, (3, H, W) float32 in [0, 1].
 
-        Args:
-            image: Picture of any mode and size.
-
-        Returns:
-            (3, H, W) float32 in [0, 1].
-
-        Raises:
-            ValueError: If the mode can't be converted to RGB, or the image processor makes no image (SigLIP 2's makes
-                patches).
+        `ValueError` if its mode can't be converted to RGB, or the image processor makes patches, as SigLIP 2's does.
         """
         image = to_rgb(image)
         if self.image_processor is None:
