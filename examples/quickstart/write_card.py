@@ -10,7 +10,8 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from robustness_tokens.hub import CONFIG_FILE, EVALUATION_FILE, load_adapter, read_config, read_report, render_card
+from robustness_tokens.hub import CONFIG_FILE, load_adapter, read_config, read_report, render_card
+from robustness_tokens.report import REPORT_FILE
 
 
 HERE = Path(__file__).parent
@@ -37,10 +38,10 @@ def take_over(adapter: Path) -> None:
     config.base_model_name_or_path = "examples/quickstart/base"
     STORED.mkdir(exist_ok=True)
     (STORED / CONFIG_FILE).write_text(config.to_json_string(use_diff=False), encoding="utf-8")
-    (STORED / EVALUATION_FILE).unlink(missing_ok=True)
+    (STORED / REPORT_FILE).unlink(missing_ok=True)
     if report is not None:
         report = dataclasses.replace(report, base_model=config.base_model_name_or_path)
-        (STORED / EVALUATION_FILE).write_text(report.to_json_string(), encoding="utf-8")
+        (STORED / REPORT_FILE).write_text(report.to_json_string(), encoding="utf-8")
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from torch import nn
 
 from ..data import load_image_dataset, processor_image_size
 from ..evaluation import evaluate_robustness, training_figures
-from ..hub import EVALUATION_FILE, load_adapter, push_adapter, push_adversarial_pairs, to_eval_results
+from ..hub import load_adapter, push_adapter, push_adversarial_pairs, to_eval_results
 from ..models import (
     ProbedModel,
     RobustnessTokenForImageClassification,
@@ -23,7 +23,7 @@ from ..models import (
     import_published_tokens,
     load_head,
 )
-from ..report import RobustnessReport, headline
+from ..report import REPORT_FILE, RobustnessReport, headline
 from ..training import (
     PairsArguments,
     RobustnessTokenTrainer,
@@ -125,7 +125,7 @@ def evaluate(args: EvaluationCommandArguments, *, adapter: str) -> RobustnessRep
         report.figures |= training_figures(adapter)
         report.save(args.output_dir)
         print(headline(report) or f"{len(report.results)} results")
-        print(f"wrote {args.output_dir}/{EVALUATION_FILE} ({report.seconds:.0f} s)")
+        print(f"wrote {args.output_dir}/{REPORT_FILE} ({report.seconds:.0f} s)")
     return report
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -114,7 +114,9 @@ class CommandParser(HfArgumentParser):
             required = [f"{option.option_strings[0]} {option.dest.upper()}" for option in options if option.required]
             self.usage = " ".join(["%(prog)s", *positionals, "[FILE.yaml]", *required, "[options]"])
             self.epilog = "FILE.yaml holds names and values of these options, over which the words after it win."
-            words = self._with_file(list(words), len(positionals))
+            words, place = list(words), len(positionals)
+            if len(words) > place and words[place].endswith((".yaml", ".yml")):
+                words[place : place + 1] = self._words_of_file(Path(words[place]))
         values = vars(self.parse_args(words))
         if values.get("preset") is not None:
             model_type = None
@@ -128,12 +130,23 @@ class CommandParser(HfArgumentParser):
         instances = tuple(group(**{f.name: values.pop(f.name) for f in dataclasses.fields(group)}) for group in groups)
         return instances, values
 
-    def _with_file(self, words: list[str], place: int) -> list[str]:
-        """Puts the words of a YAML file where its name stands."""
-        if len(words) > place and words[place].endswith((".yaml", ".yml")):
-            fields = [field for group in self.dataclass_types for field in dataclasses.fields(group)]
-            lists = {field.name for field in fields if "list[" in str(field.type)}
-            words[place : place + 1] = _words_of_file(Path(words[place]), lists)
+    def _words_of_file(self, path: Path) -> list[str]:
+        try:
+            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as exc:
+            raise ValueError(f"{path} can't be read as YAML: {exc}") from exc
+        if not isinstance(content, dict):
+            raise ValueError(f"{path} must hold a mapping of argument names to values, got {type(content).__name__}")
+        fields = [field for group in self.dataclass_types for field in dataclasses.fields(group)]
+        lists = {field.name for field in fields if "list[" in str(field.type)}
+        words: list[str] = []
+        for name, value in content.items():
+            if isinstance(value, dict) or (isinstance(value, list) and name not in lists):
+                raise ValueError(f"{path}: {name} must be a plain value, got a {type(value).__name__}")
+            if isinstance(value, list):
+                words += [f"--{name}", *map(str, value)]
+            elif value is not None:
+                words.append(f"--{name}={value}")
         return words
 
 
@@ -163,24 +176,6 @@ class _HelpFormatter(argparse.HelpFormatter):
         return f"{text} Default: {' '.join(format_setting('eps', value) for value in values) or 'none'}."
 
 
-def _words_of_file(path: Path, lists: Collection[str]) -> list[str]:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as exc:
-        raise ValueError(f"{path} can't be read as YAML: {exc}") from exc
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a mapping of argument names to values, got {type(content).__name__}")
-    words: list[str] = []
-    for name, value in content.items():
-        if isinstance(value, dict) or (isinstance(value, list) and name not in lists):
-            raise ValueError(f"{path}: {name} must be a plain value, got a {type(value).__name__}")
-        if isinstance(value, list):
-            words += [f"--{name}", *map(str, value)]
-        elif value is not None:
-            words.append(f"--{name}={value}")
-    return words
-
-
 def _as_number(word: str) -> float:
     numerator, slash, denominator = word.partition("/")
     try:
@@ -191,9 +186,8 @@ def _as_number(word: str) -> float:
 
 def load_eval_dataset(data_args: DataArguments) -> Any:
     """Loads the held-out images; returns None if the command line names none."""
-    if data_args.eval_dataset is None:
-        return None
-    return load_image_dataset(data_args.eval_dataset, split=data_args.eval_split)
+    name = data_args.eval_dataset
+    return None if name is None else load_image_dataset(name, split=data_args.eval_split)
 
 
 @dataclass(kw_only=True)

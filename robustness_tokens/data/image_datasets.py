@@ -107,8 +107,7 @@ class ImageDataset(_PictureDataset, Dataset[dict[str, Any]]):
 
     An item is `{"images": (3, H, W) float32 in [0, 1], "index": row, "labels": class index}`, without "labels" if
     there is no label column. For a picture that can't be read (or that Pillow takes for a decompression bomb), it has
-    a `BrokenImage` as "broken_image" instead of "images". EXIF orientations are not applied, as in the paper's data
-    loading.
+    a `BrokenImage` as "broken_image" instead of "images". EXIF orientations are not applied, as in the paper.
 
     Args:
         dataset: Dataset with a `datasets.Image` column and no transform of its own.
@@ -215,7 +214,7 @@ def choose_rows(num_rows: int, num_images: int, *, seed: int) -> list[int]:
     return rows
 
 
-class SegmentationDataset(Dataset[dict[str, Any]]):
+class SegmentationDataset(ImageDataset):
     """Images and masks of a map-style dataset, both squashed to a square of S = `image_size` pixels a side.
 
     An item is `{"images": (3, S, S) float32 in [0, 1], "labels": (S, S) int64, "index": row}`; `IGNORE_INDEX` marks
@@ -234,19 +233,13 @@ class SegmentationDataset(Dataset[dict[str, Any]]):
         do_reduce_labels: bool = False,
     ) -> None:
         transform = ImageTransform(image_size=image_size)
-        self._pictures = ImageDataset(dataset, transform, image_column_name=image_column_name, with_labels=False)
-        self._mask_column = find_image_column(dataset, mask_column_name)
+        super().__init__(dataset, transform, image_column_name=image_column_name, with_labels=False)
+        self._mask_column = find_image_column(dataset, mask_column_name, argument="mask_column_name")
         self._masks = dataset.with_format(None).select_columns([self._mask_column])
         self._size, self._reduce = (image_size, image_size), do_reduce_labels
 
-    def __len__(self) -> int:
-        return len(self._pictures)
-
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {**self._pictures[index], "labels": self._read_mask(int(index))}
-
-    def _read_mask(self, index: int) -> Tensor:
-        mask: Image.Image | None = self._masks[index][self._mask_column]
+        mask: Image.Image | None = self._masks[int(index)][self._mask_column]
         if mask is None or len(mask.getbands()) != 1 or mask.mode == "F":
             came = "none" if mask is None else f"mode {mask.mode!r}"
             raise ValueError(f"the mask of row {index} must have one channel of integers, got {came}")
@@ -254,7 +247,7 @@ class SegmentationDataset(Dataset[dict[str, Any]]):
         if self._reduce:
             ignored = (classes == 0) | (classes == IGNORE_INDEX)
             classes = np.where(ignored, IGNORE_INDEX, classes - 1)
-        return torch.from_numpy(classes)
+        return {**super().__getitem__(index), "labels": torch.from_numpy(classes)}
 
 
 def collate_images(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -264,7 +257,6 @@ def collate_images(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     have them "labels", (B,) or (B, H, W) int64, "adversarial_images", (B, C, H, W), and "baseline_cosine", (B,). If no
     image is readable, "images" is (0, 3, 0, 0). `ValueError` if the images have different shapes.
     """
-    broken = tuple(item["broken_image"] for item in items if "broken_image" in item)
     whole = [item for item in items if "broken_image" not in item]
     shapes = sorted({tuple(item["images"].shape) for item in whole})
     if len(shapes) > 1:
@@ -275,6 +267,7 @@ def collate_images(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     batch: dict[str, Any] = {
         "images": torch.stack([item["images"] for item in whole]) if whole else torch.empty(0, 3, 0, 0),
         "index": torch.tensor([item["index"] for item in whole], dtype=torch.int64),
+        "broken_images": tuple(item["broken_image"] for item in items if "broken_image" in item),
     }
     if all("labels" in item for item in items):
         labels = [torch.as_tensor(item["labels"], dtype=torch.int64) for item in whole]
@@ -283,7 +276,6 @@ def collate_images(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         batch["adversarial_images"] = torch.stack([item["adversarial_images"] for item in whole])
         if all("baseline_cosine" in item for item in whole):
             batch["baseline_cosine"] = torch.tensor([item["baseline_cosine"] for item in whole])
-    batch["broken_images"] = broken
     return batch
 
 

@@ -73,12 +73,15 @@ def load_image_dataset(
 
 
 def find_image_column(
-    dataset: datasets.Dataset | datasets.IterableDataset, image_column_name: str | None = None
+    dataset: datasets.Dataset | datasets.IterableDataset,
+    image_column_name: str | None = None,
+    *,
+    argument: str = "image_column_name",
 ) -> str:
     """Returns the one column of pictures, or the named one; `ValueError` if there is not exactly one, or no such."""
     types = _column_types(dataset)
     found = [column for column, name in types.items() if name == "Image"]
-    return _pick(found, types, image_column_name, argument="image_column_name", expected="datasets.Image")
+    return _pick(found, types, image_column_name, argument=argument, expected="datasets.Image")
 
 
 def find_label_column(

@@ -3,7 +3,6 @@
 from .adapter_folder import (
     CARD_FILE,
     CONFIG_FILE,
-    EVALUATION_FILE,
     Adapter,
     cached_commit,
     check_base_is_repo_id,

@@ -34,10 +34,9 @@ CONFIG_FILE = "config.json"
 TOKENS_FILE = "model.safetensors"
 PROCESSOR_FILE = "preprocessor_config.json"
 CARD_FILE = "README.md"
-EVALUATION_FILE = REPORT_FILE
 # The report for people; not pushed.
 RENDERED_FILES = (MARKDOWN_FILE, HTML_FILE, *FIGURE_FILES)
-ADAPTER_FILES = (CONFIG_FILE, TOKENS_FILE, PROCESSOR_FILE, CARD_FILE, EVALUATION_FILE)
+ADAPTER_FILES = (CONFIG_FILE, TOKENS_FILE, PROCESSOR_FILE, CARD_FILE, REPORT_FILE)
 TOKENS_KEY = "robustness_tokens"
 
 
@@ -180,7 +179,7 @@ def read_tokens(folder: Path, config: RobustnessTokenConfig) -> Tensor:
 
 def read_report(folder: Path) -> RobustnessReport | None:
     """Reads evaluation.json; None if there is none or it is of an older schema, `ValueError` if it is damaged."""
-    path = folder / EVALUATION_FILE
+    path = folder / REPORT_FILE
     if not path.is_file():
         return None
     try:
@@ -199,7 +198,7 @@ def report_of(folder: Path, tokens: Tensor) -> RobustnessReport | None:
 
 def remove_report(folder: Path) -> None:
     """Deletes a report that was measured with other tokens."""
-    for file in (EVALUATION_FILE, *RENDERED_FILES):
+    for file in (REPORT_FILE, *RENDERED_FILES):
         (folder / file).unlink(missing_ok=True)
 
 

@@ -262,52 +262,46 @@ def to_eval_results(report: RobustnessReport) -> list[EvalResult]:
     """Returns the adapter's main metric on clean images, in the grey box and in the white box, for the model-index."""
     results = [result for result in main_results(report) if result.tokens == "trained"]
     has_worst_case = any(result.knowledge == "full_worst_case" for result in results)
-    name = plain(report.dataset["name"])
-    return [
-        EvalResult(
-            task_type=_TASK_TYPES[result.task],
-            dataset_type=name,
-            dataset_name=name,
-            dataset_split=None if report.dataset["split"] is None else plain(report.dataset["split"]),
-            metric_type=_METRIC_TYPES[result.metric],
-            metric_value=result.value,
-            metric_name=_metric_name(result),
-            metric_args={EVALUATED_WITH: f"{PACKAGE} {plain(report.package_version)}", **_metric_args(result)},
+    found = []
+    for knowledge in (None, "base", "full_worst_case" if has_worst_case else "full"):
+        of_attacker = [result for result in results if result.knowledge == knowledge]
+        at_first_eps = [result for result in of_attacker if result.eps == of_attacker[0].eps]
+        if at_first_eps:
+            found.append(_to_eval_result(report, min(at_first_eps, key=lambda result: result.value)))
+    return found
+
+
+def _to_eval_result(report: RobustnessReport, result: Result) -> EvalResult:
+    name, split = plain(report.dataset["name"]), report.dataset["split"]
+    attack = None if result.attack is None else plain(result.attack)
+    against = (
+        "on clean images"
+        if attack is None
+        else (
+            f"under attack {attack} (L-inf, eps {format_eps(result.eps)} in pixels), the attacker knows "
+            f"{ATTACKERS[result.knowledge].knows}"
         )
-        for knowledge in (None, "base", "full_worst_case" if has_worst_case else "full")
-        if (result := _strongest([result for result in results if result.knowledge == knowledge])) is not None
-    ]
-
-
-def _strongest(results: Sequence[Result]) -> Result | None:
-    """Returns the lowest result at the first eps; None if there is none."""
-    at_first_eps = (result for result in results if result.eps == results[0].eps)
-    return min(at_first_eps, key=lambda result: result.value, default=None)
-
-
-def _metric_name(result: Result) -> str:
-    metric = METRICS[result.metric]
-    if result.attack is None:
-        return f"{metric} on clean images"
-    return (
-        f"{metric} under attack {plain(result.attack)} (L-inf, eps {format_eps(result.eps)} in pixels), the attacker "
-        f"knows {ATTACKERS[result.knowledge].knows}"
     )
-
-
-def _metric_args(result: Result) -> dict[str, Any]:
-    interval = result.confidence_interval
     arguments = {
+        EVALUATED_WITH: f"{PACKAGE} {plain(report.package_version)}",
         "knowledge": result.knowledge,
         "norm": result.norm,
         "eps_in_pixels": result.eps,
-        "attack": None if result.attack is None else plain(result.attack),
+        "attack": attack,
         "num_images": result.num_images,
         "seed": result.seed,
-        "confidence_interval_95": None if interval is None else list(interval),
+        "confidence_interval_95": result.confidence_interval and list(result.confidence_interval),
     }
-    # The Hub's client drops None.
-    return {name: value for name, value in arguments.items() if value is not None}
+    return EvalResult(
+        task_type=_TASK_TYPES[result.task],
+        dataset_type=name,
+        dataset_name=name,
+        dataset_split=None if split is None else plain(split),
+        metric_type=_METRIC_TYPES[result.metric],
+        metric_value=result.value,
+        metric_name=f"{METRICS[result.metric]} {against}",
+        metric_args={key: value for key, value in arguments.items() if value is not None},
+    )
 
 
 def is_generated(card: str) -> bool:

@@ -17,11 +17,11 @@ from PIL import Image
 
 from ..configuration import REMOTE_CODE, REMOTE_CODE_FILE, RobustnessTokenConfig
 from ..data import INFO_FILE, PAIRS_SPLIT, PairsInfo, load_adversarial_pairs, pair_features
+from ..report import REPORT_FILE
 from ..utils import has_cache_hash
 from .adapter_folder import (
     CARD_FILE,
     CONFIG_FILE,
-    EVALUATION_FILE,
     PROCESSOR_FILE,
     TOKENS_FILE,
     is_repo_id,
@@ -117,12 +117,12 @@ def push_adapter(
             base_model=config.base_model_name_or_path,
             base_model_revision=config.base_model_revision,
         )
-        contents[EVALUATION_FILE] = report.to_json_string().encode()
-    elif (stored := _download(api, repo_id, prefix + EVALUATION_FILE, parent)) is not None:
+        contents[REPORT_FILE] = report.to_json_string().encode()
+    elif (stored := _download(api, repo_id, prefix + REPORT_FILE, parent)) is not None:
         _download(api, repo_id, prefix + TOKENS_FILE, parent)
         report = report_of(stored.parent, adapter.tokens)
         if report is None:
-            operations.append(CommitOperationDelete(prefix + EVALUATION_FILE))
+            operations.append(CommitOperationDelete(prefix + REPORT_FILE))
     card = render_card(
         config, name=repo_id, subfolder=subfolder, license=_license_of_base(config, api), report=report, tags=tags
     )

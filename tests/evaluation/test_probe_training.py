@@ -599,7 +599,7 @@ def test_what_is_no_mask_is_named(mask: Any) -> None:
 
 
 def test_the_mask_column_must_hold_pictures() -> None:
-    with pytest.raises(ValueError, match="image_column_name='mask' is no column"):
+    with pytest.raises(ValueError, match=r"mask_column_name must name one of .*, got 'mask'"):
         SegmentationDataset(masks_dataset([]), image_size=4, image_column_name="photo")
 
 

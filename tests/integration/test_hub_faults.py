@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 
-from robustness_tokens.hub.adapter_folder import ADAPTER_FILES, EVALUATION_FILE
+from robustness_tokens.hub.adapter_folder import ADAPTER_FILES
+from robustness_tokens.report.writing import REPORT_FILE
 from tests.support.hub_client import ClientError, HubClient
 from tests.support.hub_state import Fault, Hub
 
 
 ADAPTER = "alice/adapter"
-FILES = set(ADAPTER_FILES) - {EVALUATION_FILE}
+FILES = set(ADAPTER_FILES) - {REPORT_FILE}
 STATUSES = (429, 500, 503)
 BROKEN = ("drop", "lose_reply", "cut_body")
 FOREVER = 1000

@@ -11,8 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from robustness_tokens.hub.adapter_folder import ADAPTER_FILES, EVALUATION_FILE, write_tokens
+from robustness_tokens.hub.adapter_folder import ADAPTER_FILES, write_tokens
 from robustness_tokens.models.modeling import RobustnessTokenForImageClassification
+from robustness_tokens.report.writing import REPORT_FILE
 from tests.support.bases import HIDDEN_SIZE, NUM_LABELS, NUM_TOKENS
 from tests.support.hub_client import ClientError, HubClient
 from tests.support.hub_server import card_data
@@ -22,7 +23,7 @@ from tests.support.reports import make_report
 
 BASE = Path(__file__).parents[2] / "examples" / "quickstart" / "base"
 ADAPTER = "alice/adapter"
-FILES = set(ADAPTER_FILES) - {EVALUATION_FILE}
+FILES = set(ADAPTER_FILES) - {REPORT_FILE}
 
 AdapterFactory = Callable[[int], Path]
 
@@ -327,14 +328,14 @@ def test_the_report_goes_with_its_tokens(
     measured, other = make_adapter(1), make_adapter(2)
     make_report().save(measured)
     push(client, measured)
-    assert hub.repos[ADAPTER].files() == FILES | {EVALUATION_FILE}
-    assert committed(hub) == [FILES | {EVALUATION_FILE}]
+    assert hub.repos[ADAPTER].files() == FILES | {REPORT_FILE}
+    assert committed(hub) == [FILES | {REPORT_FILE}]
     card = card_data(hub.repos[ADAPTER].commit().files["README.md"].data.decode())
     assert [metric["value"] for metric in card["model-index"][0]["results"][0]["metrics"]] == [0.9, 0.25]
     # Pulled and pushed again, from a folder without the report.
     again = tmp_path / "again"
     client("load_and_save", adapter=ADAPTER, folder=str(again), token="hf_alice")
-    assert EVALUATION_FILE not in {path.name for path in again.iterdir()}
+    assert REPORT_FILE not in {path.name for path in again.iterdir()}
     assert push(client, again, tags=["mine"])["oid"] == hub.repos[ADAPTER].commit().oid
     assert committed(hub)[1:] == [{"README.md"}]
     renewed = card_data(hub.repos[ADAPTER].commit().files["README.md"].data.decode())
@@ -351,7 +352,7 @@ def test_no_folder_of_this_machine_is_told(
     folder, base_folder = make_adapter(1), base_folders["dinov2"]
     make_report(adapter=str(folder), base_model=str(base_folder)).save(folder)
     push(client, folder)
-    report = json.loads(hub.repos[ADAPTER].commit().files[EVALUATION_FILE].data)
+    report = json.loads(hub.repos[ADAPTER].commit().files[REPORT_FILE].data)
     assert [report[name] for name in ("adapter", "base_model", "base_model_revision")] == [
         *(ADAPTER, "alice/base", base.commit().oid)
     ]
