@@ -274,14 +274,8 @@ def to_eval_results(report: RobustnessReport) -> list[EvalResult]:
 def _to_eval_result(report: RobustnessReport, result: Result) -> EvalResult:
     name, split = plain(report.dataset["name"]), report.dataset["split"]
     attack = None if result.attack is None else plain(result.attack)
-    against = (
-        "on clean images"
-        if attack is None
-        else (
-            f"under attack {attack} (L-inf, eps {format_eps(result.eps)} in pixels), the attacker knows "
-            f"{ATTACKERS[result.knowledge].knows}"
-        )
-    )
+    against = f"under attack {attack} (L-inf, eps {format_eps(result.eps)} in pixels), the attacker knows "
+    against = "on clean images" if attack is None else against + ATTACKERS[result.knowledge].knows
     arguments = {
         EVALUATED_WITH: f"{PACKAGE} {plain(report.package_version)}",
         "knowledge": result.knowledge,
@@ -300,6 +294,7 @@ def _to_eval_result(report: RobustnessReport, result: Result) -> EvalResult:
         metric_type=_METRIC_TYPES[result.metric],
         metric_value=result.value,
         metric_name=f"{METRICS[result.metric]} {against}",
+        # The Hub's client drops None.
         metric_args={key: value for key, value in arguments.items() if value is not None},
     )
 
