@@ -38,8 +38,10 @@ from .threat_models import AttackerView
 
 
 ObjectiveFn: TypeAlias = Callable[[Tensor], Tensor]
+ObjectiveKind: TypeAlias = Literal["cosine", "mse", "cross_entropy", "margin"]
 
 _MISCLASSIFIED = 1000.0  # more than any cross-entropy
+_WRONG_ABOVE = {"cross_entropy": _MISCLASSIFIED / 2, "margin": 0.0}  # the objective of a misclassified image
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,13 +158,6 @@ class AttackCall:
         """Seed for attacks that draw noise for a whole batch."""
         return self.generators[0].initial_seed() % 2**31
 
-    def mean(self, objective_of: Callable[[Tensor | None], ObjectiveFn]) -> ObjectiveFn:
-        """Returns the objective averaged over the attacker's sets of tokens."""
-        objectives = [objective_of(tokens) for tokens in self.view.tokens]
-        if len(objectives) == 1:
-            return objectives[0]
-        return lambda images: torch.stack([objective(images) for objective in objectives]).mean(dim=0)  # (B,)
-
     @torch.no_grad()
     def target_features(self, tokens: Tensor | None) -> Tensor:
         if self.attack.target != "base":
@@ -171,54 +166,48 @@ class AttackCall:
             return self.batch.base_features
         return self.view.model.features(self.images, None)
 
-    def feature_objective(self, kind: Literal["cosine", "mse"]) -> ObjectiveFn:
-        model = self.view.model
+    def objective(self, kind: ObjectiveKind) -> ObjectiveFn:
+        """Returns the objective averaged over the attacker's sets of tokens."""
+        objectives = [self._objective(kind, tokens) for tokens in self.view.tokens]
+        if len(objectives) == 1:
+            return objectives[0]
+        return lambda images: torch.stack([objective(images) for objective in objectives]).mean(dim=0)  # (B,)
 
-        def objective_of(tokens: Tensor | None) -> ObjectiveFn:
+    def _objective(self, kind: ObjectiveKind, tokens: Tensor | None) -> Objective:
+        model = self.view.model
+        if kind in ("cosine", "mse"):
             features_fn, target = functools.partial(model.features, tokens=tokens), self.target_features(tokens)
             if kind == "mse":
                 return feature_mse_objective(features_fn, target)
             return feature_cosine_objective(features_fn, target, similarity_axis=model.similarity_axis)
+        labels = self.labels
+        if model.task == "segmentation":
+            logits_fn = functools.partial(model.pixel_logits, tokens=tokens, size=labels.shape[1:])
+            return pixel_cross_entropy_objective(logits_fn, labels, ignore_index=self.batch.ignore_index)
+        logits_fn = functools.partial(model.logits, tokens=tokens)
+        if kind == "margin":
+            return margin_objective(logits_fn, labels)
+        # Made for another model, an image of larger loss carries over better than one that is just misclassified.
+        bonus = _MISCLASSIFIED if self.view.is_defended_model else 0.0
+        return cross_entropy_objective(logits_fn, labels, misclassified_bonus=bonus)
 
-        return self.mean(objective_of)
-
-    def label_objective(self, kind: Literal["cross_entropy", "margin"]) -> ObjectiveFn:
-        model, labels = self.view.model, self.labels
-
-        def objective_of(tokens: Tensor | None) -> ObjectiveFn:
-            if model.task == "segmentation":
-                logits_fn = functools.partial(model.pixel_logits, tokens=tokens, size=labels.shape[1:])
-                return pixel_cross_entropy_objective(logits_fn, labels, ignore_index=self.batch.ignore_index)
-            logits_fn = functools.partial(model.logits, tokens=tokens)
-            if kind == "margin":
-                return margin_objective(logits_fn, labels)
-            # Made for another model, an image of larger loss carries over better than one that is just misclassified.
-            bonus = _MISCLASSIFIED if self.view.is_defended_model else 0.0
-            return cross_entropy_objective(logits_fn, labels, misclassified_bonus=bonus)
-
-        return self.mean(objective_of)
-
-    def score(self) -> ObjectiveFn:
-        """Returns the objective of an attacker who sees only answers: on the task's own output."""
-        if self.view.model.task == "features":
-            return self.feature_objective("cosine")
-        return self.label_objective("margin")
+    @property
+    def score(self) -> ObjectiveKind:
+        """The objective of an attacker who sees only answers: on the task's own output."""
+        return "cosine" if self.view.model.task == "features" else "margin"
 
     def logits(self, images: Tensor) -> Tensor:
         """Returns (B, C) logits, averaged over the attacker's sets of tokens."""
         return torch.stack([self.view.model.logits(images, tokens) for tokens in self.view.tokens]).mean(dim=0)
 
-    def maximize(
-        self, function: Callable[..., Tensor], objective: ObjectiveFn, *, wrong_above: float | None = None
-    ) -> Tensor:
+    def maximize(self, function: Callable[..., Tensor], kind: ObjectiveKind) -> Tensor:
         """Attacks the batch by a function of `attacks`.
 
-        A classifier that is itself the measured model is attacked, image by image, only until the objective exceeds
-        `wrong_above`, which is a misclassification. Images that ended in the attack's precision but are still correct
-        in float32 are attacked to the end.
+        If the model is a classifier and itself the measured one, an image is attacked only until it is misclassified.
+        Images that ended in the attack's precision but are still correct in float32 are attacked to the end.
         """
         attack = functools.partial(function, **self.settings)
-        view = self.view
+        view, objective, wrong_above = self.view, self.objective(kind), _WRONG_ABOVE.get(kind)
         if wrong_above is None or view.model.task != "classification" or not view.is_defended_model:
             return attack(objective, self.images, generator=self.generators)
         assert isinstance(objective, Objective)  # of one set of tokens
@@ -267,12 +256,16 @@ def on_8bit_grid(images: Tensor) -> bool:
 
 
 def _single_step(call: AttackCall) -> Tensor:
-    features = call.view.model.task == "features"
-    objective = call.feature_objective("cosine") if features else call.label_objective("cross_entropy")
+    objective = call.objective("cosine" if call.view.model.task == "features" else "cross_entropy")
     # From a random start, since a feature objective has no gradient at the clean image.
     return pgd_attack(
         objective, call.images, eps=call.eps, step_size=call.eps or None, num_steps=1, generator=call.generators
     )
+
+
+def _noise(call: AttackCall, kind: Literal["uniform", "corners"]) -> Tensor:
+    objective = call.objective(call.score)
+    return noise_attack(objective, call.images, kind=kind, generator=call.generators, **call.settings)
 
 
 def _apgd(call: AttackCall, loss: Literal["cross_entropy", "targeted_dlr"]) -> Tensor:
@@ -329,27 +322,15 @@ _CLASSES: tuple[Task, ...] = ("classification",)
 
 ATTACKS: Mapping[str, _Definition] = {
     "feature_cosine": _Definition(
-        run=lambda call: call.maximize(pgd_attack, call.feature_objective("cosine")),
-        parameters=("target", *_PGD),
-        needs_features=True,
+        run=lambda call: call.maximize(pgd_attack, "cosine"), parameters=("target", *_PGD), needs_features=True
     ),
     "feature_mse": _Definition(
-        run=lambda call: call.maximize(pgd_attack, call.feature_objective("mse")),
-        parameters=("target", *_PGD),
-        needs_features=True,
+        run=lambda call: call.maximize(pgd_attack, "mse"), parameters=("target", *_PGD), needs_features=True
     ),
     "cross_entropy": _Definition(
-        run=lambda call: call.maximize(
-            pgd_attack, call.label_objective("cross_entropy"), wrong_above=_MISCLASSIFIED / 2
-        ),
-        parameters=_PGD,
-        tasks=_WITH_LABELS,
+        run=lambda call: call.maximize(pgd_attack, "cross_entropy"), parameters=_PGD, tasks=_WITH_LABELS
     ),
-    "margin": _Definition(
-        run=lambda call: call.maximize(pgd_attack, call.label_objective("margin"), wrong_above=0.0),
-        parameters=_PGD,
-        tasks=_CLASSES,
-    ),
+    "margin": _Definition(run=lambda call: call.maximize(pgd_attack, "margin"), parameters=_PGD, tasks=_CLASSES),
     "single_step": _Definition(run=_single_step),
     "apgd_cross_entropy": _Definition(
         run=lambda call: _apgd(call, "cross_entropy"),
@@ -371,25 +352,19 @@ ATTACKS: Mapping[str, _Definition] = {
         needs_pyautoattack=True,
     ),
     "square": _Definition(
-        run=lambda call: call.maximize(square_attack, call.score(), wrong_above=0.0),
-        parameters=("num_queries",),
-        gradient_free=True,
+        run=lambda call: call.maximize(square_attack, call.score), parameters=("num_queries",), gradient_free=True
     ),
     "uniform_noise": _Definition(
-        run=lambda call: call.maximize(functools.partial(noise_attack, kind="uniform"), call.score()),
-        parameters=("num_draws",),
-        gradient_free=True,
+        run=lambda call: _noise(call, "uniform"), parameters=("num_draws",), gradient_free=True
     ),
     "corner_noise": _Definition(
-        run=lambda call: call.maximize(functools.partial(noise_attack, kind="corners"), call.score()),
-        parameters=("num_draws",),
-        gradient_free=True,
+        run=lambda call: _noise(call, "corners"), parameters=("num_draws",), gradient_free=True
     ),
     "paper": _Definition(
-        run=functools.partial(_paper, with_labels=False), parameters=("num_steps",), needs_features=True
+        run=lambda call: _paper(call, with_labels=False), parameters=("num_steps",), needs_features=True
     ),
     "paper_cross_entropy": _Definition(
-        run=functools.partial(_paper, with_labels=True), parameters=("num_steps",), tasks=_CLASSES
+        run=lambda call: _paper(call, with_labels=True), parameters=("num_steps",), tasks=_CLASSES
     ),
 }
 

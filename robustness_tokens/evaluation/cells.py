@@ -267,15 +267,15 @@ def measure_outcome(
         if target is not None:
             features = model.features(adversarial, value, exact=True)
             outcome[f"{name}.cosine"] = cosine_similarity(features, target, similarity_axis=model.similarity_axis)
+        if model.task == "features":
+            continue
+        assert batch.labels is not None
         if model.task == "classification":
-            assert batch.labels is not None
             outcome[f"{name}.correct"] = model.logits(adversarial, value, exact=True).argmax(dim=1) == batch.labels
-        elif model.task == "segmentation":
-            assert batch.labels is not None
+        else:
             logits = model.pixel_logits(adversarial, value, batch.labels.shape[1:], exact=True)
-            counts = iou_counts(
-                logits.argmax(dim=1), batch.labels, num_labels=logits.shape[1], ignore_index=batch.ignore_index
-            )
+            classes, num_labels = logits.argmax(dim=1), logits.shape[1]
+            counts = iou_counts(classes, batch.labels, num_labels=num_labels, ignore_index=batch.ignore_index)
             outcome[f"{name}.intersections"], outcome[f"{name}.unions"] = counts.intersections, counts.unions
     return {name: value.cpu() for name, value in outcome.items()}
 

@@ -234,16 +234,15 @@ def reported_tokens(model: EvaluatedModel, *, seed: int) -> dict[str, Tensor | N
 @torch.no_grad()
 def _with_base_features(model: EvaluatedModel, batches: Mapping[int, AttackBatch]) -> dict[int, AttackBatch]:
     """Returns the batches with the base's clean features, which every measurement needs, if memory allows."""
-    if model.feature_view is None or not batches:
-        return dict(batches)
-    first = next(iter(batches.values()))
-    size = model.features(first.images[:1], None, exact=True).nbytes
-    if size * sum(len(batch.images) for batch in batches.values()) > MAX_CACHE_BYTES:
-        return dict(batches)
-    return {
-        number: dataclasses.replace(batch, base_features=model.features(batch.images, None, exact=True))
-        for number, batch in batches.items()
-    }
+    kept = dict(batches)
+    if model.feature_view is not None and batches:
+        first = next(iter(batches.values()))
+        size = model.features(first.images[:1], None, exact=True).nbytes
+        if size * sum(len(batch.images) for batch in batches.values()) <= MAX_CACHE_BYTES:
+            for number, batch in batches.items():
+                features = model.features(batch.images, None, exact=True)
+                kept[number] = dataclasses.replace(batch, base_features=features)
+    return kept
 
 
 @torch.no_grad()
