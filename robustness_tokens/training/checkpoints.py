@@ -36,21 +36,13 @@ class DamagedCheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint as [`read_checkpoint`] returns it.
-
-    Attributes:
-        folder: Its folder.
-        step: Optimiser steps done.
-        tokens: (K, D) float32.
-        optimizer_state: State of each parameter, by index.
-        state: What [`save_checkpoint`] was given.
-    """
+    """A checkpoint as [`read_checkpoint`] returns it."""
 
     folder: Path
-    step: int
-    tokens: Tensor
-    optimizer_state: dict[int, dict[str, Tensor]]
-    state: dict[str, Any]
+    step: int  # optimiser steps done
+    tokens: Tensor  # (K, D) float32
+    optimizer_state: dict[int, dict[str, Tensor]]  # by the index of the parameter
+    state: dict[str, Any]  # as given to save_checkpoint
 
     @torch.no_grad()
     def restore(self, tokens: nn.Parameter, optimizer: torch.optim.Optimizer) -> None:
@@ -71,22 +63,9 @@ def save_checkpoint(
 ) -> Path:
     """Writes `output_dir/checkpoint-<step>` under a hidden name and renames it, so it is never seen half-written.
 
-    Args:
-        output_dir: Folder of the run.
-        step: Optimiser steps done.
-        tokens: (K, D).
-        optimizer: Holds the tokens as its only parameter.
-        settings: What a resumed run must share with this one; JSON.
-        state: What else a resumed run needs; JSON.
-        save_total_limit: Keep only so many checkpoints, the newest. Those beyond `step` go first: a run that
-            went back to an earlier checkpoint has left them behind.
-
-    Returns:
-        The checkpoint's folder.
-
-    Raises:
-        OSError: If it cannot be written; earlier checkpoints stay as they were.
-        ValueError: If `settings` and `state` are larger than [`read_checkpoint`] would read; earlier checkpoints stay.
+    A resumed run must share `settings` and needs `state`; both are JSON. At most `save_total_limit` checkpoints stay,
+    the newest; those beyond `step`, which a run left that went back to an earlier one, are deleted first. `OSError` if
+    it cannot be written, `ValueError` if it is larger than [`read_checkpoint`] takes; earlier checkpoints then stay.
     """
     tensors = {_TOKENS: tokens.detach().cpu().clone()}
     for index, values in optimizer.state_dict()["state"].items():
@@ -96,9 +75,9 @@ def save_checkpoint(
     replaced = output_dir / f".checkpoint-{step}.old.part"
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(output_dir)
+        for leftover in output_dir.glob(".checkpoint-*.part"):  # of a run that was killed
+            _remove(leftover)
         partial.mkdir(mode=0o700)  # tokens are secrets
-        # As bytes, and not by the library's own writer, which maps the file: on a full disk that kills the process.
         _write(partial / TENSORS_FILE, safetensors.torch.save(tensors))
         _write(partial / STATE_FILE, content.encode())
         _check_readable(partial / STATE_FILE, {**settings, **state}, final)
@@ -119,29 +98,21 @@ def save_checkpoint(
             f"{final} could not be written ({exc.strerror}), and the checkpoints before it are as they were: make "
             "room, or fix the permissions, and go on with resume_from_checkpoint=True",
         ) from exc
-    # It is there now, and what can't be taken away is no reason to end the run.
+    # It is there now: an old one that can't be deleted is no reason to end the run.
     if replaced.exists():
         _remove(replaced)
     if save_total_limit is not None:
         oldest_first = sorted(list_checkpoints(output_dir), key=lambda found: (found[0] <= step, found[0]))
         for _, old in oldest_first[:-save_total_limit]:
-            hidden = output_dir / f".{old.name}.part"
             # Hidden first, so that a run killed in between leaves no half of it under its own name.
-            _remove(old, hidden_as=hidden)
+            _remove(old, hidden_as=output_dir / f".{old.name}.part")
     return final
 
 
 def read_checkpoint(folder: Path, *, settings: Mapping[str, Any], shape: tuple[int, ...]) -> Checkpoint:
-    """Reads a checkpoint, strictly.
+    """Reads a checkpoint of a run with these settings and tokens of this shape, (K, D).
 
-    Args:
-        folder: The checkpoint's.
-        settings: Of this run; they must be those that were given to [`save_checkpoint`].
-        shape: Of the tokens, (K, D).
-
-    Raises:
-        DamagedCheckpointError: If a file can't be read.
-        ValueError: If a file is missing, or it was made with other settings or other tokens.
+    `DamagedCheckpointError` if a file can't be read; `ValueError` if one is missing, or settings or shape differ.
     """
     if not _is_whole(folder):
         raise ValueError(f"{folder} is not a checkpoint: expected {STATE_FILE} and {TENSORS_FILE} in it")
@@ -179,7 +150,7 @@ def find_checkpoint(
         return read_checkpoint(Path(str(resume_from)), settings=settings, shape=shape)
     folders = [folder for _, folder in list_checkpoints(output_dir)]
     if not folders:
-        logger.warning("%s holds no checkpoint yet: training starts anew", output_dir)
+        logger.warning("%s holds no checkpoint yet: training starts from the beginning", output_dir)
         return None
     for folder in reversed(folders[1:]):
         try:
@@ -227,11 +198,6 @@ def _check_readable(path: Path, entries: Mapping[str, Any], checkpoint: Path) ->
             f"{checkpoint} could not be read again, so it is not kept, and the checkpoints before it are as they "
             f"were: {reason}"
         ) from exc
-
-
-def _remove_leftovers(output_dir: Path) -> None:
-    for leftover in output_dir.glob(".checkpoint-*.part"):  # of a run that was killed
-        _remove(leftover)
 
 
 def _remove(folder: Path, *, hidden_as: Path | None = None) -> None:

@@ -14,16 +14,13 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
-from ..data import BrokenImageLog, Normalizer, build_dataloader
+from ..data import BrokenImageLog, build_dataloader
 from ..models import RobustnessTokenPreTrainedModel
 from .arguments import RobustnessTokenTrainingArguments
 from .dataset import prepare_train_dataset, take_pairs
-from .losses import robustness_loss
-from .run_folder import EVAL_LOG_COLUMNS
-from .step import agreement_of, attacked_pixel_values, base_features, compute_features, faster_base, mean_cosine
+from .losses import METRICS, robustness_loss
+from .step import TrainingStep
 
-
-_METRICS = EVAL_LOG_COLUMNS[1:-1]
 
 # The same at every step of the run, so that the noise depends on (seed, example) alone.
 _NOISE_STEP = 0
@@ -66,12 +63,7 @@ def prepare_eval_dataset(
 
 
 def measure_held_out(
-    model: RobustnessTokenPreTrainedModel,
-    dataset: Dataset[Any],
-    *,
-    args: RobustnessTokenTrainingArguments,
-    accelerator: Accelerator,
-    normalizer: Normalizer,
+    training_step: TrainingStep, dataset: Dataset[Any], *, accelerator: Accelerator
 ) -> dict[str, float]:
     """Returns the losses of the training, under its attack, on held-out images: the same on every process.
 
@@ -80,54 +72,45 @@ def measure_held_out(
     and its index alone, so `"pgd"` gives the same numbers for any number of processes, up to rounding; the bounds of
     `"paper"` depend on the batch. `ValueError` if too many images are broken, or all.
     """
+    args = training_step.args
     size = len(dataset)  # type: ignore[arg-type]  # torch's Dataset leaves __len__ to its children
     own = Subset(dataset, range(accelerator.process_index, size, accelerator.num_processes))
     loader = build_dataloader(
         own, batch_size=args.per_device_eval_batch_size, shuffle=False, num_workers=args.dataloader_num_workers
     )
     broken_images = BrokenImageLog(args.max_broken_images)
-    totals, num_images = torch.zeros(len(_METRICS), dtype=torch.float64), 0
-    with faster_base(model, args, accelerator.device):
+    totals, num_images = torch.zeros(len(METRICS), dtype=torch.float64), 0
+    with training_step.computing_faster():
         for batch in loader:
             broken_images.update(batch)
             if count := len(batch["images"]):
-                means = _measure_batch(model, batch, args=args, accelerator=accelerator, normalizer=normalizer)
-                totals += means.cpu().double() * count
+                totals += _measure_batch(training_step, batch, device=accelerator.device).cpu().double() * count
                 num_images += count
     sums = torch.tensor([*totals.tolist(), num_images], device=accelerator.device)
     *sums_of_metrics, total = accelerator.reduce(sums, reduction="sum").tolist()
     if total == 0:
         raise ValueError("eval_dataset has no readable image")
-    metrics = {name: value / total for name, value in zip(_METRICS, sums_of_metrics, strict=True)}
+    metrics = {f"eval_{name}": value / total for name, value in zip(METRICS, sums_of_metrics, strict=True)}
     return {**metrics, "eval_num_images": int(total)}
 
 
 @torch.no_grad()
-def _measure_batch(
-    model: RobustnessTokenPreTrainedModel,
-    batch: dict[str, Any],
-    *,
-    args: RobustnessTokenTrainingArguments,
-    accelerator: Accelerator,
-    normalizer: Normalizer,
-) -> Tensor:
-    precision = args.mixed_precision
-    pixel_values = normalizer(batch["images"].to(accelerator.device))
-    target = base_features(model, pixel_values, mixed_precision=precision)
+def _measure_batch(training_step: TrainingStep, batch: dict[str, Any], *, device: torch.device) -> Tensor:
+    args = training_step.args
+    pixel_values = training_step.normalizer(batch["images"].to(device))
+    target = training_step.base_features(pixel_values)
     rows = []
     for through_tokens in args.attack_routes:
-        attacked = attacked_pixel_values(
-            model, batch, target, args=args, normalizer=normalizer, step=_NOISE_STEP, through_tokens=through_tokens
-        )
+        attacked = training_step.attacked(batch, target, step=_NOISE_STEP, through_tokens=through_tokens)
         losses = robustness_loss(
-            lambda x: compute_features(model, x, mixed_precision=precision),
+            training_step.features,
             pixel_values,
             attacked,
             target,
             invariance_weight=args.invariance_weight,
             adversarial_weight=args.adversarial_weight,
-            **agreement_of(model, args, pixel_values),
+            **training_step.agreement_options(pixel_values),
         )
-        baseline = mean_cosine(model, base_features(model, attacked, mixed_precision=precision), target)
+        baseline = training_step.cosine(training_step.base_features(attacked), target)
         rows.append(torch.stack([losses.loss, losses.invariance, losses.adversarial, baseline]))
     return torch.stack(rows).mean(dim=0)  # (4,)

@@ -16,6 +16,10 @@ from ..configuration import SimilarityAxis
 from ..models import head_inputs
 
 
+METRICS = ("loss", "invariance_cosine", "adversarial_cosine", "baseline_cosine")
+"""Of a step: the loss, and the cosines of clean images, of attacked ones, and of attacked ones without tokens."""
+
+
 class AgreementOptions(TypedDict):
     """Keyword arguments of [`agreement`]."""
 

@@ -42,7 +42,7 @@ from ..models import MixedPrecision, RobustnessTokenPreTrainedModel, check_patch
 from ..utils import PROCESS_GROUP, __version__, check_int, read_json, share_from_main, write_text
 from .arguments import RobustnessTokenTrainingArguments
 from .dataset import prepare_train_dataset
-from .step import attack_for_training, base_features, faster_base
+from .step import TrainingStep
 
 
 _ROUNDING = 1e-3  # of a 255th: 255 * (4 / 255) need not be 4
@@ -131,6 +131,7 @@ def make_adversarial_pairs(
     missing = share_from_main(start, accelerator)
     model.to(accelerator.device)
     normalizer = Normalizer(info.image_mean, info.image_std).to(accelerator.device)
+    training_step = TrainingStep(model, args, normalizer)
     broken_images = BrokenImageLog(args.max_broken_images)
     for shard in tqdm(
         missing[accelerator.process_index :: accelerator.num_processes],
@@ -143,8 +144,8 @@ def make_adversarial_pairs(
             shuffle=False,
             num_workers=args.dataloader_num_workers,
         )
-        pairs = (_attack_batch(model, batch, args, info, normalizer, broken_images) for batch in batches)
-        with faster_base(model, args, accelerator.device):
+        pairs = (_attack_batch(training_step, batch, info, broken_images) for batch in batches)
+        with training_step.computing_faster():
             write_shard(folder / info.shard_name(shard), pairs)
     accelerator.wait_for_everyone()
     share_from_main(lambda: finish_folder(folder, info), accelerator)
@@ -274,40 +275,27 @@ def _check_room(folder: Path, info: PairsInfo, num_missing: int, *, announce: bo
 
 
 def _attack_batch(
-    model: RobustnessTokenPreTrainedModel,
-    batch: Mapping[str, Any],
-    args: RobustnessTokenTrainingArguments,
-    info: PairsInfo,
-    normalizer: Normalizer,
-    broken_images: BrokenImageLog,
+    training_step: TrainingStep, batch: Mapping[str, Any], info: PairsInfo, broken_images: BrokenImageLog
 ) -> dict[str, list[Any]]:
     """Attacks a batch; returns the columns of its pairs."""
     broken_images.update(batch)
     if not len(batch["images"]):
         return {column: [] for column in PAIR_TYPES}
+    normalizer = training_step.normalizer
     device = normalizer.image_mean.device
     clean = to_pixels(batch["images"])  # (B, H, W, 3)
     images = to_images(clean).to(device)
-    target = base_features(model, normalizer(images), mixed_precision=args.mixed_precision)
-    attacked = attack_for_training(
-        model,
-        images,
-        target,
-        args=args,
-        normalizer=normalizer,
-        step=info.step,
-        index=batch["index"],
-        through_tokens=False,
-    )
+    target = training_step.base_features(normalizer(images))
+    attacked = training_step.attack(images, target, step=info.step, index=batch["index"], through_tokens=False)
     if not attacked.isfinite().all():
         raise FloatingPointError(
             f"the base's features of the images {batch['index'].tolist()} are not finite: try mixed_precision='no'"
         )
     adversarial = round_to_budget(normalizer.inverse(attacked), clean, info.max_pixel_difference)
-    baseline = base_features(
-        model, normalizer(to_images(adversarial).to(device)), mixed_precision=args.mixed_precision
-    )
-    cosine = cosine_similarity(baseline, target, similarity_axis=model.config.similarity_axis)  # (B, ...)
+    baseline = training_step.base_features(normalizer(to_images(adversarial).to(device)))
+    cosine = cosine_similarity(
+        baseline, target, similarity_axis=training_step.model.config.similarity_axis
+    )  # (B, ...)
     return {
         "index": batch["index"].tolist(),
         "image": [pixels.tobytes() for pixels in clean],

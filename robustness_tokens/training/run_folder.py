@@ -26,28 +26,14 @@ from ..models import (
 from ..utils import __version__, write_text
 from .arguments import RobustnessTokenTrainingArguments
 from .checkpoints import STATE_FILE, Checkpoint, find_checkpoint, list_checkpoints
+from .losses import METRICS
 
 
 LOG_FILE = "logs/training_log.csv"
-LOG_COLUMNS = (
-    "step",
-    "loss",
-    "invariance_cosine",
-    "adversarial_cosine",
-    "baseline_cosine",
-    "learning_rate",
-    "seconds",
-)
+LOG_COLUMNS = ("step", *METRICS, "learning_rate", "seconds")
 
 EVAL_LOG_FILE = "logs/eval_log.csv"
-EVAL_LOG_COLUMNS = (
-    "step",
-    "eval_loss",
-    "eval_invariance_cosine",
-    "eval_adversarial_cosine",
-    "eval_baseline_cosine",
-    "eval_num_images",
-)
+EVAL_LOG_COLUMNS = ("step", *(f"eval_{name}" for name in METRICS), "eval_num_images")
 
 logger = logging.getLogger(__name__)
 
@@ -195,18 +181,17 @@ def read_run(
 ) -> RunSoFar:
     """Reads the run that `args.resume_from_checkpoint` names; warns if it was computed with another rounding.
 
-    Raises:
-        ValueError: If its checkpoint does not fit, lacks what the trainer stores, or is beyond `args.max_steps`.
+    `ValueError` if its checkpoint does not fit, lacks what the trainer stores, or is beyond `args.max_steps`.
     """
     checkpoint = find_checkpoint(Path(args.output_dir), args.resume_from_checkpoint, settings=settings, shape=shape)
     if checkpoint is None:
         return RunSoFar(None, [], [])
     if checkpoint.step > args.max_steps:
-        raise ValueError(f"{checkpoint.folder} is beyond max_steps={args.max_steps}: raise it, or start anew")
+        raise ValueError(f"{checkpoint.folder} is beyond max_steps={args.max_steps}: raise it, or start another run")
     if missing := sorted(_STATE - set(checkpoint.state)):
         raise ValueError(
             f"{checkpoint.folder} has no {missing} in {STATE_FILE}: another version of this package wrote it; resume "
-            "with that version, or train anew, by overwrite_output_dir=True without resume_from_checkpoint"
+            "with that version, or set overwrite_output_dir=True without resume_from_checkpoint for a new run"
         )
     stored = checkpoint.state["rounding"]
     if differing := sorted(name for name in {*stored, *rounding} if stored.get(name) != rounding.get(name)):
@@ -225,20 +210,18 @@ def read_run(
 def open_run(args: RobustnessTokenTrainingArguments, run: RunSoFar) -> None:
     """Prepares `args.output_dir`: deletes another run's checkpoints and writes the logs up to now.
 
-    Raises:
-        ValueError: If it holds checkpoints of another run and `args.overwrite_output_dir` is not set.
-        OSError: If it cannot be written.
+    `ValueError` if there are any and `args.overwrite_output_dir` is not set; `OSError` if it cannot be written.
     """
     output_dir = Path(args.output_dir)
     old = [] if is_own_checkpoint(output_dir, args.resume_from_checkpoint) else list_checkpoints(output_dir)
     names = ", ".join(folder.name for _, folder in old)
     if old and not args.overwrite_output_dir:
         raise ValueError(
-            f"training anew would delete {names} in {output_dir} of an earlier run: train in another output_dir, or "
+            f"a new run would delete {names} in {output_dir} of an earlier run: train in another output_dir, or "
             "set overwrite_output_dir=True, or go on from the last of them by resume_from_checkpoint=True"
         )
     if old:
-        logger.warning("overwrite_output_dir: training anew deletes %s of an earlier run in %s", names, output_dir)
+        logger.warning("overwrite_output_dir: a new run deletes %s of an earlier run in %s", names, output_dir)
     for _, folder in old:
         shutil.rmtree(folder)
     remove_report(output_dir)

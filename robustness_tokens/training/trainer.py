@@ -19,7 +19,7 @@ from transformers.trainer_utils import TrainOutput
 
 from ..data import Normalizer
 from ..hub import holds_adapter, push_adapter
-from ..models import MixedPrecision, RobustnessTokenPreTrainedModel, check_patches, packed_once
+from ..models import RobustnessTokenPreTrainedModel, check_patches, packed_once
 from ..utils import share_from_main
 from .accelerator import abandon_trackers, build_accelerator, finish_trackers, start_trackers
 from .arguments import RobustnessTokenTrainingArguments
@@ -46,7 +46,7 @@ from .run_folder import (
     resume_settings,
     rounding_settings,
 )
-from .step import LastGoodTokens, accumulate_gradient, check_trainable, compute_features, faster_base
+from .step import LastGoodTokens, TrainingStep, check_trainable
 
 
 logger = logging.getLogger(__name__)
@@ -55,12 +55,12 @@ logger = logging.getLogger(__name__)
 class _Features(nn.Module):
     """Wraps the features in a forward pass, so that DistributedDataParallel sums the gradients."""
 
-    def __init__(self, model: RobustnessTokenPreTrainedModel, mixed_precision: MixedPrecision) -> None:
+    def __init__(self, training_step: TrainingStep) -> None:
         super().__init__()
-        self.model, self.mixed_precision = model, mixed_precision
+        self.training_step, self.model = training_step, training_step.model
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        return compute_features(self.model, pixel_values, mixed_precision=self.mixed_precision)
+        return self.training_step.features(pixel_values)
 
 
 class RobustnessTokenTrainer:
@@ -133,10 +133,11 @@ class RobustnessTokenTrainer:
         )
         self._previous_recipe: dict[str, Any] = {}  # of tokens that are trained further
         self.normalizer = Normalizer(model.config.image_mean, model.config.image_std).to(self.accelerator.device)
+        self.training_step = TrainingStep(model, args, self.normalizer)
         self.log_history: list[dict[str, float]] = []
         self.eval_history: list[dict[str, float]] = []
         self.state, self.control = TrainerState(), TrainerControl()
-        self._good_tokens = LastGoodTokens(model)
+        self._good_tokens = LastGoodTokens(self.training_step)
         self._saved_step = -1  # of the last checkpoint in output_dir
         self._checked_step = -1  # after which the tokens were last found finite
 
@@ -164,10 +165,10 @@ class RobustnessTokenTrainer:
         optimizer = torch.optim.Adam([self.model.robustness_tokens], lr=args.learning_rate)
         scheduler = get_scheduler(args.lr_scheduler_type, optimizer, args.warmup_steps, args.max_steps)
         was_training = self.model.training
-        self._good_tokens = LastGoodTokens(self.model)
+        self._good_tokens = LastGoodTokens(self.training_step)
         with catch_sigterm() as termination, packed_once():
             try:
-                features, optimizer = accelerator.prepare(_Features(self.model, args.mixed_precision), optimizer)
+                features, optimizer = accelerator.prepare(_Features(self.training_step), optimizer)
                 position = self._start(optimizer, scheduler)
                 start_trackers(accelerator, output_dir=self.output_dir, recipe=self._recipe())
                 self.model.train()
@@ -193,13 +194,8 @@ class RobustnessTokenTrainer:
         """
         if self.eval_dataset is None:
             raise ValueError("evaluate() needs an eval_dataset: give one to RobustnessTokenTrainer")
-        return measure_held_out(
-            self.model.to(self.accelerator.device),  # train() alone moves it
-            self.eval_dataset,
-            args=self.args,
-            accelerator=self.accelerator,
-            normalizer=self.normalizer,
-        )
+        self.model.to(self.accelerator.device)  # train() alone moves it
+        return measure_held_out(self.training_step, self.eval_dataset, accelerator=self.accelerator)
 
     def save_model(self, output_dir: str | None = None) -> None:
         """Writes the adapter, and nothing but the adapter, from the main process.
@@ -306,15 +302,7 @@ class RobustnessTokenTrainer:
 
     def _step(self, batches: Sequence[Batch], features: Any, optimizer: Any) -> dict[str, float]:
         args, tokens, step = self.args, self.model.robustness_tokens, self.state.global_step
-        metrics = accumulate_gradient(
-            self.model,
-            features,
-            batches,
-            args=args,
-            accelerator=self.accelerator,
-            normalizer=self.normalizer,
-            step=step,
-        )
+        metrics = self.training_step.accumulate_gradient(features, batches, accelerator=self.accelerator, step=step)
         self._good_tokens.keep(step)
         if args.max_grad_norm is not None:
             self.accelerator.clip_grad_norm_([tokens], args.max_grad_norm)
@@ -328,10 +316,8 @@ class RobustnessTokenTrainer:
         """Raises if the updated tokens give non-finite features; the step's loss was computed with the old ones."""
         if self._checked_step == self.state.global_step:
             return
-        with faster_base(self.model, self.args, self.accelerator.device):
-            are_broken = self._good_tokens.are_broken(
-                self._clean_images(batches), mixed_precision=self.args.mixed_precision, accelerator=self.accelerator
-            )
+        with self.training_step.computing_faster():
+            are_broken = self._good_tokens.are_broken(self._clean_images(batches), self.accelerator)
         if are_broken:
             reason = FloatingPointError("the features with its tokens are not finite")
             raise self._stop(batches, reason, step=self.state.global_step)
@@ -344,12 +330,9 @@ class RobustnessTokenTrainer:
 
     def _stop(self, batches: Sequence[Batch], reason: FloatingPointError, *, step: int) -> FloatingPointError:
         """Restores and saves the last good tokens of a run that diverged; returns the error to raise."""
-        with faster_base(self.model, self.args, self.accelerator.device):
+        with self.training_step.computing_faster():
             step_of_good = self._good_tokens.go_back(
-                self._clean_images(batches),
-                step=self.state.global_step,
-                mixed_precision=self.args.mixed_precision,
-                accelerator=self.accelerator,
+                self._clean_images(batches), self.accelerator, step=self.state.global_step
             )
         kept = "the tokens are as they were before training"
         if step_of_good is None:

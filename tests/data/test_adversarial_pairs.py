@@ -33,10 +33,10 @@ from robustness_tokens.data.preprocessing import Normalizer
 from robustness_tokens.hub.pushing import UNFINISHED_FILE, push_adversarial_pairs
 from robustness_tokens.models.modeling import RobustnessTokenModel
 from robustness_tokens.training import make_pairs
-from robustness_tokens.training import step as step_module
 from robustness_tokens.training.arguments import RobustnessTokenTrainingArguments
 from robustness_tokens.training.dataset import take_pairs
 from robustness_tokens.training.make_pairs import make_adversarial_pairs, max_pixel_difference
+from robustness_tokens.training.step import TrainingStep
 from robustness_tokens.training.trainer import RobustnessTokenTrainer
 from tests.support.hub_client import ClientError, HubClient
 from tests.support.hub_state import Hub
@@ -139,10 +139,8 @@ def test_pairs_are_what_a_training_makes_in_its_first_step(
     args = arguments(made[attack], **(PGD if attack == "pgd" else PAPER))
     normalizer = Normalizer(model.config.image_mean or (), model.config.image_std or ())
     images, index = to_images(random_pixels()[:BATCH]), torch.arange(BATCH)
-    target = step_module.base_features(model, normalizer(images))
-    attacked = step_module.attack_for_training(
-        model, images, target, args=args, normalizer=normalizer, step=0, index=index, through_tokens=False
-    )
+    step = TrainingStep(model, args, normalizer)
+    attacked = step.attack(images, step.base_features(normalizer(images)), step=0, index=index, through_tokens=False)
     pairs = load_adversarial_pairs(made[attack])
     expected = torch.stack([pairs[row]["adversarial_images"] for row in range(BATCH)])
     # The paper's images are on the grid as they come; pgd's are up to half a level off.
@@ -155,7 +153,9 @@ def test_the_baseline_is_the_cosine_of_the_stored_images(made: dict[str, Path], 
     normalizer = Normalizer(model.config.image_mean or (), model.config.image_std or ())
     for row in (0, 9):
         features = [
-            step_module.base_features(model, normalizer(pairs[row][key][None]))
+            TrainingStep(model, arguments(made["pgd"], **PGD), normalizer).base_features(
+                normalizer(pairs[row][key][None])
+            )
             for key in ("images", "adversarial_images")
         ]
         cosine = cosine_similarity(*features, similarity_axis="token").mean().item()
@@ -249,7 +249,7 @@ def test_a_full_disk_is_refused_before_anything_is_attacked(
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=NUM_IMAGES * 1536))
-    monkeypatch.setattr(make_pairs, "attack_for_training", lambda *_, **__: pytest.fail("attacked"))
+    monkeypatch.setattr(TrainingStep, "attack", lambda *_, **__: pytest.fail("attacked"))
     with pytest.raises(ValueError, match="15,360 bytes free, the pairs need 16,000"):
         make_adversarial_pairs(model, arguments(tmp_path, **PGD), pictures())
 
@@ -257,7 +257,7 @@ def test_a_full_disk_is_refused_before_anything_is_attacked(
 def test_a_killed_run_goes_on_after_the_last_whole_shard(
     made: dict[str, Path], model: RobustnessTokenModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, indices = make_pairs.attack_for_training, []
+    real, indices = TrainingStep.attack, []
 
     def killed(*args: Any, index: Tensor, **kwargs: Any) -> Tensor:
         if 5 in index:
@@ -268,7 +268,7 @@ def test_a_killed_run_goes_on_after_the_last_whole_shard(
         indices.extend(index.tolist())
         return real(*args, index=index, **kwargs)
 
-    monkeypatch.setattr(make_pairs, "attack_for_training", killed)
+    monkeypatch.setattr(TrainingStep, "attack", killed)
     with pytest.raises(KeyboardInterrupt):
         make_adversarial_pairs(model, arguments(tmp_path, **PGD), pictures(), images_per_shard=4)
     info = PairsInfo.from_dict(json.loads((tmp_path / INFO_FILE).read_text(encoding="utf-8")))
@@ -276,7 +276,7 @@ def test_a_killed_run_goes_on_after_the_last_whole_shard(
     with pytest.raises(ValueError, match="1 of 3 shards"):
         load_adversarial_pairs(tmp_path)
 
-    monkeypatch.setattr(make_pairs, "attack_for_training", counted)
+    monkeypatch.setattr(TrainingStep, "attack", counted)
     pairs = make_adversarial_pairs(model, arguments(tmp_path, **PGD), pictures(), images_per_shard=4)
     assert indices == list(range(4, NUM_IMAGES))
     expected = stored_pixels(load_adversarial_pairs(made["pgd"]), "adversarial_image")
@@ -300,7 +300,7 @@ def test_a_killed_run_goes_on_with_the_same_choice(
     model: RobustnessTokenModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = list(choose_rows(NUM_IMAGES, 6, seed=0))
-    real, indices = make_pairs.attack_for_training, []
+    real, indices = TrainingStep.attack, []
 
     def killed(*args: Any, index: Tensor, **kwargs: Any) -> Tensor:
         indices.append(index.tolist())
@@ -308,7 +308,7 @@ def test_a_killed_run_goes_on_with_the_same_choice(
             raise KeyboardInterrupt
         return real(*args, index=index, **kwargs)
 
-    monkeypatch.setattr(make_pairs, "attack_for_training", killed)
+    monkeypatch.setattr(TrainingStep, "attack", killed)
     with pytest.raises(KeyboardInterrupt):
         make_adversarial_pairs(model, arguments(tmp_path, **PGD), pictures(), num_images=6, images_per_shard=4)
     pairs = make_adversarial_pairs(model, arguments(tmp_path, **PGD), pictures(), num_images=6, images_per_shard=4)
@@ -477,7 +477,7 @@ def test_the_trainer_takes_the_folder_and_attacks_nothing(
     attack: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(step_module, "attack_for_training", lambda *_, **__: pytest.fail("attacked"))
+    monkeypatch.setattr(TrainingStep, "attack", lambda *_, **__: pytest.fail("attacked"))
     trainer = train(model, arguments(tmp_path / "run", max_steps=8, learning_rate=0.05), made[attack])
     recipe = model.config.training or {}
     info = load_adversarial_pairs(made[attack]).info
@@ -563,8 +563,9 @@ def test_the_baseline_is_along_the_axis_of_the_model(
     found = train(model, args, made["paper"]).log_history[0]["baseline_cosine"]
     pairs = load_adversarial_pairs(made["paper"])
     normalizer = Normalizer(pairs.info.image_mean, pairs.info.image_std)
+    step = TrainingStep(model, args, normalizer)
     clean, attacked = (
-        step_module.base_features(model, normalizer(torch.stack([pairs[row][name] for row in range(NUM_IMAGES)])))
+        step.base_features(normalizer(torch.stack([pairs[row][name] for row in range(NUM_IMAGES)])))
         for name in ("images", "adversarial_images")
     )
     assert found == pytest.approx(

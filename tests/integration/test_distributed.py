@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -22,13 +23,13 @@ from transformers.trainer_callback import ExportableState
 
 from robustness_tokens.models.modeling import RobustnessTokenModel
 from robustness_tokens.training import held_out, make_pairs
-from robustness_tokens.training import step as step_module
 from robustness_tokens.training import trainer as trainer_module
 from robustness_tokens.training.accelerator import build_accelerator
 from robustness_tokens.training.arguments import RobustnessTokenTrainingArguments
 from robustness_tokens.training.checkpoints import list_checkpoints
 from robustness_tokens.training.make_pairs import make_adversarial_pairs
 from robustness_tokens.training.run_folder import to_csv
+from robustness_tokens.training.step import TrainingStep
 from robustness_tokens.training.sweep import CSV_FILE, SweepArguments, run_sweep
 from tests.support.bases import build_base
 from tests.support.training_runs import build_trainer, images, run_together, tokens_of
@@ -52,22 +53,18 @@ class StopOnTheLast(TrainerCallback):
 def train_two(rank: int, folder: Path) -> None:
     """All that is asked of two processes, in one start of them."""
     attacked: dict[str, list[list[int]]] = {"training_step": [], "held_out": []}
-    real = step_module.attacked_pixel_values
+    real = TrainingStep.attacked
 
-    def watch(module: Any, name: str) -> None:
-        def watched(model: Any, batch: Any, *args: Any, **kwargs: Any) -> Tensor:
-            attacked[name].append(batch["index"].tolist())
-            return real(model, batch, *args, **kwargs)
+    def watched(self: TrainingStep, batch: Any, *args: Any, step: int, **kwargs: Any) -> Tensor:
+        caller = sys._getframe(1).f_code.co_filename
+        attacked["held_out" if caller == held_out.__file__ else "training_step"].append(batch["index"].tolist())
+        return real(self, batch, *args, step=step, **kwargs)
 
-        module.attacked_pixel_values = watched
-
-    watch(step_module, "training_step")
-    watch(held_out, "held_out")
+    TrainingStep.attacked = watched  # type: ignore[method-assign]
     trainer = build_trainer(folder / "two", report_to="tensorboard", **TOGETHER)
     trainer.train()
     trainer.save_model()
-    for module in (step_module, held_out):
-        module.attacked_pixel_values = real  # type: ignore[attr-defined]
+    TrainingStep.attacked = real  # type: ignore[method-assign]
     found: dict[str, Any] = {"attacked": attacked, "log": trainer.log_history, "eval": trainer.eval_history}
     save_file({"tokens": tokens_of(trainer)}, folder / f"tokens-{rank}.safetensors")
 
@@ -244,13 +241,13 @@ SMALL: dict[str, dict[str, Any]] = {
 
 
 def train_on_few(rank: int, folder: Path) -> None:
-    real, taken = step_module.attacked_pixel_values, list[int]()
+    real, taken = TrainingStep.attacked, list[int]()
 
-    def watched(model: Any, batch: Any, *args: Any, **kwargs: Any) -> Tensor:
+    def watched(self: TrainingStep, batch: Any, *args: Any, **kwargs: Any) -> Tensor:
         taken.extend(batch["index"].tolist())
-        return real(model, batch, *args, **kwargs)
+        return real(self, batch, *args, **kwargs)
 
-    step_module.attacked_pixel_values = watched
+    TrainingStep.attacked = watched  # type: ignore[method-assign]
     found = {}
     for name, settings in SMALL.items():
         run = build_trainer(folder / name, **settings)

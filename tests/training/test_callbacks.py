@@ -20,7 +20,6 @@ from robustness_tokens.attacks.objectives import cosine_similarity
 from robustness_tokens.cli.parsing import load_eval_dataset, parse_arguments
 from robustness_tokens.training.checkpoints import list_checkpoints
 from robustness_tokens.training.run_folder import EVAL_LOG_COLUMNS, EVAL_LOG_FILE
-from robustness_tokens.training.step import attack_for_training, base_features, compute_features
 from robustness_tokens.training.trainer import RobustnessTokenTrainer
 from tests.support.training_runs import SIDE, build_trainer, images, tokens_of
 
@@ -173,30 +172,17 @@ def test_what_is_no_callback_is_refused(make: Make) -> None:
 
 
 def independent(trainer: RobustnessTokenTrainer, count: int, *, through_tokens: bool) -> list[float]:
-    model, normalizer = trainer.model, trainer.normalizer
+    step = trainer.training_step
     rows = []
     for index, item in enumerate(images(count, seed=5)):
         image = item["images"][None]
-        clean = normalizer(image)
-        target = base_features(model, clean)
-        attacked = attack_for_training(
-            model,
-            image,
-            target,
-            args=trainer.args,
-            normalizer=normalizer,
-            step=0,
-            index=torch.tensor([index]),
-            through_tokens=through_tokens,
-        )
+        clean = trainer.normalizer(image)
+        target = step.base_features(clean)
+        attacked = step.attack(image, target, step=0, index=torch.tensor([index]), through_tokens=through_tokens)
         with torch.no_grad():
             cosines = [
                 cosine_similarity(features, target, similarity_axis="token").item()
-                for features in (
-                    compute_features(model, clean),
-                    compute_features(model, attacked),
-                    base_features(model, attacked),
-                )
+                for features in (step.features(clean), step.features(attacked), step.base_features(attacked))
             ]
         rows.append([-cosines[0] - cosines[1], *cosines])
     return torch.tensor(rows).mean(dim=0).tolist()

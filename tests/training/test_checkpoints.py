@@ -229,7 +229,7 @@ def test_find_checkpoint(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> No
     assert found(tmp_path, None) is None
     assert caplog.messages == []
     assert found(tmp_path) is None
-    assert caplog.messages == [f"{tmp_path} holds no checkpoint yet: training starts anew"]
+    assert caplog.messages == [f"{tmp_path} holds no checkpoint yet: training starts from the beginning"]
     first, second = save(tmp_path, 2), save(tmp_path, 4)
     assert found(tmp_path) == second
     assert found(tmp_path, str(first)) == first

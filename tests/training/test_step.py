@@ -10,7 +10,7 @@ from robustness_tokens.data.preprocessing import Normalizer
 from robustness_tokens.models.modeling import RobustnessTokenModel
 from robustness_tokens.training.arguments import RobustnessTokenTrainingArguments
 from robustness_tokens.training.losses import robustness_loss
-from robustness_tokens.training.step import accumulate_gradient, agreement_of, base_features
+from robustness_tokens.training.step import TrainingStep
 
 
 @pytest.mark.parametrize(
@@ -34,18 +34,17 @@ def test_gradient_is_that_of_the_loss_on_all_images(
         {"images": clean[i], "adversarial_images": attacked[i], "index": torch.arange(6)[i]}
         for i in (slice(0, 2), slice(2, 6))
     ]
-    metrics = accumulate_gradient(
-        model, model.get_features, batches, args=args, accelerator=Accelerator(), normalizer=normalizer, step=0
-    )
+    step = TrainingStep(model, args, normalizer)
+    metrics = step.accumulate_gradient(model.get_features, batches, accelerator=Accelerator(), step=0)
     pixel_values = normalizer(clean)
     losses = robustness_loss(
         model.get_features,
         pixel_values,
         normalizer(attacked),
-        base_features(model, pixel_values),
+        step.base_features(pixel_values),
         invariance_weight=args.invariance_weight,
         adversarial_weight=args.adversarial_weight,
-        **agreement_of(model, args, pixel_values),
+        **step.agreement_options(pixel_values),
     )
     (expected,) = torch.autograd.grad(losses.loss, model.robustness_tokens)
     assert model.robustness_tokens.grad is not None

@@ -25,11 +25,11 @@ from robustness_tokens.data.image_datasets import choose_rows
 from robustness_tokens.hub.adapter_folder import load_adapter, read_config
 from robustness_tokens.models.modeling import RobustnessTokenModel
 from robustness_tokens.report import plots
-from robustness_tokens.training import make_pairs, sweep, trainer
-from robustness_tokens.training import step as step_module
+from robustness_tokens.training import sweep, trainer
 from robustness_tokens.training.arguments import RobustnessTokenTrainingArguments
 from robustness_tokens.training.make_pairs import make_adversarial_pairs
 from robustness_tokens.training.run_folder import EVAL_LOG_FILE, LOG_FILE, to_csv
+from robustness_tokens.training.step import TrainingStep
 from robustness_tokens.training.sweep import (
     CSV_FILE,
     FIGURE_FILE,
@@ -151,7 +151,7 @@ def test_a_combination_ends_as_a_training_on_the_same_pairs(
     images, attacked = (
         trainer.normalizer(torch.stack([item[key] for item in items])) for key in ("images", "adversarial_images")
     )
-    target = step_module.base_features(trainer.model, images)
+    target = trainer.training_step.base_features(images)
     for pixel_values, measured in ((images, rows[3]["invariance_cosine"]), (attacked, rows[3]["adversarial_cosine"])):
         with torch.no_grad():
             features = trainer.model.get_features(pixel_values)
@@ -173,7 +173,7 @@ def test_a_sweep_goes_on_with_what_is_missing(
         return real(self)
 
     monkeypatch.setattr(RobustnessTokenTrainer, "train", counted)
-    monkeypatch.setattr(make_pairs, "attack_for_training", lambda *_, **__: pytest.fail("attacked"))
+    monkeypatch.setattr(TrainingStep, "attack", lambda *_, **__: pytest.fail("attacked"))
     rows = run_sweep(new_model(make_base("dinov2")), arguments(folder), pictures(), SweepArguments(**GRID))
     assert trained == ["tokens-4_lr-0.02_seed-0"]
     for row, expected in zip(rows, swept[1], strict=True):
@@ -186,7 +186,7 @@ def test_a_sweep_that_sigterm_ended_goes_on(
     pairs = load_adversarial_pairs(swept[0] / PAIRS_FOLDER)
     grid = {**GRID, "sweep_num_tokens": [4], "sweep_seeds": [0]}
     steps: list[int] = []
-    real = trainer.accumulate_gradient
+    real = TrainingStep.accumulate_gradient
 
     def terminated(*args: Any, step: int, **kwargs: Any) -> dict[str, float]:
         steps.append(step)
@@ -194,7 +194,7 @@ def test_a_sweep_that_sigterm_ended_goes_on(
             os.kill(os.getpid(), signal.SIGTERM)
         return real(*args, step=step, **kwargs)
 
-    monkeypatch.setattr(trainer, "accumulate_gradient", terminated)
+    monkeypatch.setattr(TrainingStep, "accumulate_gradient", terminated)
     with pytest.raises(SystemExit):
         run_sweep(new_model(make_base("dinov2")), arguments(tmp_path), pairs, SweepArguments(**grid))
     (row,) = run_sweep(new_model(make_base("dinov2")), arguments(tmp_path), pairs, SweepArguments(**grid))
@@ -334,9 +334,9 @@ def test_cosines_that_are_not_finite_are_no_result(
     pairs = load_adversarial_pairs(swept[0] / PAIRS_FOLDER)
     real = trainer.measure_held_out
 
-    def measured(model: Any, *args: Any, **kwargs: Any) -> dict[str, float]:
-        found = real(model, *args, **kwargs)
-        return found | ({"eval_adversarial_cosine": math.nan} if model.config.num_robustness_tokens == 1 else {})
+    def measured(step: TrainingStep, *args: Any, **kwargs: Any) -> dict[str, float]:
+        found = real(step, *args, **kwargs)
+        return found | ({"eval_adversarial_cosine": math.nan} if step.model.config.num_robustness_tokens == 1 else {})
 
     monkeypatch.setattr(trainer, "measure_held_out", measured)
     grid = SweepArguments(**{**GRID, "sweep_seeds": [0]})

@@ -31,7 +31,7 @@ from robustness_tokens.training import trainer as trainer_module
 from robustness_tokens.training.arguments import RobustnessTokenTrainingArguments
 from robustness_tokens.training.checkpoints import STATE_FILE, TENSORS_FILE, list_checkpoints
 from robustness_tokens.training.run_folder import LOG_COLUMNS, LOG_FILE, rounding_settings
-from robustness_tokens.training.step import LastGoodTokens
+from robustness_tokens.training.step import LastGoodTokens, TrainingStep
 from robustness_tokens.training.trainer import RobustnessTokenTrainer
 
 
@@ -211,15 +211,15 @@ def interrupt(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Kills a run in the middle of the step after so many: `interrupt(3)`."""
 
     def arm(steps: int) -> None:
-        real = trainer_module.accumulate_gradient
+        real = TrainingStep.accumulate_gradient
 
         def killed(*args: Any, step: int, **kwargs: Any) -> dict[str, float]:
             if step == steps:
-                monkeypatch.setattr(trainer_module, "accumulate_gradient", real)
+                monkeypatch.setattr(TrainingStep, "accumulate_gradient", real)
                 raise KeyboardInterrupt
             return real(*args, step=step, **kwargs)
 
-        monkeypatch.setattr(trainer_module, "accumulate_gradient", killed)
+        monkeypatch.setattr(TrainingStep, "accumulate_gradient", killed)
 
     return arm
 
@@ -504,7 +504,7 @@ def test_resuming_before_there_is_a_checkpoint_starts_anew_and_says_so(
     first = make_trainer("run", resume_from_checkpoint=True)
     assert torch.equal(trained_tokens(first), tokens)
     assert [record.message for record in caplog.records] == [
-        f"{first.output_dir} holds no checkpoint yet: training starts anew"
+        f"{first.output_dir} holds no checkpoint yet: training starts from the beginning"
     ]
 
 
@@ -621,13 +621,13 @@ def test_nan_stops_says_where_and_keeps_the_last_good_tokens(
     trainer = make_trainer("bad", max_steps=5, attack_through=through, **attack)
     hook = _NotANumberFrom(step=2)
     handle = trainer.model.get_base_model().register_forward_hook(hook)
-    real = trainer_module.accumulate_gradient
+    real = TrainingStep.accumulate_gradient
 
     def follow(*args: Any, step: int, **kwargs: Any) -> dict[str, float]:
         hook.now = step
         return real(*args, step=step, **kwargs)
 
-    monkeypatch.setattr(trainer_module, "accumulate_gradient", follow)
+    monkeypatch.setattr(TrainingStep, "accumulate_gradient", follow)
     with pytest.raises(FloatingPointError, match=r"step 3.*tokens after step 2"):
         trainer.train()
     handle.remove()
@@ -756,17 +756,9 @@ def test_infinite_tokens_are_not_kept(make_trainer: TrainerFactory) -> None:
 
 def attacked(trainer: RobustnessTokenTrainer, *, through_tokens: bool) -> Tensor:
     images = torch.stack([item["images"] for item in random_images(4)])
-    target = step_module.base_features(trainer.model, trainer.normalizer(images))
-    return step_module.attack_for_training(
-        trainer.model,
-        images,
-        target,
-        args=trainer.args,
-        normalizer=trainer.normalizer,
-        step=0,
-        index=torch.arange(4),
-        through_tokens=through_tokens,
-    )
+    step = trainer.training_step
+    target = step.base_features(trainer.normalizer(images))
+    return step.attack(images, target, step=0, index=torch.arange(4), through_tokens=through_tokens)
 
 
 @pytest.mark.parametrize("attack", [PAPER, PGD], ids=["paper", "pgd"])
@@ -804,7 +796,7 @@ def test_attack_through_chooses_whom_the_training_attacks(
 def test_attacked_images_of_a_whole_run_do_not_depend_on_the_tokens(
     make_trainer: TrainerFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, runs = step_module.attack_for_training, []
+    real, runs = TrainingStep.attack, []
     for learning_rate in (1e-6, 0.5):
         seen: list[Tensor] = []
 
@@ -812,7 +804,7 @@ def test_attacked_images_of_a_whole_run_do_not_depend_on_the_tokens(
             seen.append(real(*args, **kwargs))
             return seen[-1]
 
-        monkeypatch.setattr(step_module, "attack_for_training", watched)
+        monkeypatch.setattr(TrainingStep, "attack", watched)
         make_trainer(f"run{learning_rate}", learning_rate=learning_rate).train()
         runs.append(torch.stack(seen))
     assert torch.equal(*runs)
