@@ -190,12 +190,7 @@ def remove_tokens(model: nn.Module) -> Any:
         raise ValueError(f"{type(model).__name__} has no robustness tokens to remove")
     injector.set_enabled(False)
     for module, hook_id, _ in _own_hooks(model):
-        for registry in (
-            module._forward_pre_hooks,
-            module._forward_pre_hooks_with_kwargs,
-            module._forward_hooks,
-            module._forward_hooks_with_kwargs,
-        ):
+        for registry in (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs, module._forward_hooks):
             registry.pop(hook_id, None)
     stack = find_layer_stack(model)
     if stack.is_timm:
