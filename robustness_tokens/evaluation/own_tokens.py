@@ -37,30 +37,19 @@ _NOTED = ("image_size", "num_processes", "num_steps_done")  # by the trainer, be
 
 @dataclass(frozen=True, kw_only=True)
 class OwnTokensSpec:
-    """One training run of the attacker.
+    """One training run of the attacker."""
 
-    Attributes:
-        seed: Seed of the tokens, the order of the images and the noise; never the defender's, which is a secret.
-        num_robustness_tokens: Number of tokens, which the attacker guesses.
-        dataset: Row in the list of the attacker's datasets.
-    """
-
-    seed: int
-    num_robustness_tokens: int
-    dataset: int = 0
+    seed: int  # of tokens, order of the images and noise; never the defender's, which is a secret
+    num_robustness_tokens: int  # a guess
+    dataset: int = 0  # row in the list of the attacker's datasets
 
 
 @dataclass(frozen=True, kw_only=True)
 class OwnTokens:
-    """The result of a training run of the attacker.
+    """The result of a training run of the attacker."""
 
-    Attributes:
-        tokens: (K, D).
-        training: The `training` of an adapter's config.
-    """
-
-    tokens: Tensor
-    training: dict[str, Any]
+    tokens: Tensor  # (K, D)
+    training: dict[str, Any]  # as in an adapter's config
 
 
 def own_tokens_specs(
@@ -69,15 +58,15 @@ def own_tokens_specs(
     """Returns `num_seeds` training runs, which take the datasets in turn and never the recipe's seed.
 
     Most have as many tokens as the defender (the adapter's size gives their number away); of every five, the fourth
-    has half as many and the fifth twice as many. `ValueError` if `num_seeds` is below 1.
+    has half as many and the fifth twice as many.
     """
     if num_seeds < 1:
         raise ValueError(f"num_seeds must be at least 1, got {num_seeds}")
-    seeds = (seed for seed in range(1, num_seeds + 2) if seed != recipe_seed)
+    seeds = [seed for seed in range(1, num_seeds + 2) if seed != recipe_seed]
     lengths = {3: max(1, num_robustness_tokens // 2), 4: 2 * num_robustness_tokens}
     return [
         OwnTokensSpec(
-            seed=next(seeds),
+            seed=seeds[i],
             num_robustness_tokens=lengths.get(i % 5, num_robustness_tokens),
             dataset=i % num_datasets,
         )
@@ -100,7 +89,7 @@ def train_own_tokens(
     All processes call it and train together. `output_dir` gets a folder per combination of settings. With
     `num_adversarial_pairs`, so many images of each dataset are attacked once for all runs on it; runs that attack
     through the tokens, and runs on a stream, attack their own. `overrides` are training arguments that differ from
-    the recipe. `ValueError` if the features of the model are not known.
+    the recipe.
     """
     if model.feature_view is None:
         raise ValueError(
@@ -109,11 +98,12 @@ def train_own_tokens(
         )
     base: Any = remove_tokens(copy.deepcopy(headless_model(_base_of(model))))
     values = _recipe(model) | dict(overrides or {}) | {"disable_tqdm": disable_tqdm}
-    args = RobustnessTokenTrainingArguments(**{**values, "output_dir": str(output_dir)})
+    recipe = RobustnessTokenTrainingArguments(
+        **{**values, "output_dir": str(output_dir), "overwrite_output_dir": True}
+    )
     with _attacker(model, base, specs[0]) as attacker:
-        images = [
-            prepare_train_dataset(dataset, args=args, image_processor=attacker.image_processor) for dataset in datasets
-        ]
+        processor = attacker.image_processor
+    images = [prepare_train_dataset(dataset, args=recipe, image_processor=processor) for dataset in datasets]
     folder = output_dir / _key(model, base, values, images, num_adversarial_pairs)
     prepared: dict[int, Any] = {}
     trained = []
@@ -125,9 +115,7 @@ def train_own_tokens(
         if stored is not None:
             trained.append(stored)
             continue
-        args = RobustnessTokenTrainingArguments(
-            **{**values, "output_dir": str(run), "overwrite_output_dir": True, "seed": spec.seed}
-        )
+        args = dataclasses.replace(recipe, output_dir=str(run), seed=spec.seed)
         if spec.dataset not in prepared:
             prepared[spec.dataset] = dataset = datasets[spec.dataset]
             count = _count_pairs(model, images[spec.dataset], num_adversarial_pairs, args)
@@ -164,12 +152,12 @@ def _count_pairs(
     """Returns how many images are attacked once for all runs on a dataset; `None` if each run attacks its own."""
     if num_adversarial_pairs is None or args.attack_through != "base" or images.num_images is None:
         return None
+    if images.shape is None:
+        return None  # each picture keeps a shape of its own, and pairs have one
     try:
         max_pixel_difference(args, model.normalizer.image_std.flatten().tolist())
     except ValueError:
         return None  # pairs are stored in 8 bits, which can't hold so small an attack
-    if images.shape is None:
-        return None  # each picture keeps a shape of its own, and pairs have one
     return min(num_adversarial_pairs, images.num_images)
 
 
@@ -196,9 +184,7 @@ def _attacker(model: EvaluatedModel, base: Any, spec: OwnTokensSpec) -> Iterator
 
 def _initializer_range(model: EvaluatedModel) -> float:
     """Returns the standard deviation that the defender's tokens started with."""
-    return (
-        RobustnessTokenConfig().initializer_range if model.adapter is None else model.adapter.config.initializer_range
-    )
+    return (RobustnessTokenConfig() if model.adapter is None else model.adapter.config).initializer_range
 
 
 def _base_of(model: EvaluatedModel) -> Any:
@@ -213,9 +199,9 @@ def defenders_recipe(model: EvaluatedModel) -> dict[str, Any]:
 def _recipe(model: EvaluatedModel) -> dict[str, Any]:
     """Returns the defender's training arguments; those that the config does not give keep the package's defaults."""
     # And nothing else that a config from the Hub may name, such as a folder to resume from or a tracker to report to.
-    known = RobustnessTokenTrainingArguments(output_dir="").recipe().keys()
-    # The image size that a recipe names may be that of ready images, which take none; the image processor knows it.
-    return {key: value for key, value in defenders_recipe(model).items() if key in known - {"image_size"}}
+    # The image size may be that of ready images, which take none; the image processor knows it.
+    known = RobustnessTokenTrainingArguments(output_dir="").recipe().keys() - {"image_size"}
+    return {key: value for key, value in defenders_recipe(model).items() if key in known}
 
 
 def _key(
@@ -253,31 +239,35 @@ def describe_training(
     recipe, overrides = defenders_recipe(model), overrides or {}
     defaults = RobustnessTokenTrainingArguments(output_dir="").recipe()
     names = [name for name in defaults if name not in ("seed", "image_size")]  # seeds always differ
-    expected = {name: recipe.get(name, defaults[name]) for name in names if name in recipe or name in overrides}
+    stated = [name for name in names if name in recipe or name in overrides]
+    expected = {name: recipe.get(name, defaults[name]) for name in stated}
     # A config from the Hub may hold anything under these names.
     expected |= {name: recipe[name] for name in _NOTED if name in recipe and _is_size(recipe[name])}
     if recipe.get("num_steps_done") == recipe.get("max_steps"):
         expected.pop("num_steps_done", None)  # max_steps says the same
+    theirs: dict[str, Any] = {}
     dataset = recipe.get("dataset")
-    described: dict[str, dict[str, Any]] = {"recipe": {}}
     if isinstance(dataset, dict) and type(dataset.get("num_images")) is int:
-        described["recipe"]["num_images"] = dataset["num_images"]
+        theirs["num_images"] = dataset["num_images"]
+    described = {"recipe": theirs}
     for number, own in enumerate(trained):
         images = own.training.get("dataset", {})
-        own_training = {"num_robustness_tokens": len(own.tokens), "num_images": images.get("num_images")}
-        own_training |= {"on_evaluated_dataset": True} if on_evaluated else {}
-        own_training |= {"attacked_once_for_all_sets": True} if "adversarial_pairs" in images else {}
-        if unnamed := sum(name not in recipe and name not in overrides for name in names):
-            own_training["settings_left_to_defaults"] = unnamed
+        found = {"num_robustness_tokens": len(own.tokens), "num_images": images.get("num_images")}
+        if on_evaluated:
+            found["on_evaluated_dataset"] = True
+        if "adversarial_pairs" in images:
+            found["attacked_once_for_all_sets"] = True
+        if len(stated) < len(names):
+            found["settings_left_to_defaults"] = len(names) - len(stated)
         if recipe.get("previous"):
-            own_training["earlier_training"], described["recipe"]["earlier_training"] = False, True
+            found["earlier_training"], theirs["earlier_training"] = False, True
         both = {name: (value, own.training.get(name, value)) for name, value in expected.items()}
         if "num_processes" in expected:
             both["images_per_step"] = (_batch_size({**own.training, **expected}), _batch_size(own.training))
-        for name, (theirs, value) in both.items():
-            if value != theirs:
-                own_training[name], described["recipe"][name] = _plain(value), _plain(theirs)
-        described[f"own_tokens_{number}"] = own_training
+        for name, (before, now) in both.items():
+            if now != before:
+                found[name], theirs[name] = _plain(now), _plain(before)
+        described[f"own_tokens_{number}"] = found
     return described
 
 

@@ -88,8 +88,8 @@ def plot_attacked_images(
     attacked: Tensor,
     *,
     eps: float,
+    heading: str,
     titles: Sequence[tuple[str, str]] | None = None,
-    heading: str | None = None,
 ) -> bytes:
     """Draws clean and attacked (B, 3, H, W) images in [0, 1], and their difference from -eps (black) to eps (white).
 
@@ -98,7 +98,7 @@ def plot_attacked_images(
     if eps <= 0:
         raise ValueError(f"eps must be positive to draw a difference of at most eps, got {eps}")
     count = len(images)
-    figure = _figure(1.25 * count + 1.3, 5.1 if heading is None else 5.7)
+    figure = _figure(1.25 * count + 1.3, 5.7)
     axes = figure.subplots(3, count, squeeze=False)
     difference = f"difference\ntimes {0.5 / eps:.{0 if eps < 0.1 else 1}f}\n(grey = 0,\nwhite =\n+{255 * eps:.3g}/255)"
     rows = {"clean": images, "attacked": attacked, difference: (attacked - images) / (2 * eps) + 0.5}
@@ -108,8 +108,7 @@ def plot_attacked_images(
             if titles is not None and row < 2:
                 axes[row, column].set_title(_verbatim(titles[column][row]), fontsize=8)
         axes[row, 0].set_ylabel(name, rotation=0, ha="right", va="center")
-    if heading is not None:
-        figure.suptitle(_verbatim(heading), x=0.02, ha="left", fontsize=10)
+    figure.suptitle(_verbatim(heading), x=0.02, ha="left", fontsize=10)
     return _png(figure)
 
 
@@ -149,7 +148,7 @@ def plot_eps_curves(series: Mapping[str, Sequence[float]], *, metric: str) -> by
     return _png(figure)
 
 
-def plot_layer_maxima(curves: Mapping[str, Sequence[float]], *, heading: str | None = None) -> bytes:
+def plot_layer_maxima(curves: Mapping[str, Sequence[float]], *, heading: str) -> bytes:
     """Draws the largest absolute activation after each layer, for at most four named curves."""
     figure = _figure(6.4, 4.9)
     from matplotlib.ticker import LogLocator
@@ -167,14 +166,13 @@ def plot_layer_maxima(curves: Mapping[str, Sequence[float]], *, heading: str | N
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("layer (1 = the first)")
     axes.set_ylabel("largest absolute activation\n(mean over images, logarithmic)")
-    if heading is not None:
-        axes.set_title(_verbatim(heading), loc="left", fontsize=10)
+    axes.set_title(_verbatim(heading), loc="left", fontsize=10)
     axes.grid(alpha=0.3, which="both")
     figure.legend(frameon=False, loc="outside lower center", ncols=2, fontsize=9, handlelength=4.0)
     return _png(figure)
 
 
-def plot_image_columns(columns: Sequence[tuple[str, Tensor]], *, heading: str | None = None) -> bytes:
+def plot_image_columns(columns: Sequence[tuple[str, Tensor]], *, heading: str) -> bytes:
     """Draws named columns of (B, 3, H, W) images and maps in [0, 1], of any H and W, a row per image."""
     count = len(columns[0][1])
     figure = _figure(1.3 * len(columns), 1.3 * count + 0.9)
@@ -183,8 +181,7 @@ def plot_image_columns(columns: Sequence[tuple[str, Tensor]], *, heading: str | 
         axes[0, column].set_title(_verbatim(name), fontsize=9)
         for row in range(count):
             _show(axes[row, column], pictures[row])
-    if heading is not None:
-        figure.suptitle(_verbatim(heading), x=0.02, ha="left", fontsize=10)
+    figure.suptitle(_verbatim(heading), x=0.02, ha="left", fontsize=10)
     return _png(figure)
 
 

@@ -127,14 +127,11 @@ def own_tokens_rows(report: ReportContent) -> list[list[str]]:
 class ResultGroups(NamedTuple):
     """The results of one task and metric, each in one group."""
 
+    # Clean images, and the worst case of each attacker; every attack of an attacker without a worst case.
     leading: list[Result]
-    """Clean images, and the worst case of each attacker; every attack of an attacker without a worst case."""
-    single: list[Result]
-    """The attacks that a worst case covers."""
-    baselines: list[Result]
-    """With other tokens in place of the trained ones."""
-    sweep: list[Result]
-    """The curve over eps."""
+    single: list[Result]  # the attacks that a worst case covers
+    baselines: list[Result]  # with other tokens in place of the trained ones
+    sweep: list[Result]  # the curve over eps
 
 
 def is_sweep(result: Result) -> bool:
@@ -150,7 +147,6 @@ def group_results(results: Sequence[Result]) -> dict[tuple[str, str], ResultGrou
 
 
 def _group(results: Sequence[Result]) -> ResultGroups:
-    sweep = [r for r in results if is_sweep(r) and r.tokens not in BASELINES]
     suite = [r for r in results if not is_sweep(r)]
     main = [r for r in suite if r.tokens not in BASELINES]
     with_worst = {r.knowledge for r in main if r.attack == WORST_CASE}
@@ -159,5 +155,5 @@ def _group(results: Sequence[Result]) -> ResultGroups:
         leading=leading,
         single=[r for r in main if r not in leading],
         baselines=[r for r in suite if r.tokens in BASELINES],
-        sweep=sweep,
+        sweep=[r for r in results if is_sweep(r) and r.tokens not in BASELINES],
     )

@@ -61,7 +61,7 @@ def test_a_curve_per_attacker_with_its_band(figures: list[Any]) -> None:
 
 def test_lines_differ_without_their_colour(figures: list[Any]) -> None:
     plots.plot_eps_curves(make_series("cosine"), metric="cosine")
-    plots.plot_layer_maxima({name: [1.0, 2.0] for name in "abcd"})
+    plots.plot_layer_maxima({name: [1.0, 2.0] for name in "abcd"}, heading="x")
     for figure in figures:
         lines = figure.get_axes()[0].get_lines()
         assert len({line.get_marker() for line in lines}) == len(lines)
@@ -118,12 +118,12 @@ def test_the_difference_is_amplified_by_the_factor_beside_it(figures: list[Any],
     assert grid[4].get_ylabel().startswith(f"difference\ntimes {factor}\n")
     assert [cell.get_title() for cell in grid] == ["a", "c", "b", "d", "", ""]
     with pytest.raises(ValueError, match="eps must be positive"):
-        plots.plot_attacked_images(images, attacked, eps=0.0)
+        plots.plot_attacked_images(images, attacked, eps=0.0, heading="x")
 
 
 def test_columns_of_pictures_keep_their_own_size(figures: list[Any]) -> None:
     images, maps = torch.rand(3, 3, 8, 8), torch.rand(3, 3, 2, 2)
-    plots.plot_image_columns([("image", images), ("features", maps)])
+    plots.plot_image_columns([("image", images), ("features", maps)], heading="x")
     grid = figures[0].get_axes()
     assert [cell.get_title() for cell in grid] == ["image", "features", "", "", "", ""]
     assert np.asarray(grid[3].get_images()[0].get_array()) == pytest.approx(maps[1].permute(1, 2, 0).numpy())
@@ -153,4 +153,4 @@ def test_without_matplotlib_the_error_says_what_to_install(monkeypatch: pytest.M
 
     monkeypatch.setattr(builtins, "__import__", missing)
     with pytest.raises(ImportError, match=r"pip install 'robustness-tokens\[plots\]'"):
-        plots.plot_layer_maxima({"clean": [1.0]})
+        plots.plot_layer_maxima({"clean": [1.0]}, heading="x")
