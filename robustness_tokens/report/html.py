@@ -14,30 +14,8 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from . import words
 from .schema import ReportContent, Result
-from .words import (
-    ATTACKERS,
-    ATTACKS,
-    BASE_HEAD,
-    BASELINES,
-    METRICS,
-    OWN_TOKENS,
-    OWN_TOKENS_GIVEN,
-    TASKS,
-    TOKENS,
-    WORST_CASE,
-    capitalize,
-    describe_attacker,
-    format_interval,
-    format_levels,
-    format_number,
-    format_setting,
-    format_unit,
-    group_results,
-    is_sweep,
-    own_tokens_rows,
-    plain,
-)
 
 
 # A verdict's CSS class, symbol and word: each alone is enough to tell it.
@@ -47,14 +25,14 @@ _VERDICTS = {True: ("pass", "✓", "pass"), False: ("fail", "✗", "FAIL"), None
 FIGURES: dict[str, tuple[str, str, bool]] = {
     **{
         f"{metric}_by_eps.png": (
-            f"{capitalize(words)} against the size of the attack",
+            f"{words.capitalize(name)} against the size of the attack",
             "The worst case over the sweep's one or two attacks for each attacker, from no change at all to a visible "
             "one; the results above use more attacks. The black box tries noise alone. With budget quick or standard "
             "the adaptive attacker uses its first set of own tokens. Bands are 95% confidence intervals; higher is "
             "better. The table of the sweep holds the numbers.",
             False,
         )
-        for metric, words in METRICS.items()
+        for metric, name in words.METRICS.items()
     },
     "layer_maxima.png": (
         "Largest absolute activation per layer",
@@ -87,41 +65,39 @@ _ENVIRONMENT = Environment(
     loader=PackageLoader("robustness_tokens.report", ""),
     autoescape=True,
     undefined=StrictUndefined,
-    finalize=lambda value: value if isinstance(value, Markup) else plain(value),  # every `{{ }}`, before the escape
+    # Every `{{ }}`, before the escape.
+    finalize=lambda value: value if isinstance(value, Markup) else words.plain(value),
     trim_blocks=True,
     keep_trailing_newline=True,
 )
 _ENVIRONMENT.filters |= {
-    "number": format_number,
-    "unit": format_unit,
-    "interval": format_interval,
+    "number": words.format_number,
+    "unit": words.format_unit,
+    "interval": words.format_interval,
     "sha256": lambda text: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode(),
 }
-_ENVIRONMENT.globals |= {"line_break": Markup("<br>"), "verdicts": _VERDICTS}
+_ENVIRONMENT.globals |= {"line_break": Markup("<br>"), "verdicts": _VERDICTS, "words": words}
 
 
 def render_report_html(report: ReportContent) -> str:
     """Returns the report as a whole HTML document that needs no other file and no network."""
     outcomes = [check.passed for check in report.checks]
-    words = {False: "failed", True: "passed", None: "without a verdict"}
+    kinds = {False: "failed", True: "passed", None: "without a verdict"}
     return _ENVIRONMENT.get_template("page.html.j2").render(
         report=report,
-        dataset=report.dataset,
-        num_images=f"{report.dataset['num_images']:,}",
         headline=_headline(report.results),
         checks=sorted(report.checks, key=lambda check: check.number),
-        counts=[(key, f"{outcomes.count(key)} {word}") for key, word in words.items() if key in outcomes],
+        counts=[(key, f"{outcomes.count(key)} {word}") for key, word in kinds.items() if key in outcomes],
         groups=_groups(report.results),
-        texts={"base_head": BASE_HEAD, "own_tokens": OWN_TOKENS, "own_tokens_given": OWN_TOKENS_GIVEN},
         has_own_tokens=any(result.knowledge == "own_tokens" for result in report.results),
-        own_tokens=own_tokens_rows(report),
+        own_tokens=words.own_tokens_rows(report),
         figures=_figures(report.figures),
     )
 
 
 def _headline(results: Sequence[Result]) -> dict[str, Any] | None:
     """Returns clean images, the grey box and the worst case, of the first metric that was reported."""
-    suite = [r for r in results if not is_sweep(r)]
+    suite = [r for r in results if not words.is_sweep(r)]
     ours = [r for r in suite if r.tokens == "trained"]
     if not ours:
         return None
@@ -130,10 +106,10 @@ def _headline(results: Sequence[Result]) -> dict[str, Any] | None:
     main = worst or (attacked or ours)[0]
     same = [r for r in suite if (r.task, r.metric) == (main.task, main.metric)]
     grey_box = [r for r in same if r.knowledge == "base" and r.eps == main.eps]
-    grey_box = [r for r in grey_box if r.attack == WORST_CASE] or grey_box
+    grey_box = [r for r in grey_box if r.attack == words.WORST_CASE] or grey_box
     return {
-        "metric": capitalize(METRICS[main.metric]),
-        "eps": None if main.attack is None else format_levels(main.eps),
+        "metric": words.capitalize(words.METRICS[main.metric]),
+        "eps": None if main.attack is None else words.format_levels(main.eps),
         "is_white_box": worst is not None,
         "cards": [
             _card(None, [r for r in same if r.attack is None]),
@@ -144,13 +120,13 @@ def _headline(results: Sequence[Result]) -> dict[str, Any] | None:
 
 
 def _card(knowledge: str | None, results: Sequence[Result]) -> dict[str, Any]:
-    name, knows = ATTACKERS[knowledge]
+    name, knows = words.ATTACKERS[knowledge]
 
     def lowest(tokens: str) -> Result | None:
         return min((r for r in results if r.tokens == tokens), key=lambda r: r.value, default=None)
 
     return {
-        "name": capitalize(name),
+        "name": words.capitalize(name),
         "attacker": f"the attacker knows {knows}" if knows else "no attacker",
         "ours": lowest("trained"),
         "without": lowest("none"),
@@ -161,15 +137,14 @@ def _card(knowledge: str | None, results: Sequence[Result]) -> dict[str, Any]:
 def _groups(results: Sequence[Result]) -> list[dict[str, Any]]:
     """Returns for each metric the tables of attackers, of every attack, of the baselines and of the sweep."""
     tables = []
-    for (task, metric), groups in group_results(results).items():
+    for (task, metric), groups in words.group_results(results).items():
         baseline_rows = {_row_key(r) for r in groups.baselines}
         shown = (*groups.leading, *groups.single, *groups.baselines)
         baselines = [r for r in shown if r.tokens != "none" and _row_key(r) in baseline_rows]
         tables.append(
             {
-                "task": TASKS[task],
-                "metric": METRICS[metric],
-                "caption": capitalize(METRICS[metric]) + ("" if metric == "cosine" else ", in %"),
+                "title": f"{words.TASKS[task]}: {words.METRICS[metric]}",
+                "caption": words.capitalize(words.METRICS[metric]) + ("" if metric == "cosine" else ", in %"),
                 "leading": _table(groups.leading),
                 "single": _table(groups.single),
                 "baselines": _table(baselines),
@@ -181,29 +156,30 @@ def _groups(results: Sequence[Result]) -> list[dict[str, Any]]:
 
 def _table(results: Sequence[Result]) -> dict[str, Any] | None:
     """Returns a row per attack, in the order of the attackers; several numbers of one kind of tokens share a cell."""
-    kinds = [kind for kind in ("trained", "none", *BASELINES) if any(r.tokens == kind for r in results)]
+    kinds = [kind for kind in ("trained", "none", *words.BASELINES) if any(r.tokens == kind for r in results)]
     rows: dict[tuple[Any, ...], list[Result]] = {}
     for r in results:
         rows.setdefault(_row_key(r), []).append(r)
     levels = [
-        (describe_attacker(level), [_row(row, kinds) for row in rows.values() if row[0].knowledge == level])
-        for level in ATTACKERS
+        (words.describe_attacker(level), [_row(row, kinds) for row in rows.values() if row[0].knowledge == level])
+        for level in words.ATTACKERS
         if any(r.knowledge == level for r in results)
     ]
-    return {"kinds": [TOKENS[kind] for kind in kinds], "levels": levels} if levels else None
+    return {"kinds": [words.TOKENS[kind] for kind in kinds], "levels": levels} if levels else None
 
 
 def _row(group: Sequence[Result], kinds: Sequence[str]) -> dict[str, Any]:
     first = group[0]
-    parameters = {k: v for k, v in first.attack_parameters.items() if k != "series" and v is not None}
-    has_list = first.attack == WORST_CASE and isinstance(parameters.get("attacks"), list)
+    settings = {k: v for k, v in first.attack_parameters.items() if k != "series" and v is not None}
+    attacks = settings.get("attacks") if first.attack == words.WORST_CASE else None
+    if isinstance(attacks, list):
+        del settings["attacks"]
     return {
         "attack": first.attack,
-        "words": ATTACKS.get(first.attack),
-        "attacks": parameters.pop("attacks") if has_list else None,
-        "settings": ", ".join(f"{plain(name)} = {format_setting(name, value)}" for name, value in parameters.items()),
+        "attacks": attacks if isinstance(attacks, list) else None,
+        "settings": ", ".join(f"{words.plain(k)} = {words.format_setting(k, v)}" for k, v in settings.items()),
         "cells": [[r for r in group if r.tokens == kind] for kind in kinds],
-        "eps": "0" if first.attack is None else format_levels(first.eps),
+        "eps": "0" if first.attack is None else words.format_levels(first.eps),
         "num_images": f"{first.num_images:,}",
         "seed": first.seed,
         "is_strongest": first.knowledge == "full_worst_case",

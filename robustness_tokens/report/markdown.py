@@ -9,28 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
+from . import words
 from .schema import Check, ReportContent, Result
-from .words import (
-    ATTACKERS,
-    ATTACKS,
-    BASE_HEAD,
-    METRICS,
-    OWN_TOKENS,
-    OWN_TOKENS_GIVEN,
-    TASKS,
-    TOKENS,
-    WORST_CASE,
-    describe_attacker,
-    format_eps,
-    format_interval,
-    format_levels,
-    format_number,
-    format_setting,
-    format_unit,
-    group_results,
-    own_tokens_rows,
-    plain,
-)
 
 
 def render_report_markdown(report: ReportContent, *, level: int = 1) -> str:
@@ -58,8 +38,8 @@ def headline(report: ReportContent) -> str | None:
         return None
     first = worst[0]
     sentence = (
-        f"Against an attacker who knows {ATTACKERS['full'].knows} (L-inf, eps {format_eps(first.eps)} in pixels, "
-        f"worst case over all attacks), the {METRICS[first.metric]} is {_with_interval(first)}"
+        f"Against an attacker who knows {words.ATTACKERS['full'].knows} (L-inf, eps {words.format_eps(first.eps)} in "
+        f"pixels, worst case over all attacks), the {words.METRICS[first.metric]} is {_with_interval(first)}"
     )
     for r in report.results:
         if (r.knowledge, r.tokens, r.task, r.metric) == (None, "trained", first.task, first.metric):
@@ -72,7 +52,7 @@ def code(text: object) -> str:
 
     A pipe ends a table cell even in a code span, so a broken bar stands for it.
     """
-    shown = plain(text).replace("|", "¦")
+    shown = words.plain(text).replace("|", "¦")
     if not shown:
         return "(empty)"
     ticks = "`" * (1 + max((len(run) for run in re.findall("`+", shown)), default=0))
@@ -85,7 +65,7 @@ def prose(text: object) -> str:
 
     Some renderers look for bare links after undoing the escapes, so a space breaks those.
     """
-    shown = re.sub(r"(?<=:)(?=//)|(?<=www)(?=\.)|(?=@)", " ", plain(text), flags=re.IGNORECASE)
+    shown = re.sub(r"(?<=:)(?=//)|(?<=www)(?=\.)|(?=@)", " ", words.plain(text), flags=re.IGNORECASE)
     shown = re.sub(r"([\\`*_\[\]~$#>])", r"\\\1", shown)
     return shown.replace("&", "&amp;").replace("<", "&lt;").replace("|", "&#124;")
 
@@ -103,9 +83,9 @@ def _render_checks(checks: Sequence[Check]) -> list[str]:
     counts = (
         f"{outcomes.count(True)} passed, {outcomes.count(False)} failed, {outcomes.count(None)} without a verdict."
     )
-    words = {True: "pass", False: "**FAIL**", None: "-"}
+    verdicts = {True: "pass", False: "**FAIL**", None: "-"}
     rows = [
-        (str(check.number), prose(check.name), words[check.passed], prose(check.value), prose(check.explanation))
+        (str(check.number), prose(check.name), verdicts[check.passed], prose(check.value), prose(check.explanation))
         for check in sorted(checks, key=lambda check: check.number)
     ]
     return [counts, table(("#", "Check", "Verdict", "Found", "How"), rows)]
@@ -119,8 +99,8 @@ def _render_results(report: ReportContent, hashes: str) -> list[str]:
         "[0, 1]. A worst case takes, for each image, the attack that did the most damage, or the clean image if none "
         "did any. In brackets: the 95% confidence interval."
     ]
-    for (task, metric), groups in group_results(results).items():
-        blocks.append(f"{hashes}## {TASKS[task]}: {METRICS[metric]}")
+    for (task, metric), groups in words.group_results(results).items():
+        blocks.append(f"{hashes}## {words.TASKS[task]}: {words.METRICS[metric]}")
         if groups.leading:
             blocks.append(results_table(groups.leading))
         if groups.single:
@@ -131,11 +111,11 @@ def _render_results(report: ReportContent, hashes: str) -> list[str]:
         if groups.sweep:
             blocks += _details("Sweep over eps: one or two attacks on fewer images", _sweep_table(groups.sweep))
     if report.base_has_own_head:
-        blocks.append(BASE_HEAD)
+        blocks.append(words.BASE_HEAD)
     if any(result.knowledge == "own_tokens" for result in results):
         blocks.append(f"{hashes}## How the attacker's own tokens were trained")
-        header, *rows = own_tokens_rows(report) or [[]]
-        blocks.append(OWN_TOKENS if rows else OWN_TOKENS_GIVEN)
+        header, *rows = words.own_tokens_rows(report) or [[]]
+        blocks.append(words.OWN_TOKENS if rows else words.OWN_TOKENS_GIVEN)
         if rows:
             blocks.append(table([code(cell) for cell in header], [[code(cell) for cell in row] for row in rows]))
     return blocks
@@ -149,37 +129,37 @@ def _details(summary: str, content: str) -> list[str]:
 def _sweep_table(results: Sequence[Result]) -> str:
     """Returns a table with a row per attacker and a column per eps."""
     columns = sorted({r.eps for r in results})
-    order = list(ATTACKERS)
+    order = list(words.ATTACKERS)
     rows: dict[tuple[str, ...], dict[float, list[str]]] = {}
     for r in sorted(results, key=lambda r: (order.index(r.knowledge), r.tokens == "trained")):
-        row = (describe_attacker(r.knowledge), TOKENS[r.tokens], f"{r.num_images:,}", str(r.seed))
+        row = (words.describe_attacker(r.knowledge), words.TOKENS[r.tokens], f"{r.num_images:,}", str(r.seed))
         rows.setdefault(row, {eps: [] for eps in columns})[r.eps].append(_with_interval(r))
     return table(
-        ("Attacker", "Tokens", "Images", "Seed", *map(format_levels, columns)),
+        ("Attacker", "Tokens", "Images", "Seed", *map(words.format_levels, columns)),
         [(*row, *("; ".join(cells[eps]) or "-" for eps in columns)) for row, cells in rows.items()],
     )
 
 
 def results_table(results: Sequence[Result], *, in_short: bool = True) -> str:
     """Returns a table with a row per attack; `in_short` counts the attacks of a worst case instead of naming them."""
-    columns = [kind for kind in TOKENS if any(r.tokens == kind for r in results)]
-    order = list(ATTACKERS)
+    columns = [kind for kind in words.TOKENS if any(r.tokens == kind for r in results)]
+    order = list(words.ATTACKERS)
     rows: dict[tuple[str, ...], dict[str, list[str]]] = {}
     for r in sorted(results, key=lambda r: (order.index(r.knowledge), r.eps)):
-        attack = ATTACKS.get(r.attack) or code(r.attack)
+        attack = words.ATTACKS.get(r.attack) or code(r.attack)
         attacks = r.attack_parameters.get("attacks")
-        if in_short and r.attack == WORST_CASE and isinstance(attacks, list):
+        if in_short and r.attack == words.WORST_CASE and isinstance(attacks, list):
             attack = f"worst of {len(attacks)} for each image"
-        elif r.attack_parameters:
-            attack += " " + code(", ".join(f"{k}={format_setting(k, v)}" for k, v in r.attack_parameters.items()))
-        eps = "0" if r.attack is None else format_eps(r.eps)
-        row = (describe_attacker(r.knowledge), attack, eps, f"{r.num_images:,}", str(r.seed))
+        elif settings := [f"{k}={words.format_setting(k, v)}" for k, v in r.attack_parameters.items()]:
+            attack += f" {code(', '.join(settings))}"
+        eps = "0" if r.attack is None else words.format_eps(r.eps)
+        row = (words.describe_attacker(r.knowledge), attack, eps, f"{r.num_images:,}", str(r.seed))
         rows.setdefault(row, {kind: [] for kind in columns})[r.tokens].append(_with_interval(r))
     return table(
-        ("Attacker", "Attack", "eps in pixels (L-inf)", "Images", "Seed", *(TOKENS[kind] for kind in columns)),
+        ("Attacker", "Attack", "eps in pixels (L-inf)", "Images", "Seed", *(words.TOKENS[kind] for kind in columns)),
         [(*row, *("; ".join(cells[kind]) or "-" for kind in columns)) for row, cells in rows.items()],
     )
 
 
 def _with_interval(result: Result) -> str:
-    return f"{format_number(result)}{format_unit(result)} {format_interval(result)}".rstrip()
+    return f"{words.format_number(result)}{words.format_unit(result)} {words.format_interval(result)}".rstrip()
