@@ -16,13 +16,7 @@ from torch.utils.data import BatchSampler, Dataset, RandomSampler
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..data import (
-    BrokenImageLog,
-    Normalizer,
-    build_dataloader,
-    prepare_images,
-    validate_images,
-)
+from ..data import BrokenImageLog, Normalizer, build_dataloader, prepare_images, validate_images
 from ..models import (
     ProbeHead,
     RobustnessTokenPreTrainedModel,
@@ -88,13 +82,9 @@ def train_probe(
         FloatingPointError: If the training diverges.
     """
     base = base_of(model)
-    tokens: Tensor | None = None
-    if with_tokens:
-        if (injector := find_injector(base)) is None:
-            raise ValueError(
-                f"with_tokens=True, but {type(base).__name__} has no robustness tokens: inject_tokens first"
-            )
-        tokens = injector.robustness_tokens
+    injector = find_injector(base) if with_tokens else None
+    if with_tokens and injector is None:
+        raise ValueError(f"with_tokens=True, but {type(base).__name__} has no robustness tokens: inject_tokens first")
     for name, value in (("num_epochs", num_epochs), ("batch_size", batch_size), ("learning_rate", learning_rate)):
         if not value > 0:
             raise ValueError(f"{name} must be above 0, got {value}")
@@ -124,7 +114,7 @@ def train_probe(
                 for images, labels in _labelled(loader, broken_images, head_class, num_labels)
             )
 
-    with torch.no_grad(), tokens_in(base, tokens):
+    with torch.no_grad(), tokens_in(base, None if injector is None else injector.robustness_tokens):
         first = next(next(read(shuffle=False)), None)
         if first is None:
             raise ValueError("dataset has no images, expected at least one")
@@ -162,12 +152,8 @@ def _build_head(
 ) -> HeadT:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        head = head_class(
-            in_features,
-            num_labels,
-            base_model_fingerprint=base_fingerprint(base),
-            trained_with_tokens=with_tokens,
-        )
+        fingerprint = base_fingerprint(base)
+        head = head_class(in_features, num_labels, base_model_fingerprint=fingerprint, trained_with_tokens=with_tokens)
     return head.to(base.device)
 
 
@@ -223,6 +209,5 @@ def _shuffled(features: Tensor, labels: Tensor, batch_size: int, seed: int) -> I
 def _normalizer_of(model: PreTrainedModel) -> Normalizer:
     if not isinstance(model, RobustnessTokenPreTrainedModel):
         raise ValueError(f"normalizer is needed: {type(model).__name__} doesn't say how its images are normalised")
-    assert model.config.image_mean is not None
-    assert model.config.image_std is not None
-    return Normalizer(model.config.image_mean, model.config.image_std)
+    config: Any = model.config
+    return Normalizer(config.image_mean, config.image_std)

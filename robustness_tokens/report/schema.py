@@ -114,46 +114,25 @@ _LISTS: dict[str, type[Any]] = {"results": Result, "checks": Check}
 
 @dataclass(kw_only=True)
 class ReportContent:
-    """The data of a [`RobustnessReport`], for the modules that render it and that its `save` imports.
+    """The data of a [`RobustnessReport`]; apart, since `save` imports the renderers, which import the data."""
 
-    Args:
-        schema_version: Version of the JSON's layout.
-        package_version: Version of robustness_tokens.
-        adapter: Folder or repo id of the evaluated adapter.
-        base_model: Hub id or folder of its base.
-        base_model_revision: Commit of the base, if it has one.
-        dataset: `name`, `split` (or None) and `num_images`.
-        budget: Effort of the attacks: `"quick"`, `"standard"`, `"full"`, or another word.
-        seed: Seed of everything random.
-        results: The numbers.
-        checks: The checks, each at most once.
-        series: The numbers behind the figures, by name.
-        own_tokens: How the attacker's own tokens were trained: for each set, by name, its number of tokens and images
-            and the settings that differ from the recipe; under "recipe" the recipe's values of these settings. Empty
-            if none were trained.
-        base_has_own_head: True if the results without tokens use another head than those with tokens.
-        seconds: Duration of the evaluation.
-        figures: PNG files by name; not in the JSON, not compared.
-
-    Raises:
-        ValueError: If a value is of the wrong type, not finite, or out of range.
-    """
-
-    schema_version: int = SCHEMA_VERSION
+    schema_version: int = SCHEMA_VERSION  # of the JSON
     package_version: str
-    adapter: str
-    base_model: str
-    base_model_revision: str | None = None
-    dataset: dict[str, Any]
-    budget: str
+    adapter: str  # folder or repo id
+    base_model: str  # Hub id or folder
+    base_model_revision: str | None = None  # commit
+    dataset: dict[str, Any]  # name, split (or None) and num_images
+    budget: str  # effort of the attacks: quick, standard, full, or another word
     seed: int
     results: list[Result]
-    checks: list[Check]
-    series: dict[str, list[float]] = field(default_factory=dict)
+    checks: list[Check]  # each at most once
+    series: dict[str, list[float]] = field(default_factory=dict)  # the numbers behind the figures, by name
+    # How each set of the attacker's own tokens was trained: its number of tokens and images, and the settings that
+    # differ from the recipe; under "recipe" the recipe's values of these settings. Empty if none were trained.
     own_tokens: dict[str, dict[str, Any]] = field(default_factory=dict)
-    base_has_own_head: bool = False
-    seconds: float
-    figures: dict[str, bytes] = field(default_factory=dict, compare=False, repr=False)
+    base_has_own_head: bool = False  # the results without tokens use another head than those with tokens
+    seconds: float  # duration of the evaluation
+    figures: dict[str, bytes] = field(default_factory=dict, compare=False, repr=False)  # PNG by name; not in the JSON
 
     def __post_init__(self) -> None:
         _check_schema_version(self.schema_version)

@@ -23,7 +23,14 @@ FIGURE_FILES = tuple(f"{FIGURES_FOLDER}/{name}" for name in FIGURES)
 
 @dataclass(kw_only=True)
 class RobustnessReport(ReportContent):
-    """The results and checks of an evaluation; its fields are those of [`ReportContent`]."""
+    """The results and checks of an evaluation.
+
+    `results` are the numbers and `checks` say whether to trust them; `adapter`, `base_model`, `dataset`, `budget` and
+    `seed` are what they depend on. `figures` are PNG files by name, and `series` the numbers behind them.
+
+    Raises:
+        ValueError: If a value is of the wrong type, not finite, or out of range.
+    """
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes evaluation.json for programs, and evaluation.md, report.html and figures/ for people.
