@@ -26,7 +26,7 @@ from .checks import run_checks
 from .figures import make_figures
 from .images import load_batches
 from .measurements import Measurements, sweep_curves
-from .own_tokens import defenders_recipe, describe_training, own_tokens_specs, train_own_tokens
+from .own_tokens import defenders_recipe, describe_training, initializer_range, own_tokens_specs, train_own_tokens
 from .plan import BUDGETS, apply_arguments, plan_cells
 from .threat_models import EvaluatedModel, attacker_views
 
@@ -221,11 +221,10 @@ def reported_tokens(model: EvaluatedModel, *, seed: int) -> dict[str, Tensor | N
     """
     trained = model.tokens
     noise = torch.randn(trained.shape, generator=torch.Generator().manual_seed(seed)).to(trained)
-    scale = 0.01 if model.adapter is None else model.adapter.config.initializer_range
     return {
         "trained": trained,
         "none": None,
-        "untrained": noise * scale,
+        "untrained": noise * initializer_range(model),
         "zero": torch.zeros_like(trained),
         "mean": trained.mean(dim=0, keepdim=True).expand_as(trained).contiguous(),
     }

@@ -1,7 +1,4 @@
-"""The images of an evaluation: a random choice from a dataset, in fixed batches that the processes share.
-
-Shapes: B images, H and W pixels.
-"""
+"""The images of an evaluation, in fixed batches that the processes share."""
 
 from __future__ import annotations
 
@@ -9,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..data import validate_images
@@ -25,10 +23,7 @@ def load_batches(
     batch_size: int,
     ignore_index: int = 255,
 ) -> dict[int, AttackBatch]:
-    """Loads this process's batches by number, on the model's device; batch b starts at row b * batch_size.
-
-    `ValueError` if images can't be read or are not in [0, 1], or labels are missing or of the wrong shape.
-    """
+    """Loads this process's batches by number, on the model's device; batch b starts at row b * batch_size."""
     state = process_state()
     batches = {}
     for number, start in enumerate(range(0, len(rows), batch_size)):
@@ -48,9 +43,14 @@ def _collate(items: list[dict[str, Any]], model: EvaluatedModel, ignore_index: i
         if "labels" not in items[0]:
             raise ValueError(f'dataset has no labels, which task={model.task!r} needs: evaluate task="features"')
         labels = torch.stack([torch.as_tensor(item["labels"]).long() for item in items])
-        expected = (len(items), *(images.shape[2:] if model.task == "segmentation" else ()))
-        if labels.shape != expected:
-            raise ValueError(f"labels must have shape {expected} for {model.task}, got {tuple(labels.shape)}")
+        check_labels(labels, images, model.task)
         labels = labels.to(model.device)
     index = torch.tensor([item["index"] for item in items])
     return AttackBatch(images=images.to(model.device), labels=labels, index=index, ignore_index=ignore_index)
+
+
+def check_labels(labels: Tensor, images: Tensor, task: str) -> None:
+    """Refuses labels without a class per image, or in segmentation per pixel."""
+    expected = (len(images), *(images.shape[2:] if task == "segmentation" else ()))
+    if labels.shape != expected:
+        raise ValueError(f"labels must have shape {expected} for {task}, got {tuple(labels.shape)}")

@@ -96,7 +96,7 @@ def train_own_tokens(
             'knowledge "own_tokens" trains tokens on the features of the base, which are not known: give feature_view '
             "or own_tokens, or leave the level out"
         )
-    base: Any = remove_tokens(copy.deepcopy(headless_model(_base_of(model))))
+    base: Any = remove_tokens(copy.deepcopy(headless_model(model.base)))
     values = _recipe(model) | dict(overrides or {}) | {"disable_tqdm": disable_tqdm}
     recipe = RobustnessTokenTrainingArguments(
         **{**values, "output_dir": str(output_dir), "overwrite_output_dir": True}
@@ -169,7 +169,7 @@ def _attacker(model: EvaluatedModel, base: Any, spec: OwnTokensSpec) -> Iterator
         attacker = RobustnessTokenModel.from_base(
             base,
             num_robustness_tokens=spec.num_robustness_tokens,
-            initializer_range=_initializer_range(model),
+            initializer_range=initializer_range(model),
             feature_view=model.feature_view,
             similarity_axis=model.similarity_axis,
             image_mean=model.normalizer.image_mean.flatten().tolist(),
@@ -182,13 +182,9 @@ def _attacker(model: EvaluatedModel, base: Any, spec: OwnTokensSpec) -> Iterator
             attacker.unload()
 
 
-def _initializer_range(model: EvaluatedModel) -> float:
+def initializer_range(model: EvaluatedModel) -> float:
     """Returns the standard deviation that the defender's tokens started with."""
     return (RobustnessTokenConfig() if model.adapter is None else model.adapter.config).initializer_range
-
-
-def _base_of(model: EvaluatedModel) -> Any:
-    return model.model if model.adapter is None else model.adapter.get_base_model()
 
 
 def defenders_recipe(model: EvaluatedModel) -> dict[str, Any]:
@@ -215,7 +211,7 @@ def _key(
     content = {
         "base": base_fingerprint(base),
         "features": [model.feature_view, model.similarity_axis],
-        "initializer_range": _initializer_range(model),
+        "initializer_range": initializer_range(model),
         "normalizer": repr(model.normalizer.image_mean.tolist() + model.normalizer.image_std.tolist()),
         "arguments": {key: value for key, value in values.items() if key not in ("seed", "disable_tqdm")},
         "datasets": [[one.description, one.identity] for one in images],

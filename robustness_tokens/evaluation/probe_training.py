@@ -20,13 +20,13 @@ from ..data import BrokenImageLog, Normalizer, build_dataloader, prepare_images,
 from ..models import (
     ProbeHead,
     RobustnessTokenPreTrainedModel,
-    SegmentationHead,
     base_fingerprint,
     base_of,
     find_injector,
     resize_logits,
     tokens_in,
 )
+from .images import check_labels
 
 
 HeadT = TypeVar("HeadT", bound=ProbeHead)
@@ -170,9 +170,7 @@ def _labelled(
         if "labels" not in batch:
             raise ValueError(f"dataset has no labels for {head_class.task}: its items need 'labels'")
         labels = batch["labels"]
-        expected = (len(images), *(images.shape[-2:] if issubclass(head_class, SegmentationHead) else ()))
-        if labels.shape != expected:
-            raise ValueError(f"labels must have shape {expected} for {head_class.task}, got {tuple(labels.shape)}")
+        check_labels(labels, images, head_class.task)
         counted = labels[labels != head_class.ignore_index]
         if counted.numel() and not (counted.min() >= 0 and counted.max() < num_labels):
             raise ValueError(
