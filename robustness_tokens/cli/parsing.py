@@ -225,7 +225,7 @@ class ModelArguments:
     )
 
     def from_base_kwargs(self) -> dict[str, Any]:
-        """Keyword arguments for `RobustnessTokenModel.from_base(model_args.base_model, ...)`."""
+        """Returns the keyword arguments for `RobustnessTokenModel.from_base(model_args.base_model, ...)`."""
         kwargs = dataclasses.asdict(self)
         del kwargs["base_model"], kwargs["preset"]
         kwargs["revision"] = kwargs.pop("base_model_revision")

@@ -2,6 +2,7 @@
 
 from .adversarial_pairs import (
     ATTACK_ARGUMENTS,
+    IMAGE_COLUMNS,
     INFO_FILE,
     PAIR_TYPES,
     PAIRS_SPLIT,

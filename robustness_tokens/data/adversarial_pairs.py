@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.utils import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -59,6 +60,8 @@ PAIR_TYPES = {
     "adversarial_image": "binary",
     "baseline_cosine": "float32",  # between the base's features of the two
 }
+
+IMAGE_COLUMNS = ("image", "adversarial_image")
 
 ATTACK_ARGUMENTS = ("attack", "eps", "step_size", "num_attack_steps", "head_distance_weight")
 
@@ -160,7 +163,7 @@ class AdversarialPairs(Dataset[dict[str, Any]]):
             raise ValueError(f"dataset must have the columns {sorted(PAIR_TYPES)}, got {dataset.column_names}")
         self.info, self._with_baseline = info, with_baseline
         self._is_raw = dataset.features["image"] == datasets.Value(PAIR_TYPES["image"])
-        for column in () if self._is_raw else ("image", "adversarial_image"):
+        for column in () if self._is_raw else IMAGE_COLUMNS:
             dataset = dataset.cast_column(column, datasets.Image(decode=False))
         self.stored = dataset.with_format(None)
 
@@ -169,7 +172,7 @@ class AdversarialPairs(Dataset[dict[str, Any]]):
 
     def __getitem__(self, row: int) -> dict[str, Any]:
         stored = self.stored[int(row)]
-        clean, adversarial = (self._pixels(row, stored[column]) for column in ("image", "adversarial_image"))
+        clean, adversarial = (self._pixels(row, stored[column]) for column in IMAGE_COLUMNS)
         difference = int(np.abs(clean.astype(np.int16) - adversarial).max())
         if difference > self.info.max_pixel_difference:
             raise ValueError(
@@ -200,11 +203,11 @@ class AdversarialPairs(Dataset[dict[str, Any]]):
             content.update(np.asarray(columns[name], dtype=dtype).tobytes())
         for row in range(len(self))[:: max(1, len(self) - 1)]:
             stored = self.stored[row]
-            for column in ("image", "adversarial_image"):
+            for column in IMAGE_COLUMNS:
                 content.update(self._pixels(row, stored[column]).tobytes())
         return content.hexdigest()
 
-    def _pixels(self, row: int, stored: Any) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    def _pixels(self, row: int, stored: Any) -> NDArray[np.uint8]:
         height, width = self.info.image_size
         if self._is_raw:
             if len(stored) == height * width * 3:
@@ -220,19 +223,17 @@ class AdversarialPairs(Dataset[dict[str, Any]]):
         )
 
 
-def to_images(pixels: np.ndarray[Any, np.dtype[np.uint8]]) -> Tensor:
+def to_images(pixels: NDArray[np.uint8]) -> Tensor:
     """Turns pixels, (..., H, W, 3) uint8, into images, (..., 3, H, W) float32 in [0, 1]."""
     return torch.from_numpy(pixels.copy()).movedim(-1, -3).contiguous().float() / 255
 
 
-def to_pixels(images: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def to_pixels(images: Tensor) -> NDArray[np.uint8]:
     """Rounds images, (B, 3, H, W) float in [0, 1], to pixels, (B, H, W, 3) uint8."""
     return (images * 255).round().to(torch.uint8).movedim(1, -1).contiguous().cpu().numpy()
 
 
-def round_to_budget(
-    adversarial: Tensor, clean: np.ndarray[Any, np.dtype[np.uint8]], levels: int
-) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def round_to_budget(adversarial: Tensor, clean: NDArray[np.uint8], levels: int) -> NDArray[np.uint8]:
     """Rounds adversarial images to pixels, (B, H, W, 3) uint8, none further than `levels` from the clean one.
 
     Rounding may push a pixel over the budget, so the projection comes after it. `adversarial` is (B, 3, H, W) float,

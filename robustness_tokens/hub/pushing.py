@@ -1,4 +1,4 @@
-"""Pushes an adapter folder to the Hub: one commit, private by default, nothing but the adapter's files."""
+"""Pushes an adapter or adversarial pairs to the Hub: private by default, nothing but their files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from PIL import Image
 
 from ..configuration import REMOTE_CODE, REMOTE_CODE_FILE, RobustnessTokenConfig
-from ..data import INFO_FILE, PAIRS_SPLIT, PairsInfo, load_adversarial_pairs, pair_features
+from ..data import IMAGE_COLUMNS, INFO_FILE, PAIRS_SPLIT, PairsInfo, load_adversarial_pairs, pair_features
 from ..report import REPORT_FILE
 from ..utils import has_cache_hash
 from .adapter_folder import (
@@ -37,7 +37,6 @@ logger = logging.getLogger(__name__)
 UNFINISHED_FILE = "adversarial_pairs.unfinished.json"
 """Replaces the description in a repo while pairs are uploaded."""
 
-_IMAGE_COLUMNS = ("image", "adversarial_image")
 _HEADING = "\n# Adversarial pairs\n\n"
 
 
@@ -262,7 +261,7 @@ def push_adversarial_pairs(
         commit_message="Begin to upload adversarial pairs",
     )
     stream = pairs.stored.to_iterable_dataset(num_shards=min(len(pairs), info.num_shards))
-    features = datasets.Features({**pair_features(), **{column: datasets.Image() for column in _IMAGE_COLUMNS}})
+    features = datasets.Features({**pair_features(), **{column: datasets.Image() for column in IMAGE_COLUMNS}})
     encode = partial(_to_png, image_size=info.image_size)
     stream.map(encode, features=features).push_to_hub(repo_id, split=PAIRS_SPLIT, private=private, token=token)
     card = Path(api.hf_hub_download(repo_id, CARD_FILE, repo_type="dataset")).read_text(encoding="utf-8")
@@ -281,7 +280,7 @@ def push_adversarial_pairs(
 def _to_png(row: Mapping[str, Any], image_size: list[int]) -> dict[str, Any]:
     height, width = image_size
     encoded = {}
-    for column in _IMAGE_COLUMNS:
+    for column in IMAGE_COLUMNS:
         Image.frombytes("RGB", (width, height), row[column]).save(file := BytesIO(), "png")
         encoded[column] = {"bytes": file.getvalue(), "path": None}
     return encoded

@@ -39,10 +39,8 @@ def share_from_main(function: Callable[[], Any], accelerator: Accelerator | Part
         except Exception as exc:
             error, found = exc, [_sendable(exc)]
     broadcast_object_list(found)
-    if error is not None:
-        raise error
     if isinstance(found[0], Exception):
-        raise found[0]
+        raise error or found[0]
     return found[0]
 
 
