@@ -1,4 +1,4 @@
-"""The commands of `robtok`, each a few calls of the library."""
+"""The commands of `robtok`, each a few calls of the library; `robtok.COMMANDS` describes them."""
 
 from __future__ import annotations
 
@@ -49,7 +49,6 @@ from .parsing import (
 def train(
     model_args: ModelArguments, data_args: DataArguments, training_args: RobustnessTokenTrainingArguments
 ) -> None:
-    """Trains new tokens on a base and saves the adapter in `training_args.output_dir`."""
     finish_training_arguments(data_args, training_args)
     transformers.set_seed(training_args.seed)
     model = RobustnessTokenModel.from_base(model_args.base_model, **model_args.from_base_kwargs())
@@ -65,7 +64,6 @@ def attack(
     training_args: RobustnessTokenTrainingArguments,
     pairs_args: PairsArguments,
 ) -> None:
-    """Stores the images of a dataset with attacked versions of them; uploads them if asked to."""
     model = RobustnessTokenModel.from_base(model_args.base_model, **model_args.from_base_kwargs())
     pairs = make_adversarial_pairs(
         model,
@@ -96,7 +94,6 @@ def sweep(
     training_args: RobustnessTokenTrainingArguments,
     sweep_args: SweepArguments,
 ) -> None:
-    """Trains every combination of the sweep and prints its table."""
     if data_args.eval_dataset is not None:
         raise ValueError("eval_dataset has no meaning for a sweep, which holds out num_eval_pairs: leave it out")
     model = RobustnessTokenModel.from_base(model_args.base_model, **model_args.from_base_kwargs())
@@ -106,7 +103,6 @@ def sweep(
 
 
 def evaluate(args: EvaluationCommandArguments, *, adapter: str) -> RobustnessReport:
-    """Evaluates an adapter, writes the report to `args.output_dir` and prints its main result."""
     name = args.dataset_name
     if name is None:
         # A report is published, so it does not name the folders above the dataset's.
@@ -143,7 +139,6 @@ _STATES = {True: "passed", False: "FAILED", None: "no verdict"}
 
 
 def info(adapter: str, revision: str | None = None, subfolder: str = "") -> None:
-    """Prints what an adapter holds, without loading its base."""
     loaded = load_adapter(adapter, revision=revision, subfolder=subfolder)
     config = loaded.config
     rows = {
@@ -171,20 +166,17 @@ def info(adapter: str, revision: str | None = None, subfolder: str = "") -> None
 
 
 def import_tokens(file: Path, output_dir: Path, base: str, overwrite_output_dir: bool = False) -> None:
-    """Makes an adapter of tokens that the paper's authors released."""
     model = import_published_tokens(file, base, output_dir, overwrite=overwrite_output_dir)
     count, width = model.robustness_tokens.shape
     print(f"wrote {output_dir}: {count} tokens of width {width} for {base}")
 
 
 def push(folder: Path, repo_id: str, *, public: bool, tag: Sequence[str], **kwargs: Any) -> None:
-    """Uploads an adapter to the Hub in one commit and prints its address."""
     commit = push_adapter(folder, repo_id, private=not public, tags=tag, **kwargs)
     print(commit.pr_url or commit.commit_url)
 
 
 def merge(adapter: str, output_dir: Path, image_size: int | None = None, classifier: bool = False) -> None:
-    """Writes base and tokens as a plain model with registers, and its image processor."""
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         raise ValueError(f"{output_dir} exists and is no empty folder: choose another")
     model_class = RobustnessTokenForImageClassification if classifier else RobustnessTokenModel

@@ -68,10 +68,7 @@ ATTACK_ARGUMENTS = ("attack", "eps", "step_size", "num_attack_steps", "head_dist
 
 @dataclass(frozen=True, kw_only=True)
 class PairsInfo:
-    """How pairs were made: the content of `adversarial_pairs.json`.
-
-    The fields of the base, its features and its statistics are as in `RobustnessTokenConfig`.
-    """
+    """The content of `adversarial_pairs.json`; base, features and statistics as in `RobustnessTokenConfig`."""
 
     schema_version: int = SCHEMA_VERSION
     package_version: str
@@ -119,7 +116,6 @@ class PairsInfo:
         return info
 
     def to_json(self) -> str:
-        """Returns the text of the file."""
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
 
     @property
@@ -129,11 +125,9 @@ class PairsInfo:
 
     @property
     def num_shards(self) -> int:
-        """Number of files."""
         return math.ceil(self.num_images / self.images_per_shard)
 
     def shard_name(self, shard: int) -> str:
-        """Returns the name of a file."""
         return f"shard-{shard:05d}-of-{self.num_shards:05d}.arrow"
 
 
@@ -184,7 +178,6 @@ class AdversarialPairs(Dataset[dict[str, Any]]):
         return {**item, **baseline, "index": int(stored["index"])}
 
     def select(self, rows: Sequence[int]) -> AdversarialPairs:
-        """Returns the pairs of these rows."""
         return AdversarialPairs(self.stored.select(rows), self.info, with_baseline=self._with_baseline)
 
     def without_baseline(self) -> AdversarialPairs:

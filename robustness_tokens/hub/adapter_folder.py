@@ -219,8 +219,8 @@ def write_tokens(folder: Path, tokens: Tensor) -> None:
     except OSError as exc:
         raise OSError(
             exc.errno,
-            f"{path} could not be written ({exc.strerror}), and what was there is left: make room, or correct the "
-            "permissions, and save again",
+            f"{path} could not be written ({exc.strerror}) and is as it was: make room, or correct the permissions, "
+            "and save again",
         ) from exc
 
 

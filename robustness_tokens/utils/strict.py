@@ -51,31 +51,26 @@ def check_schema(name: str, version: Any, newest: int) -> None:
 
 
 def check_dict(name: str, value: Any) -> None:
-    """Refuses anything but a dictionary."""
     if not isinstance(value, dict):
         raise ValueError(f"{name} must be a dictionary, got {type(value).__name__}")
 
 
 def check_list(name: str, value: Any) -> None:
-    """Refuses anything but a list."""
     if not isinstance(value, list):
         raise ValueError(f"{name} must be a list, got {type(value).__name__}")
 
 
 def check_bool(name: str, value: Any) -> None:
-    """Refuses anything but true and false."""
     if type(value) is not bool:
         raise ValueError(f"{name} must be true or false, got {value!r:.200}")
 
 
 def check_choice(name: str, value: Any, allowed: Collection[str]) -> None:
-    """Refuses anything but one of the allowed words."""
     if not isinstance(value, str) or value not in allowed:
         raise ValueError(f"{name} must be one of {allowed}, got {value!r:.200}")
 
 
 def check_text(name: str, value: Any, longest: int = MAX_TEXT) -> None:
-    """Refuses anything but a text, and one that is too long."""
     if not isinstance(value, str) or len(value) > longest:
         raise ValueError(f"{name} must be a text of at most {longest} characters, got {value!r:.200}")
 
@@ -94,7 +89,6 @@ def check_fingerprint(name: str, value: Any) -> None:
 
 
 def check_int(name: str, value: Any, lowest: int, highest: int = MAX_INT) -> None:
-    """Refuses anything but a whole number in the range."""
     if type(value) is not int or not lowest <= value <= highest:
         is_low = type(value) is not int or value < lowest
         expected = f"of at least {lowest}" if highest == MAX_INT and is_low else f"from {lowest} to {highest}"
@@ -102,7 +96,6 @@ def check_int(name: str, value: Any, lowest: int, highest: int = MAX_INT) -> Non
 
 
 def check_number(name: str, value: Any, lowest: float = -math.inf, highest: float = math.inf) -> None:
-    """Refuses anything but a finite number in the range."""
     if not _is_finite_number(value) or not lowest <= value <= highest:
         expected = f" of at least {lowest:g}" if lowest > -math.inf else ""
         if highest < math.inf:
@@ -111,7 +104,6 @@ def check_number(name: str, value: Any, lowest: float = -math.inf, highest: floa
 
 
 def check_numbers(name: str, values: Any, lowest: float = -math.inf, highest: float = math.inf) -> None:
-    """Refuses anything but a list of finite numbers in the range."""
     check_list(name, values)
     for index, value in enumerate(values):
         check_number(f"{name}[{index}]", value, lowest, highest)
