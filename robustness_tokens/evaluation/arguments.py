@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 from ..configuration import FeatureView
 from ..models import MixedPrecision
 from ..report import Knowledge, Task
+from ..utils import check_choice
 
 
 BudgetName = Literal["quick", "standard", "full"]
@@ -104,15 +105,11 @@ class EvaluationArguments:
     disable_tqdm: bool = field(default=False, metadata={"help": "Show no progress bars."})
 
     def __post_init__(self) -> None:
-        knowledge: Any = self.knowledge
-        if isinstance(knowledge, str) or not knowledge:
+        if not self.knowledge or set(self.knowledge) - set(get_args(Knowledge)):
             raise ValueError(
                 f"knowledge must be a list of at least one of {get_args(Knowledge)}, got {self.knowledge!r}"
             )
-        if unknown := sorted(set(self.knowledge) - set(get_args(Knowledge))):
-            raise ValueError(f"knowledge must be among {get_args(Knowledge)}, got {unknown}")
-        if self.budget not in get_args(BudgetName):
-            raise ValueError(f"budget must be one of {get_args(BudgetName)}, got {self.budget!r}")
+        check_choice("budget", self.budget, get_args(BudgetName))
         if self.eps is not None and not self.eps:
             raise ValueError("eps must hold at least one budget, got none")
         for eps in (*(self.eps or ()), *self.eps_sweep):

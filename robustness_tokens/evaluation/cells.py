@@ -180,21 +180,18 @@ def run_cells(
         ) as progress_bar,
     ):
         for row, cell in enumerate(cells):
-            covered = _find_covered(cell, cells[:row], outcomes, tokens)
-            if covered is not None:
-                outcomes.append(covered)
-                progress_bar.total -= cell.cost  # so that it isn't taken for speed
-                continue
             measured_with = {name: tokens[name] for name in _measured_with(cell, tokens)}
             remaining = None
             if cell.remaining_only:
                 remaining = find_remaining(cell, cells[:row], outcomes, clean, list(measured_with))
-            stored = store.load(cell, remaining)
-            # A process may see a file that another doesn't see yet.
-            if all(gather_object([stored is not None])):
-                assert stored is not None
-                outcomes.append(stored)
-                progress_bar.total -= cell.cost
+            known = _find_covered(cell, cells[:row], outcomes, tokens)
+            if known is None:
+                stored = store.load(cell, remaining)
+                # A process may see a file that another doesn't see yet.
+                known = stored if all(gather_object([stored is not None])) else None
+            if known is not None:
+                outcomes.append(known)
+                progress_bar.total -= cell.cost  # so that it isn't taken for speed
                 continue
             progress_bar.set_postfix_str(cell.name, refresh=True)
             cost = cell.cost if remaining is None else int(cell.cost * remaining.sum()) // cell.num_images

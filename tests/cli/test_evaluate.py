@@ -56,7 +56,7 @@ def test_words_become_arguments() -> None:
     assert (args.budget, args.split, args.task) == ("full", "test", None)
     assert (args.num_restarts, args.num_queries) == (None, None)
     assert args.knowledge == ["none", "base", "own_tokens", "full"]
-    with pytest.raises(ValueError, match="knowledge must be among"):
+    with pytest.raises(ValueError, match="knowledge must be a list of at least one of"):
         read("--dataset", "d", "--output_dir", "o", "--knowledge", "all")
     with pytest.raises(ValueError, match="needs head"):
         read("--dataset", "d", "--output_dir", "o", "--task", "segmentation")

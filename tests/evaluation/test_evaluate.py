@@ -522,7 +522,7 @@ def test_what_the_checks_look_at_is_run(classifier: RobustnessTokenForImageClass
         ({"eps": []}, "at least one budget"),
         ({"budget": "huge"}, "budget must be one of"),
         ({"knowledge": "full"}, "knowledge must be a list"),
-        ({"knowledge": ["everything"]}, "knowledge must be among"),
+        ({"knowledge": ["everything"]}, "knowledge must be a list of at least one of"),
         ({"attacks": ["bim"]}, "unknown, expected one of"),
         ({"attacks": ["square"], "knowledge": ["full"]}, "no attack fits"),
         ({"num_images": 0}, "num_images must be a whole number"),
