@@ -1,4 +1,4 @@
-"""The command line, as a user types it: in processes of their own, offline."""
+"""The command line, as a user types it, offline; in processes of its own where these can differ."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ import torch
 from PIL import Image
 from transformers import Dinov2Config, Dinov2Model, Dinov2WithRegistersModel
 
+import robtok
 from robustness_tokens import RobustnessTokenModel, extract_tokens
 from robustness_tokens.cli.commands import run_command
+from robustness_tokens.hub.adapter_folder import read_config
 
 
 ROOT = Path(__file__).parents[2]
@@ -58,7 +60,9 @@ def arguments(work: Path, output: Path) -> list[str]:
     ],
     ids=["accelerate launch", "torchrun with two processes"],
 )
-def test_a_launcher_trains_from_end_to_end(work: Path, tmp_path: Path, launcher: tuple[str, ...]) -> None:
+def test_a_launcher_trains_from_end_to_end(
+    work: Path, tmp_path: Path, launcher: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
     done = run("-m", *launcher, ROOT / "examples" / "train.py", *arguments(work, tmp_path / "adapter"), cwd=work)
     assert done.returncode == 0, done.stderr
     assert {path.name for path in (tmp_path / "adapter").iterdir() if path.is_file()} >= ADAPTER_FILES
@@ -67,23 +71,26 @@ def test_a_launcher_trains_from_end_to_end(work: Path, tmp_path: Path, launcher:
     with (tmp_path / "adapter" / "logs" / "training_log.csv").open() as file:
         assert [row["step"] for row in csv.DictReader(file)] == ["1", "2"]
 
-    info = run("-m", "robustness_tokens", "info", tmp_path / "adapter", cwd=work)
-    assert info.returncode == 0, info.stderr
-    assert "3 of width 32" in info.stdout
-    assert "0.03137" in info.stdout, "eps 8/255, in pixels"
+    robtok.main(["info", str(tmp_path / "adapter")])
+    info = capsys.readouterr().out
+    assert "3 of width 32" in info
+    assert "0.03137" in info, "eps 8/255, in pixels"
 
 
-def test_train_command_reads_a_yaml_file_and_refuses_a_used_folder(work: Path, tmp_path: Path) -> None:
+def test_train_command_reads_a_yaml_file_and_refuses_a_used_folder(
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = arguments(work, tmp_path / "adapter")
     lines = [f"{name[2:]}: {value}" for name, value in zip(words[::2], words[1::2], strict=True)]
     (tmp_path / "run.yaml").write_text("\n".join(lines))
-    command: list[str | Path] = ["-m", "robustness_tokens", "train", tmp_path / "run.yaml", "--max_steps", "1"]
-    done = run(*command, cwd=work)
-    assert done.returncode == 0, done.stderr
-    again = run(*command, cwd=work)
-    assert again.returncode == 1
-    assert "overwrite_output_dir" in again.stderr
-    assert "Traceback" not in again.stderr
+    command = ["train", str(tmp_path / "run.yaml"), "--max_steps", "1"]
+    robtok.main(command)
+    assert (read_config(tmp_path / "adapter").training or {})["max_steps"] == 1
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit_info:
+        robtok.main(command)
+    assert exit_info.value.code == 1
+    assert "overwrite_output_dir" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("eval_steps", "measured_at"), [(None, [2]), (1, [1, 2])])
@@ -117,37 +124,51 @@ def test_what_to_measure_is_clear_before_anything_is_loaded(
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["info", "no/such/folder"], "neither a local folder nor"),
         (["info", "no/repo"], "no/repo"),
         (["train", "--base_model", "no/repo", "--dataset", "d", "--output_dir", "o"], "no/repo"),
         (["train", "--eps", "8/255", "--base_model", "b", "--dataset", "d", "--output_dir", "o"], "attack"),
     ],
 )
-def test_mistakes_end_with_a_message_not_a_traceback(words: list[str], expected: str, tmp_path: Path) -> None:
-    done = run("-m", "robustness_tokens", *words, cwd=tmp_path)
+def test_mistakes_end_with_a_message(
+    words: list[str],
+    expected: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as exit_info:
+        robtok.main(words)
+    assert exit_info.value.code == 1
+    assert expected in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_process_ends_with_a_message_not_a_traceback(tmp_path: Path) -> None:
+    done = run("-m", "robustness_tokens", "info", "no/such/folder", cwd=tmp_path)
     assert done.returncode == 1
-    assert expected in done.stderr
+    assert "neither a local folder nor" in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_help_lists_the_arguments(tmp_path: Path) -> None:
-    done = run("-m", "robustness_tokens", "train", "--help", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+def test_help_lists_the_arguments(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        robtok.main(["train", "--help"])
+    assert exit_info.value.code == 0
+    help_text = capsys.readouterr().out
     for name in ("--base_model", "--num_robustness_tokens", "--attack_through", "--overwrite_output_dir"):
-        assert name in done.stdout
+        assert name in help_text
 
 
-def test_published_tokens_come_in_and_a_plain_model_goes_out(work: Path, tmp_path: Path) -> None:
+def test_published_tokens_come_in_and_a_plain_model_goes_out(
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     tokens = torch.randn(1, 3, 32)
     torch.save({"rtokens": tokens}, tmp_path / "published.pt")
-    robtok = ["-m", "robustness_tokens"]
-    words: list[str | Path] = [tmp_path / "published.pt", tmp_path / "adapter", "--base", work / "base"]
-    done = run(*robtok, "import-tokens", *words, cwd=work)
-    assert done.returncode == 0, done.stderr
-    assert "3 tokens of width 32" in done.stdout
+    words = [str(tmp_path / "published.pt"), str(tmp_path / "adapter"), "--base", str(work / "base")]
+    robtok.main(["import-tokens", *words])
+    assert "3 tokens of width 32" in capsys.readouterr().out
 
-    done = run(*robtok, "merge", tmp_path / "adapter", tmp_path / "plain", cwd=work)
-    assert done.returncode == 0, done.stderr
-    assert "can attack through them" in done.stderr, "merging warns that the file publishes them"
+    robtok.main(["merge", str(tmp_path / "adapter"), str(tmp_path / "plain")])
+    assert "can attack through them" in caplog.text, "merging warns that the file publishes them"
     plain = Dinov2WithRegistersModel.from_pretrained(tmp_path / "plain")
     torch.testing.assert_close(extract_tokens(plain, num_robustness_tokens=3), tokens[0], rtol=0, atol=0)
