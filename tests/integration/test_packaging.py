@@ -1,6 +1,7 @@
 """The package as an index gets it: sdist and wheel are built, checked, and the wheel is installed."""
 
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -45,6 +46,16 @@ def distributions(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]
 
 def test_an_index_takes_them(distributions: tuple[Path, Path]) -> None:
     run(sys.executable, "-m", "twine", "check", "--strict", *distributions, cwd=ROOT)
+
+
+def test_the_index_page_has_no_dead_link(distributions: tuple[Path, Path]) -> None:
+    with zipfile.ZipFile(distributions[1]) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith("/METADATA"))
+        page = archive.read(name).decode()
+    links = re.findall(r"\]\(([^)]*)\)", page)
+    assert links
+    assert [link for link in links if not link.startswith("https://")] == []
+    assert "docs/training_at_scale.md" in page
 
 
 def test_they_hold_the_package_whole_and_no_test(distributions: tuple[Path, Path]) -> None:

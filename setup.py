@@ -1,0 +1,23 @@
+"""Gives the index page a README without links to files that it does not have.
+
+Once `[project.urls]` in pyproject.toml names the Repository, they lead there; until then only their text stays.
+"""
+
+import re
+import tomllib
+from pathlib import Path
+
+from setuptools import setup
+
+
+ROOT = Path(__file__).parent
+REPOSITORY = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"].get("urls", {}).get("Repository")
+
+setup(
+    long_description=re.sub(
+        r"\[([^]]+)\]\((?!https?:)([^)]+)\)",
+        rf"[\1]({REPOSITORY}/blob/main/\2)" if REPOSITORY else r"\1",
+        (ROOT / "README.md").read_text(encoding="utf-8"),
+    ),
+    long_description_content_type="text/markdown",
+)
