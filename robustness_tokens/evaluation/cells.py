@@ -143,9 +143,8 @@ class CellStore:
 
 def _digest(outcome: Mapping[str, Tensor]) -> str:
     """Returns the sha256 of an outcome; the file format has no checksum."""
-    return hashlib.sha256(
-        "".join(f"{name}={digest([outcome[name]])};" for name in sorted(outcome)).encode()
-    ).hexdigest()
+    content = "".join(f"{name}={digest([outcome[name]])};" for name in sorted(outcome))
+    return hashlib.sha256(content.encode()).hexdigest()
 
 
 def run_cells(

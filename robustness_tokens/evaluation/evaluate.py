@@ -26,7 +26,7 @@ from .checks import run_checks
 from .figures import make_figures
 from .images import load_batches
 from .measurements import Measurements, sweep_curves
-from .own_tokens import defenders_recipe, describe_training, initializer_range, own_tokens_specs, train_own_tokens
+from .own_tokens import describe_training, initializer_range, own_tokens_specs, train_own_tokens
 from .plan import BUDGETS, apply_arguments, plan_cells
 from .threat_models import EvaluatedModel, attacker_views
 
@@ -88,7 +88,7 @@ def evaluate_robustness(
             feature_view=arguments.feature_view,
             attack_precision=arguments.attack_precision,
         )
-        eps = arguments.eps or [defenders_recipe(evaluated).get("eps") or DEFAULT_EPS]
+        eps = arguments.eps or [evaluated.recipe.get("eps") or DEFAULT_EPS]
         budget = apply_arguments(BUDGETS[arguments.budget], arguments)
         processor = None if evaluated.adapter is None else evaluated.adapter.image_processor
         images = prepare_images(
@@ -112,7 +112,7 @@ def evaluate_robustness(
                     own_tokens_specs(
                         budget.num_own_tokens,
                         num_robustness_tokens=len(evaluated.tokens),
-                        recipe_seed=defenders_recipe(evaluated).get("seed"),
+                        recipe_seed=evaluated.recipe.get("seed"),
                         num_datasets=len(theirs),
                     ),
                     theirs,

@@ -187,17 +187,12 @@ def initializer_range(model: EvaluatedModel) -> float:
     return (RobustnessTokenConfig() if model.adapter is None else model.adapter.config).initializer_range
 
 
-def defenders_recipe(model: EvaluatedModel) -> dict[str, Any]:
-    """Returns the `training` of the defender's config, or nothing."""
-    return dict((None if model.adapter is None else model.adapter.config.training) or {})
-
-
 def _recipe(model: EvaluatedModel) -> dict[str, Any]:
     """Returns the defender's training arguments; those that the config does not give keep the package's defaults."""
     # And nothing else that a config from the Hub may name, such as a folder to resume from or a tracker to report to.
     # The image size may be that of ready images, which take none; the image processor knows it.
     known = RobustnessTokenTrainingArguments(output_dir="").recipe().keys() - {"image_size"}
-    return {key: value for key, value in defenders_recipe(model).items() if key in known}
+    return {key: value for key, value in model.recipe.items() if key in known}
 
 
 def _key(
@@ -232,7 +227,7 @@ def describe_training(
     "recipe" holds the recipe's values of the same settings. A set that departs from the recipe may find less than one
     that follows it. `on_evaluated` tells whether the sets were trained on the evaluated dataset itself.
     """
-    recipe, overrides = defenders_recipe(model), overrides or {}
+    recipe, overrides = model.recipe, overrides or {}
     defaults = RobustnessTokenTrainingArguments(output_dir="").recipe()
     names = [name for name in defaults if name not in ("seed", "image_size")]  # seeds always differ
     stated = [name for name in names if name in recipe or name in overrides]

@@ -82,14 +82,18 @@ class EvaluatedModel:
         self.similarity_axis: SimilarityAxis = config.similarity_axis if config else "token"
         if attack_precision is not None:
             check_choice("attack_precision", attack_precision, get_args(MixedPrecision))
-        recipe = (config.training if config else None) or {}
-        asked = attack_precision or recipe.get("mixed_precision", "no")
+        asked = attack_precision or self.recipe.get("mixed_precision", "no")
         self.attack_precision: MixedPrecision = "bf16" if runs_in_half(asked, device=self.device) else "no"
 
     @property
     def tokens(self) -> Tensor:
         """The tokens in the model, (K, D): the secret of the defence."""
         return self.injector.robustness_tokens.detach()
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """The `training` of the adapter's config; empty without one."""
+        return dict((None if self.adapter is None else self.adapter.config.training) or {})
 
     @property
     def base(self) -> nn.Module:
