@@ -40,7 +40,7 @@ from .threat_models import EvaluatedModel
 
 logger = logging.getLogger(__name__)
 
-# Whose images are drawn: the first that was evaluated.
+# The images of the first of these attackers that was evaluated are drawn.
 _DRAWN: tuple[Knowledge, ...] = ("base", "own_tokens", "full", "none")
 
 

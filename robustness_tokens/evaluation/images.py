@@ -16,12 +16,7 @@ from .threat_models import EvaluatedModel
 
 
 def load_batches(
-    dataset: Dataset[dict[str, Any]],
-    rows: Sequence[int],
-    model: EvaluatedModel,
-    *,
-    batch_size: int,
-    ignore_index: int = 255,
+    dataset: Dataset[dict[str, Any]], rows: Sequence[int], model: EvaluatedModel, *, batch_size: int, ignore_index: int
 ) -> dict[int, AttackBatch]:
     """Loads this process's batches by number, on the model's device; batch b starts at row b * batch_size."""
     state = process_state()

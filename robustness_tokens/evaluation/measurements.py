@@ -78,7 +78,7 @@ class Measurements:
         # The published attack has an eps of its own, and fewer images: it is compared with the paper's tables.
         for cell, outcome in [*suite, *self.select(series="published")]:
             results += self._single(cell, outcome)
-        # Of the sweep the worst cases are enough: it is a curve for each level.
+        # The worst cases of the sweep are enough: they are a curve for each level.
         for eps in sorted({cell.eps for cell, _ in sweep}):
             results += self._worst_by_level(sweep, eps)
         return results
@@ -99,11 +99,7 @@ class Measurements:
             reached = self.worst(self._up_to(cell), tokens) if cell.remaining_only else outcome
             found |= {key: value for key, value in reached.items() if key in outcome and key.startswith(f"{tokens}.")}
         return self._results(
-            found,
-            knowledge=cell.view.knowledge,
-            attack=cell.attack.name,
-            attack_parameters=parameters,
-            eps=cell.eps,
+            found, knowledge=cell.view.knowledge, attack=cell.attack.name, attack_parameters=parameters, eps=cell.eps
         )
 
     def _worst_by_level(self, series: Sequence[tuple[Cell, Outcome]], eps: float) -> list[Result]:

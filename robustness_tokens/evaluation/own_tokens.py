@@ -66,9 +66,7 @@ def own_tokens_specs(
     lengths = {3: max(1, num_robustness_tokens // 2), 4: 2 * num_robustness_tokens}
     return [
         OwnTokensSpec(
-            seed=seeds[i],
-            num_robustness_tokens=lengths.get(i % 5, num_robustness_tokens),
-            dataset=i % num_datasets,
+            seed=seeds[i], num_robustness_tokens=lengths.get(i % 5, num_robustness_tokens), dataset=i % num_datasets
         )
         for i in range(num_seeds)
     ]
@@ -120,7 +118,7 @@ def train_own_tokens(
             prepared[spec.dataset] = dataset = datasets[spec.dataset]
             count = _count_pairs(model, images[spec.dataset], num_adversarial_pairs, args)
             if count is not None:
-                # Whichever set is the first that is not there yet.
+                # The same pairs, whichever of the sets are stored already.
                 seed = next(other.seed for other in specs if other.dataset == spec.dataset)
                 pairs_args = dataclasses.replace(args, output_dir=str(folder / f"pairs-{spec.dataset}"), seed=seed)
                 with _attacker(model, base, spec) as attacker:
@@ -189,8 +187,8 @@ def initializer_range(model: EvaluatedModel) -> float:
 
 def _recipe(model: EvaluatedModel) -> dict[str, Any]:
     """Returns the defender's training arguments; those that the config does not give keep the package's defaults."""
-    # And nothing else that a config from the Hub may name, such as a folder to resume from or a tracker to report to.
-    # The image size may be that of ready images, which take none; the image processor knows it.
+    # A config from the Hub may also name a folder to resume from or a tracker to report to: these are left out, and so
+    # is the image size, which ready images do not take and the image processor knows.
     known = RobustnessTokenTrainingArguments(output_dir="").recipe().keys() - {"image_size"}
     return {key: value for key, value in model.recipe.items() if key in known}
 

@@ -58,7 +58,7 @@ def train_probe(
     that while they are put together); otherwise they are computed again in every epoch, in the same order.
 
     Args:
-        model: A `RobustnessTokenModel`, a model that `inject_tokens` was called on, or a base; it is left as it is.
+        model: A `RobustnessTokenModel`, a model that `inject_tokens` was called on, or a base; it is not changed.
         dataset: A map-style `datasets` dataset: pictures with class labels, or for segmentation the columns "image"
             and "mask". Or any torch dataset (an `ImageDataset` or `SegmentationDataset` with other columns) of
             {"images": (3, H, W) float in [0, 1], "index": int, "labels": class, or (H, W) classes of the pixels}; a
@@ -66,10 +66,10 @@ def train_probe(
         head_class: `ClassificationHead` or `SegmentationHead`.
         num_labels: C; labels go from 0 to C - 1, and 255 marks a pixel that doesn't count.
         with_tokens: Train on features with the tokens in place; by default without.
-        normalizer: Of the images; needed where `model` is no `RobustnessTokenModel`, which has its own.
+        normalizer: [0, 1] images -> pixel values; required unless `model` is a `RobustnessTokenModel`.
         image_size: Side in pixels that pictures are squashed to; by default what the image processor makes.
-        num_epochs, batch_size, learning_rate, weight_decay: Of the head's training.
-        seed: Of the head's first weights and the order of the images.
+        num_epochs, batch_size, learning_rate, weight_decay: Settings of the head's training.
+        seed: Seed of the head's first weights and of the order of the images.
         num_workers: Processes that read and decode pictures.
         max_cache_bytes: 0 never keeps features.
         disable_tqdm: No progress bars.
@@ -119,8 +119,8 @@ def train_probe(
         if first is None:
             raise ValueError("dataset has no images, expected at least one")
         cached = _cache(next(read(shuffle=False)), images.num_images, max_cache_bytes, disable_tqdm)
-        can_shuffle = images.num_images is not None
-        epochs = read(shuffle=can_shuffle) if cached is None else _shuffled(*cached, batch_size, seed)
+        is_stream = images.num_images is None
+        epochs = read(shuffle=not is_stream) if cached is None else _shuffled(*cached, batch_size, seed)
         head = _build_head(head_class, base, first[0].shape[1], num_labels, with_tokens, seed)
         optimizer = torch.optim.AdamW(head.parameters(), lr=learning_rate, weight_decay=weight_decay)
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=num_epochs)

@@ -143,8 +143,7 @@ def plot_eps_curves(series: Mapping[str, Sequence[float]], *, metric: str) -> by
     if metric != "cosine":
         axes.set_ylim(-3, 103)
     axes.grid(alpha=0.3)
-    look = {"ncols": 2, "fontsize": 9, "handlelength": 4.0, "title": "Attacker", "frameon": False}
-    figure.legend(loc="outside lower center", **look)
+    figure.legend(frameon=False, loc="outside lower center", ncols=2, fontsize=9, handlelength=4.0, title="Attacker")
     return _png(figure)
 
 

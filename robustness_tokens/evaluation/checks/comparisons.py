@@ -58,7 +58,7 @@ def queries(measurements: Measurements) -> Finding:
     return _leaves_least(measurements, {"square": {"knowledge": "none", "attack": "square"}})
 
 
-@check(3, "transfer", f"Attacks made on another backbone. {_WEAKER}")
+@check(3, "transfer", f"Attacks made on another base. {_WEAKER}")
 def transfer(measurements: Measurements) -> Finding:
     return _leaves_least(measurements, {"transfer": {"knowledge": "none", "view": "transfer"}})
 
