@@ -46,9 +46,9 @@ COMMON: dict[str, Any] = {
 # By name: what departs from the paper's losses and from 20 tokens.
 WAYS: dict[str, dict[str, Any]] = {
     "paper's losses": {},
-    "adaptive": {"attack_through": "tokens"},
+    "through the tokens": {"attack_through": "tokens"},
     "head 1": {"head_distance_weight": 1.0},
-    "head 1, adaptive": {"head_distance_weight": 1.0, "attack_through": "tokens"},
+    "head 1, through the tokens": {"head_distance_weight": 1.0, "attack_through": "tokens"},
     "head 4": {"head_distance_weight": 4.0},
     "head 16": {"head_distance_weight": 16.0},
     "head 4, attacked x3": {"head_distance_weight": 4.0, "adversarial_weight": 3.0},

@@ -53,8 +53,11 @@ def train(
     transformers.set_seed(training_args.seed)
     model = RobustnessTokenModel.from_base(model_args.base_model, **model_args.from_base_kwargs())
     trainer = RobustnessTokenTrainer(model, training_args, load_train_dataset(data_args), load_eval_dataset(data_args))
-    trainer.train()
+    if trainer.accelerator.is_main_process:
+        model.print_trainable_parameters()
+    result = trainer.train()
     trainer.save_model()
+    trainer.accelerator.print(f"trained for {result.global_step} steps, adapter in {training_args.output_dir}")
     trainer.accelerator.end_training()  # save_model has waited for the others
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,21 +58,6 @@ GROUPS = {
 }
 
 
-def parse_arguments(
-    argv: Sequence[str] | None = None, *, prog: str | None = None
-) -> tuple[ModelArguments, DataArguments, RobustnessTokenTrainingArguments]:
-    """Reads the arguments of a training from a command line, by default this process's.
-
-    Numbers may be fractions such as `8/255`. The first word may be a YAML file with the same names, over which later
-    words win. `ValueError` if the file is no mapping of names to plain values or a value is out of range, `SystemExit`
-    on a word that is not understood and after `--help`.
-    """
-    groups, _ = CommandParser(TRAINING_GROUPS, prog=prog).parse(sys.argv[1:] if argv is None else argv)
-    model_args, data_args, training_args = groups
-    finish_training_arguments(data_args, training_args)
-    return model_args, data_args, training_args
-
-
 def finish_training_arguments(data_args: DataArguments, training_args: RobustnessTokenTrainingArguments) -> None:
     """Measures held-out images at the end if `eval_steps` is not given; it needs an `eval_dataset`."""
     if training_args.eval_steps is not None and data_args.eval_dataset is None:
@@ -85,7 +69,11 @@ def finish_training_arguments(data_args: DataArguments, training_args: Robustnes
 
 
 class CommandParser(HfArgumentParser):
-    """The parser of one command: dataclasses in groups, both spellings of a name, YAML files, presets, fractions."""
+    """The parser of one command: dataclasses in groups, both spellings of a name, presets, fractions such as `8/255`.
+
+    The first word may be a YAML file with names and plain values, over which later words win. `ValueError` for another
+    file and for a value out of range, `SystemExit` on a word that is not understood and after `--help`.
+    """
 
     def __init__(self, groups: Sequence[type] = (), **kwargs: Any) -> None:
         self._groups: dict[str, Any] = {}

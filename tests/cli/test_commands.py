@@ -63,7 +63,8 @@ def arguments(work: Path, output: Path) -> list[str]:
 def test_a_launcher_trains_from_end_to_end(
     work: Path, tmp_path: Path, launcher: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    done = run("-m", *launcher, ROOT / "examples" / "train.py", *arguments(work, tmp_path / "adapter"), cwd=work)
+    words = arguments(work, tmp_path / "adapter")
+    done = run("-m", *launcher, "-m", "robustness_tokens", "train", *words, cwd=work)
     assert done.returncode == 0, done.stderr
     assert {path.name for path in (tmp_path / "adapter").iterdir() if path.is_file()} >= ADAPTER_FILES
     assert done.stdout.count("trainable params: 96") == 1, "the main process alone speaks"

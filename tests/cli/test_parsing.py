@@ -8,8 +8,9 @@ from transformers import AutoConfig
 
 from robtok import COMMANDS
 from robustness_tokens.cli.commands import build_parser
-from robustness_tokens.cli.parsing import GROUPS, _HelpFormatter, parse_arguments
+from robustness_tokens.cli.parsing import GROUPS, _HelpFormatter
 from robustness_tokens.training.arguments import RobustnessTokenTrainingArguments
+from tests.support.command_line import parse_arguments
 
 
 ROOT = Path(__file__).parents[2]

@@ -10,13 +10,14 @@ import yaml
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
-from robustness_tokens.cli.parsing import CommandParser, EvaluationCommandArguments, parse_arguments
+from robustness_tokens.cli.parsing import CommandParser, EvaluationCommandArguments
 from robustness_tokens.configuration import RobustnessTokenConfig
 from robustness_tokens.hub.card import RECIPE_ARGUMENTS, render_card, to_eval_results
 from robustness_tokens.models.modeling import RobustnessTokenForImageClassification
 from robustness_tokens.report import Check, RobustnessReport
 from robustness_tokens.training.arguments import RobustnessTokenTrainingArguments
 from tests.support.bases import HIDDEN_SIZE, NUM_LABELS
+from tests.support.command_line import parse_arguments
 from tests.support.reports import CLEAN, HOSTILE, make_report, make_result
 
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from robustness_tokens.cli.parsing import parse_arguments
 from robustness_tokens.models import speedups
 from robustness_tokens.models.modeling import RobustnessTokenModel
 from robustness_tokens.models.onednn import onednn_products
@@ -23,6 +22,7 @@ from robustness_tokens.models.speedups import (
 from robustness_tokens.training.arguments import RobustnessTokenTrainingArguments
 from robustness_tokens.training.trainer import RobustnessTokenTrainer
 from tests.support.bases import input_gradient
+from tests.support.command_line import parse_arguments
 from tests.support.families import BASES
 
 

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from robustness_tokens.cli.parsing import parse_arguments
 from robustness_tokens.training.arguments import RobustnessTokenTrainingArguments
+from tests.support.command_line import parse_arguments
 
 
 REQUIRED = ["--base_model", "base", "--dataset", "data", "--output_dir", "out"]

@@ -17,10 +17,11 @@ from transformers import PrinterCallback, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from robustness_tokens.attacks.objectives import cosine_similarity
-from robustness_tokens.cli.parsing import load_eval_dataset, parse_arguments
+from robustness_tokens.cli.parsing import load_eval_dataset
 from robustness_tokens.training.checkpoints import list_checkpoints
 from robustness_tokens.training.run_folder import EVAL_LOG_COLUMNS, EVAL_LOG_FILE
 from robustness_tokens.training.trainer import RobustnessTokenTrainer
+from tests.support.command_line import parse_arguments
 from tests.support.training_runs import SIDE, build_trainer, images, tokens_of
 
 
