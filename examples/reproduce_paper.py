@@ -67,11 +67,11 @@ class Row:
     """One backbone of the paper.
 
     Attributes:
-        name: For `--rows`.
-        model_id: Of the backbone on the Hub.
+        name: Its name in `--rows`.
+        model_id: Hub id of the base.
         preset: The paper's recipe for it.
         published: The paper's numbers by metric, without and with tokens.
-        head_id: Of the same backbone with the paper's linear head on [CLS, mean patch], where there is one.
+        head_id: Hub id of that base with the paper's linear head on [CLS, mean patch], if there is one.
     """
 
     name: str
