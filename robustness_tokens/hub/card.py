@@ -218,7 +218,7 @@ def _setting(value: str | int | float) -> str | int | float:
 
 
 def _evaluate_command(report: RobustnessReport, name: str, subfolder: str, images: str | None) -> str:
-    """Returns the `robtok evaluate` that repeats a report; placeholders stand for what the report doesn't hold."""
+    """Returns the `robtok evaluate` of a report's budget; placeholders stand for what the report does not hold."""
     tasks = {result.task for result in report.results}
     options = {
         "dataset": _hub_dataset(report.dataset["name"]) or images or PLACEHOLDER,

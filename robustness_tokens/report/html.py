@@ -28,7 +28,7 @@ FIGURES: dict[str, tuple[str, str, bool]] = {
             f"{words.capitalize(name)} against the size of the attack",
             "The worst case over the sweep's one or two attacks for each attacker, from no change at all to a visible "
             "one; the results above use more attacks. The black box tries noise alone. With budget quick or standard "
-            "the adaptive attacker uses its first set of own tokens. Bands are 95% confidence intervals; higher is "
+            "an attacker with own tokens uses the first set of them. Bands are 95% confidence intervals; higher is "
             "better. The table of the sweep holds the numbers.",
             False,
         )

@@ -18,9 +18,9 @@ class Attacker(NamedTuple):
 ATTACKERS = {
     "full_worst_case": Attacker("white box, worst case", "everything, tokens included"),
     "full": Attacker("white box", "everything, tokens included"),
-    "own_tokens": Attacker("adaptive (own tokens)", "the base and the training recipe, and trains own tokens"),
+    "own_tokens": Attacker("own tokens", "the base and the training recipe, and trains own tokens"),
     "base": Attacker("grey box", "the base, not the tokens"),
-    "none": Attacker("black box", "nothing, and tries noise, queries and transfer"),
+    "none": Attacker("black box", "nothing, and tries noise and queries"),
     None: Attacker("clean images", ""),
 }
 METRICS = {

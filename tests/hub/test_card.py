@@ -324,7 +324,7 @@ def test_the_recipe_of_the_card_is_a_file_for_robtok_train(changes: dict[str, An
 
 def evaluation_of(report: RobustnessReport, **kwargs: Any) -> str:
     card = render_card(config(), name="user/adapter", report=report, **kwargs)
-    (line,) = re.findall("^To evaluate again: .*$", card, flags=re.MULTILINE)
+    (line,) = re.findall("^To evaluate again, with .*$", card, flags=re.MULTILINE)
     return str(line)
 
 

@@ -21,7 +21,7 @@ from tests.support.capabilities import (
     with_table,
     written_table,
 )
-from tests.support.families import HEADS, images
+from tests.support.families import BASES, HEADS, images
 
 
 # Seconds each: of these the fast tests see one family here, and more in test_families.py and test_onnx_export.py.
@@ -53,7 +53,13 @@ def test_every_classifier_and_backbone_that_is_registered_is_in_the_table() -> N
     assert used == {name for name in HEADS if name.endswith(("_classifier", "_backbone"))}
 
 
-def test_the_readme_holds_the_table() -> None:
+def test_every_base_is_in_the_table_or_a_variant_of_one() -> None:
+    variants = {"vit_masked", "beit_shared", "beit_absolute"}
+    variants |= {"timm_vit_registers", "timm_vit_no_cls", "timm_vit_registers_no_cls"}
+    assert {row.base for row in TABLE.values()} == BASES.keys() - variants
+
+
+def test_the_document_holds_the_table() -> None:
     text = TABLE_FILE.read_text(encoding="utf-8")
     assert written_table(text) == render_table(), "run `python -m tests.support.capabilities`"
     assert with_table(text, render_table()) == text

@@ -222,9 +222,9 @@ def test_the_table_has_a_row_per_attacker_the_strongest_first() -> None:
     assert [re.split("  +", row[0])[0] for row in rows[1:]] == [
         "White box, worst case: knows everything, tokens included",
         "White box: knows everything, tokens included",
-        "Adaptive (own tokens): knows the base and the training recipe, and trains own tokens",
+        "Own tokens: knows the base and the training recipe, and trains own tokens",
         "Grey box: knows the base, not the tokens",
-        "Black box: knows nothing, and tries noise, queries and transfer",
+        "Black box: knows nothing, and tries noise and queries",
         "Clean images",
     ]
     assert rows[4][1:] == ["19.6", "[20.0, 30.0]", "0.2", "", "16/255", "500", "3"]

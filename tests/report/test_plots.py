@@ -43,7 +43,7 @@ def test_a_curve_per_attacker_with_its_band(figures: list[Any]) -> None:
         "grey box, without tokens",
         "black box",
         "grey box",
-        "adaptive (own tokens)",
+        "own tokens",
         "white box",
     ]
     white_box = axes.get_lines()[-1]
