@@ -83,7 +83,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Loads training or evaluation when one of its names is first asked for (PEP 562)."""
+    """Imports training or evaluation when one of its names is first used (PEP 562)."""
     if name in __all__:
         for wing in ("training", "evaluation"):  # evaluation imports training
             module = import_module(f".{wing}", __name__)

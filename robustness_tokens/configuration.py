@@ -30,8 +30,8 @@ SCHEMA_VERSION = 1
 FeatureView = Literal["cls_and_patches", "cls", "patches", "pooled"]
 SimilarityAxis = Literal["token", "feature"]
 
-# The code that `register_for_auto_class` writes beside an adapter, and the only code that a config may name. This
-# package never runs it: transformers does, where nothing has imported the package and trust_remote_code=True.
+# `register_for_auto_class` writes this code beside an adapter; a config may name no other. Only transformers runs it,
+# with trust_remote_code=True and as long as the package is not imported.
 AUTO_MAP = {
     "AutoConfig": "modeling.RobustnessTokenConfig",
     "AutoModel": "modeling.RobustnessTokenModel",
@@ -76,7 +76,7 @@ class RobustnessTokenConfig(PreTrainedConfig):
         num_robustness_tokens (`int`): K, the number of tokens.
         hidden_size (`int`): D, the width of the base.
         initializer_range (`float`): Standard deviation of the tokens before training (paper: 0.01).
-        feature_view (`str`): Which features: `"cls_and_patches"` (paper), `"cls"`, `"patches"`, `"pooled"`.
+        feature_view (`str`): Features to train on: `"cls_and_patches"` (paper), `"cls"`, `"patches"`, `"pooled"`.
         similarity_axis (`str`): `"token"` (what the published code computes) or `"feature"` (the paper's formula).
         image_mean, image_std (`list[float]`): Normalisation of [0, 1] images that the tokens were trained with.
         training (`dict`): The recipe the tokens were trained with; empty before training.
@@ -112,7 +112,7 @@ class RobustnessTokenConfig(PreTrainedConfig):
         self.validate()
 
     def validate(self) -> None:
-        """Checks every field. Raises `ValueError` with the field, what it holds and what it may hold."""
+        """Checks every field; `ValueError` names the field, its value and the allowed ones."""
         check_schema("the adapter", self.schema_version, SCHEMA_VERSION)
         check_int("num_robustness_tokens", self.num_robustness_tokens, 1, 2**20)
         check_int("hidden_size", self.hidden_size, 1, 2**20)
@@ -128,14 +128,14 @@ class RobustnessTokenConfig(PreTrainedConfig):
         check_fingerprint("base_model_fingerprint", self.base_model_fingerprint)
         check_dict("training", self.training)
         for _, value in json_values(self.training):
-            # transformers takes any "dtype", wherever it stands, for that of a model, and fails for others.
+            # transformers reads a "dtype" at any depth as the dtype of a model, and fails unless it is a string.
             if isinstance(value, dict) and not isinstance(value.get("dtype", ""), str):
                 raise ValueError(f"a dtype in training must be a string, got {value['dtype']!r}")
         if self.image_mean is None and self.image_std is None:
             return
         if self.image_mean is None or self.image_std is None:
             raise ValueError("image_mean and image_std go together: give both, or neither")
-        values: Any  # a tuple too, in Python
+        values: Any  # a list, or in Python perhaps a tuple
         for name, values in (("image_mean", self.image_mean), ("image_std", self.image_std)):
             check_numbers(name, list(values) if isinstance(values, tuple) else values)
         if not self.image_mean or len(self.image_mean) != len(self.image_std):
@@ -163,13 +163,13 @@ class RobustnessTokenConfig(PreTrainedConfig):
             raise ValueError(f"dtype must be the name of a data type of torch or null, got {self.dtype!r}")
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns only the adapter's own keys: labels and such are read from the base."""
+        """Returns only the adapter's own keys; labels come from the base."""
         kept = own_keys() | _TRANSFORMERS_KEYS - {"dtype"}
         return {key: value for key, value in super().to_dict().items() if key in kept and (key != "auto_map" or value)}
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Reads strictly: a missing or an unknown key is an error, and so is a newer schema."""
+        """Reads a config strictly; `ValueError` for a missing or an unknown key, or a newer schema."""
         name, optional = "the adapter's config.json", _TRANSFORMERS_KEYS
         check_keys(name, config_dict, own_keys(), optional=optional, schema=SCHEMA_VERSION)
         return super().from_dict(config_dict, **kwargs)

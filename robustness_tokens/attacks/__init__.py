@@ -1,7 +1,7 @@
 """Attacks as pure functions of an objective and images; nothing here knows a model class."""
 
 from .autoattack import apgd_attack, auto_attack
-from .common import example_generators
+from .common import DEFAULT_EPS, example_generators
 from .objectives import (
     Objective,
     cosine_similarity,

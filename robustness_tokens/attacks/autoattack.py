@@ -1,7 +1,7 @@
 """AutoAttack and its parts, from the external package `pyautoattack` (extra `eval`).
 
-Its noise comes from torch's default generators, so it depends on which images are in a batch together; they are left
-as they were found. Shapes: B images, C classes.
+Its noise comes from torch's default generators, which are restored, and so depends on the batch. Shapes: B images,
+C classes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from .common import check_pixels, check_steps
+from .common import DEFAULT_EPS, check_pixels, check_steps
 
 
 ApgdLoss = Literal["cross_entropy", "targeted_dlr"]
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 @torch.inference_mode(False)
 def auto_attack(
-    logits_fn: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, *, eps: float = 4 / 255, seed: int = 0
+    logits_fn: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, *, eps: float = DEFAULT_EPS, seed: int = 0
 ) -> Tensor:
     """Runs standard AutoAttack: APGD on cross-entropy, targeted APGD, targeted FAB and Square (5,000 queries).
 
@@ -38,7 +38,7 @@ def auto_attack(
         seed: Seed of the noise.
 
     Returns:
-        (B, 3, H, W) images; an image comes back as it was if its class could not be changed.
+        (B, 3, H, W) images; an image is unchanged if its class could not be changed.
 
     Raises:
         ValueError: If an argument is out of range, or there are fewer than four classes.
@@ -65,7 +65,7 @@ def apgd_attack(
     labels: Tensor,
     *,
     loss: ApgdLoss = "cross_entropy",
-    eps: float = 4 / 255,
+    eps: float = DEFAULT_EPS,
     num_steps: int = 100,
     num_restarts: int = 1,
     num_target_classes: int = 9,
@@ -75,16 +75,16 @@ def apgd_attack(
     """Runs one of AutoAttack's gradient attacks: PGD that chooses its own step sizes.
 
     Args:
-        logits_fn, images, labels, eps, seed: As for [`~robustness_tokens.attacks.auto_attack`].
+        logits_fn, images, labels, eps, seed: As in [`~robustness_tokens.attacks.auto_attack`].
         loss: `"targeted_dlr"` tries the likeliest wrong classes one after the other.
         num_steps: Steps of each restart, for each target.
         num_restarts: At least 1.
-        num_target_classes: For `"targeted_dlr"` alone; at most C - 1 are tried.
-        highest_loss: For `"cross_entropy"` alone: return each image's iterate of highest loss, whether it changes the
-            class or not, to attack another model than `logits_fn` with it.
+        num_target_classes: For `"targeted_dlr"` only; at most C - 1 are tried.
+        highest_loss: For `"cross_entropy"` only: return each image's iterate with the highest loss, even if its class
+            is unchanged, to attack another model with it.
 
     Returns:
-        (B, 3, H, W) images; without `highest_loss`, an image comes back as it was if its class could not be changed.
+        (B, 3, H, W) images; without `highest_loss`, an image is unchanged if its class could not be changed.
 
     Raises:
         ValueError: If an argument is out of range, or doesn't go with the loss, or there are fewer than four classes
@@ -140,7 +140,7 @@ def _prepare(
         )
     if target_classes is not None and shape[1] < 4:
         raise ValueError(f"the targeted DLR loss needs at least 4 classes, got {shape[1]}: use the cross-entropy")
-    # Square writes into the logits, which must not reach a tensor that the caller keeps.
+    # A copy, since Square writes into the logits, which the caller may keep.
     return (lambda x: logits_fn(x).float().clone()), min(target_classes or 1, shape[1] - 1)
 
 

@@ -13,17 +13,19 @@ from torch import Tensor
 from .objectives import Objective
 
 
+DEFAULT_EPS = 4 / 255
+
 Generators: TypeAlias = torch.Generator | Sequence[torch.Generator] | None
 
 
 def example_generators(seed: int, step: int, index: Tensor) -> list[torch.Generator]:
-    """Returns one CPU generator per example, seeded by (seed, step, global index): batching changes no noise."""
+    """Returns one CPU generator per example, seeded by (seed, step, global index) and so independent of batching."""
     seeds = (np.random.SeedSequence([seed, step, i]).generate_state(1, np.uint64)[0] for i in index.tolist())
     return [torch.Generator().manual_seed(int(value >> np.uint64(1))) for value in seeds]
 
 
 class Search:
-    """An attack in progress: the best images so far, and `rows`, (R,) int64, the images that are not done.
+    """An attack in progress: the best images so far, and `rows`, (R,) int64, the indices of those not done.
 
     An image is done once its value exceeds `stop_above`.
     """
@@ -39,7 +41,7 @@ class Search:
         self.rows = torch.arange(len(images), device=images.device)
 
     def evaluate(self, images: Tensor) -> Tensor:
-        """Returns the objective's values, (R,), of a candidate for each row, (R, ...); keeps the best candidates."""
+        """Returns the objective's values, (R,), of one candidate per row, (R, ...); keeps the best candidates."""
         values = self.objective_of_rows(images)
         if values.shape != (len(images),):
             raise ValueError(
@@ -57,7 +59,7 @@ class Search:
         return values
 
     def drop_done(self) -> Tensor:
-        """Drops the rows that are done; returns which of the rows go on, (R,) bool."""
+        """Drops the rows that are done; returns a mask of the others, (R,) bool."""
         goes_on = self.best_values[self.rows] <= self.stop_above
         if not goes_on.all():
             assert isinstance(self.objective, Objective)
@@ -67,7 +69,7 @@ class Search:
 
 
 def check_pixels(name: str, pixels: Tensor) -> None:
-    """Raises `ValueError` unless this is a batch in a precision that can hold a budget."""
+    """Raises `ValueError` unless the images are a batch in float32 or float64."""
     # Half precision is coarser than 8 bits near 1 (bfloat16) or breaks the budget by rounding (float16).
     if pixels.dtype not in (torch.float32, torch.float64):
         raise ValueError(

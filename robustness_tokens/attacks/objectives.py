@@ -24,11 +24,11 @@ from torch.nn import functional as F
 
 
 class Objective:
-    """Maps images to one number each, which may depend on data of the image, such as its label.
+    """Maps images to one number each, which may depend on constants of the image, such as its label.
 
     Args:
-        function: Maps (B, ...) images in [0, 1] and their data to (B,).
-        of_images: Data of the images: constants, (B, ...) each, in the order of the images.
+        function: Maps (B, ...) images in [0, 1] and their constants to (B,).
+        of_images: Constants, (B, ...) each, in the order of the images.
     """
 
     def __init__(self, function: Callable[..., Tensor], *of_images: Tensor) -> None:
@@ -109,7 +109,7 @@ def cross_entropy_objective(
 ) -> Objective:
     """Returns a classifier's cross-entropy with the true labels, as an objective.
 
-    `misclassified_bonus` is added where the image is misclassified and leaves the gradient as it is. With a large one,
+    `misclassified_bonus` is added where the image is misclassified and does not change the gradient. With a large one,
     an attack that keeps its best iterate prefers misclassified iterates to those with a larger loss.
     """
 
@@ -162,7 +162,7 @@ def pixel_cross_entropy_objective(
 
 
 def detached_copy(tensor: Tensor) -> Tensor:
-    """Copies a tensor to a constant that autograd can save, even one made in inference mode."""
+    """Returns a detached copy that autograd can save, even of a tensor made in inference mode."""
     with torch.inference_mode(False):
         return tensor.detach().clone()
 

@@ -1,4 +1,4 @@
-"""The attack of the published implementation, kept bit-faithful: all of it in normalised space."""
+"""The attack of the published implementation, bit for bit, in normalised space."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .objectives import detached_copy
 _MAX_MSE = 1e-4
 
 PAPER_EPS_NORMALIZED = 8 / 255
-"""The radius of the published attack, in normalised units; times a channel's standard deviation, in pixels."""
+"""Radius of the published attack in normalised units; pixel units are this times a channel's standard deviation."""
 
 PAPER_STEP_SIZE_NORMALIZED = 0.01
 PAPER_NUM_STEPS = 30
@@ -41,15 +41,13 @@ def paper_attack(
 
     Minimises the mean cosine with the clean features (or minus the cross-entropy) plus the mean squared error of the
     [0, 1] images, by signed steps from `pixel_values + step_size * randn`. After each step the iterate is projected
-    to the ball and then to the smallest and the largest number in the clean batch. The last iterate is returned, cut
-    down to 8 bits.
+    to the ball and clamped to the range of the clean batch. The last iterate is returned, rounded down to 8 bits.
 
-    Before quoting a number of it:
+    Before you quote its numbers:
 
     - `eps` is in NORMALISED units. With ImageNet's standard deviations "8/255" is about 1.8/255 in pixels, and at most
-      2/255 after the 8-bit step. That step rounds towards black, so images that are not on the 8-bit grid themselves
-      can move by up to another 1/255.
-    - The bounds depend on the other images of the batch.
+      2/255 after rounding to 8 bits. Images off the 8-bit grid can move by up to another 1/255 when rounded down.
+    - The range depends on the other images of the batch.
     - The loop ends early once the batch's mean squared error reaches 1e-4, which it can't with the default `eps`.
 
     Use [`pgd_attack`] for a budget in pixels.
@@ -58,7 +56,7 @@ def paper_attack(
         model_fn: Maps pixel_values to features, (B, N, D) or (B, D), or to logits, (B, C) or (B, C, H, W), where
             labels are given. The cosine is along dim 1: tokens for (B, N, D), features for (B, D).
         pixel_values: (B, C, H, W) float32 or float64, normalised images.
-        image_mean, image_std: C numbers each, that `pixel_values` were normalised with; deviations are above 0.
+        image_mean, image_std: C numbers each: the normalisation of `pixel_values`; deviations are above 0.
         labels: (B,) or (B, H, W) int64 classes, where -100 is ignored, to attack a classifier; `None` attacks
             features.
         target: Clean features, `model_fn(pixel_values)`, if the caller has them already; `None` computes them.
@@ -100,7 +98,7 @@ def paper_attack(
         loss = fit + mse
         if not loss.isfinite():
             raise ValueError(f"model_fn must return finite outputs, but the loss of step {step} is {loss:g}")
-        # Apart, because the squared error always has a gradient and would hide a model that has none.
+        # Two gradients, since the squared error always has one and would hide a model that has none.
         gradient = input_gradient(fit, iterate, source="model_fn") + torch.autograd.grad(mse, iterate)[0]
         iterate = clean + (iterate.detach() - step_size * gradient.sign() - clean).clamp(-eps, eps)
         iterate = iterate.clamp(lower, upper)
@@ -135,9 +133,9 @@ def _unnormalize(
 
 
 def paper_attack_eps(image_std: Sequence[float], *, on_grid: bool) -> float:
-    """Returns the budget of the paper's attack in pixel units, after its 8-bit step.
+    """Returns the budget of the paper's attack in pixel units, after rounding to 8 bits.
 
-    That step rounds towards black and so adds up to one level; images `on_grid` move by whole 8-bit levels only.
+    Rounding down adds up to one level; images `on_grid` move by whole 8-bit levels only.
     """
     levels = round(255 * PAPER_EPS_NORMALIZED * max(image_std), 6) + 1
     return (math.floor(levels) if on_grid else levels) / 255

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .common import Generators, Search, check_pixels, check_steps, draw_noise, input_gradient
+from .common import DEFAULT_EPS, Generators, Search, check_pixels, check_steps, draw_noise, input_gradient
 
 
 def pgd_step_size(eps: float, num_steps: int) -> float:
@@ -25,7 +25,7 @@ def pgd_attack(
     objective: Callable[[Tensor], Tensor],
     images: Tensor,
     *,
-    eps: float = 4 / 255,
+    eps: float = DEFAULT_EPS,
     step_size: float | None = None,
     num_steps: int = 20,
     num_restarts: int = 1,
@@ -35,7 +35,7 @@ def pgd_attack(
 ) -> Tensor:
     """Returns adversarial images that maximise an objective within `eps` of the originals.
 
-    Every iterate of every restart counts, the last one too: each image keeps the one with its highest objective.
+    Each image keeps its iterate with the highest objective over all steps of all restarts, the last one included.
     One restart costs `num_steps` gradients and `num_steps + 1` evaluations of the objective, less what `stop_above`
     saves. Models are used as they are: put them in eval mode first. Gradients are taken with respect to the images
     alone and no `.grad` is touched.

@@ -1,4 +1,4 @@
-"""Random search: attacks that only ask for scores, never for gradients.
+"""Random search: attacks that need scores and no gradients.
 
 Shapes: B images, C channels, H and W pixels, Q queries.
 """
@@ -12,7 +12,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from .common import Generators, Search, check_pixels, check_steps, draw_noise
+from .common import DEFAULT_EPS, Generators, Search, check_pixels, check_steps, draw_noise
 
 
 NoiseKind = Literal["uniform", "corners"]
@@ -27,7 +27,7 @@ def noise_attack(
     images: Tensor,
     *,
     kind: NoiseKind = "uniform",
-    eps: float = 4 / 255,
+    eps: float = DEFAULT_EPS,
     num_draws: int = 10,
     generator: Generators = None,
 ) -> Tensor:
@@ -36,7 +36,7 @@ def noise_attack(
     It is the baseline that any attack must beat.
 
     Args:
-        objective, images, eps, generator: As for [`~robustness_tokens.attacks.pgd_attack`]; no gradient is asked for.
+        objective, images, eps, generator: As in [`~robustness_tokens.attacks.pgd_attack`]; no gradient is needed.
         kind: `"uniform"` draws in the ball, `"corners"` are plus or minus `eps` in every pixel.
         num_draws: Draws, at least 1.
 
@@ -62,7 +62,7 @@ def square_attack(
     objective: Callable[[Tensor], Tensor],
     images: Tensor,
     *,
-    eps: float = 4 / 255,
+    eps: float = DEFAULT_EPS,
     num_queries: int = 1000,
     initial_area: float = 0.8,
     stop_above: float = math.inf,
@@ -71,11 +71,10 @@ def square_attack(
     """Runs the Square attack in the L-infinity ball on any score, not only a classifier's.
 
     Starts from vertical stripes of `eps` and sets one square at a time to a random corner of the ball, where that
-    raises the objective. The squares, their places and their signs belong to the image, not to the batch.
+    raises the objective. The places and signs of the squares are drawn per image.
 
     Args:
-        objective, eps, stop_above, generator: As for [`~robustness_tokens.attacks.pgd_attack`]; no gradient is asked
-            for.
+        objective, eps, stop_above, generator: As in [`~robustness_tokens.attacks.pgd_attack`], without gradients.
         images: (B, C, H, W) float32 or float64 in [0, 1].
         num_queries: Q, calls of the objective, at least 1.
         initial_area: Share of the image that the first squares cover, in (0, 1].
@@ -118,7 +117,7 @@ def square_attack(
 
 
 def _side(spent: float, initial_area: float, height: int, width: int) -> int:
-    """Returns the squares' side in pixels once this share of the queries is spent."""
+    """Returns the side of the squares in pixels, given the share of the queries that is spent."""
     shrunk = max((factor for share, factor in _SCHEDULE if spent > share), default=1)
     return min(max(round(math.sqrt(initial_area / shrunk * height * width)), 1), height, width)
 

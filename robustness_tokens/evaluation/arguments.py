@@ -17,7 +17,6 @@ from ..utils import check_choice
 BudgetName = Literal["quick", "standard", "full"]
 
 SWEEP_EPS = tuple(level / 255 for level in (0, 0.5, 1, 2, 4, 8, 16, 32))
-DEFAULT_EPS = 4 / 255
 
 
 @dataclass(kw_only=True)

@@ -15,11 +15,12 @@ import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 
+from ..attacks import DEFAULT_EPS
 from ..data import Normalizer, choose_rows, prepare_images
 from ..models import ProbedModel
 from ..report import RobustnessReport
 from ..utils import __version__, digest, process_state
-from .arguments import DEFAULT_EPS, EvaluationArguments, override_arguments
+from .arguments import EvaluationArguments, override_arguments
 from .attack_suite import AttackBatch, on_8bit_grid
 from .cells import CellStore, measure_outcome, merge, model_settings, run_cells
 from .checks import run_checks

@@ -1,4 +1,4 @@
-"""A frozen base with robustness tokens in it."""
+"""Models with robustness tokens, probe heads, exports, and speedups for frozen bases."""
 
 from .features import (
     check_patches,

@@ -17,7 +17,7 @@ from ..configuration import FeatureView
 from .layer_stack import headless_model, is_timm_vit, vision_config
 
 
-# The paper takes the pooled and projected embedding of CLIP, the normalised last hidden state of everything else.
+# The paper uses the pooled, projected embedding for CLIP and the normalised last hidden state for all other families.
 _POOLED_MODEL_TYPES = {"clip", "clip_vision_model"}
 _CLS_NAMES = {"cls_token", "class_embedding"}
 
@@ -33,7 +33,7 @@ def extract_features(
 ) -> Tensor:
     """Computes the features of normalised images, with the tokens that are active in the model.
 
-    ViT-MAE sees all patches in their own order, whatever its `mask_ratio`.
+    ViT-MAE gets all patches in order, regardless of `mask_ratio`.
 
     Args:
         model: A transformers vision model, bare or under a classification head (the head is not run), or a two-tower
@@ -55,7 +55,7 @@ def extract_features(
     """
     headless: Any = headless_model(model)
     if hasattr(headless, "timm_model"):
-        pixel_values = pixel_values.to(headless.device, headless.dtype)  # as its wrapper does
+        pixel_values = pixel_values.to(headless.device, headless.dtype)  # as TimmWrapperModel does
         hidden_states = headless.timm_model.forward_features(pixel_values, **model_inputs)
         if feature_view == "pooled":
             pooled: Tensor = headless.timm_model.forward_head(hidden_states, pre_logits=True)
@@ -113,7 +113,7 @@ def _select_tokens(hidden_states: Any, headless: nn.Module, num_patches: int, fe
     patches = hidden_states[:, num_prefix:]  # (B, P, D)
     if feature_view == "patches":
         return patches
-    # Without a prefix a cls_token is a pooling head's own query (AIMv2); without that name the prefix is registers.
+    # A `cls_token` without a prefix is the query of AIMv2's pooling head; a prefix without `cls_token` is registers.
     has_cls = num_prefix > 0 and any(key.rpartition(".")[2] in _CLS_NAMES for key, _ in headless.named_parameters())
     if feature_view == "cls":
         if not has_cls:
@@ -123,7 +123,7 @@ def _select_tokens(hidden_states: Any, headless: nn.Module, num_patches: int, fe
 
 
 def patch_size(model: nn.Module) -> tuple[int, int]:
-    """Returns height and width of the model's patches in pixels; `ValueError` where it names no patch size."""
+    """Returns height and width of the model's patches in pixels; `ValueError` if it names no patch size."""
     headless: Any = headless_model(model)
     vision_transformer = getattr(headless, "timm_model", headless)
     described_by = vision_transformer.patch_embed if is_timm_vit(vision_transformer) else vision_config(headless)
@@ -160,8 +160,8 @@ def _all_patches_in_order(headless: Any, pixel_values: Tensor) -> Iterator[dict[
 
 
 def check_patches(base: nn.Module, image_shape: tuple[int, int]) -> None:
-    """Raises `ValueError` if a side of the images, (height, width) in pixels, is no multiple of the base's patches."""
-    # Some bases ignore a border at their own image size: SigLIP has 384 pixels and patches of 14.
+    """Raises `ValueError` unless height and width of the images, in pixels, are multiples of the base's patch size."""
+    # Some bases cut off a border at their own image size: SigLIP's 384 pixels are no multiple of its 14.
     own_size = getattr(vision_config(headless_model(base)), "image_size", None)
     if image_shape in (own_size, (own_size, own_size)):
         return

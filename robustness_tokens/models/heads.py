@@ -1,4 +1,4 @@
-"""Linear heads of probes on a frozen base, their two files (safetensors and JSON), and a model with such a head.
+"""Linear probe heads on a frozen base, their two files (safetensors and JSON), and a model with such a head.
 
 Shapes: B images, P patches in a grid of h rows and w columns, D width, F what a head reads, C classes.
 """
@@ -51,9 +51,9 @@ class ProbeHead(nn.Module, ABC):
     Args:
         in_features: F, at least 1.
         num_labels: C, at least 1.
-        base_model_fingerprint: Digests of the base that it was trained on, as in [`RobustnessTokenConfig`]; empty if
-            unknown.
-        trained_with_tokens: Robustness tokens were in the base during its training.
+        base_model_fingerprint: Digests of the base that the head was trained on, as in [`RobustnessTokenConfig`];
+            empty if unknown.
+        trained_with_tokens: True if the base had robustness tokens while the head was trained.
     """
 
     task: ClassVar[str]
@@ -87,13 +87,13 @@ class ProbeHead(nn.Module, ABC):
 class ClassificationHead(ProbeHead):
     """A linear layer on the CLS token and the mean of the patches, as DINOv2's linear heads.
 
-    F is 2 D, or D in families without a CLS token, where the head reads the mean only. Arguments as of [`ProbeHead`].
+    F is 2 D, or D in families without a CLS token (the mean alone). Takes the arguments of [`ProbeHead`].
 
     Source: Oquab et al., "DINOv2", arXiv 2304.07193, and its released linear heads.
     """
 
     task = "classification"
-    ignore_index = -100  # no class has it, so every label counts
+    ignore_index = -100  # no class has this index, so every label counts
 
     def __init__(self, in_features: int, num_labels: int, **provenance: Any) -> None:
         super().__init__(in_features, num_labels, **provenance)
@@ -113,8 +113,8 @@ class ClassificationHead(ProbeHead):
 class SegmentationHead(ProbeHead):
     """Batch norm and a 1x1 convolution on the grid of patches, as in DINOv2 and the paper; F is D.
 
-    Its logits (B, C, h, w) have one value per patch; [`ProbedModel`] resizes them to the images. Arguments as of
-    [`ProbeHead`], with at most 255 classes: 255 marks ignored pixels.
+    The logits (B, C, h, w) have one value per patch; [`ProbedModel`] resizes them to the images. Takes the arguments
+    of [`ProbeHead`], with at most 255 classes: 255 marks ignored pixels.
     """
 
     task = "segmentation"
@@ -203,15 +203,15 @@ def _initialize(layer: nn.Linear | nn.Conv2d) -> None:
 
 
 class ProbedModel(nn.Module):
-    """A frozen model with a probe's head on its features: maps pixel values to logits.
+    """A frozen model with a probe head: maps pixel values to logits.
 
-    The same head serves with the tokens on and off, unless `base_head` is given. The heads are frozen, and the model
+    The same head is used with the tokens on and off, unless `base_head` is given. The heads are frozen, and the model
     is always in eval mode.
 
     Args:
         model: A `RobustnessTokenModel`, a model that `inject_tokens` was called on, or a base without tokens.
         head: Head on the features; it is moved to the base's device.
-        base_head: Head for the time that the tokens are off; by default `head`.
+        base_head: Head to use while the tokens are off; by default `head`.
         ignore_base_mismatch: Accept heads that were trained on another base.
 
     Raises:
@@ -249,7 +249,7 @@ class ProbedModel(nn.Module):
         self.eval()
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """Maps (B, 3, H, W) normalised images to (B, C) float32 logits, or (B, C, H, W) for a segmentation."""
+        """Maps (B, 3, H, W) normalised images to (B, C) float32 logits, or (B, C, H, W) for segmentation."""
         base = base_of(self.model)
         injector = find_injector(base)
         is_plain = injector is None or not injector.enabled
@@ -261,17 +261,17 @@ class ProbedModel(nn.Module):
         return tokens_in(self, None)
 
     def train(self, mode: bool = True) -> Self:
-        """Stays in eval mode, whatever `mode`: the statistics of the batch norm must not change."""
+        """Ignores `mode` and stays in eval mode: the batch norm's statistics must not change."""
         return super().train(False)
 
 
 def resize_logits(logits: Tensor, size: torch.Size) -> Tensor:
-    """Resizes logits (B, C, h, w) bilinearly to `size`; returns logits of whole images, (B, C), as they are."""
+    """Resizes logits (B, C, h, w) bilinearly to `size`; returns (B, C) logits unchanged."""
     if logits.dim() == 2:
         return logits
     return F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=False)
 
 
 def base_of(model: PreTrainedModel) -> PreTrainedModel:
-    """Returns the base of a model that has tokens, or the model itself."""
+    """Returns the base of a `RobustnessTokenModel`, or any other model itself."""
     return model.get_base_model() if isinstance(model, RobustnessTokenPreTrainedModel) else model

@@ -27,7 +27,7 @@ class TokenInjector(nn.Module):
         self.robustness_tokens = nn.Parameter(robustness_tokens)
         self.enabled = True
         self.strips_before_norm = True
-        self._rotary_modules: list[nn.Module] = []  # they skip `num_prefix_tokens` positions (timm's Eva)
+        self._rotary_modules: list[nn.Module] = []  # timm's Eva: positions begin after the prefix
 
     @property
     def num_active_tokens(self) -> int:
@@ -42,10 +42,10 @@ class TokenInjector(nn.Module):
             module.num_prefix_tokens += self.num_active_tokens - before  # type: ignore[operator, assignment]
 
     def attach(self, stack: LayerStack) -> None:
-        """Registers every hook on the layers of the stack."""
+        """Registers the hooks on the stack's layers."""
         if stack.is_timm:
             timm_model: Any = stack.owner
-            # From norm_pre to norm, so that every intermediate output holds the tokens, as extra prefix tokens.
+            # The tokens go from norm_pre to norm: all intermediate outputs hold them as extra prefix tokens.
             timm_model.norm_pre.register_forward_hook(self.insert_after_norm_pre)
             timm_model.norm.register_forward_pre_hook(self.strip_before_norm)
             timm_model.forward_intermediates = functools.partial(_forward_intermediates, timm_model, self)
@@ -83,7 +83,7 @@ class TokenInjector(nn.Module):
         return output[:, self.num_active_tokens :]  # (B, K + N, D) -> (B, N, D)
 
     def pad_attention_mask(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        """Extends masks and relative position biases of the base's own sequence to the tokens in front of it."""
+        """Extends the base's attention masks and relative position biases to the tokens."""
         by_position = len(args) > 1
         mask = args[1] if by_position else kwargs.get("attention_mask")
         if mask is None or not self.enabled:
@@ -95,7 +95,7 @@ class TokenInjector(nn.Module):
         return args, {**kwargs, "attention_mask": mask}
 
     def trim_recorded(self, module: nn.Module, args: Any, output: Any) -> Any:
-        """Removes the tokens from `hidden_states` and `attentions` that the owner of the layers recorded."""
+        """Removes the tokens from recorded `hidden_states` and `attentions`."""
         k = self.num_active_tokens
         if k == 0:
             return output
@@ -138,7 +138,7 @@ def find_injector(model: nn.Module) -> TokenInjector | None:
 
 
 def active_injector(model: nn.Module, *, to: str) -> TokenInjector:
-    """Returns the injector of a model with tokens that are on; the `ValueError` says what they are needed `to` do."""
+    """Returns the injector; `ValueError`, with `to` as its verb, if the tokens are off or missing."""
     injector = find_injector(model)
     if injector is None or not injector.enabled:
         raise ValueError(
@@ -150,9 +150,9 @@ def active_injector(model: nn.Module, *, to: str) -> TokenInjector:
 
 @contextmanager
 def tokens_in(model: nn.Module, tokens: Tensor | None) -> Iterator[None]:
-    """Runs a model with other tokens, (K, D) for any K, or with None bit for bit as its base; contexts nest.
+    """Runs a model with other tokens, (K, D) for any K, or without tokens if None is given; contexts nest.
 
-    No gradient goes to the given tokens. A model without tokens accepts None only, and stays as it is.
+    The given tokens get no gradient. A model without tokens accepts only None, which changes nothing.
     """
     injector = find_injector(model)
     if injector is None:
@@ -174,7 +174,7 @@ def tokens_in(model: nn.Module, tokens: Tensor | None) -> Iterator[None]:
 
 
 def remove_tokens(model: nn.Module) -> Any:
-    """Removes the tokens and all hooks from a model, in place: it is again what it was before [`inject_tokens`].
+    """Removes the tokens and all hooks from a model in place, which undoes [`inject_tokens`].
 
     Args:
         model: A model that [`inject_tokens`] was called on.
@@ -227,16 +227,16 @@ def _pad_mask(mask: Any, k: int, sequence: int) -> Tensor:
 
 
 def _token_row(mask: Tensor) -> Tensor:
-    """Maps (B, H, N, N) to the tokens' row (B, H, 1, N): no bias, but padding stays hidden, or it would leak."""
+    """Maps (B, H, N, N) to the row of a token, (B, H, 1, N): no bias, but padding stays masked."""
     if not mask.is_floating_point():
         return mask.any(dim=-2, keepdim=True)
     lowest = torch.finfo(mask.dtype).min
-    hidden = (mask <= lowest / 2).all(dim=-2, keepdim=True)  # no bias is as low
+    hidden = (mask <= lowest / 2).all(dim=-2, keepdim=True)  # no position bias is this low
     return torch.zeros_like(mask[..., :1, :]).masked_fill(hidden, lowest)
 
 
 def _trim(recorded: Any, k: int) -> Any:
-    """Trims hidden states (B, K + N, D), except for the last, or attentions (B, H, K + N, K + N)."""
+    """Trims attentions (B, H, K + N, K + N), or hidden states (B, K + N, D) except the last, which has no tokens."""
     if not recorded:
         return recorded  # some attention kernels keep no weights
     *inner, last = recorded

@@ -15,13 +15,13 @@ from transformers import PreTrainedModel
 from ..configuration import check_same_base
 
 
-# A base may be loaded in either; rounding float32 is deterministic, so these digests identify it in all dtypes.
+# Rounding float32 to these is deterministic, so their digests identify a base in all three dtypes.
 _FINGERPRINT_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
 class LayerStack:
-    """The layers between which tokens live."""
+    """The layers that the tokens pass through."""
 
     owner: nn.Module  # runs the layers, and records their hidden states and attentions
     layers: nn.ModuleList | nn.Sequential  # first to last; each maps (B, N, D) to (B, N, D)
@@ -31,7 +31,7 @@ class LayerStack:
 
 
 def find_layer_stack(model: nn.Module) -> LayerStack:
-    """Finds the first stack of vision transformer layers in a model; `ValueError` if none, or a hierarchical one.
+    """Returns the first stack of vision transformer layers in a model; `ValueError` if it is hierarchical or missing.
 
     transformers models name the class of their layers in `_can_record_outputs`; timm models call them `blocks`.
     """
@@ -60,10 +60,10 @@ def find_layer_stack(model: nn.Module) -> LayerStack:
 
 
 def base_fingerprint(model: nn.Module, dtypes: Mapping[str, torch.dtype] = _FINGERPRINT_DTYPES) -> dict[str, str]:
-    """Identifies a base by its first and last layer: the same under a head, in a DPT, or loaded in half precision.
+    """Returns digests of a base's first and last layer, equal under any head, in a DPT, and in half precision.
 
-    sha256 over the tensors' names relative to the stack, their shapes, and their values rounded to bfloat16 and to
-    float16, by dtype name. A model in one of these two dtypes has a digest for that one only.
+    Each is a sha256 of the tensors' names in the stack, their shapes, and their values rounded to bfloat16 or float16,
+    by name of that dtype. A model in half precision has a digest for its own dtype only.
     """
     layers = find_layer_stack(model).layers
     tensors: dict[str, Tensor] = {}
@@ -89,7 +89,7 @@ def check_base(model: nn.Module, expected: Mapping[str, str], *, expected_name: 
     """Raises `ValueError` unless the model's base has the expected fingerprint, see [`check_same_base`]."""
     found: dict[str, str] = {}
     for name, dtype in _FINGERPRINT_DTYPES.items():
-        if name in expected and not found:  # one digest is enough, and each takes a pass over the weights
+        if name in expected and not found:  # one is enough, and each takes time
             found = base_fingerprint(model, {name: dtype})
     check_same_base(
         found,
@@ -104,7 +104,7 @@ def check_base(model: nn.Module, expected: Mapping[str, str], *, expected_name: 
 def headless_model(model: nn.Module) -> nn.Module:
     """Returns the headless model inside a classifier (`classifier.dinov2`), or the model itself if it has no head."""
     if hasattr(model, "visual_projection") or hasattr(model, "get_image_features"):
-        return model  # the image's embedding is its output, not its vision tower's (CLIP, SigLIP)
+        return model  # it projects the vision tower's output to the embedding (CLIP, SigLIP)
     for name in (getattr(model, "base_model_prefix", ""), "vision_model"):  # CLIP's classifier has the latter
         base = getattr(model, name, None) if name else None
         # DINOv3's `model` is its bare encoder, which takes no images.
@@ -114,12 +114,12 @@ def headless_model(model: nn.Module) -> nn.Module:
 
 
 def vision_config(model: Any) -> Any:
-    """Returns the config of a model's vision half (of two towers), or the model's own config."""
+    """Returns the vision config of a two-tower model, or a model's only config."""
     return getattr(model.config, "vision_config", model.config)
 
 
 def square_size(size: Any) -> int | None:
-    """Returns the side in pixels of a size given as a number, a pair or nothing; None where it is not square."""
+    """Returns the side of a square size, given as a number or a pair; None if it is None or not square."""
     if isinstance(size, list | tuple):
         return size[0] if len(set(size)) == 1 else None
     return size

@@ -1,5 +1,4 @@
-"""Loads the frozen base and its image processor. Code of a repository runs only if the user passes
-`trust_remote_code=True`."""
+"""Loads the frozen base and its image processor; code of a repo runs only with `trust_remote_code=True`."""
 
 from __future__ import annotations
 
@@ -17,7 +16,7 @@ HUB_KWARGS = ("token", "cache_dir", "local_files_only", "force_download")
 
 
 def headless_class_name(name: str, revision: str | None, base_kwargs: Mapping[str, Any]) -> str:
-    """Returns the name of a base's headless class by its config: AutoModel's, or the vision half of two towers."""
+    """Returns the name of a base's headless class: AutoModel's choice, or the vision model of two towers."""
     hub_kwargs = {key: base_kwargs[key] for key in HUB_KWARGS if key in base_kwargs}
     trust_remote_code = base_kwargs.get("trust_remote_code", False)
     try:
@@ -46,11 +45,8 @@ def load_base(name: str, base_class: str, revision: str | None, base_kwargs: Map
     return base
 
 
-def load_classifier(
-    name: str, base_class: str, revision: str | None, base_kwargs: Mapping[str, Any]
-) -> PreTrainedModel:
-    """Loads a base with its classification head; `ValueError` if it has none: transformers would make a random one."""
-    # Its class follows from its own config; `base_class` is the headless one.
+def load_classifier(name: str, revision: str | None, base_kwargs: Mapping[str, Any]) -> PreTrainedModel:
+    """Loads a base with its classification head; `ValueError` if the head's weights are missing."""
     options = {"trust_remote_code": False, **base_kwargs, "output_loading_info": True}
     base, info = _load(AutoModelForImageClassification, name, revision, options)
     if info["missing_keys"]:
@@ -81,7 +77,7 @@ def processor_of(base: PreTrainedModel, name: str, *, revision: str | None, base
 
 
 def vision_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
-    """Returns the class of the vision half of two towers (CLIP, SigLIP), with its projection if any; else None."""
+    """Returns the vision model of two towers (CLIP, SigLIP), with projection if there is such a class; else None."""
     if not hasattr(config, "vision_config") or not hasattr(config, "text_config"):
         return None
     stem = type(config).__name__.removesuffix("Config")

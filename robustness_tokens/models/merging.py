@@ -1,7 +1,7 @@
 """Turns tokens into native register tokens, in a plain checkpoint that needs no add-on; and extracts them again.
 
-The base's family needs a class with registers. Attention ignores the order of a sequence without positions, so tokens
-after the CLS token have the same effect as in front of it; rotary positions skip registers.
+The base's family needs a class with registers. Registers have no positions, and attention ignores order, so tokens
+have the same effect after the CLS token as before it.
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ from .layer_stack import square_size
 
 logger = logging.getLogger(__name__)
 
-# For each class of transformers the one that computes the same with registers in its sequence. By name, since not
-# every supported release of transformers has all of them.
+# Class -> its equivalent with registers; by name, since not every supported release of transformers has all of them.
 _REGISTER_CLASSES = {
     "Dinov2Model": "Dinov2WithRegistersModel",
     "Dinov2ForImageClassification": "Dinov2WithRegistersForImageClassification",
@@ -36,7 +35,7 @@ _REGISTER_CLASSES = {
     "DINOv3ViTBackbone": "DINOv3ViTBackbone",
 }
 _TIMM_WRAPPERS = ("TimmWrapperModel", "TimmWrapperForImageClassification")
-# timm's own classes only: their subclasses (distilled, hybrid, ...) may take the argument and not use it.
+# timm's own classes only: their subclasses (distilled, hybrid, ...) may accept the argument and ignore it.
 _TIMM_REGISTER_ARGUMENTS = {"VisionTransformer": "reg_tokens", "Eva": "num_reg_tokens"}
 
 _REGISTER_NAMES = ("register_tokens", "reg_token")
@@ -50,7 +49,7 @@ _ALTERNATIVES = (
 def merge(model: PreTrainedModel, *, image_size: int | None = None) -> PreTrainedModel:
     """Returns a plain copy of a model, in eval mode, with its robustness tokens as its last K registers.
 
-    Positions are stored as the model resamples them for `image_size` pixels.
+    Position embeddings are stored as the model resamples them for images of `image_size` pixels.
     """
     tokens = active_injector(model, to="merge").robustness_tokens.detach()
     name = type(model).__name__
@@ -114,7 +113,7 @@ def _merge_transformers(model: PreTrainedModel, tokens: Tensor, image_size: int 
     tokens = tokens.to(state[f"{stem}cls_token"])
     state[f"{stem}register_tokens"] = torch.cat([registers.to(tokens), tokens[None]], dim=1)  # (1, R + K, D)
     config.num_register_tokens = registers.shape[1] + tokens.shape[0]
-    # DINOv2 may have no mask token, DINOv2 with registers must; it is unused unless patches are masked.
+    # The class with registers requires a mask token, DINOv2 may lack it. Only masked patches use it.
     state.setdefault(f"{stem}mask_token", tokens.new_zeros(1, tokens.shape[1]))
     if f"{stem}position_embeddings" in state:
         size = square_size(config.image_size)
@@ -144,7 +143,7 @@ def _merge_timm(model: PreTrainedModel, tokens: Tensor, image_size: int | None) 
             f"this {name} normalises its sequence with its registers before the first layer, and the tokens enter "
             f"after that, so no register can hold them: {_ALTERNATIVES}"
         )
-    # Eva lacks that setting: its attention pooling always sees the prefix.
+    # Eva lacks this setting: its attention pooling always sees the prefix.
     if getattr(timm_model, "pool_include_prefix", timm_model.attn_pool is not None):
         raise ValueError(f"this {name} pools over its registers, so its head would see the tokens: {_ALTERNATIVES}")
 

@@ -71,7 +71,7 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
         self.backbone = base_model.requires_grad_(False)
         self.injector.to(device=next(base_model.parameters()).device)
         self.image_processor: BaseImageProcessor | None = None
-        for name in ("id2label", "label2id", "problem_type"):  # pipelines read them here; to_dict leaves them out
+        for name in ("id2label", "label2id", "problem_type"):  # for pipelines; to_dict leaves them out
             setattr(config, name, getattr(base_model.config, name, None))
         self.eval()
 
@@ -82,7 +82,7 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The base's dtype, which pipelines cast images to. The tokens stay float32 and are cast as they enter."""
+        """The base's dtype, to which pipelines cast images. The tokens stay float32 and are cast on insertion."""
         return self.get_base_model().dtype
 
     @classmethod
@@ -211,7 +211,7 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
         image_processor = adapter.image_processor
         base_kwargs = {name: value for name, value in base_kwargs.items() if value is not None}
         if isinstance(base_model, PreTrainedModel):
-            served = (*HUB_KWARGS, "trust_remote_code")  # the adapter takes these, and AutoModel always passes one
+            served = (*HUB_KWARGS, "trust_remote_code")  # for the adapter; AutoModel always passes one
             for_base = {name: value for name, value in base_kwargs.items() if name not in served}
             _check_no_loading_arguments("the base is", for_base)
             base = base_model
@@ -252,7 +252,7 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
 
     def _set_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> None:
         super()._set_gradient_checkpointing(*args, **kwargs)
-        self.train(self.training)  # other layers checkpoint now
+        self.train(self.training)  # sets the mode of the layers that checkpoint from now on
 
     def forward(self, pixel_values: Tensor, **kwargs: Any) -> Any:
         """Runs the base with the tokens in its sequence.
@@ -297,10 +297,10 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
         """Returns a plain model that holds the tokens as native registers; this model stays as it is.
 
         Args:
-            image_size: Side in pixels of the images for the plain model; by default the base's image size.
+            image_size: Side in pixels of the plain model's images; by default the base's image size.
 
         Returns:
-            A model of a transformers class with K more registers, in eval mode, which needs no add-on.
+            A plain transformers model with K more registers, in eval mode.
 
         Raises:
             ValueError: If the tokens are off, the base's family has no registers, or `image_size` doesn't fit it.
@@ -314,17 +314,17 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str | type | None = None) -> None:
-        """Makes `save_pretrained` write a file that imports this package beside each adapter.
+        """Makes `save_pretrained` add a file to each adapter that imports this package.
 
-        The Auto class can then load the adapter with `trust_remote_code=True` before the package is imported;
-        transformers names the package where it is missing. Once it is imported, code beside an adapter never runs.
+        With `trust_remote_code=True`, the Auto class can then load the adapter before this package is imported; if it
+        is not installed, transformers names it. Once the package is imported, the file never runs.
 
         Args:
             auto_class: `"AutoModel"` for features, `"AutoModelForImageClassification"` for a classifier; by default
                 the one for this class.
 
         Raises:
-            ValueError: If it is another class.
+            ValueError: If `auto_class` does not fit this class.
         """
         name = auto_class.__name__ if isinstance(auto_class, type) else auto_class
         own = next((name for name, code in AUTO_MAP.items() if code == f"modeling.{cls.__name__}"), None)
@@ -419,7 +419,9 @@ class RobustnessTokenModel(RobustnessTokenPreTrainedModel):
 class RobustnessTokenForImageClassification(RobustnessTokenPreTrainedModel):
     """A frozen image classifier with robustness tokens. It returns its base's outputs: logits."""
 
-    _load_base = staticmethod(load_classifier)
+    _load_base = staticmethod(
+        lambda name, base_class, revision, base_kwargs: load_classifier(name, revision, base_kwargs)
+    )
 
     def __init__(self, config: RobustnessTokenConfig, base_model: PreTrainedModel | None = None) -> None:
         base_config: Any = type(getattr(base_model, "config", None))
@@ -442,7 +444,7 @@ def inject_tokens(
 
     Args:
         model: A model that is, or contains, the vision transformer that the tokens were trained on.
-        adapter: Folder or Hub id of the adapter; or the tokens, (K, D) floating: then the base is not checked.
+        adapter: Folder or Hub id of the adapter; or the tokens, (K, D) floating, without a check of the base.
         ignore_base_mismatch: Accept a model with other weights than the tokens were trained on.
         revision: Branch, tag, commit or `refs/pr/N` of an adapter on the Hub.
         subfolder: Folder of the adapter inside its repo.
@@ -475,7 +477,7 @@ def inject_tokens(
 
 
 def _absolute_if_folder(name: str) -> str:
-    """Returns a folder's absolute path: elsewhere a relative one may be another folder, or a Hub id."""
+    """Makes a folder's path absolute: in another working directory, a relative one may mean something else."""
     return os.path.abspath(name) if name and os.path.isdir(name) else name
 
 

@@ -1,4 +1,4 @@
-"""Computes the linear layers of a frozen base by oneDNN, with weights that are packed once.
+"""Computes the linear layers of a frozen base with oneDNN; weights are packed once.
 
 Shapes: B images, D width.
 """
@@ -29,7 +29,7 @@ def has_avx512() -> bool:
 
 @contextmanager
 def packed_once() -> Iterator[None]:
-    """Keeps packed weights inside the context: entering [`onednn_products`] again packs nothing twice.
+    """Keeps packed weights for the whole context, so that entering [`onednn_products`] again reuses them.
 
     A weight that changed is packed again, unless it was changed through `.data`. Nesting changes nothing.
     """
@@ -45,11 +45,11 @@ def packed_once() -> Iterator[None]:
 
 @contextmanager
 def onednn_products(base: nn.Module, *, dtype: torch.dtype = torch.float32) -> Iterator[None]:
-    """Computes the linear layers and the patch embedding of a frozen base on a CPU by oneDNN, inside the context.
+    """Computes a frozen base's linear layers and patch embedding with oneDNN inside the context, on a CPU.
 
-    Weights are cast to `dtype` (float32, or bfloat16 under autocast) and packed for the forward and for the backward
-    pass; these copies live as long as the context, or as [`packed_once`]. Results differ by rounding. Trained layers
-    and layers of other classes or dtypes stay as they are. Do not change, copy or pickle the base inside the context.
+    Weights are cast to `dtype` (float32, or bfloat16 under autocast) and packed for forward and backward. The copies
+    are freed at the end of the context, or of [`packed_once`]. Results differ by rounding. Trained layers and layers
+    of other classes or dtypes stay unchanged. Do not change, copy or pickle the base inside the context.
     """
     swapped: dict[Any, type[nn.Module]] = {}
     try:
@@ -101,10 +101,10 @@ _kept: ContextVar[dict[nn.Module, tuple[_PackedWeight, list[Tensor], Any]] | Non
 
 
 def _pack(module: Any, dtype: torch.dtype) -> _PackedWeight:
-    """Returns a layer's packed weight, the one that is kept if it is still valid."""
+    """Returns a layer's packed weight; reuses a kept one that is still valid."""
     kept = _kept.get()
     parameters = list(module.parameters())
-    if kept is None or any(one.is_inference() for one in parameters):  # they count no changes
+    if kept is None or any(one.is_inference() for one in parameters):  # inference tensors count no changes
         return _PackedWeight(module, dtype)
     state = dtype, [(id(one), one.data_ptr(), one._version) for one in parameters]
     if module not in kept or kept[module][2] != state:
@@ -152,7 +152,7 @@ class _OneDNNLinear(nn.Linear):
 
 
 class _PatchProducts(nn.Conv2d):
-    """Computes a convolution without overlap as one product: oneDNN's own backward takes four times as long."""
+    """Computes a convolution without overlap as one product: its backward in oneDNN takes four times as long."""
 
     def forward(self, input: Tensor) -> Tensor:
         height, width = self.kernel_size

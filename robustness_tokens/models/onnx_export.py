@@ -76,8 +76,8 @@ def export_onnx(model: PreTrainedModel, file: str | os.PathLike[str], *, image_s
                 f"{type(base).__name__} gives other outputs at each call (ViT-MAE shuffles its patches), which can't "
                 "be exported: load the weights of a ViT-MAE as ViTModel, inject_tokens into that, and export it"
             )
-        # With sdpa, transformers' export path adds BEiT's position bias to a boolean mask, 1 everywhere. The base's
-        # softmax ignores that constant, but the tokens have no bias and would lose weight against the patches.
+        # When exporting with sdpa, transformers adds BEiT's position bias to a boolean mask, so it is 1 too high. The
+        # softmax ignores a constant, but the tokens' bias stays 0: they would get less attention than the patches.
         with attention_implementation(base, None if find_layer_stack(base).is_timm else "eager"):
             program = torch.onnx.export(
                 exported,
@@ -91,7 +91,7 @@ def export_onnx(model: PreTrainedModel, file: str | os.PathLike[str], *, image_s
     assert program is not None
     path = Path(file)
     size_in_bytes = sum(tensor.nbytes for tensor in exported.state_dict().values())
-    # Written aside and moved once it is checked, so that no wrong file is left behind.
+    # Written to a scratch folder and moved after the check, so that no wrong file is left behind.
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         unchecked = Path(scratch) / path.name
         program.save(unchecked, external_data=size_in_bytes > _MAX_INLINE_BYTES)

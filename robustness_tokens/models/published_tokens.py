@@ -23,13 +23,13 @@ PAPER = "arXiv:2503.10191"
 
 _KEY = "rtokens"
 _LAYOUT = f'{{"{_KEY}": (1, K, D) float32}}'
-# The largest of the 14 has 63 kB; 50 tokens of width 1664 have 333 kB.
+# The largest of the 14 files has 63 kB; 50 tokens of width 1664 have 333 kB.
 _MAX_BYTES = 4 << 20
 _FIX = f"take the file from {SOURCE_URL} again, or train tokens of your own"
 
 
 def read_published_tokens(file: str | os.PathLike[str]) -> Tensor:
-    """Reads one of the authors' files, `{"rtokens": (1, K, D) float32}`, as (K, D) on the CPU; runs nothing in it."""
+    """Reads one of the authors' files, `{"rtokens": (1, K, D) float32}`, as (K, D) on the CPU; runs no code of it."""
     path = Path(file)
     _check_archive(path)
     try:

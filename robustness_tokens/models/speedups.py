@@ -23,14 +23,14 @@ logger = logging.getLogger(__name__)
 
 AUTO, BASE = "auto", "base"
 
-# Remembered, since every attack would try again and fail after seconds.
+# Remembered, or every attack would fail again after seconds.
 _not_compilable: WeakSet[nn.Module] = WeakSet()
 
 MixedPrecision = Literal["no", "bf16"]
 
 
 def runs_in_half(mixed_precision: str, *, device: torch.device) -> bool:
-    """Tells whether to use bfloat16 autocast: `"bf16"` is asked for, and the device has instructions for it."""
+    """Tells whether to use bfloat16 autocast: only for `"bf16"`, and on a device with bfloat16 instructions."""
     if mixed_precision != "bf16":
         return False
     if not has_bfloat16(device.type):  # a product would take a hundred times as long as in float32
@@ -41,7 +41,7 @@ def runs_in_half(mixed_precision: str, *, device: torch.device) -> bool:
 
 @functools.cache
 def has_bfloat16(device_type: str) -> bool:
-    """Tells whether devices of a type such as `"cpu"` have bfloat16 instructions here."""
+    """Tells whether this machine's devices of a type, such as `"cpu"`, have bfloat16 instructions."""
     if device_type == "cpu":
         return bool(torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
     if device_type == "cuda":
@@ -60,13 +60,13 @@ def _say_that_float32_is_used(device_type: str) -> None:
 
 def choose_attention(attn_implementation: str, *, device: torch.device, half_precision: bool) -> str | None:
     """Returns the attention implementation to attack and train with, or None for the base's own."""
-    if attn_implementation == AUTO:  # the fused kernel's backward in bfloat16 alone takes longer than eager attention
+    if attn_implementation == AUTO:  # in bfloat16, the fused kernel's backward alone is slower than eager attention
         return "eager" if device.type == "cpu" and half_precision else None
     return None if attn_implementation == BASE else attn_implementation
 
 
 def attention_configs(base: nn.Module) -> list[Any]:
-    """Returns the configs, each once, in which the modules of a transformers base look up their attention."""
+    """Returns the distinct configs in which a transformers base looks up its attention."""
     found: list[Any] = [module.config for module in base.modules() if hasattr(module, "config")]
     return list({id(config): config for config in found if isinstance(config, PreTrainedConfig)}.values())
 
@@ -127,10 +127,10 @@ def computing_faster(
 
 
 def run_compiled(base: nn.Module, function: Callable[[], Tensor]) -> Tensor:
-    """Calls a function that runs a base, with the base's layers compiled wherever a gradient is needed.
+    """Calls a function that runs a base; the base's layers are compiled where gradients are on.
 
     All layers share one compiled layer, so compiling takes seconds at any depth; hooks stay outside. If compiling
-    fails, warns and calls the function without it.
+    fails, warns and calls the function uncompiled.
     """
     if base not in _not_compilable:
         try:
@@ -149,7 +149,7 @@ def run_compiled(base: nn.Module, function: Callable[[], Tensor]) -> Tensor:
 
 @contextmanager
 def _compiled_layers(base: nn.Module) -> Iterator[None]:
-    # Accelerate's hooks give a layer a forward of its own; otherwise its class's is hidden.
+    # A layer has its own forward only under Accelerate's hooks.
     before = {layer: layer.__dict__.get("forward") for layer in find_layer_stack(base).layers}
     try:
         for layer in before:

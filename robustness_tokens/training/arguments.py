@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from ..attacks import PAPER_NUM_STEPS, PAPER_STEP_SIZE_NORMALIZED, pgd_step_size
+from ..attacks import DEFAULT_EPS, PAPER_NUM_STEPS, PAPER_STEP_SIZE_NORMALIZED, pgd_step_size
 from ..data import ATTACK_ARGUMENTS, ResizeMode
 from ..models import AUTO, MixedPrecision
 from ..utils import check_choice, check_int
@@ -29,8 +29,6 @@ SPEEDUP_ARGUMENTS = ("torch_compile", "train_attn_implementation", "onednn")
 """Arguments that change the tokens by rounding alone."""
 
 _MAY_BE_ZERO = {"warmup_steps", "seed", "dataloader_num_workers", "max_broken_images"}  # other whole numbers: from 1
-
-_PGD_DEFAULT_EPS = 4 / 255
 
 # Adam divides it by 1 - 0.9 in its first step, and the quotient must be a float32.
 _LARGEST_LEARNING_RATE = 1e37
@@ -245,7 +243,7 @@ class RobustnessTokenTrainingArguments:
                 '(about 1.8/255 in pixels): set attack="pgd" too, or leave eps out'
             )
         if self.attack == "pgd" and self.eps is None:
-            self.eps = _PGD_DEFAULT_EPS
+            self.eps = DEFAULT_EPS
         if self.eps is not None and not 0 < self.eps <= 1:
             raise ValueError(f"eps must be in (0, 1], in pixel units of [0, 1] images such as 8/255, got {self.eps}")
         if self.step_size is None and self.attack == "paper":
