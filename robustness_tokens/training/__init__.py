@@ -1,4 +1,4 @@
-"""Tokens are trained: attack, two losses, step."""
+"""Trains tokens: attack, two losses, step."""
 
 from .arguments import PAPER, RobustnessTokenTrainingArguments, resolve_preset
 from .dataset import prepare_train_dataset

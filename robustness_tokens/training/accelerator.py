@@ -1,4 +1,4 @@
-"""Accelerate, set up for a training run: distribution, precision, trackers."""
+"""Sets up Accelerate for a training run: distribution, precision, trackers."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ def build_accelerator(args: RobustnessTokenTrainingArguments) -> Accelerator:
         ImportError: If the package of a tracker is missing.
     """
     for variable, (name, _) in _SHARDED.items():
-        # Before Accelerate asks for packages that would be of no use.
+        # Checked first: Accelerate would ask for packages that this package does not use.
         if parse_flag_from_env(variable):
             raise _sharded_error(name)
     available = {str(tracker) for tracker in get_available_trackers()}
     if missing := [name for name in args.trackers if name not in available]:
         raise ImportError(
-            f"report_to={args.trackers} needs the missing {' and '.join(missing)}: "
+            f"report_to={args.trackers} needs {' and '.join(missing)}, not installed here: "
             'pip install "robustness-tokens[trackers]", or leave it out of report_to'
         )
     accelerator = Accelerator(
@@ -57,7 +57,7 @@ def build_accelerator(args: RobustnessTokenTrainingArguments) -> Accelerator:
         log_with=args.trackers or None,
         project_dir=str(Path(args.output_dir) / LOG_FOLDER),
         kwargs_handlers=[
-            DistributedDataParallelKwargs(broadcast_buffers=False),  # a frozen base's are the same everywhere
+            DistributedDataParallelKwargs(broadcast_buffers=False),  # the frozen base's never differ
             PROCESS_GROUP,
         ],
     )
@@ -73,9 +73,7 @@ def build_accelerator(args: RobustnessTokenTrainingArguments) -> Accelerator:
 
 
 def start_trackers(accelerator: Accelerator, *, output_dir: Path, recipe: Mapping[str, Any]) -> None:
-    """Starts a run in every tracker of `report_to`, on the main process; they get the recipe and the log, never the
-    tokens.
-    """
+    """Starts a run in every tracker on the main process; trackers get the recipe and the log, never the tokens."""
     config = {key: value if isinstance(value, bool | int | float) else str(value) for key, value in recipe.items()}
     name = {"name": output_dir.resolve().name}
     folder = os.path.join(output_dir, LOG_FOLDER)
@@ -83,12 +81,12 @@ def start_trackers(accelerator: Accelerator, *, output_dir: Path, recipe: Mappin
     try:
         share_from_main(lambda: accelerator.init_trackers(_PROJECT, config, init_kwargs), accelerator)
     except BaseException:
-        accelerator.trackers.clear()  # one that did not start can't be finished
+        accelerator.trackers.clear()  # a tracker that did not start can't be finished
         raise
 
 
 def finish_trackers(accelerator: Accelerator) -> None:
-    """Finishes the run in every tracker, which then writes its last rows; waits for no other process."""
+    """Finishes the run in every tracker, which then writes its last rows; does not wait for other processes."""
     while accelerator.trackers:
         accelerator.trackers.pop(0).finish()
 
@@ -99,12 +97,12 @@ def abandon_trackers(accelerator: Accelerator) -> None:
         try:
             finish_trackers(accelerator)
         except Exception as exc:
-            logger.warning("A tracker could not be ended: %s: %s", type(exc).__name__, exc)
+            logger.warning("A tracker could not be finished: %s: %s", type(exc).__name__, exc)
 
 
 def _sharded_error(name: str) -> ValueError:
     return ValueError(
-        f"the processes were launched for {name}, which shards a model among them; here every process needs the whole "
-        "frozen base, and only the few tokens are trained: run `accelerate config` again without it, or launch with "
+        f"the processes were launched for {name}, which shards the model; here every process needs the whole frozen "
+        "base, and only the few tokens are trained: run `accelerate config` again without it, or launch with "
         "torchrun, for plain data parallelism"
     )

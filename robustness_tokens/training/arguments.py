@@ -1,4 +1,4 @@
-"""The arguments of a training run, named as in transformers.TrainingArguments where it has them; the presets."""
+"""Arguments of a training run, named as in transformers.TrainingArguments where it has them, and presets."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ AttackThrough = Literal["base", "tokens", "both"]
 
 Tracker = Literal["trackio", "tensorboard", "wandb"]
 
-# Schedules that need nothing but the number of steps; the second group runs the same whatever max_steps is.
+# Schedules that need only the number of steps; those of the second group do not depend on max_steps.
 _SCHEDULES_TO_MAX_STEPS = ("linear", "cosine", "cosine_with_restarts", "polynomial")
 _ENDLESS_SCHEDULES = ("constant", "constant_with_warmup", "inverse_sqrt")
 SPEEDUP_ARGUMENTS = ("torch_compile", "train_attn_implementation", "onednn")
-"""Arguments that change the tokens by rounding alone."""
+"""Arguments that change the tokens only by rounding."""
 
-_MAY_BE_ZERO = {"warmup_steps", "seed", "dataloader_num_workers", "max_broken_images"}  # other whole numbers: from 1
+_MAY_BE_ZERO = {"warmup_steps", "seed", "dataloader_num_workers", "max_broken_images"}  # other integers: from 1
 
-# Adam divides it by 1 - 0.9 in its first step, and the quotient must be a float32.
+# Adam's first step divides it by 1 - 0.9, and the quotient must fit into float32.
 _LARGEST_LEARNING_RATE = 1e37
 
-# ImageNet's mean and standard deviation for OpenCLIP too, which was trained with others: the published code does so.
+# The published code takes ImageNet's mean and std for OpenCLIP too, which was trained with others.
 _COMMON: dict[str, Any] = {
     "num_robustness_tokens": 10,
     "initializer_range": 0.01,
@@ -53,7 +53,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "dinov2": MappingProxyType({**_COMMON, "max_steps": 50, "feature_view": "cls_and_patches"}),
         "deit3": MappingProxyType({**_COMMON, "max_steps": 300, "feature_view": "cls_and_patches"}),
         "openclip": MappingProxyType({**_COMMON, "max_steps": 300, "feature_view": "pooled"}),
-        # The best of examples/quickstart/trade_off.py; the size of attack and tokens are the user's to choose.
+        # The best of examples/quickstart/trade_off.py; eps and the number of tokens are left to the user.
         "adaptive": MappingProxyType({"attack": "pgd", "attack_through": "both", "head_distance_weight": 4.0}),
     }
 )
@@ -63,7 +63,7 @@ PAPER = "paper"
 _PRESET_OF_MODEL_TYPE = {
     "dinov2": "dinov2",
     "dinov2_with_registers": "dinov2",
-    "timm_wrapper": "deit3",  # the only family of the paper that comes by timm
+    "timm_wrapper": "deit3",  # the only family of the paper that timm provides
     "clip": "openclip",
     "clip_vision_model": "openclip",
 }
@@ -73,13 +73,13 @@ _PRESET_OF_MODEL_TYPE = {
 class RobustnessTokenTrainingArguments:
     """Hyper-parameters of [`RobustnessTokenTrainer`]; the defaults are the paper's for DINOv2.
 
-    Each field's meaning and unit is its `help` in the metadata, which `robtok train --help` prints.
+    The `help` in the metadata of a field gives its meaning and unit; `robtok train --help` prints it.
 
     Raises:
-        ValueError: If a value is out of range, has no effect, or `eps` is set for the paper's attack.
+        ValueError: If a value is out of range or has no effect, such as `eps` with the paper's attack.
     """
 
-    output_dir: str = field(metadata={"help": "Folder for the adapter, with folders for checkpoints and logs in it."})
+    output_dir: str = field(metadata={"help": "Folder for the adapter, with subfolders for checkpoints and logs."})
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Replace the adapter and the checkpoints that output_dir holds."}
     )
@@ -105,12 +105,12 @@ class RobustnessTokenTrainingArguments:
     head_distance_weight: float = field(
         default=None,  # type: ignore[assignment]
         metadata={
-            "help": "Weight of a second term in both losses and in attack=pgd: the squared relative distance of what "
-            "a linear head reads, [CLS, mean patch]; by default 0 (paper), the cosine alone."
+            "help": "Weight of a second term in both losses and in attack=pgd: the squared relative distance between "
+            "the inputs of a linear head, [CLS, mean patch]; by default 0 (paper): the cosine alone."
         },
     )
 
-    # None means not stated: stored pairs then decide. __post_init__ replaces it by the default.
+    # None: not stated by the user, so that stored pairs can decide; __post_init__ sets the default.
     attack: AttackName = field(
         default=None,  # type: ignore[arg-type]
         metadata={"help": "paper: the published attack (1.8/255 in pixels), the default; pgd: L-inf PGD within eps."},
@@ -148,7 +148,8 @@ class RobustnessTokenTrainingArguments:
         metadata={"help": "squash: bilinear, without a crop (paper); processor: as the image processor does."},
     )
     shuffle_buffer_size: int = field(
-        default=1000, metadata={"help": "Images that a stream is shuffled within; its shards are shuffled too."}
+        default=1000,
+        metadata={"help": "Size, in images, of the buffer that shuffles a stream; shards are shuffled too."},
     )
     max_broken_images: int = field(
         default=10, metadata={"help": "Unreadable images that a process skips before it gives up."}
@@ -174,12 +175,12 @@ class RobustnessTokenTrainingArguments:
     train_attn_implementation: str = field(
         default=AUTO,
         metadata={
-            "help": "Attention while training: eager, sdpa, ..., base (its own), or auto (eager for bf16 on CPUs)."
+            "help": "Attention while training: eager, sdpa, ..., base (as loaded), or auto (eager for bf16 on a CPU)."
         },
     )
     onednn: bool = field(
         default=True,
-        metadata={"help": "On a CPU, compute the linear layers of the base by oneDNN if that is faster."},
+        metadata={"help": "On a CPU, compute the linear layers of the base with oneDNN if that is faster."},
     )
     logging_steps: int = field(default=1, metadata={"help": "Optimiser steps between two rows of the log."})
     save_steps: int | None = field(
@@ -193,7 +194,7 @@ class RobustnessTokenTrainingArguments:
         metadata={"help": "Optimiser steps between two measurements on eval_dataset; by default one at the end."},
     )
     per_device_eval_batch_size: int = field(
-        default=8, metadata={"help": "Images per process in one forward pass of these measurements."}
+        default=8, metadata={"help": "Images per process in one forward pass on eval_dataset."}
     )
     report_to: str | list[str] = field(
         default_factory=list, metadata={"help": "Trackers: trackio, tensorboard, wandb; by default none."}
@@ -201,19 +202,19 @@ class RobustnessTokenTrainingArguments:
     resume_from_checkpoint: str | bool | None = field(
         default=None,
         metadata={
-            "help": "True resumes from the last checkpoint in output_dir, if any; or the folder of a checkpoint; by "
+            "help": "True to resume from the last checkpoint in output_dir, if any, or the folder of a checkpoint; by "
             "default False."
         },
     )
     disable_tqdm: bool = field(default=False, metadata={"help": "Show no progress bar."})
 
     def __post_init__(self) -> None:
-        if (word := str(self.resume_from_checkpoint).lower()) in ("true", "false"):  # as a command line has it
+        if (word := str(self.resume_from_checkpoint).lower()) in ("true", "false"):  # from the command line
             self.resume_from_checkpoint = True if word == "true" else None
         names = [self.report_to] if isinstance(self.report_to, str) else self.report_to
         self.report_to = [name for name in names if name != "none"]
         if unknown := sorted(set(self.report_to) - set(get_args(Tracker))):
-            raise ValueError(f"report_to must be of {get_args(Tracker)}, or 'none', got {unknown}")
+            raise ValueError(f"report_to must be among {get_args(Tracker)}, or 'none', got {unknown}")
         self.stated_attack = {name: value for name in ATTACK_ARGUMENTS if (value := getattr(self, name)) is not None}
         self.attack = self.stated_attack.get("attack", "paper")
         self.num_attack_steps = self.stated_attack.get("num_attack_steps", PAPER_NUM_STEPS)
@@ -234,8 +235,8 @@ class RobustnessTokenTrainingArguments:
             )
         if self.resize == "processor" and self.image_size is not None:
             raise ValueError(
-                f'image_size={self.image_size} has no effect with resize="processor", which goes by the image '
-                "processor: leave one of them out"
+                f'image_size={self.image_size} has no effect with resize="processor", which takes the size of '
+                "the image processor: leave one of them out"
             )
         if self.attack == "paper" and self.eps is not None:
             raise ValueError(
@@ -281,7 +282,7 @@ class RobustnessTokenTrainingArguments:
         return self.lr_scheduler_type in _SCHEDULES_TO_MAX_STEPS
 
     def recipe(self) -> dict[str, Any]:
-        """Returns the arguments that determine the tokens, for the config: all but folders, logging and workers."""
+        """Returns the arguments that determine the tokens, for its config: all but folders, logging and workers."""
         recipe = {key: value for key, value in dataclasses.asdict(self).items() if key not in _NOT_RECIPE}
         if self.step_size is None:
             assert self.eps is not None, "only pgd has no step_size, and it has an eps"
@@ -314,7 +315,7 @@ def resolve_preset(name: str, model_type: str | None = None) -> dict[str, Any]:
         name: `"dinov2"`, `"deit3"` or `"openclip"`; `"paper"`, which picks one of these by the base's family; or
             `"adaptive"`, which attacks with and without the tokens, and also the input of a linear head.
         model_type: `config.model_type` of the base, needed for `"paper"` alone. Every timm model counts as DeiT-III:
-            for a timm copy of another family name its preset.
+            name the preset for a timm copy of another family.
 
     Returns:
         A new dict by argument name: fields of `RobustnessTokenTrainingArguments`, and the arguments of
@@ -327,7 +328,7 @@ def resolve_preset(name: str, model_type: str | None = None) -> dict[str, Any]:
         if model_type not in _PRESET_OF_MODEL_TYPE:
             raise ValueError(
                 f"preset='paper' has no recipe for model_type={model_type!r}, only for "
-                f"{sorted(_PRESET_OF_MODEL_TYPE)}: name one of {sorted(PRESETS)} outright, or set no preset"
+                f"{sorted(_PRESET_OF_MODEL_TYPE)}: name one of {sorted(PRESETS)}, or set no preset"
             )
         name = _PRESET_OF_MODEL_TYPE[model_type]
     if name not in PRESETS:

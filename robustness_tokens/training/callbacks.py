@@ -1,7 +1,4 @@
-"""Callbacks of transformers and SIGTERM: their decisions after a step hold on every process.
-
-The callbacks are transformers' `TrainerCallback`, which answer by `TrainerControl`.
-"""
+"""Callbacks (transformers' `TrainerCallback`) and SIGTERM: what one process decides holds on every process."""
 
 from __future__ import annotations
 
@@ -37,10 +34,10 @@ _DECISIONS = ("should_log", "should_evaluate", "should_save", "should_training_s
 
 
 class FlowCallback(DefaultFlowCallback):
-    """Logs, evaluates, saves and stops at the steps that `RobustnessTokenTrainingArguments` name."""
+    """Logs, evaluates, saves and stops at the steps that `RobustnessTokenTrainingArguments` set."""
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> TrainerControl:
-        """Adds to the decisions of other callbacks and takes none back."""
+        """Adds to the decisions of other callbacks without revoking any."""
         step, is_last = state.global_step, state.global_step >= state.max_steps
         control.should_log |= is_last or step % args.logging_steps == 0
         control.should_evaluate |= args.eval_steps is not None and (is_last or step % args.eval_steps == 0)
@@ -52,22 +49,18 @@ class FlowCallback(DefaultFlowCallback):
 def build_handler(
     model: RobustnessTokenPreTrainedModel, callbacks: Sequence[TrainerCallback | type[TrainerCallback]]
 ) -> CallbackHandler:
-    """Builds the handler of the callbacks, with the arguments' own flow first; raises `ValueError` if one is no
-    `TrainerCallback`.
-    """
+    """Builds the callback handler, with `FlowCallback` first; `ValueError` if a callback is no `TrainerCallback`."""
     for callback in callbacks:
         kind = callback if isinstance(callback, type) else type(callback)
         if not issubclass(kind, TrainerCallback):
-            raise ValueError(
-                f"callbacks has a {kind.__name__}, expected a transformers.TrainerCallback: derive from it"
-            )
+            raise ValueError(f"callbacks has a {kind.__name__}, expected a transformers.TrainerCallback: subclass it")
     return CallbackHandler([FlowCallback(), *callbacks], model, getattr(model, "image_processor", None), None, None)
 
 
 def build_state(
     args: RobustnessTokenTrainingArguments, accelerator: Accelerator, *, step: int, rows: Sequence[dict[str, float]]
 ) -> tuple[TrainerState, TrainerControl]:
-    """Builds the state that callbacks read and the control that they answer with; `rows` are those of the logs."""
+    """Builds the state that callbacks read and the control that they answer with; `rows` are the logged ones."""
     state = TrainerState(
         global_step=step,
         max_steps=args.max_steps,
@@ -83,7 +76,7 @@ def build_state(
 
 
 def agree(control: TrainerControl, terminated: bool, accelerator: Accelerator) -> bool:
-    """Makes a decision of one process hold on all of them; tells whether SIGTERM has come to any."""
+    """Makes the decisions of each process hold on all; returns whether any of them has received SIGTERM."""
     if accelerator.num_processes == 1:
         return terminated
     decided = [*(getattr(control, name) for name in _DECISIONS), terminated]
@@ -125,9 +118,9 @@ class Termination:
 
 @contextmanager
 def catch_sigterm() -> Iterator[Termination]:
-    """Records SIGTERM instead of ending the process, until the block ends; only in the main thread, as Python allows.
+    """Records SIGTERM within the block instead of ending the process; only in the main thread, a limit of Python.
 
-    A signal that comes too late for an answer is delivered again after the block, to the previous handler.
+    A signal that was not answered is raised again after the block, for the previous handler.
     """
     termination = Termination()
     if threading.current_thread() is not threading.main_thread():

@@ -1,4 +1,4 @@
-"""Checkpoints of a training run: tensors in safetensors, progress in JSON, whole or not there at all.
+"""Checkpoints of a training run: tensors in safetensors, progress in JSON, each complete or absent.
 
 No random state is stored: the order of the images and the attack's noise follow from (seed, step, example).
 """
@@ -63,9 +63,9 @@ def save_checkpoint(
 ) -> Path:
     """Writes `output_dir/checkpoint-<step>` under a hidden name and renames it, so it is never seen half-written.
 
-    A resumed run must share `settings` and needs `state`; both are JSON. At most `save_total_limit` checkpoints stay,
-    the newest; those beyond `step`, which a run left that went back to an earlier one, are deleted first. `OSError` if
-    it cannot be written, `ValueError` if it is larger than [`read_checkpoint`] takes; earlier checkpoints then stay.
+    A resumed run must share `settings` and needs `state`; both are JSON. Keeps the newest `save_total_limit`
+    checkpoints, but deletes those beyond `step` first, which remain of a run that was set back. `OSError` if it cannot
+    be written, `ValueError` if it is larger than [`read_checkpoint`] accepts; earlier checkpoints then stay.
     """
     tensors = {_TOKENS: tokens.detach().cpu().clone()}
     for index, values in optimizer.state_dict()["state"].items():
@@ -95,16 +95,16 @@ def save_checkpoint(
             replaced.rename(final)
         raise OSError(
             exc.errno,
-            f"{final} could not be written ({exc.strerror}), and the checkpoints before it are as they were: make "
-            "room, or fix the permissions, and go on with resume_from_checkpoint=True",
+            f"{final} could not be written ({exc.strerror}); earlier checkpoints are unchanged: make room, or "
+            "fix the permissions, and resume with resume_from_checkpoint=True",
         ) from exc
-    # It is there now: an old one that can't be deleted is no reason to end the run.
+    # The new one is written, so an old one that can't be deleted must not end the run.
     if replaced.exists():
         _remove(replaced)
     if save_total_limit is not None:
         oldest_first = sorted(list_checkpoints(output_dir), key=lambda found: (found[0] <= step, found[0]))
         for _, old in oldest_first[:-save_total_limit]:
-            # Hidden first, so that a run killed in between leaves no half of it under its own name.
+            # Hidden first, so that a kill leaves no half-deleted checkpoint under its own name.
             _remove(old, hidden_as=output_dir / f".{old.name}.part")
     return final
 
@@ -182,7 +182,7 @@ def _is_whole(folder: Path) -> bool:
 
 
 def _check_readable(path: Path, entries: Mapping[str, Any], checkpoint: Path) -> None:
-    """Refuses a state that was just written, where the reader would."""
+    """Raises `ValueError` if the state that was just written can't be read back."""
     try:
         read_json(path)
     except ValueError as exc:
@@ -192,16 +192,15 @@ def _check_readable(path: Path, entries: Mapping[str, Any], checkpoint: Path) ->
             largest = max(sizes, key=lambda name: sizes[name])
             reason = (
                 f"{STATE_FILE} would have {size:,} bytes, {sizes[largest]:,} of them for {largest!r}, and at most "
-                f"{MAX_JSON_BYTES:,} are read: keep less in it"
+                f"{MAX_JSON_BYTES:,} can be read: store less in it"
             )
         raise ValueError(
-            f"{checkpoint} could not be read again, so it is not kept, and the checkpoints before it are as they "
-            f"were: {reason}"
+            f"{checkpoint} could not be read back and is not kept; earlier checkpoints are unchanged: {reason}"
         ) from exc
 
 
 def _remove(folder: Path, *, hidden_as: Path | None = None) -> None:
-    """Deletes a folder, under another name at first, or says why it is left."""
+    """Deletes a folder, after renaming it to `hidden_as`, or warns that it can't."""
     try:
         shutil.rmtree(folder if hidden_as is None else folder.rename(hidden_as))
     except OSError as exc:
@@ -209,5 +208,5 @@ def _remove(folder: Path, *, hidden_as: Path | None = None) -> None:
 
 
 def _write(path: Path, content: bytes) -> None:
-    with replacing(path) as partial:  # which only its owner can read
+    with replacing(path) as partial:  # readable by its owner alone
         partial.write_bytes(content)

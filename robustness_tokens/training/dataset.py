@@ -1,4 +1,4 @@
-"""Prepares the images of a training run and deals them out, step by step and epoch after epoch."""
+"""Prepares the images of a training run and yields its batches, step by step."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ from ..data import (
 from .arguments import RobustnessTokenTrainingArguments
 
 
-# Epochs without any possible step before the run gives up.
+# Epochs without a possible step after which the run gives up.
 _MAX_EMPTY_EPOCHS = 100
 
 Batch = Mapping[str, Tensor]
 Position = tuple[int, int]
-"""Place of a run in its data: the epoch, and the batches that this process has taken from it."""
+"""Position of a run in its data: the epoch, and the number of batches that this process has taken from it."""
 
 
 def take_pairs(
@@ -68,13 +68,13 @@ def prepare_train_dataset(
     process_index: int = 0,
     num_processes: int = 1,
 ) -> Images:
-    """Prepares images without labels as `args` say; a stream is shuffled and shared out among the processes.
+    """Prepares images without labels by `args`; shuffles a stream and splits it among the processes.
 
     `ValueError`, which names `argument`, if the dataset can't be used or has fewer batches than there are processes.
     """
     if isinstance(dataset, datasets.IterableDataset):
         if args.resume_from_checkpoint is not None:
-            raise ValueError("a streaming dataset can't be resumed at its exact place: train on it without streaming")
+            raise ValueError("a stream can't be resumed at an exact position: load the dataset without streaming")
         dataset = dataset.shuffle(seed=args.seed, buffer_size=args.shuffle_buffer_size)
     images = prepare_images(
         dataset,
@@ -91,7 +91,7 @@ def prepare_train_dataset(
         return images
     if (num_batches := math.ceil(images.num_images / args.per_device_train_batch_size)) < num_processes:
         raise ValueError(
-            f"{argument} has {images.num_images} images, which are {num_batches} of the "
+            f"{argument} has {images.num_images} images, which fill {num_batches} of the "
             f"{num_processes} batches of {args.per_device_train_batch_size} that a step of {num_processes} processes "
             "takes: start fewer processes, or set a smaller per_device_train_batch_size"
         )
@@ -118,11 +118,11 @@ def build_train_loader(
 def iterate_steps(
     loader: Any, *, args: RobustnessTokenTrainingArguments, accelerator: Accelerator, start: Position = (0, 0)
 ) -> Iterator[tuple[list[Batch], Position]]:
-    """Yields, without end, the batches of each optimiser step and the position after them.
+    """Yields endlessly the batches of each optimiser step and the position after them.
 
     A step has up to `gradient_accumulation_steps` batches, without broken images. An epoch has whole steps only, so
-    that several small batches see what one large batch would; an epoch smaller than a step is one step. All processes
-    skip a step for which one of them has no image. `ValueError` if too many images are broken, or no step is possible.
+    that accumulated small batches see the images of one large batch; an epoch smaller than a step is one step. All
+    processes skip a step for which one of them has no image. `ValueError` if too many images are broken, or all are.
     """
     broken_images = BrokenImageLog(args.max_broken_images)
     epoch, batches_done = start
@@ -145,7 +145,7 @@ def iterate_steps(
             found = True
             yield whole, (epoch, batches_done)
         num_empty_epochs = 0 if found else num_empty_epochs + 1
-        # In the order of another epoch each process may have an image.
+        # The order of another epoch may give each process an image.
         if not found and (num_empty_epochs == _MAX_EMPTY_EPOCHS or not _sum(num_readable, accelerator)):
             on_processes = (
                 f" on each of {accelerator.num_processes} processes" if accelerator.num_processes > 1 else ""
@@ -155,7 +155,7 @@ def iterate_steps(
 
 
 def _without_empty(batches: list[Batch], accelerator: Accelerator) -> list[Batch]:
-    """Returns the batches that hold images; none if any process has none, or the others would wait for it."""
+    """Returns the batches that hold images; none if a process has none, since the others would wait for it."""
     whole = [batch for batch in batches if len(batch["images"])]
     return whole if _sum(not whole, accelerator) == 0 else []
 
@@ -170,8 +170,8 @@ def adopt_pairs_arguments(info: PairsInfo, args: RobustnessTokenTrainingArgument
     """Returns new arguments with the attack and `resize` of the pairs; `ValueError` if `args` state something else."""
     if args.attack_through != "base":
         raise ValueError(
-            f"attack_through={args.attack_through!r} with adversarial pairs, which were made through the base: what "
-            "goes through the tokens changes with them, so let the training attack, or leave attack_through out"
+            f"attack_through={args.attack_through!r} does not fit adversarial pairs, made through the base: "
+            "leave it out, or train on images, which are attacked in every step"
         )
     for name, value in args.stated_attack.items():
         if not _agree(value, info.attack[name]):
@@ -187,7 +187,7 @@ def adopt_pairs_arguments(info: PairsInfo, args: RobustnessTokenTrainingArgument
         raise ValueError(f"image_size={args.image_size}, but the pairs have {info.image_size} pixels: leave it out")
     if args.resize == "processor" != info.resize:
         raise ValueError(f"resize={args.resize!r}, but the pairs were made with {info.resize!r}: leave it out")
-    # The pairs' own size needs none, but held-out pictures are resized to what was stated.
+    # Pairs have their size already, but held-out pictures are resized to the stated one.
     image_size = args.image_size if info.resize == "squash" else None
     adopted: dict[str, Any] = {**info.attack, "resize": info.resize, "image_size": image_size}
     return dataclasses.replace(args, **adopted)

@@ -22,7 +22,7 @@ from .losses import METRICS, robustness_loss
 from .step import TrainingStep
 
 
-# The same at every step of the run, so that the noise depends on (seed, example) alone.
+# The same throughout the run, so that the noise depends on (seed, example) alone.
 _NOISE_STEP = 0
 
 
@@ -39,15 +39,15 @@ def prepare_eval_dataset(
     """
     if isinstance(dataset, str | os.PathLike):
         raise ValueError(
-            f"eval_dataset is a {type(dataset).__name__}, expected a dataset of images, which are attacked as those "
-            "of the training: load them by load_image_dataset"
+            f"eval_dataset is a {type(dataset).__name__}, expected a dataset of images, which are attacked as in "
+            "training: load it with load_image_dataset"
         )
     dataset, adopted = take_pairs(dataset, args=args, config=model.config)
     if adopted.recipe() != args.recipe():
         raise ValueError("eval_dataset holds pairs of another attack than the training's: give images, or other pairs")
     if isinstance(dataset, datasets.IterableDataset):
         raise ValueError(
-            "eval_dataset is a stream, expected a fixed set that every process can take its share of: give "
+            "eval_dataset is a stream, expected a dataset with a length, which processes can share: give "
             "datasets.Dataset.from_list(list(stream.take(256)))"
         )
     try:
@@ -57,7 +57,7 @@ def prepare_eval_dataset(
     if None not in (images.shape, train_image_shape) and images.shape != train_image_shape:
         raise ValueError(
             f"eval_dataset has images of {images.shape} pixels, those to train on have {train_image_shape}: set "
-            "image_size where they are resized, or give ready images of that size"
+            "image_size if they are resized, or give ready images of that size"
         )
     return images.dataset
 
@@ -65,7 +65,7 @@ def prepare_eval_dataset(
 def measure_held_out(
     training_step: TrainingStep, dataset: Dataset[Any], *, accelerator: Accelerator
 ) -> dict[str, float]:
-    """Returns the losses of the training, under its attack, on held-out images: the same on every process.
+    """Returns the losses on held-out images, attacked as in training; the same on every process.
 
     Means over the images: `eval_loss`, `eval_invariance_cosine`, `eval_adversarial_cosine`, `eval_baseline_cosine`
     (attacked, without tokens); and `eval_num_images`. Each image is measured once. Its noise depends on `args.seed`
@@ -73,7 +73,7 @@ def measure_held_out(
     `"paper"` depend on the batch. `ValueError` if too many images are broken, or all.
     """
     args = training_step.args
-    size = len(dataset)  # type: ignore[arg-type]  # torch's Dataset leaves __len__ to its children
+    size = len(dataset)  # type: ignore[arg-type]  # torch's Dataset leaves __len__ to its subclasses
     own = Subset(dataset, range(accelerator.process_index, size, accelerator.num_processes))
     loader = build_dataloader(
         own, batch_size=args.per_device_eval_batch_size, shuffle=False, num_workers=args.dataloader_num_workers

@@ -17,7 +17,7 @@ from ..models import head_inputs
 
 
 METRICS = ("loss", "invariance_cosine", "adversarial_cosine", "baseline_cosine")
-"""Of a step: the loss, and the cosines of clean images, of attacked ones, and of attacked ones without tokens."""
+"""The loss of a step, and the cosines of clean images, attacked images, and attacked images without tokens."""
 
 
 class AgreementOptions(TypedDict):
@@ -30,10 +30,10 @@ class AgreementOptions(TypedDict):
 
 @dataclass(frozen=True)
 class RobustnessLoss:
-    """The training objective on one batch, each a mean over its images.
+    """The losses of one batch, means over its images.
 
     Attributes:
-        loss: Scalar to minimise, minus the weighted sum of the two agreements, see [`agreement`].
+        loss: Scalar to minimise: minus the weighted sum of the two agreements, see [`agreement`].
         invariance: cos(f([r, x]), f(x)), scalar without a gradient.
         adversarial: cos(f([r, x_adv]), f(x)), scalar without a gradient.
     """
@@ -85,9 +85,7 @@ def robustness_loss(
 def agreement_loss(
     features: Tensor, target: Tensor, *, weight: float | Tensor, **options: Unpack[AgreementOptions]
 ) -> tuple[Tensor, Tensor]:
-    """Returns minus the weighted mean [`agreement`] of one batch, and its mean cosine without a gradient; both
-    scalars.
-    """
+    """Returns two scalars: minus the weighted mean [`agreement`], and the mean cosine without a gradient."""
     loss = -weight * agreement(features, target, **options).mean()
     cosine = cosine_similarity(features.detach(), target, similarity_axis=options["similarity_axis"])
     return loss, cosine.mean()
@@ -101,7 +99,7 @@ def agreement(
     head_distance_weight: float,
     num_patches: int,
 ) -> Tensor:
-    """Returns the cosine less the weighted [`head_distance`], (B,): training raises it, `attack="pgd"` lowers it."""
+    """Returns the cosine minus the weighted [`head_distance`], (B,): training raises it, `attack="pgd"` lowers it."""
     cosine = cosine_similarity(features, target, similarity_axis=similarity_axis)
     if head_distance_weight == 0:
         return cosine
@@ -109,11 +107,10 @@ def agreement(
 
 
 def head_distance(features: Tensor, target: Tensor, *, num_patches: int) -> Tensor:
-    """Returns the squared distance between what a linear head reads of both, relative to its squared length, (B,).
+    """Returns the squared distance between the inputs of a linear head, relative to the target's squared length, (B,).
 
-    The cosine along the tokens does not see it: to scale a feature, or to move it in all tokens alike, costs little
-    there
-    and changes the classes.
+    The cosine along the tokens hardly sees it: scaling a feature, or shifting it equally in all tokens, costs little
+    there but changes the classes.
     """
     found, expected = head_inputs(features, num_patches), head_inputs(target, num_patches)  # (B, 2 D) or (B, D)
     return (found - expected).square().sum(dim=1) / expected.square().sum(dim=1)

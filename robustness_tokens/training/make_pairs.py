@@ -1,4 +1,4 @@
-"""Attacks a dataset once, for many trainings: shard by shard, each whole or not there, so that it can be resumed."""
+"""Attacks a dataset once for many trainings, in shards that are each complete or absent, so that it can resume."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ from .dataset import prepare_train_dataset
 from .step import TrainingStep
 
 
-_ROUNDING = 1e-3  # of a 255th: 255 * (4 / 255) need not be 4
+_ROUNDING = 1e-3  # in 8-bit levels: 255 * (4 / 255) need not be 4
 
 
 @dataclass(kw_only=True)
@@ -55,13 +55,15 @@ class PairsArguments:
     num_images: int | None = field(
         default=None, metadata={"help": "Number of images to attack, chosen at random by the seed; by default all."}
     )
-    images_per_shard: int = field(default=500, metadata={"help": "Images per file. A resumed run keeps whole files."})
+    images_per_shard: int = field(
+        default=500, metadata={"help": "Images per file; a resumed run keeps complete files."}
+    )
     push_to_hub: str | None = field(
         default=None, metadata={"help": "Upload the pairs to this dataset, user/name; by default nowhere."}
     )
     base_model_id: str | None = field(
         default=None,
-        metadata={"help": "Hub id of the base, to name there if it is a folder here; by default base_model."},
+        metadata={"help": "Hub id of the base to publish if base_model is a local folder; by default base_model."},
     )
     public: bool = field(default=False, metadata={"help": "Let everyone see the pairs on the Hub."})
 
@@ -81,9 +83,9 @@ def make_adversarial_pairs(
 ) -> AdversarialPairs:
     """Attacks the base on a dataset's images and writes the pairs to `args.output_dir`.
 
-    An image is rounded to 8 bits before it is attacked; the attacked image is rounded to 8 bits, projected to the
-    budget again, and measured. The noise comes from `(args.seed, 0, row of the dataset)`: a training makes the same
-    pairs in its first step, whichever step reads them later. A second run with the same arguments makes the missing
+    An image is rounded to 8 bits before it is attacked; the attacked image is rounded to 8 bits, projected into the
+    budget again, and measured. The noise depends on `(args.seed, 0, row of the dataset)`: all steps of a training read
+    the pairs that its first step would make. A second run with the same arguments makes the missing
     shards. Under `accelerate launch` the processes share the shards.
 
     Args:
@@ -98,22 +100,21 @@ def make_adversarial_pairs(
         The pairs, as [`load_adversarial_pairs`] reads them; broken images are left out.
 
     Raises:
-        ValueError: If the attack can't be stored, the folder holds something else or other pairs, or the disk has no
-            room for all of them.
+        ValueError: If the attack can't be stored as pairs, the folder holds other pairs or files, or the disk has no
+            room for all pairs.
         FloatingPointError: If the base's features are not finite.
     """
     PairsArguments(num_images=num_images, images_per_shard=images_per_shard)
     if args.attack_through != "base":
         raise ValueError(
-            f"attack_through={args.attack_through!r}: pairs are made once and serve any tokens, so the attack can "
-            "only go through the base"
+            f"attack_through={args.attack_through!r}, expected 'base': pairs serve any tokens, so leave it out"
         )
     accelerator = Accelerator(kwargs_handlers=[PROCESS_GROUP])
     images = prepare_train_dataset(dataset, args=args, image_processor=model.image_processor)
     if images.num_images is None or isinstance(dataset, AdversarialPairs):
         raise ValueError(
-            f"dataset is a {type(dataset).__name__}, expected images that are not attacked yet and can be counted and "
-            "read by row: load them without streaming, a slice such as split='train[:10000]' where all are too many"
+            f"dataset is a {type(dataset).__name__}, expected a map-style dataset of images that are not attacked "
+            "yet: load it without streaming, or only a slice of it, such as split='train[:10000]'"
         )
     in_half = runs_in_half(args.mixed_precision, device=accelerator.device)
     rows: Sequence[int] = range(images.num_images)
@@ -165,7 +166,7 @@ def _describe(
         raise ValueError("the model's config has no image_mean and image_std: give them to from_base")
     if images.shape is None:
         raise ValueError(
-            f"resize={args.resize!r} leaves every image its own size, and pairs have one: set resize='squash'"
+            f"resize={args.resize!r} leaves each image its own size, but pairs share one: set resize='squash'"
         )
     check_patches(model.get_base_model(), images.shape)
     return PairsInfo(
@@ -197,7 +198,7 @@ def _rows_of(shard: int, rows: Sequence[int], info: PairsInfo) -> Sequence[int]:
 
 
 def _start(folder: Path, info: PairsInfo, images: Dataset[Any], rows: Sequence[int], *, overwrite: bool) -> None:
-    """Prepares the folder for these pairs, or for those of them that are missing."""
+    """Keeps the folder's pairs if they were made by the same `info`; otherwise empties it, if `overwrite` allows."""
     folder.mkdir(parents=True, exist_ok=True)
     own = {
         *(file for pattern in ("shard-*.arrow", ".shard-*.part", "tmp*.part") for file in folder.glob(pattern)),
@@ -206,7 +207,7 @@ def _start(folder: Path, info: PairsInfo, images: Dataset[Any], rows: Sequence[i
     if (path := find_pairs(folder)) is None:
         found = set(folder.iterdir())
         if found - own:
-            raise ValueError(f"output_dir {str(folder)!r} holds something else than adversarial pairs: choose another")
+            raise ValueError(f"output_dir {str(folder)!r} holds files other than adversarial pairs: choose another")
         if found and not overwrite:  # left by a replacement that was interrupted
             raise ValueError(
                 f"output_dir {str(folder)!r} holds files of adversarial pairs, but no {INFO_FILE} that says how they "
@@ -217,9 +218,8 @@ def _start(folder: Path, info: PairsInfo, images: Dataset[Any], rows: Sequence[i
         differing = _differences(dataclasses.asdict(stored), dataclasses.asdict(info))
         if not differing and (found_shard := _first_stored(folder, info)) is not None:
             shard, pairs = found_shard
-            if not set(pairs["index"][:]) <= set(
-                _rows_of(shard, rows, info)
-            ):  # made by a version that took the first rows
+            # Earlier versions took the first rows.
+            if not set(pairs["index"][:]) <= set(_rows_of(shard, rows, info)):
                 differing = ["the choice of images"]
             else:
                 index = pairs[0]["index"]
@@ -230,7 +230,7 @@ def _start(folder: Path, info: PairsInfo, images: Dataset[Any], rows: Sequence[i
             return
         if not overwrite:
             raise ValueError(
-                f"output_dir {str(folder)!r} holds pairs that were made otherwise ({'; '.join(differing)}): choose "
+                f"output_dir {str(folder)!r} holds pairs that were made differently ({'; '.join(differing)}): choose "
                 "another, or set overwrite_output_dir=True"
             )
         path.unlink()  # first, so that an interruption leaves no description of a half-deleted set
@@ -240,7 +240,7 @@ def _start(folder: Path, info: PairsInfo, images: Dataset[Any], rows: Sequence[i
 
 
 def _differences(stored: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
-    # The pairs do not depend on the place of the base or on the version that wrote them.
+    # The pairs depend neither on where the base lies nor on the version that wrote them.
     ignored = {"package_version", "base_model", "base_model_revision"}
     return [
         f"{name}: {stored[name]!r} -> {found[name]!r}"
@@ -250,7 +250,7 @@ def _differences(stored: Mapping[str, Any], found: Mapping[str, Any]) -> list[st
 
 
 def _first_stored(folder: Path, info: PairsInfo) -> tuple[int, datasets.Dataset] | None:
-    """Returns number and pairs of a stored shard that is not empty."""
+    """Returns the number and pairs of the first stored shard that is not empty; `None` without one."""
     for shard in sorted(set(range(info.num_shards)) - set(missing_shards(folder, info))):
         pairs = datasets.Dataset.from_file(str(folder / info.shard_name(shard)))
         if len(pairs):
@@ -293,21 +293,19 @@ def _attack_batch(
         )
     adversarial = round_to_budget(normalizer.inverse(attacked), clean, info.max_pixel_difference)
     baseline = training_step.base_features(normalizer(to_images(adversarial).to(device)))
-    cosine = cosine_similarity(
-        baseline, target, similarity_axis=training_step.model.config.similarity_axis
-    )  # (B, ...)
+    cosine = cosine_similarity(baseline, target, similarity_axis=training_step.model.config.similarity_axis)  # (B,)
     return {
         "index": batch["index"].tolist(),
         "image": [pixels.tobytes() for pixels in clean],
         "adversarial_image": [pixels.tobytes() for pixels in adversarial],
-        "baseline_cosine": cosine.flatten(1).mean(1).tolist() if cosine.ndim > 1 else cosine.tolist(),
+        "baseline_cosine": cosine.tolist(),
     }
 
 
 def max_pixel_difference(args: RobustnessTokenTrainingArguments, image_std: Sequence[float]) -> int:
     """Returns the budget of an attack in 8-bit levels: 4 for an eps of 4/255, 2 for the paper's with ImageNet's std.
 
-    `image_std`, per channel and in [0, 1] image units, scales the paper's radius; `ValueError` below one level.
+    `image_std`, per channel and in [0, 1] image units, scales the paper's radius; `ValueError` for less than 1.
     """
     if args.attack == "paper":
         smallest = 255 * PAPER_EPS_NORMALIZED * min(image_std)
@@ -318,7 +316,7 @@ def max_pixel_difference(args: RobustnessTokenTrainingArguments, image_std: Sequ
         budget = math.floor(smallest + _ROUNDING)
     if smallest + _ROUNDING < 1:
         raise ValueError(
-            f"the attack's eps is {smallest:.3g}/255 in pixels, less than 1/255, and 8 bits, which pairs are stored "
-            "in, can't hold it: take a larger eps, or let the training attack"
+            f"the attack's eps is {smallest:.3g}/255 in pixels, less than 1/255, which the 8 bits of stored pairs "
+            "can't hold: take a larger eps, or train on images, which are attacked in every step"
         )
     return budget

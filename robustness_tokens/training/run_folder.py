@@ -1,4 +1,4 @@
-"""The folder of a run: what a resumed run reads, what a new run replaces, and the logs."""
+"""The folder of a run: what a resumed run reads and a new run replaces, and the logs."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _STATE = {"rounding", "position", "previous_recipe", "scheduler", "callbacks"}  
 
 
 def to_csv(rows: Sequence[Mapping[str, float]], columns: Sequence[str] = ()) -> str:
-    """Returns rows as comma-separated values with a header, by default of the first row's keys."""
+    """Returns rows as comma-separated values under a header, by default the keys of the first row."""
     file = io.StringIO()
     writer = csv.DictWriter(file, fieldnames=columns or list(rows[0]), lineterminator="\n")
     writer.writeheader()
@@ -82,8 +82,8 @@ def read_log(path: Path, *, last_step: int, columns: Sequence[str] = LOG_COLUMNS
 def _unwritable(path: Path, exc: OSError) -> OSError:
     return OSError(
         exc.errno,
-        f"the log {path} could not be written ({exc.strerror}); checkpoints are as they were: make room, or fix the "
-        "permissions, and go on with resume_from_checkpoint=True",
+        f"the log {path} could not be written ({exc.strerror}); checkpoints are unchanged: make room, or fix the "
+        "permissions, and resume with resume_from_checkpoint=True",
     )
 
 
@@ -92,7 +92,7 @@ def check_output_dir(output_dir: Path, *, overwrite: bool, resume_from: str | bo
     resolved = output_dir.resolve()
     existing = next(path for path in (resolved, *resolved.parents) if os.path.exists(path))
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        problem = "not writable" if existing.is_dir() else "no folder"
+        problem = "not writable" if existing.is_dir() else "not a folder"
         raise ValueError(
             f"output_dir={str(output_dir)!r} can't be used, because {existing} is {problem}: choose another"
         )
@@ -107,7 +107,7 @@ def check_output_dir(output_dir: Path, *, overwrite: bool, resume_from: str | bo
 
 
 def is_own_checkpoint(output_dir: Path, resume_from: str | bool | None) -> bool:
-    """Tells whether [`find_checkpoint`] is given a checkpoint in the run's own folder."""
+    """Tells whether `resume_from` means a checkpoint in the run's own folder."""
     if resume_from is True:
         return bool(list_checkpoints(output_dir))
     return resume_from is not None and Path(str(resume_from)).resolve().parent == output_dir.resolve()
@@ -129,7 +129,7 @@ def resume_settings(
     num_images: int | None,
     adversarial_pairs: Any,
 ) -> dict[str, Any]:
-    """Returns the settings that a resumed run must share with its checkpoint; JSON."""
+    """Returns the settings that a resumed run must share with its checkpoint, as JSON values."""
     settings = {
         **recipe,
         "base_model_fingerprint": config.base_model_fingerprint,
@@ -148,7 +148,7 @@ def resume_settings(
 def rounding_settings(
     model: RobustnessTokenPreTrainedModel, args: RobustnessTokenTrainingArguments, *, device: torch.device
 ) -> dict[str, Any]:
-    """Returns the settings that a resumed run must share with its checkpoint to end with the same bits; JSON."""
+    """Returns the settings that a resumed run must share with its checkpoint to be bit-equal, as JSON values."""
     base, on_cpu = model.get_base_model(), device.type == "cpu"
     half_precision = runs_in_half(args.mixed_precision, device=device)
     attention = choose_attention(args.train_attn_implementation, device=device, half_precision=half_precision)
@@ -179,7 +179,7 @@ def read_run(
     rounding: Mapping[str, Any],
     shape: tuple[int, ...],
 ) -> RunSoFar:
-    """Reads the run that `args.resume_from_checkpoint` names; warns if it was computed with another rounding.
+    """Reads the run that `args.resume_from_checkpoint` names; warns if its rounding settings differ.
 
     `ValueError` if its checkpoint does not fit, lacks what the trainer stores, or is beyond `args.max_steps`.
     """
@@ -197,8 +197,8 @@ def read_run(
     if differing := sorted(name for name in {*stored, *rounding} if stored.get(name) != rounding.get(name)):
         changes = ", ".join(f"{name}: {stored.get(name)!r} -> {rounding.get(name)!r}" for name in differing)
         logger.warning(
-            "%s was made with another rounding (%s): the run goes on, but won't end with the very bits of one that "
-            "was never cut; for those, resume with the same",
+            "%s was computed with other rounding settings (%s): the run goes on, but won't be bit-equal to one that "
+            "was never interrupted; resume with the same settings if it must be",
             checkpoint.folder,
             changes,
         )
@@ -218,7 +218,7 @@ def open_run(args: RobustnessTokenTrainingArguments, run: RunSoFar) -> None:
     if old and not args.overwrite_output_dir:
         raise ValueError(
             f"a new run would delete {names} in {output_dir} of an earlier run: train in another output_dir, or "
-            "set overwrite_output_dir=True, or go on from the last of them by resume_from_checkpoint=True"
+            "set overwrite_output_dir=True, or resume from the last of them with resume_from_checkpoint=True"
         )
     if old:
         logger.warning("overwrite_output_dir: a new run deletes %s of an earlier run in %s", names, output_dir)

@@ -37,7 +37,7 @@ def check_trainable(model: RobustnessTokenPreTrainedModel) -> None:
         raise ValueError("the tokens are off: call train() outside of disable_adapter()")
     if tokens.dtype != torch.float32:
         raise ValueError(
-            f"the tokens are {tokens.dtype}, expected torch.float32, which they are trained in whatever the base is: "
+            f"the tokens are {tokens.dtype}, expected torch.float32, whatever the dtype of the base: "
             "call model.injector.float() before train()"
         )
     advice = "call model.requires_grad_(False), then model.robustness_tokens.requires_grad_(True)"
@@ -52,14 +52,14 @@ def check_trainable(model: RobustnessTokenPreTrainedModel) -> None:
 
 @dataclass(frozen=True, eq=False)
 class TrainingStep:
-    """Features, attack and losses of a training, as its arguments say; `normalizer` maps images to pixel values."""
+    """Computes the features, attacks and losses of a training; `normalizer` maps images to pixel values."""
 
     model: RobustnessTokenPreTrainedModel
     args: RobustnessTokenTrainingArguments
     normalizer: Normalizer
 
     def features(self, pixel_values: Tensor) -> Tensor:
-        """Returns the features that the tokens are trained on, as float32; by bf16 autocast if the device has it."""
+        """Returns the features that the tokens are trained on, as float32; in bf16 if asked for and available."""
         half_precision = runs_in_half(self.args.mixed_precision, device=pixel_values.device)
         with torch.autocast(pixel_values.device.type, dtype=torch.bfloat16, enabled=half_precision):
             return self.model.get_features(pixel_values).float()
@@ -75,12 +75,12 @@ class TrainingStep:
         return cosine_similarity(features, target, similarity_axis=self.model.config.similarity_axis).mean()
 
     def agreement_options(self, pixel_values: Tensor) -> AgreementOptions:
-        """Returns the options by which the training compares the features of these images."""
+        """Returns the options of [`agreement`] for the features of these images."""
         weight = self.args.head_distance_weight
         return {
             "similarity_axis": self.model.config.similarity_axis,
             "head_distance_weight": weight,
-            # Only the head's distance asks where the patches are, and not every base can tell.
+            # Only the head distance needs the patches, and not every base can tell their number.
             "num_patches": count_patches(self.model.get_base_model(), pixel_values) if weight > 0 else 0,
         }
 
@@ -99,8 +99,8 @@ class TrainingStep:
         """Attacks [0, 1] images; returns normalised pixel values. The noise depends on (seed, step, index) alone.
 
         The attack pushes away from `target`, the features without tokens, except that `"paper"` through the tokens
-        pushes away from the clean features with tokens. If features are not finite, all is NaN: the reduced loss is
-        then NaN on every process, and all stop at the same step.
+        pushes away from the clean features with tokens. If features are not finite, returns NaN: the reduced
+        loss is then NaN on every process, and all stop at the same step.
         """
         args, normalizer, base = self.args, self.normalizer, self.model.get_base_model()
 
@@ -173,7 +173,7 @@ class TrainingStep:
             with nullcontext() if is_last else accelerator.no_sync(features):
                 options = self.agreement_options(pixel_values)
                 loss, cosine = agreement_loss(features(pixel_values), target, weight=weight, **options)
-                loss.backward()  # accelerator.backward divides by an accumulation that its launcher was told of
+                loss.backward()  # accelerator.backward would divide by the launcher's accumulation steps
             totals["loss"] += loss.detach()
             return cosine
 
@@ -182,7 +182,7 @@ class TrainingStep:
                 images, share = batch["images"].to(device), len(batch["images"]) / num_images
                 pixel_values = self.normalizer(images)
                 target = self.base_features(pixel_values)
-                # Clean and attacked images apart, since together they would take twice the memory.
+                # Clean and attacked images separately: together they would take twice the memory.
                 invariance = add_gradient(pixel_values, target, weight=args.invariance_weight * share, is_last=False)
                 totals["invariance_cosine"] += share * invariance
                 share = share / len(args.attack_routes)
@@ -216,7 +216,7 @@ class LastGoodTokens:
         self._kept: tuple[Tensor, int] | None = None
 
     def keep(self, step: int) -> None:
-        """Copies the tokens after so many steps."""
+        """Keeps a copy of the tokens, which are those after `step` steps."""
         self._kept = (self._tokens.detach().clone(), step)
 
     @torch.no_grad()

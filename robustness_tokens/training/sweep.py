@@ -1,4 +1,4 @@
-"""Trains many sets of tokens on the same pairs: the paper's ablation over their number, with learning rates, seeds."""
+"""Trains a grid of tokens on the same pairs: numbers of tokens (the paper's ablation), learning rates and seeds."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class SweepArguments:
         default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds of the initial tokens and of the image order."}
     )
     num_eval_pairs: int = field(
-        default=64, metadata={"help": "Number of pairs, the last ones, to hold out and measure the tokens on."}
+        default=64, metadata={"help": "Number of pairs, the last ones, that are held out to measure the tokens on."}
     )
 
     def __post_init__(self) -> None:
@@ -79,14 +79,14 @@ def run_sweep(
     """Trains every combination of a grid on the same pairs and the same base, which is loaded once.
 
     `args.output_dir` gets a folder with an adapter per combination, `sweep.csv`, `sweep.png`, and the pairs if
-    `dataset` holds images. A second run trains what is missing and keeps what was trained on the same pairs by the
-    same recipe, combinations outside the grid included.
+    `dataset` holds images. A second run trains the missing combinations and keeps those that were trained on the same
+    pairs by the same recipe, even outside the grid.
 
     Args:
         model: Gives the base and its settings. Its tokens are removed: do not use it afterwards.
         args: Arguments of every training, apart from the number of tokens, the learning rate and the seed.
-        dataset: Pairs, as [`RobustnessTokenTrainer`] takes them, or images. Of images, `args.seed` chooses as many as
-            one run sees, plus the held-out ones, and these are attacked.
+        dataset: Pairs, as [`RobustnessTokenTrainer`] takes them, or images: as many as one run sees, plus the held-out
+            ones, are chosen by `args.seed` and attacked.
         sweep_args: The grid; the paper's if None.
 
     Returns:
@@ -103,7 +103,9 @@ def run_sweep(
     """
     grid, folder, accelerator = sweep_args or SweepArguments(), Path(args.output_dir), build_accelerator(args)
     if args.resume_from_checkpoint is not None:
-        raise ValueError("resume_from_checkpoint belongs to one run: run the sweep again, it keeps what is finished")
+        raise ValueError(
+            "resume_from_checkpoint has no meaning for a sweep, which keeps what is finished: run it again without"
+        )
     if args.eval_steps is not None:
         raise ValueError(
             "eval_steps has no meaning for a sweep, which measures on num_eval_pairs at the end: unset it"
@@ -133,7 +135,7 @@ def run_sweep(
     def find_rows() -> dict[Path, dict[str, float]]:
         found = {path: _read_row(path, template, recipe) for path in folder.glob("tokens-*_lr-*_seed-*")}
         if others := sorted(path.name for path, row in found.items() if row is None and path not in members):
-            logger.warning("The sweep leaves out members of other pairs or another recipe: %s", ", ".join(others))
+            logger.warning("The sweep leaves out trainings on other pairs or by another recipe: %s", ", ".join(others))
         return {
             path: row for path, row in found.items() if row and not (args.overwrite_output_dir and path in members)
         }
@@ -182,7 +184,7 @@ def _folder_name(num_tokens: float, learning_rate: float, seed: float) -> str:
 
 
 def _read_row(folder: Path, template: RobustnessTokenConfig, recipe: Mapping[str, Any]) -> dict[str, float] | None:
-    """Returns the row of a whole training by this recipe on these pairs; None if the folder holds anything else."""
+    """Returns the row of a finished training by this recipe on these pairs; None if the folder holds anything else."""
     last_step = recipe["num_steps_done"]
     log = read_log(folder / LOG_FILE, last_step=last_step)
     held_out = read_log(folder / EVAL_LOG_FILE, last_step=last_step, columns=EVAL_LOG_COLUMNS)
@@ -201,7 +203,7 @@ def _read_row(folder: Path, template: RobustnessTokenConfig, recipe: Mapping[str
         return None
     last_tenth = [step for step in log if step["step"] > 0.9 * last_step]
     first, last = log[0], log[-1]
-    # The first step is slower than the others, where there are others.
+    # The first step is slower, so it does not count if there are others.
     seconds, steps = last["seconds"] - first["seconds"], last["step"] - first["step"]
     for name in ("invariance_cosine", "adversarial_cosine", "baseline_cosine"):
         row[name] = held_out[-1][f"eval_{name}"]
@@ -212,8 +214,8 @@ def _read_row(folder: Path, template: RobustnessTokenConfig, recipe: Mapping[str
 
 
 def _put_aside(folder: Path, reason: FloatingPointError) -> None:
-    """Renames a diverged run, since a rerun would refuse its unfinished adapter."""
+    """Renames the folder of a diverged run, since a second sweep would refuse its unfinished adapter."""
     aside = folder.with_name(f"{folder.name}.diverged")
-    logger.warning("The sweep goes on without %s, which is now %s: %s", folder.name, aside.name, reason)
+    logger.warning("The sweep goes on without %s, which is renamed to %s: %s", folder.name, aside.name, reason)
     shutil.rmtree(aside, ignore_errors=True)
     folder.rename(aside)

@@ -1,4 +1,4 @@
-"""The training loop: attack the images, compare features, step the tokens. Everything else stays frozen.
+"""The training loop: attack the images, compare features, update the tokens; everything else stays frozen.
 
 Shapes: B images of a batch, N sequence, D width.
 """
@@ -78,8 +78,8 @@ class RobustnessTokenTrainer:
             name on the Hub; then nothing is attacked, and `args` may leave the attack out.
         eval_dataset: Held-out images to measure the tokens on every `args.eval_steps`: as `train_dataset`, but no
             stream; or `AdversarialPairs`, made by the attack of the training.
-        callbacks: `TrainerCallback`s of transformers, called on every process; a decision of one of them, by its
-            `TrainerControl`, holds on all.
+        callbacks: `TrainerCallback`s of transformers, called on every process; a decision (`TrainerControl`) on
+            one process holds on all.
 
     Raises:
         ValueError: If `args.output_dir` can't be written to, holds another model, or holds an adapter or checkpoints
@@ -139,7 +139,7 @@ class RobustnessTokenTrainer:
         self.state, self.control = TrainerState(), TrainerControl()
         self._good_tokens = LastGoodTokens(self.training_step)
         self._saved_step = -1  # of the last checkpoint in output_dir
-        self._checked_step = -1  # after which the tokens were last found finite
+        self._checked_step = -1  # after which the features were last found finite
 
     def train(self) -> TrainOutput:
         """Runs the training, from the beginning or from `args.resume_from_checkpoint`.
@@ -154,9 +154,9 @@ class RobustnessTokenTrainer:
             ValueError: If the checkpoint does not fit; if `args.output_dir` holds checkpoints of an earlier run and
                 neither `args.resume_from_checkpoint` nor `args.overwrite_output_dir` is set; if too many images are
                 unreadable; if the tokens are disabled or not float32, or anything else is trainable.
-            FloatingPointError: If the loss is not finite, or the features with tokens are not when these are saved or
-                the run ends. The last good tokens stay in the model and in `args.output_dir`.
-            OSError: If a checkpoint or the log can't be written; earlier checkpoints stay as they were.
+            FloatingPointError: If the loss is not finite, or the features with tokens are not finite when the tokens are
+                saved or the run ends. The last good tokens stay in the model and in `args.output_dir`.
+            OSError: If a checkpoint or the log can't be written; earlier checkpoints stay unchanged.
             SystemExit: After SIGTERM.
         """
         args, accelerator = self.args, self.accelerator
@@ -180,7 +180,7 @@ class RobustnessTokenTrainer:
                 if args.dataloader_num_workers > 0:
                     accelerator.free_memory()  # or the workers of the loader live on
                 abandon_trackers(accelerator)  # some are left only while an exception propagates
-            if agree(self.control, termination.requested, accelerator):  # it may come while the trackers finish
+            if agree(self.control, termination.requested, accelerator):  # SIGTERM may come while the trackers finish
                 self._exit_by_sigterm(position, optimizer, scheduler, termination)
         self._note_recipe(self.state.global_step)
         accelerator.wait_for_everyone()
@@ -194,7 +194,7 @@ class RobustnessTokenTrainer:
         """
         if self.eval_dataset is None:
             raise ValueError("evaluate() needs an eval_dataset: give one to RobustnessTokenTrainer")
-        self.model.to(self.accelerator.device)  # train() alone moves it
+        self.model.to(self.accelerator.device)  # otherwise only train() moves it
         return measure_held_out(self.training_step, self.eval_dataset, accelerator=self.accelerator)
 
     def save_model(self, output_dir: str | None = None) -> None:
@@ -278,7 +278,7 @@ class RobustnessTokenTrainer:
                     self._check_tokens(batches)
                     self._save_checkpoint(position, optimizer, scheduler)
                     terminated = agree(self.control, termination.requested, accelerator)
-            if state.global_step > first_step:  # what ended the run may have come after that
+            if state.global_step > first_step:  # the run may have been ended after the last check
                 self._check_tokens(batches)
             if terminated:
                 self._exit_by_sigterm(position, optimizer, scheduler, termination)
@@ -294,7 +294,7 @@ class RobustnessTokenTrainer:
         termination.answered = True
         if self.accelerator.is_main_process:
             logger.warning(
-                "SIGTERM: saved checkpoint-%d in %s; resume_from_checkpoint=True goes on from there",
+                "SIGTERM: saved checkpoint-%d in %s: resume with resume_from_checkpoint=True",
                 self.state.global_step,
                 self.output_dir,
             )
@@ -319,7 +319,7 @@ class RobustnessTokenTrainer:
         with self.training_step.computing_faster():
             are_broken = self._good_tokens.are_broken(self._clean_images(batches), self.accelerator)
         if are_broken:
-            reason = FloatingPointError("the features with its tokens are not finite")
+            reason = FloatingPointError("the features with the updated tokens are not finite")
             raise self._stop(batches, reason, step=self.state.global_step)
         self._checked_step = self.state.global_step
 
@@ -336,7 +336,7 @@ class RobustnessTokenTrainer:
             )
         kept = "the tokens are as they were before training"
         if step_of_good is None:
-            kept = "no tokens are saved, since those it began with are broken: resume from an earlier checkpoint"
+            kept = "no tokens are saved, since the initial ones are broken too: resume from an earlier checkpoint"
         elif step_of_good > 0:
             self._note_recipe(step_of_good)
             self.save_model()
@@ -409,7 +409,7 @@ class RobustnessTokenTrainer:
         self._notify("on_save")
 
     def _start(self, optimizer: Any, scheduler: Any) -> Position:
-        """Makes the output folder ready and puts a checkpoint's state back; returns its position."""
+        """Prepares the output folder and restores the checkpoint, if any; returns the position to start from."""
         args, accelerator, tokens = self.args, self.accelerator, self.model.robustness_tokens
         settings = self._settings()
         rounding, shape = self._rounding(), tuple(tokens.shape)
@@ -423,7 +423,7 @@ class RobustnessTokenTrainer:
             run.checkpoint.restore(tokens, optimizer)
             scheduler.load_state_dict({**state["scheduler"], "lr_lambdas": [None] * len(scheduler.base_lrs)})
             for group, learning_rate in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):
-                group["lr"] = learning_rate  # which a scheduler sets only when it steps
+                group["lr"] = learning_rate  # a scheduler sets it only when it steps
             self._previous_recipe = state["previous_recipe"]
             position = (state["position"][0], state["position"][1])
             restore_callbacks(self.callback_handler, state["callbacks"])

@@ -322,7 +322,7 @@ def test_shards_of_another_choice_are_not_taken_up(
     with monkeypatch.context() as patch:  # as before there was a choice
         patch.setattr(make_pairs, "choose_rows", lambda num_rows, num_images, seed: range(num_images))
         make_adversarial_pairs(model, arguments(tmp_path, **PGD), pictures(), num_images=6, images_per_shard=4)
-    with pytest.raises(ValueError, match=r"made otherwise \(the choice of images\)"):
+    with pytest.raises(ValueError, match=r"made differently \(the choice of images\)"):
         make_adversarial_pairs(model, arguments(tmp_path, **PGD), pictures(), num_images=6, images_per_shard=4)
 
 
@@ -355,7 +355,7 @@ def test_pairs_made_otherwise_are_replaced_only_when_asked(
 
 def test_a_folder_of_something_else_is_left_alone(model: RobustnessTokenModel, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work", encoding="utf-8")
-    with pytest.raises(ValueError, match="holds something else"):
+    with pytest.raises(ValueError, match="holds files other than adversarial pairs"):
         make_adversarial_pairs(model, arguments(tmp_path, **PGD, overwrite_output_dir=True), pictures())
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 

@@ -256,7 +256,7 @@ def train_on_few(rank: int, folder: Path) -> None:
         found[name] = list(taken)
         taken.clear()
     (folder / f"found-{rank}.json").write_text(json.dumps(found), encoding="utf-8")
-    with pytest.raises(ValueError, match=r"has 4 images, which are 1 of the 2 batches of 4 that a step"):
+    with pytest.raises(ValueError, match=r"has 4 images, which fill 1 of the 2 batches of 4 that a step"):
         build_trainer(folder / "too few", num_images=4)
     run.accelerator.wait_for_everyone()
 
@@ -309,7 +309,7 @@ def test_what_fails_on_the_main_process_fails_on_all(tmp_path: Path) -> None:
     run_together(2, fail_together, tmp_path)
     for rank in (0, 1):
         occupied, adapter = json.loads((tmp_path / f"errors-{rank}.json").read_text(encoding="utf-8"))
-        assert "holds something else" in occupied
+        assert "holds files other than adversarial pairs" in occupied
         assert "holds an adapter already" in adapter
 
 
@@ -448,7 +448,7 @@ def test_a_process_without_a_shard_of_a_sweep_waits_for_hours(tmp_path: Path) ->
 @pytest.mark.parametrize("name", ["DEEPSPEED", "FSDP", "MEGATRON_LM"])
 def test_a_sharding_launch_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str) -> None:
     monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
-    with pytest.raises(ValueError, match=r"shards a model among them.*plain data parallelism"):
+    with pytest.raises(ValueError, match=r"shards the model; here.*plain data parallelism"):
         build_accelerator(RobustnessTokenTrainingArguments(output_dir=str(tmp_path)))
 
 

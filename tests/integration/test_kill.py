@@ -294,7 +294,7 @@ def test_a_full_disk_is_a_clear_error_and_keeps_the_last_checkpoint(tmp_path: Pa
     process = start(save_on_a_full_disk, tmp_path)
     process.join(timeout=60)
     assert process.exitcode == 0
-    assert "go on with resume_from_checkpoint=True" in (tmp_path / "error").read_text(encoding="utf-8")
+    assert "resume with resume_from_checkpoint=True" in (tmp_path / "error").read_text(encoding="utf-8")
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-2", "error"}
     assert [step for step, _ in list_checkpoints(tmp_path)] == [2]
 

@@ -56,7 +56,7 @@ def test_pgd_takes_eps_in_pixels() -> None:
         ({"save_total_limit": 0}, "save_total_limit"),
         ({"eval_steps": 0}, "eval_steps must be a whole number of at least 1"),
         ({"per_device_eval_batch_size": 0}, "per_device_eval_batch_size"),
-        ({"report_to": ["wandb", "mlflow"]}, r"report_to must be of .*'none', got \['mlflow'\]"),
+        ({"report_to": ["wandb", "mlflow"]}, r"report_to must be among .*'none', got \['mlflow'\]"),
         ({"image_size": 0}, "image_size"),
         ({"seed": -1}, "seed must be a whole number of at least 0"),
         ({"max_broken_images": -1}, "max_broken_images"),

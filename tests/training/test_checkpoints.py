@@ -166,7 +166,7 @@ def test_an_error_while_replacing_puts_the_checkpoint_back(tmp_path: Path, monke
         return real(self, target)
 
     monkeypatch.setattr(Path, "rename", fail)
-    with pytest.raises(OSError, match="as they were"):
+    with pytest.raises(OSError, match="checkpoints are unchanged"):
         save(tmp_path, 1)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
     assert (tmp_path / "checkpoint-1" / STATE_FILE).stat().st_ino == before
@@ -208,7 +208,7 @@ def nested(depth: int) -> Any:
 )
 def test_what_could_not_be_read_again_is_not_kept(tmp_path: Path, callbacks: Any, message: str) -> None:
     save(tmp_path, 2)
-    with pytest.raises(ValueError, match=rf"checkpoint-4 could not be read again.*{message}"):
+    with pytest.raises(ValueError, match=rf"checkpoint-4 could not be read back.*{message}"):
         save(tmp_path, 4, state={"position": [1, 2], "callbacks": callbacks}, save_total_limit=1)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
     assert found(tmp_path) == tmp_path / "checkpoint-2"
@@ -380,7 +380,7 @@ def test_a_folder_of_another_model_is_refused(tmp_path: Path, overwrite: bool) -
 @pytest.mark.parametrize("name", ["file", "file/run", "file/deep/run"])
 def test_a_file_is_no_folder_for_a_run(tmp_path: Path, name: str) -> None:
     (tmp_path / "file").write_text("", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"output_dir=.*file is no folder"):
+    with pytest.raises(ValueError, match=r"output_dir=.*file is not a folder"):
         check_output_dir(tmp_path / name, overwrite=False, resume_from=None)
 
 

@@ -575,7 +575,7 @@ def test_the_folder_of_the_base_is_refused_before_training(make_trainer: Trainer
     with pytest.raises(ValueError, match="holds another model"):
         make_trainer("base", overwrite_output_dir=True)
     (tmp_path / "file").write_text("", encoding="utf-8")
-    with pytest.raises(ValueError, match="is no folder"):
+    with pytest.raises(ValueError, match="is not a folder"):
         make_trainer("file/run")
 
 
@@ -736,7 +736,7 @@ def test_broken_tokens_of_a_checkpoint_are_not_said_to_be_good(make_trainer: Tra
     tensors = load_file(path)
     tensors["robustness_tokens"].fill_(1e30)
     save_file(tensors, path)
-    with pytest.raises(FloatingPointError, match=r"those it began with are broken.*earlier checkpoint"):
+    with pytest.raises(FloatingPointError, match=r"the initial ones are broken too.*earlier checkpoint"):
         make_trainer(max_steps=3, resume_from_checkpoint=True).train()
     assert not (trainer.output_dir / "model.safetensors").exists()
 
@@ -918,7 +918,7 @@ def test_labels_are_of_no_concern(make_trainer: TrainerFactory, labels: dict[str
 
 
 def test_a_stream_can_not_be_resumed(make_trainer: TrainerFactory) -> None:
-    with pytest.raises(ValueError, match="streaming dataset can't be resumed"):
+    with pytest.raises(ValueError, match="stream can't be resumed"):
         make_trainer("run", pictures(8).to_iterable_dataset(), resume_from_checkpoint=True)
 
 
