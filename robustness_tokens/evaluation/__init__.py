@@ -1,4 +1,4 @@
-"""Honest robustness evaluation: what holds, against whom, how sure."""
+"""Evaluates robustness: what holds, against which attacker, and how certain the numbers are."""
 
 from .arguments import EvaluationArguments
 from .attack_suite import Attack

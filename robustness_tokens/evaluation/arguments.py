@@ -33,27 +33,27 @@ class EvaluationArguments:
     )
     knowledge: list[str] = field(
         default_factory=lambda: list(get_args(Knowledge)),
-        metadata={"help": "What the attacker knows: none, base, own_tokens, full; by default each of them."},
+        metadata={"help": "What the attacker knows: none, base, own_tokens, full; by default all four."},
     )
     attacks: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Attacks, such as cross_entropy feature_cosine:defended, each run on all images at every level "
-            "that it fits (in Python also Attack objects); by default the budget's, some of which run only on the "
-            "images that earlier attacks left correct."
+            "help": "Attacks, such as cross_entropy feature_cosine:defended (in Python also Attack objects), each run "
+            "on all images at every level that it fits; by default the budget's, some of which run only on images "
+            "that earlier attacks left correct."
         },
     )
     eps: list[float] | None = field(
         default=None,
         metadata={
-            "help": "L-inf budgets in pixel units of [0, 1] images, such as 4/255, at which all attacks run; by "
-            "default the eps that the tokens were trained with by attack=pgd, else 4/255."
+            "help": "L-inf budgets of all attacks, in pixel units of [0, 1] images, such as 4/255; by default the eps "
+            "that the tokens were trained with if attack=pgd, else 4/255."
         },
     )
     eps_sweep: list[float] = field(
         default_factory=lambda: list(SWEEP_EPS),
         metadata={
-            "help": "L-inf budgets in pixel units for the curve over eps, of the main attack alone on fewer images; "
+            "help": "L-inf budgets in pixel units for the curve over eps, with one or two attacks on fewer images; "
             "by default 0 to 32/255."
         },
     )
@@ -78,10 +78,10 @@ class EvaluationArguments:
     seed: int = field(
         default=0, metadata={"help": "Seed of the choice of images, the attacks and the confidence intervals."}
     )
-    batch_size: int = field(default=100, metadata={"help": "Images attacked together, at most."})
+    batch_size: int = field(default=100, metadata={"help": "Largest number of images that are attacked together."})
     output_dir: str | None = field(
         default=None,
-        metadata={"help": "Folder that keeps finished parts, which are not run again; by default none."},
+        metadata={"help": "Folder to store finished parts in, which are not run again; by default none."},
     )
     feature_view: FeatureView | None = field(
         default=None, metadata={"help": "Features to measure; by default those in the adapter's config."}
@@ -119,7 +119,7 @@ class EvaluationArguments:
 
 
 def override_arguments(arguments: EvaluationArguments | None, overrides: Mapping[str, Any]) -> EvaluationArguments:
-    """Returns the arguments, or the defaults, with other values; `TypeError` for a name that is no field."""
+    """Returns the arguments, or the defaults, with the overrides; `TypeError` for a name that is no field."""
     arguments = arguments or EvaluationArguments()
     known = [field.name for field in dataclasses.fields(arguments)]
     for name in overrides:

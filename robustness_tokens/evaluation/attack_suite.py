@@ -41,7 +41,7 @@ ObjectiveFn: TypeAlias = Callable[[Tensor], Tensor]
 ObjectiveKind: TypeAlias = Literal["cosine", "mse", "cross_entropy", "margin"]
 
 _MISCLASSIFIED = 1000.0  # more than any cross-entropy
-_WRONG_ABOVE = {"cross_entropy": _MISCLASSIFIED / 2, "margin": 0.0}  # the objective of a misclassified image
+_WRONG_ABOVE = {"cross_entropy": _MISCLASSIFIED / 2, "margin": 0.0}  # a misclassified image has a higher objective
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +89,7 @@ class Attack:
         return {key: value for key, value in dataclasses.asdict(self).items() if key != "name" and value is not None}
 
     def reported_parameters(self, eps: float) -> dict[str, Any]:
-        """Returns what a reader needs to run it again, including what eps determines or never changes."""
+        """Returns the parameters that a reader needs to repeat the attack, including constants and what eps sets."""
         values = self.parameters()
         if self.is_paper:
             values |= {"eps_normalized": PAPER_EPS_NORMALIZED, "step_size_normalized": PAPER_STEP_SIZE_NORMALIZED}
@@ -106,7 +106,7 @@ class AttackBatch:
 
     images: Tensor  # (B, 3, H, W) float in [0, 1]
     labels: Tensor | None  # (B,) classes, or (B, H, W), or `None` where only features are evaluated
-    index: Tensor  # (B,) int64, the images' rows in the dataset, on which their noise depends
+    index: Tensor  # (B,) int64, rows of the images in the dataset, which seed their noise
     ignore_index: int = 255  # label of pixels that do not count
     base_features: Tensor | None = None  # the base's clean features, float32, if they are kept
 
@@ -115,7 +115,7 @@ class AttackBatch:
         return self if count >= len(self.images) else self.select(slice(count))
 
     def select(self, rows: Tensor | slice) -> AttackBatch:
-        """Returns some images of the batch; (R,) int64 rows on the CPU index tensors of any device."""
+        """Returns the images at these rows: a slice, or (R,) int64 on the CPU, which indexes tensors of any device."""
         parts: dict[str, Any] = {name: value[rows] for name, value in vars(self).items() if isinstance(value, Tensor)}
         return dataclasses.replace(self, **parts)
 
@@ -142,14 +142,14 @@ class AttackCall:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The arguments of a function of `attacks`: eps and the hyper-parameters."""
+        """Keyword arguments for a function of `attacks`: eps and the hyper-parameters."""
         values = self.attack.parameters()
         values.pop("target", None)
         return {"eps": self.eps, **values}
 
     @property
     def generators(self) -> list[torch.Generator]:
-        """One generator per image; each view and attack has its own noise, so attacks start at different points."""
+        """One generator per image, seeded by view and attack too, so that attacks start at different points."""
         stream = zlib.crc32(f"{self.view.name}/{self.attack.name}/{self.attack.target}".encode())
         return example_generators(self.seed, stream, self.batch.index)
 
@@ -187,13 +187,13 @@ class AttackCall:
         logits_fn = functools.partial(model.logits, tokens=tokens)
         if kind == "margin":
             return margin_objective(logits_fn, labels)
-        # Made for another model, an image of larger loss carries over better than one that is just misclassified.
+        # No bonus on another model: images of larger loss transfer better than images that are just misclassified.
         bonus = _MISCLASSIFIED if self.view.is_defended_model else 0.0
         return cross_entropy_objective(logits_fn, labels, misclassified_bonus=bonus)
 
     @property
     def score(self) -> ObjectiveKind:
-        """The objective of an attacker who sees only answers: on the task's own output."""
+        """Objective of an attacker who sees only the outputs of the task."""
         return "cosine" if self.view.model.task == "features" else "margin"
 
     def logits(self, images: Tensor) -> Tensor:
@@ -203,8 +203,8 @@ class AttackCall:
     def maximize(self, function: Callable[..., Tensor], kind: ObjectiveKind) -> Tensor:
         """Attacks the batch by a function of `attacks`.
 
-        If the model is a classifier and itself the measured one, an image is attacked only until it is misclassified.
-        Images that ended in the attack's precision but are still correct in float32 are attacked to the end.
+        On the measured classifier itself, the attack of an image stops once it is misclassified. Images for which it
+        stopped in the attack's precision, but which are correct in float32, are attacked again, to the end.
         """
         attack = functools.partial(function, **self.settings)
         view, objective, wrong_above = self.view, self.objective(kind), _WRONG_ABOVE.get(kind)
@@ -242,7 +242,7 @@ def run_attack(attack: Attack, view: AttackerView, batch: AttackBatch, *, eps: f
     """
     definition = ATTACKS[attack.name]
     if not view.differentiable and not definition.gradient_free:
-        raise ValueError(f"attack {attack.name!r} needs gradients, which an attacker of view {view.name!r} has not")
+        raise ValueError(f"attack {attack.name!r} needs gradients, which view {view.name!r} does not give")
     if view.model.task not in definition.tasks:
         raise ValueError(f"attack {attack.name!r} is for {definition.tasks}, the task is {view.model.task!r}")
     with view.model.attacked_faster():
@@ -269,7 +269,7 @@ def _noise(call: AttackCall, kind: Literal["uniform", "corners"]) -> Tensor:
 
 
 def _apgd(call: AttackCall, loss: Literal["cross_entropy", "targeted_dlr"]) -> Tensor:
-    # An image made for another model carries over better with the highest loss.
+    # On another model, images of the highest loss transfer better.
     highest_loss = loss == "cross_entropy" and call.view.knowledge != "full"
     return apgd_attack(
         call.logits,
@@ -301,7 +301,7 @@ def _paper(call: AttackCall, *, with_labels: bool) -> Tensor:
         generator=call.generators,
         **{**call.settings, "eps": PAPER_EPS_NORMALIZED},
     )
-    # It ends on the 8-bit grid, which normalising and back leaves by a few roundings.
+    # The attack ends on the 8-bit grid; this removes the rounding errors of normalising and its inverse.
     return (normalizer.inverse(pixel_values) * 255).round().clamp(0, 255) / 255
 
 
@@ -370,7 +370,7 @@ ATTACKS: Mapping[str, _Definition] = {
 
 
 def find_definition(name: str) -> _Definition:
-    """Returns what is known about an attack; `ValueError` if the name is unknown."""
+    """Returns the definition of an attack; `ValueError` if the name is unknown."""
     if name not in ATTACKS:
         raise ValueError(f"attack {name!r} is unknown, expected one of {', '.join(sorted(ATTACKS))}")
     return ATTACKS[name]

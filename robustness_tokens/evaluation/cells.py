@@ -1,4 +1,4 @@
-"""Cells: one attack through one model that the attacker holds, at one eps; run, stored and found again."""
+"""Runs and stores cells: one attack through one of the attacker's models at one eps."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ class Cell:
     view: AttackerView
     attack: Attack
     eps: float  # in pixel units
-    num_images: int  # takes the first so many of the evaluation's images
-    remaining_only: bool = False  # attack only what `find_remaining` returns; a worst case of accuracy needs no others
+    num_images: int  # attacks the first `num_images` of the evaluation
+    remaining_only: bool = False  # attacks the images of `find_remaining`, enough for a worst case of accuracy
 
     @property
     def name(self) -> str:
@@ -60,7 +60,7 @@ class Cell:
         attack = self.attack
         passes = (attack.num_steps or 1) * (attack.num_restarts or 1) * (attack.num_target_classes or 1)
         if attack.name == "auto_attack":
-            passes = 1000  # far more for an image that holds, far fewer for one that falls at once
+            passes = 1000  # far more for an image that stays correct, far fewer for one that does not
         passes = max(passes, (attack.num_queries or 0) // 3, (attack.num_draws or 0) // 3)
         return self.num_images * (passes * len(self.view.tokens) + 1)
 
@@ -91,9 +91,9 @@ def model_settings(model: EvaluatedModel) -> dict[str, Any]:
 
 
 class CellStore:
-    """Stores finished cells in a folder, each file whole or absent; a folder of `None` stores nothing.
+    """Stores finished cells as files, each complete or absent; stores nothing if the folder is `None`.
 
-    Cells measured with other `settings`, which all cells of an evaluation share, are not found.
+    `settings` are shared by all cells of an evaluation; cells that were measured with other settings are not found.
     """
 
     def __init__(self, folder: Path | None, settings: Mapping[str, Any]) -> None:
@@ -115,13 +115,13 @@ class CellStore:
                 metadata = file.metadata() or {}
                 outcome = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
             if metadata.get("digest") != _digest(outcome):
-                raise ValueError("its numbers are not those that were written")
+                raise ValueError("its digest does not match its numbers")
         except (SafetensorError, ValueError, KeyError, OverflowError) as exc:
             if process_state().is_main_process:
                 logger.warning("%s is damaged, so it is measured again and replaced: %s", path, exc)
             return None
         if metadata.get("key") != key:
-            raise ValueError(f"{path} was measured with other settings than its name says: delete it")
+            raise ValueError(f"{path} was measured with other settings than its name tells: delete it")
         return outcome
 
     def save(self, cell: Cell, outcome: Mapping[str, Tensor], remaining: Tensor | None = None) -> None:
@@ -163,8 +163,8 @@ def run_cells(
 
     All processes call it, each with its own `batches` by number (batch b starts at image b * batch_size). Batches hold
     the same images whatever the number of processes, so outcomes do not depend on it. `tokens` are those to measure
-    with, by name; `clean` is the outcome on all images before any attack. A cell that an earlier one covers takes its
-    outcome from there. A `remaining_only` cell leaves the other images as they were; its `attacked` is a mask.
+    with, by name; `clean` is the outcome on all images before any attack. A cell that an earlier one covers takes over
+    its outcome. A `remaining_only` cell keeps the clean outcome of other images; its `attacked` is the mask.
     """
     state = process_state()
     outcomes: list[dict[str, Tensor]] = []
@@ -190,7 +190,7 @@ def run_cells(
                 known = stored if all(gather_object([stored is not None])) else None
             if known is not None:
                 outcomes.append(known)
-                progress_bar.total -= cell.cost  # so that it isn't taken for speed
+                progress_bar.total -= cell.cost  # so that the bar does not count it as speed
                 continue
             progress_bar.set_postfix_str(cell.name, refresh=True)
             cost = cell.cost if remaining is None else int(cell.cost * remaining.sum()) // cell.num_images
@@ -206,7 +206,7 @@ def run_cells(
                 left = None if remaining is None else remaining[rows]
                 outcome = _run_batch(cell, model, batch.first(count), measured_with, unchanged, left, seed=seed)
                 parts.append((number, outcome))
-                # The other processes do as much meanwhile.
+                # The other processes do as much at the same time.
                 progress_bar.update(cost * count * state.num_processes // cell.num_images)
             progress_bar.update(begun_at + cost - progress_bar.n)
             outcome = merge(gather_object(parts))
@@ -229,7 +229,7 @@ def _run_batch(
     if remaining is None:
         adversarial = run_attack(cell.attack, cell.view, batch, eps=cell.eps, seed=seed)
         return measure_outcome(model, batch, adversarial, tokens)
-    # A worst case of the cosine is of all images, right or wrong.
+    # No cosine: its worst case needs attacks on all images.
     kept = {name: value for name, value in _measured(clean, tokens).items() if not name.endswith(".cosine")}
     outcome = {name: value.clone() for name, value in kept.items()}
     if remaining.any():
@@ -294,7 +294,7 @@ def find_remaining(
 def _find_covered(
     cell: Cell, before: Sequence[Cell], outcomes: Sequence[Outcome], tokens: Mapping[str, Tensor | None]
 ) -> dict[str, Tensor] | None:
-    """Returns the outcome that an earlier cell found by the same attack on at least the same images, or `None`."""
+    """Returns the outcome of an earlier cell with the same attack and at least the same images, or `None`."""
     wanted = _measured_with(cell, tokens)
     for other, outcome in zip(before, outcomes, strict=True):
         same = (other.view.name, other.attack, other.eps) == (cell.view.name, cell.attack, cell.eps)
@@ -305,7 +305,7 @@ def _find_covered(
 
 
 def _measured_with(cell: Cell, tokens: Mapping[str, Tensor | None]) -> Sequence[str]:
-    """Returns the names of the tokens to measure with; images of grey-box attacks also go to the base alone."""
+    """Returns the names of the tokens to measure with: the trained ones, and for grey-box attacks also others."""
     if cell.view.knowledge != "base":
         return ["trained"]
     return list(tokens) if cell.series in ("suite", "published") else ["trained", "none"]

@@ -49,8 +49,8 @@ def evaluate_robustness(
 ) -> RobustnessReport:
     """Attacks a model that has robustness tokens, at every level of attacker knowledge, and reports what holds.
 
-    Under `accelerate launch` the processes share the images and find the same numbers as one process (except with
-    tokens that the attacker trains, since the processes also share their training batches).
+    Under `accelerate launch` the processes share the images and find the same numbers as one process (except
+    with own tokens, since the processes share the batches of their training too).
 
     Args:
         model: `RobustnessTokenModel` (features), `RobustnessTokenForImageClassification`, a `ProbedModel`, or a
@@ -59,9 +59,9 @@ def evaluate_robustness(
             or for segmentation with the columns "image" and "mask"), or a torch dataset of {"images": (3, H, W) float
             in [0, 1], "labels": class, or (H, W) classes of the pixels}.
         arguments: Settings; the defaults of [`EvaluationArguments`] if None.
-        own_tokens: (K, D) each, tokens that the attacker has trained already; if None they are trained here.
+        own_tokens: Tokens, (K, D) each, that the attacker has trained already; trained here if None.
         attacker_datasets: One or more datasets that the attacker trains own tokens on; `[dataset]` if None.
-        own_tokens_overrides: Training arguments in which the attacker departs from the adapter's recipe.
+        own_tokens_overrides: Training arguments of the attacker that differ from the adapter's recipe.
         surrogate: Another base for transfer attacks, as a model with tokens (which are not used) and the same
             classes. It is put into eval mode and moved to the model's device.
         normalizer: [0, 1] images -> pixel values; by default from the adapter's config.
@@ -218,7 +218,7 @@ def _folder(output_dir: str | os.PathLike[str] | None) -> Iterator[Path]:
 def reported_tokens(model: EvaluatedModel, *, seed: int) -> dict[str, Tensor | None]:
     """Returns the tokens to measure clean and grey-box images with, by name: (K, D), or `None` for the base alone.
 
-    A defence that untrained tokens, or their mean, provide just as well was not learned.
+    If untrained, zero or averaged tokens defend as well as the trained ones, the defence was not learned.
     """
     trained = model.tokens
     noise = torch.randn(trained.shape, generator=torch.Generator().manual_seed(seed)).to(trained)
@@ -257,7 +257,7 @@ def _settings(
     model: EvaluatedModel, batches: Mapping[int, AttackBatch], arguments: EvaluationArguments
 ) -> dict[str, Any]:
     """Returns the settings on which the outcome of every cell depends, as JSON values."""
-    parts = gather_object(  # a process may have none
+    parts = gather_object(  # a process may have no batch
         [
             (number, digest([batch.images, batch.index, *([] if batch.labels is None else [batch.labels])]))
             for number, batch in batches.items()

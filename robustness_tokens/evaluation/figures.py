@@ -1,4 +1,4 @@
-"""The figures of a report: curves over eps, and what a few images do inside the model.
+"""The figures of a report: curves over eps, and a few images with their features in the model.
 
 Shapes: B images, L layers, N the base's own sequence, K robustness tokens, P patches, D width.
 """
@@ -40,7 +40,7 @@ from .threat_models import EvaluatedModel
 
 logger = logging.getLogger(__name__)
 
-# The images of the first of these attackers that was evaluated are drawn.
+# The figures show images of the first of these attackers that was evaluated.
 _DRAWN: tuple[Knowledge, ...] = ("base", "own_tokens", "full", "none")
 
 
@@ -62,8 +62,7 @@ def make_figures(
 ) -> dict[str, bytes]:
     """Draws the figures of a report as PNG files by name, none without matplotlib; attacks a few images again.
 
-    It runs no collective: the process that saves the report, which holds the first batch, calls it with the model in
-    eval mode.
+    Runs no collective: the main process, which holds the first batch, calls it alone, with the model in eval mode.
     """
     if not _has_matplotlib():
         return {}
@@ -139,7 +138,7 @@ def observe_layers(model: EvaluatedModel, images: Tensor, tokens: Tensor | None)
         last = hidden[:, num_tokens:].float()  # (B, K + N, D) -> (B, N, D)
         maxima.append(last.abs().amax(dim=(1, 2)).mean())
 
-    # Prepended, so that all layers alike still hold the tokens: behind the last one a hook takes them out.
+    # Prepended, to run before the hook that removes the tokens after the last layer.
     handles = [layer.register_forward_hook(record, prepend=True) for layer in stack.layers]
     try:
         run = model.logits if model.feature_view is None else model.features
@@ -150,7 +149,7 @@ def observe_layers(model: EvaluatedModel, images: Tensor, tokens: Tensor | None)
     if last.shape[1] < rows * columns:
         raise ValueError(
             f"images of {tuple(images.shape[2:])} pixels are {rows} x {columns} patches, but the layers of "
-            f"{type(model.model).__name__} hand on {last.shape[1]} rows: it doesn't keep a row per patch"
+            f"{type(model.model).__name__} return {last.shape[1]} rows, expected one per patch"
         )
     patches = last[:, last.shape[1] - rows * columns :]  # (B, N, D) -> (B, P, D): the patches come last
     return LayerObservation(
@@ -163,8 +162,8 @@ def observe_layers(model: EvaluatedModel, images: Tensor, tokens: Tensor | None)
 def feature_colors(reference: LayerObservation, observations: Sequence[LayerObservation]) -> list[Tensor]:
     """Returns feature maps as colours, (B, 3, rows, columns) in [0, 1] for each observation of the same D.
 
-    Red, green and blue are the first three principal components of `reference`, scaled by its range in all maps: the
-    same colour means the same feature.
+    Red, green and blue are the first three principal components of `reference`, scaled by its range in all maps, so
+    that the same colour means the same feature.
     """
     flat = reference.patches.flatten(0, 1).double()  # (B * P, D)
     mean = flat.mean(dim=0)
@@ -196,7 +195,7 @@ def _find_cell(measurements: Measurements, knowledge: Knowledge) -> Cell | None:
 
 @torch.no_grad()
 def _titles(model: EvaluatedModel, images: Tensor, attacked: Tensor) -> list[tuple[str, str]]:
-    """Returns the class names that the model sees without and with tokens."""
+    """Returns the classes that the model predicts without and with tokens, as text."""
     names: Mapping[int, str] = getattr(getattr(model.model, "config", None), "id2label", None) or {}
 
     def seen(pictures: Tensor, tokens: Tensor | None) -> list[str]:

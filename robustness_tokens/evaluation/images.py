@@ -45,7 +45,7 @@ def _collate(items: list[dict[str, Any]], model: EvaluatedModel, ignore_index: i
 
 
 def check_labels(labels: Tensor, images: Tensor, task: str) -> None:
-    """Refuses labels without a class per image, or in segmentation per pixel."""
+    """Raises `ValueError` unless there is one label per image, or for segmentation per pixel."""
     expected = (len(images), *(images.shape[2:] if task == "segmentation" else ()))
     if labels.shape != expected:
         raise ValueError(f"labels must have shape {expected} for {task}, got {tuple(labels.shape)}")

@@ -48,15 +48,15 @@ class Measurements:
         return [pair for pair in zip(self.cells, self.outcomes, strict=True) if fits(pair[0])]
 
     def worst(self, chosen: Sequence[tuple[Cell, Outcome]], tokens: str = "trained") -> dict[str, Tensor]:
-        """Returns the worst outcome of each image over these attacks and no attack, which is open to an attacker too.
+        """Returns the worst outcome of each image over these attacks and no attack, which an attacker can choose too.
 
-        Otherwise an image that is wrong when clean would count as correct wherever every attack happens to correct it.
+        Without the latter, an image that is misclassified when clean would count as correct if all attacks correct it.
         `chosen` are cells on the same images; `ValueError` if one is `remaining_only` and those before it are missing.
         """
         for cell in (cell for cell, _ in chosen if cell.remaining_only):
             before = (one for one, _ in self._up_to(cell))
             if missing := [one.name for one in before if not any(one is other for other, _ in chosen)]:
-                raise ValueError(f"{cell.name} took what {', '.join(missing)} left: choose those too")
+                raise ValueError(f"{cell.name} attacked only what {', '.join(missing)} left: choose those too")
         outcomes = [outcome for _, outcome in chosen]
         count = len(outcomes[0]["pixel_difference"])
         clean = {name: value[:count] for name, value in self.clean.items()}
@@ -64,7 +64,7 @@ class Measurements:
         return worst_outcome([*outcomes, clean], tokens, parts=parts)
 
     def _up_to(self, cell: Cell) -> list[tuple[Cell, Outcome]]:
-        """Returns the cells of its level and eps up to and including this one, with their outcomes."""
+        """Returns the cells of the same level and eps up to and including this one, with their outcomes."""
         row = next(row for row, other in enumerate(self.cells) if other is cell)
         return [pair for pair in self.select()[: row + 1] if pair[0].is_beside(cell)]
 
@@ -75,16 +75,16 @@ class Measurements:
         for eps in self.eps:
             results += self._worst_by_level(suite, eps)
             results += self._worst_of_parts([pair for pair in suite if pair[0].eps == eps])
-        # The published attack has an eps of its own, and fewer images: it is compared with the paper's tables.
+        # The published attack serves comparison with the paper's tables, with its own eps and fewer images.
         for cell, outcome in [*suite, *self.select(series="published")]:
             results += self._single(cell, outcome)
-        # The worst cases of the sweep are enough: they are a curve for each level.
+        # Only the worst cases of the sweep are reported, a curve for each level.
         for eps in sorted({cell.eps for cell, _ in sweep}):
             results += self._worst_by_level(sweep, eps)
         return results
 
     def _single(self, cell: Cell, outcome: Outcome) -> list[Result]:
-        """Returns the results of an attack; a `remaining_only` one counts together with those before it."""
+        """Returns the results of an attack; those of a `remaining_only` one cover the attacks before it too."""
         parameters = {
             **cell.attack.reported_parameters(cell.eps),
             **self._precision(),
@@ -92,8 +92,8 @@ class Measurements:
             "view": cell.view.name,
         }
         if "attacked" in outcome:
-            left = f"which left it {int(outcome['attacked'].sum()):,} images"
-            parameters["after"] = f"the attacks before it, {left}; the number is of all together"
+            left = f"which left {int(outcome['attacked'].sum()):,} images"
+            parameters["after"] = f"the earlier attacks, {left}; the number covers all attacks so far"
         found: dict[str, Tensor] = {}
         for tokens in ("trained", "none"):
             reached = self.worst(self._up_to(cell), tokens) if cell.remaining_only else outcome
@@ -127,7 +127,7 @@ class Measurements:
         results = []
         for of_cosine in (False, True) if with_cosine else (False,):
             found = {name: value for name, value in worst.items() if name.endswith(".cosine") == of_cosine}
-            # Attacks on what others left right took no part in the worst case of the cosine.
+            # Attacks on remaining images measure no cosine.
             counted = [cell for cell in cells if not (of_cosine and cell.remaining_only)]
             results += self._results(
                 found,
@@ -150,7 +150,7 @@ class Measurements:
         own = [pair for pair in chosen if pair[0].view.knowledge == "own_tokens"]
         views = list(dict.fromkeys(cell.view.name for cell, _ in own))
         for row, view in enumerate(views if len(views) > 1 else ()):
-            # A set that attacked only what earlier sets left counts together with them.
+            # The result of a set that attacked only what earlier sets left covers these too.
             together = any(cell.remaining_only for cell, _ in own)
             names = views[: row + 1] if together else [view]
             part = f"{view} after {', '.join(names[:-1])}" if len(names) > 1 else view
@@ -208,14 +208,14 @@ def _tokens_of(outcome: Outcome) -> list[TokensInPlace]:
 def _parts(cells: Sequence[Cell]) -> list[list[int]]:
     """Returns the rows of each part of the cells that has a worst case of its own in a report.
 
-    Parts are those of a level or a view, of one attack or of all that push features away; the parts of a part are
-    among the parts of the whole.
+    A part holds the cells of one level, one view or all, and of one attack, all feature attacks or all; the parts of a
+    part are parts of the whole.
     """
     parts: dict[tuple[str, ...], list[int]] = {}
     for row, cell in enumerate(cells):
-        whose = ("", f"level {cell.view.knowledge}", f"view {cell.view.name}")
-        which = ("", f"attack {cell.attack.name}", *(["targeted"] if cell.attack.target else []))
-        for part in itertools.product(whose, which):
+        views = ("", f"level {cell.view.knowledge}", f"view {cell.view.name}")
+        attacks = ("", f"attack {cell.attack.name}", *(["targeted"] if cell.attack.target else []))
+        for part in itertools.product(views, attacks):
             parts.setdefault(part, []).append(row)
     return [list(rows) for rows in dict.fromkeys(map(tuple, parts.values())) if 1 < len(rows) < len(cells)]
 
@@ -235,4 +235,4 @@ def own_token_lengths(cells: Sequence[Cell]) -> list[int]:
     views = (cell.view for cell in cells if cell.view.knowledge == "own_tokens")
     sets = {view.name: [len(tokens) for tokens in view.tokens if tokens is not None] for view in views}
     alone = [length for lengths in sets.values() if len(lengths) == 1 for length in lengths]
-    return max([alone, *sets.values()], key=len)  # an ensemble is of all the sets that there are
+    return max([alone, *sets.values()], key=len)  # an ensemble holds all sets

@@ -34,20 +34,22 @@ def accuracy(correct: Tensor) -> float:
 
 
 def worst_case(*outcomes: Tensor) -> Tensor:
-    """Returns the (n,) lowest value of each image over (n,) outcomes of one dtype, of which higher is better.
+    """Returns the lowest value of each image, (n,), over (n,) outcomes of one dtype for which higher is better.
 
     `ValueError` if there is none, they differ in shape or dtype, or one holds NaN.
     """
     kinds = {(outcome.dtype, tuple(outcome.shape)) for outcome in outcomes}
     if len(kinds) != 1 or outcomes[0].dim() != 1:
-        raise ValueError(f"outcomes must be one or more (n,) of one dtype, got {sorted(map(str, kinds)) or 'none'}")
+        raise ValueError(
+            f"outcomes must be one or more (n,) tensors of one dtype, got {sorted(map(str, kinds)) or 'none'}"
+        )
     if any(outcome.isnan().any() for outcome in outcomes):
-        raise ValueError("outcomes hold NaN, which is neither better nor worse than anything")
+        raise ValueError("outcomes hold NaN, expected values that can be compared")
     return torch.stack(outcomes).amin(dim=0)
 
 
 def wilson_interval(successes: int, total: int, confidence: float = 0.95) -> Interval:
-    """Returns Wilson's score interval of a proportion, such as an accuracy; it is honest near 0 and 1 too.
+    """Returns Wilson's score interval of a proportion, such as an accuracy; it is valid near 0 and 1 too.
 
     Source: E. B. Wilson, "Probable inference, the law of succession, and statistical inference", JASA 1927.
     """
@@ -58,7 +60,7 @@ def wilson_interval(successes: int, total: int, confidence: float = 0.95) -> Int
     scale = 1 + z**2 / total
     centre = (p + z**2 / (2 * total)) / scale
     half_width = z * math.sqrt(p * (1 - p) / total + z**2 / (4 * total**2)) / scale
-    # At the ends the formula gives 0 and 1, but for rounding.
+    # At the ends the formula gives 0 and 1 except for rounding.
     low = 0.0 if successes == 0 else centre - half_width
     high = 1.0 if successes == total else centre + half_width
     return low, high
@@ -97,7 +99,7 @@ def _check_confidence(confidence: float) -> None:
 
 @dataclass(frozen=True)
 class IoUCounts:
-    """Labelled pixels of each image and class where prediction and label agree, and where either names the class.
+    """Numbers of labelled pixels per image and class: prediction and label are the class, and either of them is.
 
     Both are (n, C) int64 on the CPU.
     """
@@ -124,7 +126,7 @@ def iou_counts(predictions: Tensor, labels: Tensor, *, num_labels: int, ignore_i
     _check_classes("labels", labels[labels != ignore_index], num_labels)
     intersections, unions = torch.zeros(2, len(labels), num_labels, dtype=torch.int64)
     for image, (predicted, label) in enumerate(zip(predictions, labels, strict=True)):
-        # Image by image: its own per-sample mode makes one-hot maps, 300 MB for 518 x 518 pixels and 150 classes.
+        # Image by image: torchmetrics by sample makes one-hot maps, 300 MB for 518 x 518 pixels and 150 classes.
         scores = multiclass_stat_scores(
             predicted.long(), label.long(), num_labels, average="none", ignore_index=ignore_index, validate_args=False
         ).cpu()  # (C, 5)
@@ -147,13 +149,13 @@ def _check_classes(name: str, classes: Tensor, num_labels: int) -> None:
 def mean_iou(counts: IoUCounts) -> float:
     """Returns the mIoU of a dataset: each class's IoU over all pixels of all images, then the mean over the classes.
 
-    A class that no label and no prediction names is left out. `ValueError` if there is no labelled pixel.
+    Classes without a pixel in labels and predictions are left out. `ValueError` if there is no labelled pixel.
     """
     return _check_labelled(_mean_iou(_stacked(counts)))
 
 
 def image_ious(counts: IoUCounts) -> Tensor:
-    """Returns the (n,) float64 mIoU of each image over the classes that it names; NaN without a labelled pixel."""
+    """Returns the (n,) float64 mIoU of each image over the classes in it; NaN without a labelled pixel."""
     ious = counts.intersections / counts.unions.double()  # (n, C)
     return ious.nanmean(dim=1)
 
@@ -200,9 +202,8 @@ def worst_outcome(
     """Returns the worst outcome of each image over these attacks, for each metric separately.
 
     For a segmentation it holds `image_iou`, the lowest of each image, and the `intersections` and `unions` of the
-    lowest mIoU of the dataset. Candidates for that are each attack alone, and for each image the attack that hurts its
-    own IoU most, chosen from all attacks or from one of `parts`. So the mIoU of a whole never exceeds that of its
-    parts.
+    lowest mIoU of the dataset. Candidates for the latter are each attack alone, and the worst attack for each image's
+    own IoU among all attacks or among one of `parts`. So the mIoU of a whole never exceeds that of its parts.
     """
     worst = {}
     for metric in ("cosine", "correct"):
@@ -214,7 +215,7 @@ def worst_outcome(
         image_by_image = _image_by_image(counts)
         of_parts = (_image_by_image([_counts(outcome, tokens) for outcome in part]) for part in parts)
         # An image's own IoU weighs classes differently than the dataset's, so a single attack, or a part of them, may
-        # leave a lower mIoU than the worst of each image.
+        # leave a lower mIoU than the worst attack for each image.
         lowest = min(chain([image_by_image], counts, of_parts), key=mean_iou)
         worst[f"{tokens}.image_iou"] = image_ious(image_by_image)
         worst[f"{tokens}.intersections"], worst[f"{tokens}.unions"] = lowest.intersections, lowest.unions
@@ -232,7 +233,7 @@ def _image_by_image(counts: Sequence[IoUCounts]) -> IoUCounts:
 
 
 def summarize(outcome: Outcome, tokens: str, *, seed: int) -> list[tuple[Task, Metric, float, Interval]]:
-    """Returns task, metric, average and 95% interval of all that was measured with these tokens."""
+    """Returns task, metric, average and 95% interval of each metric that was measured with these tokens."""
     rows: list[tuple[Task, Metric, float, Interval]] = []
     if (correct := outcome.get(f"{tokens}.correct")) is not None:
         interval = wilson_interval(int(correct.sum()), len(correct))

@@ -32,7 +32,7 @@ from ..utils import MAX_NAME, check_parameters, process_state, share_from_main
 from .threat_models import EvaluatedModel
 
 
-_NOTED = ("image_size", "num_processes", "num_steps_done")  # by the trainer, beside its arguments
+_NOTED = ("image_size", "num_processes", "num_steps_done")  # what the trainer adds to its arguments
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,10 +82,10 @@ def train_own_tokens(
     overrides: Mapping[str, Any] | None = None,
     disable_tqdm: bool = False,
 ) -> list[OwnTokens]:
-    """Trains tokens by the defender's recipe on a copy of the base, a set per spec; stored sets are not trained again.
+    """Trains a set of tokens per spec by the defender's recipe on a copy of the base; reuses stored sets.
 
     All processes call it and train together. `output_dir` gets a folder per combination of settings. With
-    `num_adversarial_pairs`, so many images of each dataset are attacked once for all runs on it; runs that attack
+    `num_adversarial_pairs`, that many images of each dataset are attacked once for all runs on it; runs that attack
     through the tokens, and runs on a stream, attack their own. `overrides` are training arguments that differ from
     the recipe.
     """
@@ -118,7 +118,7 @@ def train_own_tokens(
             prepared[spec.dataset] = dataset = datasets[spec.dataset]
             count = _count_pairs(model, images[spec.dataset], num_adversarial_pairs, args)
             if count is not None:
-                # The same pairs, whichever of the sets are stored already.
+                # A fixed seed, so that the pairs do not depend on which sets are stored already.
                 seed = next(other.seed for other in specs if other.dataset == spec.dataset)
                 pairs_args = dataclasses.replace(args, output_dir=str(folder / f"pairs-{spec.dataset}"), seed=seed)
                 with _attacker(model, base, spec) as attacker:
@@ -147,11 +147,11 @@ def _read_run(folder: Path) -> OwnTokens | None:
 def _count_pairs(
     model: EvaluatedModel, images: Images, num_adversarial_pairs: int | None, args: RobustnessTokenTrainingArguments
 ) -> int | None:
-    """Returns how many images are attacked once for all runs on a dataset; `None` if each run attacks its own."""
+    """Returns the number of images to attack once for all runs on a dataset; `None` if each run attacks its own."""
     if num_adversarial_pairs is None or args.attack_through != "base" or images.num_images is None:
         return None
     if images.shape is None:
-        return None  # each picture keeps a shape of its own, and pairs have one
+        return None  # each picture keeps its own shape, but pairs share one
     try:
         max_pixel_difference(args, model.normalizer.image_std.flatten().tolist())
     except ValueError:
@@ -187,8 +187,8 @@ def initializer_range(model: EvaluatedModel) -> float:
 
 def _recipe(model: EvaluatedModel) -> dict[str, Any]:
     """Returns the defender's training arguments; those that the config does not give keep the package's defaults."""
-    # A config from the Hub may also name a folder to resume from or a tracker to report to: these are left out, and so
-    # is the image size, which ready images do not take and the image processor knows.
+    # A config from the Hub may also name a folder to resume from or a tracker to report to: these are left out. So
+    # is the image size: the image processor knows it, and ready images have theirs.
     known = RobustnessTokenTrainingArguments(output_dir="").recipe().keys() - {"image_size"}
     return {key: value for key, value in model.recipe.items() if key in known}
 
@@ -220,9 +220,9 @@ def describe_training(
     overrides: Mapping[str, Any] | None = None,
     on_evaluated: bool = False,
 ) -> dict[str, dict[str, Any]]:
-    """Returns the differences of each set's training from the recipe, by the name of its view, as plain values.
+    """Returns how the training of each set differs from the recipe, by the name of its view, as plain values.
 
-    "recipe" holds the recipe's values of the same settings. A set that departs from the recipe may find less than one
+    "recipe" holds the recipe's values of the same settings. A set that differs from the recipe may find less than one
     that follows it. `on_evaluated` tells whether the sets were trained on the evaluated dataset itself.
     """
     recipe, overrides = model.recipe, overrides or {}

@@ -27,7 +27,7 @@ UNBOUNDED_STEPS = 100
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """The effort of an evaluation; `ValueError` if a number is no whole number of at least 1."""
+    """The effort of an evaluation; `ValueError` unless all numbers are integers of at least 1."""
 
     name: BudgetName
     num_images: int
@@ -116,13 +116,13 @@ def build_attack(name: str, budget: Budget) -> Attack:
 
 
 def apply_arguments(budget: Budget, arguments: EvaluationArguments) -> Budget:
-    """Returns the budget with the numbers that the arguments give."""
+    """Returns the budget, with the numbers of the arguments where they are given."""
     given = {name: getattr(arguments, name, None) for name in vars(budget) if name != "name"}
     return dataclasses.replace(budget, **{name: value for name, value in given.items() if value is not None})
 
 
 def main_attack(model: EvaluatedModel) -> str:
-    """Returns the name of the attack that stands for all others in the sweep and the diagnostics."""
+    """Returns the name of the attack that the sweep and the diagnostics run."""
     return "feature_cosine:base" if model.task == "features" else "cross_entropy"
 
 
@@ -137,7 +137,7 @@ def plan_cells(
     num_classes: int | None,
     on_grid: bool,
 ) -> list[Cell]:
-    """Returns the cells of an evaluation, at least one, cheap levels first; `ValueError` if no attack fits.
+    """Returns the cells of an evaluation, at least one, level by level; `ValueError` if no attack fits.
 
     `on_grid` tells whether all images lie on the 8-bit grid, which decides the eps of the paper's attack.
     """
@@ -159,8 +159,8 @@ def plan_cells(
             if attack.num_target_classes is not None and num_classes is not None:
                 num_targets = min(attack.num_target_classes, num_classes - 1)
                 attack = dataclasses.replace(attack, num_target_classes=num_targets)
-            # The published attack is there to be compared with the paper's tables, on fewer images, unless its own eps
-            # is one that is asked for, or it is named.
+            # The published attack serves comparison with the paper's tables, on fewer images, unless the user names it
+            # or its own eps is among the budgets.
             is_aside = attack.is_paper and not is_named and paper_eps not in eps
             cells += [
                 Cell(
@@ -178,7 +178,7 @@ def plan_cells(
             f"no attack fits: knowledge {sorted(levels)}, task {model.task!r}, attacks "
             f"{list(arguments.attacks) if arguments.attacks is not None else 'of the budget'}"
         )
-    # What attacks all images goes first: it leaves fewer to the others.
+    # Attacks on all images go first: they leave fewer images to the others.
     cells.sort(key=lambda cell: (levels.index(cell.view.knowledge), cell.remaining_only))
     cells += _sweep(model, views, budget, arguments.eps_sweep, num_fewer_images)
     full = [view for view in views if view.knowledge == "full"]
@@ -229,7 +229,7 @@ def _sweep(
     by_level: dict[Knowledge, AttackerView] = {}
     for view in views:
         if not view.is_surrogate and (budget.name == "full" or view.knowledge not in by_level):
-            # Of own tokens the first set alone, since the ensemble costs as much as all sets and finds little more.
+            # Only "full" sweeps the ensemble of own tokens, which costs as much as all sets and finds little more.
             by_level[view.knowledge] = view
     cells = []
     for view in by_level.values():

@@ -55,14 +55,14 @@ def train_probe(
     """Trains a linear head on frozen features, by AdamW with a cosine schedule on the cross-entropy.
 
     Features are computed once and kept in memory where they and their labels take at most `max_cache_bytes` (twice
-    that while they are put together); otherwise they are computed again in every epoch, in the same order.
+    that while they are concatenated); otherwise they are computed again in every epoch, in the same order.
 
     Args:
         model: A `RobustnessTokenModel`, a model that `inject_tokens` was called on, or a base; it is not changed.
         dataset: A map-style `datasets` dataset: pictures with class labels, or for segmentation the columns "image"
             and "mask". Or any torch dataset (an `ImageDataset` or `SegmentationDataset` with other columns) of
             {"images": (3, H, W) float in [0, 1], "index": int, "labels": class, or (H, W) classes of the pixels}; a
-            stream comes shuffled.
+            stream must be shuffled already.
         head_class: `ClassificationHead` or `SegmentationHead`.
         num_labels: C; labels go from 0 to C - 1, and 255 marks a pixel that doesn't count.
         with_tokens: Train on features with the tokens in place; by default without.
@@ -103,7 +103,7 @@ def train_probe(
     normalizer = (normalizer or _normalizer_of(model)).to(base.device)
 
     def read(*, shuffle: bool) -> Iterator[Iterator[Batch]]:
-        """One pass after the other over the dataset."""
+        """Yields passes over the dataset."""
         loader = build_dataloader(
             images.dataset, batch_size=batch_size, shuffle=shuffle, seed=seed, num_workers=num_workers
         )
@@ -181,7 +181,7 @@ def _labelled(
 
 
 def _cache(batches: Iterator[Batch], num_images: int | None, max_bytes: int, disable_tqdm: bool) -> Batch | None:
-    """Returns all features and labels on the CPU; `None` if they (are expected to) take more than `max_bytes`."""
+    """Returns all features and labels on the CPU; `None` as soon as more than `max_bytes` are to be expected."""
     features: list[Tensor] = []
     labels: list[Tensor] = []
     used = seen = 0

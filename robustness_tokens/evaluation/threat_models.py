@@ -13,7 +13,6 @@ from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..configuration import FeatureView, SimilarityAxis
 from ..data import Normalizer
@@ -26,6 +25,7 @@ from ..models import (
     default_feature_view,
     extract_features,
     find_injector,
+    resize_logits,
     runs_in_half,
     tokens_in,
 )
@@ -36,11 +36,10 @@ from ..utils import check_choice
 class EvaluatedModel:
     """A model as functions of [0, 1] images and of the tokens to put into it.
 
-    Arguments and their defaults are those of [`evaluate_robustness`]: the normalizer, the features and the precision
-    come from the adapter's config; a model after `inject_tokens` has none, and takes the features that the paper takes
-    for its family. The precision is that of the attacks' forward passes, always `"no"` where the device has no
-    bfloat16; `exact` results are float32. `ValueError` if the model has no tokens, or a value is unknown or can't be
-    derived.
+    Arguments are those of [`evaluate_robustness`]; normalizer, features and precision come from the adapter's config
+    by default. A model after `inject_tokens` has no config and uses the paper's features for its family. The precision
+    of the attacks' forward passes is `"no"` on devices without bfloat16; `exact` results are float32. `ValueError` if
+    the model has no tokens, or a value is unknown or can't be derived.
     """
 
     def __init__(
@@ -69,7 +68,9 @@ class EvaluatedModel:
             )
         if normalizer is None:
             if config is None or config.image_mean is None:
-                raise ValueError("normalizer is not given, and the model has no adapter's config that names its own")
+                raise ValueError(
+                    "normalizer is not given, and the model has no adapter config with image_mean and image_std"
+                )
             normalizer = Normalizer(config.image_mean, config.image_std)
         if feature_view is None and config is not None:
             feature_view = config.feature_view
@@ -97,7 +98,7 @@ class EvaluatedModel:
 
     @property
     def base(self) -> nn.Module:
-        """The model without the adapter around it, if there is one."""
+        """The model without an adapter around it."""
         return self.model if self.adapter is None else self.adapter.get_base_model()
 
     def features(self, images: Tensor, tokens: Tensor | None, *, exact: bool = False) -> Tensor:
@@ -131,7 +132,7 @@ class EvaluatedModel:
             raise ValueError(f"logits of a segmentation must have shape (B, C, h, w), got {tuple(logits.shape)}")
         if logits.shape[2:] == tuple(size):
             return logits
-        return F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=False)
+        return resize_logits(logits, torch.Size(size))
 
     def attacked_faster(self) -> AbstractContextManager[None]:
         """Returns a context in which the base computes as in training: faster, and equal except for rounding."""
@@ -145,7 +146,7 @@ class EvaluatedModel:
 
 def _task_of(model: nn.Module) -> Task:
     if isinstance(model, ProbedModel):
-        task: Task = model.head.task  # type: ignore[assignment]  # a str there, of the same values
+        task: Task = model.head.task  # type: ignore[assignment]  # a str there, with the same values
         return task
     if isinstance(model, RobustnessTokenPreTrainedModel):
         return "classification" if isinstance(model, RobustnessTokenForImageClassification) else "features"
@@ -166,7 +167,7 @@ class AttackerView:
     model: EvaluatedModel  # the evaluated one, or another one for a transfer attack
     tokens: tuple[Tensor | None, ...]  # (K, D) each, `None` for the base alone; objectives average over several
     differentiable: bool = True  # whether the attacker has gradients, or only answers
-    is_surrogate: bool = False  # whether it is another model than the evaluated one
+    is_surrogate: bool = False  # whether it is not the evaluated model
 
     @property
     def is_defended_model(self) -> bool:

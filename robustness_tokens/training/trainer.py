@@ -154,7 +154,7 @@ class RobustnessTokenTrainer:
             ValueError: If the checkpoint does not fit; if `args.output_dir` holds checkpoints of an earlier run and
                 neither `args.resume_from_checkpoint` nor `args.overwrite_output_dir` is set; if too many images are
                 unreadable; if the tokens are disabled or not float32, or anything else is trainable.
-            FloatingPointError: If the loss is not finite, or the features with tokens are not finite when the tokens are
+            FloatingPointError: If the loss is not finite, or the features with tokens are not, when the tokens are
                 saved or the run ends. The last good tokens stay in the model and in `args.output_dir`.
             OSError: If a checkpoint or the log can't be written; earlier checkpoints stay unchanged.
             SystemExit: After SIGTERM.

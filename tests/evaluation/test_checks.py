@@ -328,14 +328,16 @@ def test_an_attack_on_what_is_left_counts_with_those_before_it() -> None:
         "margin": (0.075, 200),
         "apgd_cross_entropy": (0.075, 200),
     }
-    assert "which left it 20 images" in found["margin"].attack_parameters["after"]
-    assert "which left it 0 images" in found["apgd_cross_entropy"].attack_parameters["after"]
+    assert "which left 20 images" in found["margin"].attack_parameters["after"]
+    assert "which left 0 images" in found["apgd_cross_entropy"].attack_parameters["after"]
     assert "after" not in found["cross_entropy"].attack_parameters
     cosines = {r.attack: r for r in checked.results() if r.metric == "cosine" and r.knowledge == "base"}
     assert set(cosines) == {"worst_case", "feature_cosine", "cross_entropy"}
     assert cosines["worst_case"].attack_parameters["attacks"] == ["cross_entropy (base)", "feature_cosine:base (base)"]
     assert len(found["worst_case"].attack_parameters["attacks"]) == 4
-    with pytest.raises(ValueError, match=r"margin-eps4 took what .*cross_entropy-eps4 left: choose those too"):
+    with pytest.raises(
+        ValueError, match=r"margin-eps4 attacked only what .*cross_entropy-eps4 left: choose those too"
+    ):
         checked.worst([margin])
 
 

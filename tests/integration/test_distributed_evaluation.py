@@ -95,7 +95,7 @@ def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
     assert len(list((tmp_path / "work" / "cells").iterdir())) == 7
     left = [RobustnessReport.load(tmp_path / f"left-{rank}") for rank in (0, 1)]
     assert left[0].results == left[1].results == evaluate(None, **LEFT).results
-    assert any("which left it" in r.attack_parameters.get("after", "") for r in left[0].results)
+    assert any("which left" in r.attack_parameters.get("after", "") for r in left[0].results)
     reports = [RobustnessReport.load(tmp_path / f"{name}-{rank}") for name in ("trained", "kept") for rank in (0, 1)]
     assert reports[0].results == reports[1].results == reports[2].results == reports[3].results != []
     assert len(list((tmp_path / "trained").rglob("model.safetensors"))) == 1

@@ -1,4 +1,4 @@
-"""The 12 checks that an evaluation must pass before its numbers count, with which its report begins.
+"""The 12 checks that an evaluation must pass before its numbers count; a report begins with them.
 
 Sources: Carlini et al., "On Evaluating Adversarial Robustness", arXiv 1902.06705 (the list); Tramer et al., "On
 Adaptive Attacks to Adversarial Example Defenses", arXiv 2002.08347; Croce & Hein, "Reliable evaluation of adversarial

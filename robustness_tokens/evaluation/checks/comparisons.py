@@ -31,7 +31,7 @@ from .parts import (
 
 
 PIXEL_TOLERANCE = 1e-6
-# At most this is "about 0" where an attack may change every pixel at will.
+# The largest values that count as "about 0" after an unbounded attack.
 ABOUT_ZERO = {"accuracy": 0.01, "miou": 0.05, "cosine": 0.1}
 
 
@@ -102,9 +102,9 @@ def _effort(attack: Attack) -> str:
 @check(
     5,
     "steps",
-    "White-box PGD with more and more steps: doubling the last number must change less than half a point, and the "
-    "number that the results take must leave at most half a point more than the last on the same images. If it fails, "
-    "the attack has not converged and more steps would find more.",
+    "White-box PGD with more and more steps: the last doubling of the steps must change less than half a point, and "
+    "the steps that the results take must leave at most half a point more than the most steps do on the same images. "
+    "If it fails, the attack has not converged and more steps would find more.",
 )
 def steps(measurements: Measurements) -> Finding:
     pairs = sorted(diagnostic(measurements, "steps"), key=lambda pair: pair[0].attack.num_steps or 0)
@@ -115,9 +115,9 @@ def steps(measurements: Measurements) -> Finding:
 @check(
     6,
     "restarts",
-    "White-box PGD with more and more random starts, the worst for each image: doubling the last number must change "
-    "less than half a point, and the number that the results take must leave at most half a point more than the last "
-    "on the same images. If it fails, the attack depends on luck and more starts would find more.",
+    "White-box PGD with more and more random starts, the worst for each image: the last doubling of the starts must "
+    "change less than half a point, and the starts that the results take must leave at most half a point more than "
+    "the most starts do on the same images. If it fails, the attack depends on luck and more starts would find more.",
 )
 def restarts(measurements: Measurements) -> Finding:
     pairs = sorted(diagnostic(measurements, "restarts"), key=lambda pair: pair[0].attack.num_restarts or 0)
@@ -131,12 +131,12 @@ def _converges(
     left: Sequence[float],
     effort: Literal["steps", "restarts"],
 ) -> Finding:
-    """Judges what an attack left with growing effort, and whether the results' effort leaves as little."""
+    """Judges whether an attack converges as its effort grows, and whether the results' effort leaves as little."""
     metric = main_metric(measurements)
     values = {getattr(cell.attack, f"num_{effort}"): value for (cell, _), value in zip(pairs, left, strict=True)}
     most = max(values)
     if most // 2 not in values:
-        raise NotRunError(f"{most} {effort}, but not half of them")
+        raise NotRunError(f"{most} {effort}, but not half as many")
     passed = has_converged(values[most // 2], values[most])
     cell, outcome = pairs[0]
     words = ", ".join(f"{count}: {in_words(value, metric)}" for count, value in values.items())
@@ -172,8 +172,8 @@ def strength_order(measurements: Measurements) -> Finding:
     8,
     "eps sweep",
     "At eps = 0 every attacker must measure exactly what was measured on clean images, and a larger eps must never "
-    "help the white box's victim by more than half a point. Attacks that don't differentiate the model itself may. "
-    "If it fails, something else than the attack changes the images, or the attack loses its way.",
+    "raise what the white box leaves by more than half a point; other attacks may, since they do not differentiate "
+    "the model itself. If it fails, something other than the attack changes the images, or the attack loses its way.",
 )
 def eps_sweep(measurements: Measurements) -> Finding:
     chosen = measurements.select(series="sweep")
@@ -206,9 +206,9 @@ def eps_sweep(measurements: Measurements) -> Finding:
 @check(
     9,
     "unbounded",
-    "With eps = 1 and many steps a white box may draw any picture, and must leave about nothing: an accuracy of at "
-    "most 1%, an mIoU of at most 0.05, a cosine of at most 0.1. If it leaves more, gradients are masked or the "
-    "attack doesn't work.",
+    "With eps = 1 and many steps a white box can turn an image into any other, and must leave about nothing: an "
+    "accuracy of at most 1%, an mIoU of at most 0.05, a cosine of at most 0.1. If it leaves more, gradients are "
+    "masked or the attack doesn't work.",
 )
 def unbounded(measurements: Measurements) -> Finding:
     metric = main_metric(measurements)
@@ -221,9 +221,9 @@ def unbounded(measurements: Measurements) -> Finding:
 @check(
     11,
     "budget",
-    "No attacked image may change a pixel by more than eps (and 0.000001 for rounding) or leave [0, 1], measured "
-    "after all rounding; the published attack has a budget of its own. If it fails, the attack did more than it says, "
-    "and its numbers mean nothing.",
+    "No pixel of an attacked image may change by more than eps (plus 0.000001 for rounding) or leave [0, 1], "
+    "measured after all rounding; the published attack has its own budget. If it fails, the attack did more than it "
+    "says, and its numbers mean nothing.",
 )
 def budget(measurements: Measurements) -> Finding:
     if not measurements.cells:
@@ -232,10 +232,10 @@ def budget(measurements: Measurements) -> Finding:
     excess, total = -1.0, 0
     for cell, outcome in measurements.select():
         difference = outcome["pixel_difference"].double()
-        # What is NaN is no pixel either.
+        # Written so that NaN counts as a violation.
         kept = (difference <= cell.eps + PIXEL_TOLERANCE) & (outcome["lowest_pixel"] >= 0)
         kept &= outcome["highest_pixel"] <= 1
-        total += int(outcome.get("attacked", torch.ones_like(kept)).sum())  # the others are as they were
+        total += int(outcome.get("attacked", torch.ones_like(kept)).sum())  # the others were not attacked
         excess = max(excess, difference.max().item() - cell.eps)
         if not kept.all():
             violations[cell.name] = int((~kept).sum())

@@ -70,8 +70,8 @@ def gradients(measurements: Measurements) -> Finding:
 @check(
     12,
     "attack unit test",
-    "A weakness is planted: a head that changes its answer where the output has moved half as far as it does for one "
-    "known point in the ball, a random corner. PGD must find it for 99% of the images. If it fails, our attack "
+    "A weakness is planted: a head that changes its answer once the output has moved half as far as it moves for a "
+    "known point of the ball, a random corner. PGD must find it for 99% of the images. If it fails, our attack "
     "doesn't work on this model, whatever the other numbers say.",
 )
 def attack_unit_test(measurements: Measurements) -> Finding:
@@ -89,7 +89,7 @@ def attack_unit_test(measurements: Measurements) -> Finding:
         return torch.stack([0.5 - crossed, crossed - 0.5], dim=1)  # (B, 2)
 
     labels = torch.zeros(len(clean), dtype=torch.int64, device=clean.device)
-    with model.attacked_faster():  # as all attacks are made, and in their precision
+    with model.attacked_faster():  # as all attacks run, in their precision
         adversarial = pgd_attack(
             cross_entropy_objective(lambda images: logits(images, exact=False), labels),
             batch.images,
@@ -120,8 +120,8 @@ def difference_cosines(
 ) -> Tensor:
     """Returns the (B,) cosines of gradients with central finite differences, along (R, B, ...) random signs.
 
-    Products with random directions keep a vector's cosines, while the difference of one pixel drowns in rounding, as
-    that of a float32 objective does. `step` is in pixel units. A cosine is 0 where a gradient or all differences are.
+    Products with random directions keep cosines, whereas the difference of a single pixel, or of a float32 objective,
+    is lost in rounding. `step` is in pixel units. A cosine is 0 if the gradient or all differences are 0.
     """
     differences = torch.stack(
         [(objective(images + step * one) - objective(images - step * one)).double() for one in directions], dim=1
@@ -140,21 +140,21 @@ def _probe(measurements: Measurements) -> tuple[EvaluatedModel, AttackBatch, flo
 
 
 def _around(batch: AttackBatch, eps: float, seed: int) -> Tensor:
-    """Returns a random point of the ball around each image, with room for a difference."""
+    """Returns a random point of the ball around each image, with room for a finite difference."""
     generators = example_generators(seed, _START_STREAM, batch.index)
     noise = torch.stack([torch.rand(batch.images.shape[1:], generator=one) for one in generators])
     return (batch.images + eps * (2 * noise.to(batch.images) - 1)).clamp(DIFFERENCE_STEP, 1 - DIFFERENCE_STEP)
 
 
 def _signs(batch: AttackBatch, stream: int, seed: int, count: int) -> Tensor:
-    """Returns (count, B, ...) random signs that belong to the images."""
+    """Returns (count, B, ...) random signs, seeded by the images' rows."""
     shape = (count, *batch.images.shape[1:])
     draws = [torch.rand(shape, generator=one) for one in example_generators(seed, stream, batch.index)]
     return torch.where(torch.stack(draws, dim=1) < 0.5, -1.0, 1.0).to(batch.images)
 
 
 def _output(model: EvaluatedModel, batch: AttackBatch, images: Tensor, *, exact: bool = True) -> Tensor:
-    """Returns the output of the task with the tokens: features, logits, or logits of every pixel."""
+    """Returns the output of the task with the tokens: features, logits, or logits per pixel."""
     if model.task == "features":
         return model.features(images, model.tokens, exact=exact)
     if model.task == "segmentation":
@@ -164,7 +164,7 @@ def _output(model: EvaluatedModel, batch: AttackBatch, images: Tensor, *, exact:
 
 
 def _objective(model: EvaluatedModel, batch: AttackBatch, *, exact: bool) -> ObjectiveFn:
-    """Returns the white box's objective; `exact` is in float64 of float32 outputs, otherwise as attacks compute it."""
+    """Returns the white box's objective; `exact` takes float64 of float32 outputs, else as attacks compute it."""
 
     def output(images: Tensor) -> Tensor:
         found = _output(model, batch, images, exact=exact)

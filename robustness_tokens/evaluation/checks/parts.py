@@ -27,8 +27,8 @@ class NotRunError(Exception):
 def check(number: int, name: str, explanation: str) -> Callable[[Callable[[Measurements], Finding]], CheckFunction]:
     """Makes a check of a function that returns its verdict and its finding in words.
 
-    `explanation` says how it is judged, and what a failure means. If the function raises `NotRunError`, the check has
-    no verdict and says why.
+    `explanation` tells how it is judged and what a failure means. If the function raises `NotRunError`, the check has
+    no verdict and gives the reason.
     """
 
     def decorate(function: Callable[[Measurements], Finding]) -> CheckFunction:
@@ -38,7 +38,7 @@ def check(number: int, name: str, explanation: str) -> Callable[[Callable[[Measu
                 passed, value = function(measurements)
             except NotRunError as missing:
                 passed, value = None, f"not run: {missing}"
-            # However much was measured, a report must not fail for the length of a sentence.
+            # A report limits the length of its texts, however much was measured.
             value = value if len(value) <= MAX_TEXT else f"{value[: MAX_TEXT - 4]} ..."
             return Check(number=number, name=name, passed=passed, value=value, explanation=explanation)
 
@@ -111,6 +111,6 @@ def eps_in_words(eps: float) -> str:
 
 
 def images_in_words(outcome: Outcome) -> str:
-    """Returns text such as `50 images`, which tells how much one image counts."""
+    """Returns text such as `50 images`, which shows how much one image counts."""
     count = len(outcome["pixel_difference"])
     return f"{count} images" if count > 1 else "1 image"
