@@ -42,7 +42,7 @@ class Cell:
     view: AttackerView
     attack: Attack
     eps: float  # in pixel units
-    num_images: int  # attacks the first `num_images` of the evaluation
+    num_images: int  # to attack, the first ones of the evaluation
     remaining_only: bool = False  # attacks the images of `find_remaining`, enough for a worst case of accuracy
 
     @property

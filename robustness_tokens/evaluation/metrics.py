@@ -40,9 +40,7 @@ def worst_case(*outcomes: Tensor) -> Tensor:
     """
     kinds = {(outcome.dtype, tuple(outcome.shape)) for outcome in outcomes}
     if len(kinds) != 1 or outcomes[0].dim() != 1:
-        raise ValueError(
-            f"outcomes must be one or more (n,) tensors of one dtype, got {sorted(map(str, kinds)) or 'none'}"
-        )
+        raise ValueError(f"outcomes must be (n,) tensors of one dtype, got {sorted(map(str, kinds)) or 'none'}")
     if any(outcome.isnan().any() for outcome in outcomes):
         raise ValueError("outcomes hold NaN, expected values that can be compared")
     return torch.stack(outcomes).amin(dim=0)
@@ -99,7 +97,7 @@ def _check_confidence(confidence: float) -> None:
 
 @dataclass(frozen=True)
 class IoUCounts:
-    """Numbers of labelled pixels per image and class: prediction and label are the class, and either of them is.
+    """Counts of labelled pixels per image and class: both prediction and label are the class, or at least one is.
 
     Both are (n, C) int64 on the CPU.
     """

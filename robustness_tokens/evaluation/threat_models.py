@@ -68,9 +68,7 @@ class EvaluatedModel:
             )
         if normalizer is None:
             if config is None or config.image_mean is None:
-                raise ValueError(
-                    "normalizer is not given, and the model has no adapter config with image_mean and image_std"
-                )
+                raise ValueError("normalizer is not given, and there is no adapter config to take it from: give one")
             normalizer = Normalizer(config.image_mean, config.image_std)
         if feature_view is None and config is not None:
             feature_view = config.feature_view

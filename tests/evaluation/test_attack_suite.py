@@ -209,7 +209,7 @@ def test_what_only_the_attacks_precision_gets_wrong_is_attacked_on(
 def test_an_image_that_rounding_ended_is_attacked_on_whatever_its_batch(
     name: str, model: EvaluatedModel, batch: AttackBatch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rounding may depend on how many images there are: what ended in a part of the batch may not end in all of it."""
+    """Rounding may depend on the batch size: what is misclassified in a part of a batch may not be so in all of it."""
     counts: list[int] = []
 
     def rounded(logits: Tensor) -> Tensor:

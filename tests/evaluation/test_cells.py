@@ -163,7 +163,7 @@ def classifier() -> EvaluatedModel:
 
 
 def labelled_batches(model: EvaluatedModel, count: int) -> dict[int, AttackBatch]:
-    """Batches of two images, of which the model gets all right but the first."""
+    """Batches of two images; the model classifies all of them correctly except the first."""
     images = torch.rand(count, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
         labels = model.logits(images, model.tokens).argmax(dim=1)
@@ -297,7 +297,7 @@ def test_the_worst_case_is_taken_image_by_image() -> None:
 
 
 def test_the_worst_miou_is_never_above_that_of_one_attack() -> None:
-    """The attack that hurts an image's own IoU most may spare the dataset's, if a class is rare in one image alone."""
+    """The worst attack for an image's IoU may hardly lower the dataset's, if a class is rare in that image only."""
     unions = torch.tensor([[100, 1], [100, 1000]])
     rare = {"trained.intersections": torch.tensor([[90, 0], [100, 1000]]), "trained.unions": unions}
     common = {"trained.intersections": torch.tensor([[40, 1], [100, 1000]]), "trained.unions": unions}
@@ -316,7 +316,7 @@ def test_the_worst_miou_is_never_above_that_of_one_attack() -> None:
 
 
 def test_the_worst_of_more_attacks_is_never_above_that_of_some_of_them() -> None:
-    """The worst IoU of each image need not make the worst of the dataset: so parts count too."""
+    """The worst attack for each image need not give the lowest mIoU of the dataset, so parts are candidates too."""
     unions = torch.tensor([[100, 1], [100, 1000]])
     rare = {"trained.intersections": torch.tensor([[90, 0], [100, 1000]]), "trained.unions": unions}
     common = {"trained.intersections": torch.tensor([[40, 1], [100, 1000]]), "trained.unions": unions}

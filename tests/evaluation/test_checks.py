@@ -37,7 +37,7 @@ CheckFunction = Callable[[Measurements], Any]
 
 
 def outcome(accuracy: float, *, tokens: Sequence[str] = ("trained",), count: int = COUNT, **changes: Any) -> Outcome:
-    """As many images held, the first ones; the cosine is the accuracy."""
+    """Returns an outcome whose first images are correct, by the accuracy; each cosine equals the accuracy."""
     values: dict[str, Tensor] = {
         "pixel_difference": torch.zeros(count),
         "lowest_pixel": torch.zeros(count),
@@ -92,7 +92,7 @@ def measurements(
 
 
 def against_white_box(accuracy: float, **other: Any) -> Callable[[float], Measurements]:
-    """A white box that leaves so much, and another attacker who leaves what is given."""
+    """Returns a function of what another attacker leaves, beside a white box that leaves `accuracy`."""
     return lambda value: measurements(measured(accuracy), measured(value, **other))
 
 
@@ -106,7 +106,7 @@ def by_steps(*accuracies: float) -> Measurements:
 
 
 def and_results(series: Measurements, accuracy: float) -> Measurements:
-    """And a suite whose white box leaves so much."""
+    """Adds a white-box attack of the suite that leaves `accuracy`."""
     pairs = list(zip(series.cells, series.outcomes, strict=True))
     return measurements(*pairs, measured(accuracy))
 
@@ -262,7 +262,7 @@ ALL_TOKENS = ("none", "trained", "untrained", "zero", "mean")
 
 
 def found_results(checked: Measurements, **wanted: Any) -> dict[str, float]:
-    """Values of the results by attack, or by part of a level, and tokens."""
+    """Returns the values of the results, by attack (or part of a level) and tokens."""
     return {
         f"{result.attack_parameters.get('part', result.attack)}, {result.tokens}": result.value
         for result in checked.results()
@@ -303,7 +303,7 @@ def test_what_has_no_verdict_is_a_result() -> None:
 
 
 def after_others(pair: Measured, attacked: Tensor, **changes: Any) -> Measured:
-    """An attack on some of the images, which holds the others."""
+    """Returns the pair as a `remaining_only` attack on the images of the mask `attacked`."""
     found = {
         name: value for name, value in {**pair[1], "attacked": attacked, **changes}.items() if "cosine" not in name
     }
@@ -415,7 +415,7 @@ def test_segmentation_is_judged_by_the_iou_over_all_pixels() -> None:
 
 
 def random_segmentation(seed: int) -> Measurements:
-    """Attacks of every level on few images, whose classes are as rare and as common as can be."""
+    """Returns attacks of every level on a few images, with very rare and very common classes."""
     generator = torch.Generator().manual_seed(seed)
     unions = (1000 ** torch.rand(4, 3, generator=generator)).long()
 
@@ -447,7 +447,7 @@ def random_segmentation(seed: int) -> Measurements:
 
 @pytest.mark.parametrize("seeds", [range(5), pytest.param(range(5, 20), marks=pytest.mark.slow)], ids=str)
 def test_more_attacks_never_leave_a_higher_worst_case(seeds: range) -> None:
-    """Holds for the mIoU of the dataset too, which is no mean over the images."""
+    """Holds for the mIoU of the dataset too, although it is no mean over the images."""
     for seed in seeds:
         checked = random_segmentation(seed)
 
@@ -477,7 +477,7 @@ def worst_cases(checked: Measurements) -> list[Result]:
 
 
 def test_an_attacker_may_leave_an_image_as_it_is() -> None:
-    """The attack puts right what is wrong on clean images: that image was never held."""
+    """An attack that corrects a misclassified clean image does not make it count as correct."""
     changes: dict[str, Any] = {"trained.correct": torch.arange(COUNT) >= COUNT // 10}
     clean = outcome(0.9, **changes)
     checked = measurements(measured(0.5), clean=clean)
@@ -501,7 +501,7 @@ def test_a_sentence_never_breaks_a_report() -> None:
 
 
 class Planted(EvaluatedModel):
-    """A classifier with a fault in its answers."""
+    """A classifier with a planted fault."""
 
     fault: Callable[[Tensor], Tensor] = staticmethod(lambda logits: logits)
     spoil: Callable[[Tensor], Tensor] = staticmethod(lambda images: images)
@@ -521,7 +521,7 @@ class _RandomGradient(torch.autograd.Function):
 
 
 def straight_through(images: Tensor) -> Tensor:
-    """Sixteen levels of a pixel, as if there were all."""
+    """Rounds pixels to 16 levels, with the gradient of the identity."""
     return images + ((images * 15).round() / 15 - images).detach()
 
 

@@ -38,7 +38,7 @@ NUM_IMAGES, EPS = 10, 16 / 255
 
 
 class Images(Dataset[dict[str, Any]]):
-    """Random images whose labels are what the model says of them, but for the last."""
+    """Random images; their labels are the model's predictions, except for the last."""
 
     def __init__(self, labels: list[Any] | None, num_images: int = NUM_IMAGES) -> None:
         generator = torch.Generator().manual_seed(6)

@@ -164,7 +164,7 @@ def test_a_report_gets_its_figures(view: EvaluatedModel) -> None:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[Any, dict[str, Any]]]:
-    """Returns what the figures are drawn from, by the function that draws."""
+    """Returns the arguments of each plot function by its name."""
     found: dict[str, tuple[Any, dict[str, Any]]] = {}
     for name in ("plot_attacked_images", "plot_image_columns", "plot_layer_maxima"):
         monkeypatch.setattr(evaluation_figures, name, lambda *args, n=name, **kw: found.update({n: (args, kw)}))

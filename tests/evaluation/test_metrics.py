@@ -60,7 +60,7 @@ def test_worst_case_takes_the_lowest_value_of_each_image() -> None:
     ids=["none", "shapes", "dtypes", "rank"],
 )
 def test_worst_case_refuses_what_cannot_be_compared(outcomes: tuple[Tensor, ...]) -> None:
-    with pytest.raises(ValueError, match="outcomes must be one or more"):
+    with pytest.raises(ValueError, match="outcomes must be"):
         worst_case(*outcomes)
     with pytest.raises(ValueError, match="NaN"):
         worst_case(torch.tensor([0.0, math.nan]))
@@ -141,7 +141,7 @@ def test_iou_counts_are_those_by_hand(dtype: torch.dtype) -> None:
     assert counts.unions.tolist() == UNIONS
 
 
-def test_miou_of_the_data_set_adds_pixels_up_before_it_divides() -> None:
+def test_miou_of_the_dataset_adds_pixels_up_before_it_divides() -> None:
     counts = iou_counts(PREDICTIONS, LABELS, num_labels=3)
     assert mean_iou(counts) == pytest.approx((3 / 6 + 2 / 3 + 2 / 4) / 3)
 
@@ -160,7 +160,7 @@ def test_a_class_that_nobody_names_changes_no_miou() -> None:
 
 
 @pytest.mark.parametrize("ignore_index", [255, 0, -1])
-def test_miou_is_that_of_torchmetrics_over_the_data_set(ignore_index: int) -> None:
+def test_miou_is_that_of_torchmetrics_over_the_dataset(ignore_index: int) -> None:
     labels, predictions = torch.randint(0, 6, (2, 20, 9, 7))
     labels[torch.rand(labels.shape) < 0.2] = ignore_index
     metric = MulticlassJaccardIndex(6, average="macro", ignore_index=ignore_index)

@@ -45,7 +45,7 @@ PREPARE = Path(__file__).parents[2] / "examples" / "quickstart" / "prepare_segme
 
 
 class Ready(Dataset[Any]):
-    """Items as they are."""
+    """Returns the items unchanged."""
 
     def __init__(self, items: list[dict[str, Any]]) -> None:
         self.items = items
@@ -295,7 +295,7 @@ def as_picture(item: dict[str, Any]) -> Image.Image:
     return Image.fromarray((item["images"].clamp(0, 1) * 255).byte().permute(1, 2, 0).numpy())
 
 
-def test_a_data_set_of_pictures_is_made_ready_by_the_models_own_processor() -> None:
+def test_a_dataset_of_pictures_is_prepared_by_the_models_own_processor() -> None:
     items = make_items(ClassificationHead)
     columns = {"image": [as_picture(item) for item in items], "label": [item["labels"] for item in items]}
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(NUM_LABELS)})

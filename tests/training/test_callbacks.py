@@ -128,7 +128,7 @@ def test_a_callback_saves_logs_and_measures(make: Make, flag: str, steps: list[i
 
 
 class StopAfter(TrainerCallback, ExportableState):
-    """Stops after so many measures, which it must remember across a resume."""
+    """Stops after `count` evaluations, including those before a resume."""
 
     def __init__(self, count: int) -> None:
         self.count, self.losses = count, list[float]()
@@ -289,7 +289,7 @@ class Terminate(TrainerCallback):
 
 @pytest.fixture
 def fake_trackers(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
-    """Packages of the name of wandb and trackio, and what they are given."""
+    """Installs fake packages wandb and trackio; returns the calls that each receives."""
     given: dict[str, list[Any]] = {}
     for name in ("wandb", "trackio"):
         calls: list[Any] = []

@@ -66,7 +66,7 @@ def found(folder: Path, resume_from: str | bool | None = True) -> Path | None:
     return None if checkpoint is None else checkpoint.folder
 
 
-def test_a_round_trip_is_bit_equal_and_goes_on_alike(tmp_path: Path) -> None:
+def test_a_round_trip_is_bit_equal_and_so_are_the_next_steps(tmp_path: Path) -> None:
     tokens, optimizer = trained(3)
     folder = save_checkpoint(
         tmp_path, step=3, tokens=tokens, optimizer=optimizer, settings=SETTINGS, state={"x": [0.1, None]}
@@ -80,7 +80,7 @@ def test_a_round_trip_is_bit_equal_and_goes_on_alike(tmp_path: Path) -> None:
         assert torch.equal(step(fresh, fresh_optimizer), step(tokens, optimizer))
 
 
-def test_what_lies_on_the_disk(tmp_path: Path) -> None:
+def test_files_and_permissions(tmp_path: Path) -> None:
     folder = save(tmp_path, 2)
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-2"}
     assert {path.name for path in folder.iterdir()} == {STATE_FILE, TENSORS_FILE}
@@ -88,7 +88,7 @@ def test_what_lies_on_the_disk(tmp_path: Path) -> None:
     assert folder.stat().st_mode & 0o777 == 0o700
 
 
-def test_small(tmp_path: Path) -> None:
+def test_a_checkpoint_is_small(tmp_path: Path) -> None:
     tokens, optimizer = trained(1, shape=(10, 384))
     folder = save_checkpoint(tmp_path, step=1, tokens=tokens, optimizer=optimizer, settings=SETTINGS, state={})
     assert sum(path.stat().st_size for path in folder.iterdir()) < 3 * 4 * 10 * 384 + 2_000

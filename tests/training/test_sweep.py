@@ -267,7 +267,7 @@ def test_what_was_trained_by_another_recipe_is_left_out_and_said(
 
 
 @pytest.mark.parametrize("changed", [{"seed": 12}, {"side": 2 * SIDE}], ids=["other images", "another size"])
-def test_what_was_trained_on_other_pairs_is_trained_anew(
+def test_what_was_trained_on_other_pairs_is_trained_again(
     swept: tuple[Path, Rows],
     make_base: BaseFactory,
     tmp_path: Path,

@@ -208,7 +208,7 @@ def test_small_batches_a_step_equal_the_large_batch(
 
 @pytest.fixture
 def interrupt(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Kills a run in the middle of the step after so many: `interrupt(3)`."""
+    """`interrupt(n)`: kills a run in the middle of the step after n steps."""
 
     def arm(steps: int) -> None:
         real = TrainingStep.accumulate_gradient
@@ -497,7 +497,7 @@ def test_resuming_on_another_base_is_refused(make_trainer: TrainerFactory, make_
         RobustnessTokenTrainer(other, args, random_images(8)).train()
 
 
-def test_resuming_before_there_is_a_checkpoint_starts_anew_and_says_so(
+def test_resuming_before_there_is_a_checkpoint_starts_from_the_beginning_with_a_warning(
     make_trainer: TrainerFactory, caplog: pytest.LogCaptureFixture
 ) -> None:
     tokens = trained_tokens(make_trainer("plain"))
@@ -508,7 +508,7 @@ def test_resuming_before_there_is_a_checkpoint_starts_anew_and_says_so(
     ]
 
 
-def test_starting_anew_replaces_no_adapter_unasked(make_trainer: TrainerFactory) -> None:
+def test_a_new_run_replaces_no_adapter_unasked(make_trainer: TrainerFactory) -> None:
     trainer = make_trainer("run")
     trainer.train()
     trainer.save_model()
@@ -579,7 +579,7 @@ def test_the_folder_of_the_base_is_refused_before_training(make_trainer: Trainer
         make_trainer("file/run")
 
 
-def test_overwrite_output_dir_starts_anew(make_trainer: TrainerFactory) -> None:
+def test_overwrite_output_dir_starts_a_new_run(make_trainer: TrainerFactory) -> None:
     trainer = make_trainer("run", save_steps=2)
     trainer.train()
     trainer.save_model()
@@ -890,7 +890,7 @@ def test_a_stream_gives_the_same_tokens_again(make_trainer: TrainerFactory) -> N
     )
 
 
-def test_a_stream_is_shuffled_with_the_seed_anew_every_epoch(make_trainer: TrainerFactory) -> None:
+def test_a_stream_is_shuffled_by_the_seed_in_another_order_every_epoch(make_trainer: TrainerFactory) -> None:
     stream = pictures(8).to_iterable_dataset()
 
     def order(epoch: int, **kwargs: Any) -> list[float]:
@@ -923,7 +923,7 @@ def test_a_stream_can_not_be_resumed(make_trainer: TrainerFactory) -> None:
 
 
 def test_ready_images_are_whole(make_trainer: TrainerFactory) -> None:
-    """A broken picture is skipped and counted; an item that is made without an image is a mistake of its maker."""
+    """A broken picture is skipped and counted; a ready item without an image is an error in the dataset."""
     dataset = [*random_images(3), {"broken_image": BrokenImage(3, None, "cut")}]
     with pytest.raises(ValueError, match=r"dataset\[3\] must be a dict with 'images', got keys \['broken_image'\]"):
         make_trainer("run", dataset).train()
@@ -980,7 +980,7 @@ def test_a_batch_of_broken_images_is_passed_over(make_trainer: TrainerFactory) -
 
 
 class OneOfTwoProcesses(Accelerator):
-    """Another process beside this one, which has no image in the steps of these numbers."""
+    """Simulates a second process that has no image in the steps `without`."""
 
     def __init__(self, without: set[int]) -> None:
         super().__init__()
