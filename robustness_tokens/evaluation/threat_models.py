@@ -106,7 +106,7 @@ class EvaluatedModel:
         precision. `ValueError` if the features of this model are not known.
         """
         if self.feature_view is None:
-            raise ValueError(f"feature_view is not given: say what the features of a {type(self.model).__name__} are")
+            raise ValueError(f"feature_view is not given, and a {type(self.model).__name__} has no default: give one")
         view = self.feature_view
         base: Any = self.base
         return self._run(lambda x: extract_features(base, x, feature_view=view), images, tokens, exact)

@@ -76,7 +76,7 @@ def build_state(
 
 
 def agree(control: TrainerControl, terminated: bool, accelerator: Accelerator) -> bool:
-    """Makes the decisions of each process hold on all; returns whether any of them has received SIGTERM."""
+    """Makes the decisions of each process hold on all; returns whether any process received SIGTERM."""
     if accelerator.num_processes == 1:
         return terminated
     decided = [*(getattr(control, name) for name in _DECISIONS), terminated]

@@ -64,8 +64,8 @@ def save_checkpoint(
     """Writes `output_dir/checkpoint-<step>` under a hidden name and renames it, so it is never seen half-written.
 
     A resumed run must share `settings` and needs `state`; both are JSON. Keeps the newest `save_total_limit`
-    checkpoints, but deletes those beyond `step` first, which remain of a run that was set back. `OSError` if it cannot
-    be written, `ValueError` if it is larger than [`read_checkpoint`] accepts; earlier checkpoints then stay.
+    checkpoints; those beyond `step`, left when a run resumed from an earlier one, go first. `OSError` if it cannot be
+    written, `ValueError` if it is larger than [`read_checkpoint`] accepts; earlier checkpoints then stay.
     """
     tensors = {_TOKENS: tokens.detach().cpu().clone()}
     for index, values in optimizer.state_dict()["state"].items():

@@ -55,7 +55,7 @@ def robustness_loss(
     head_distance_weight: float = 0.0,
     num_patches: int = 0,
 ) -> RobustnessLoss:
-    """Computes the paper's two losses (paper, section 3).
+    """Computes the two losses of the paper, section 3.
 
     Args:
         features: (B, 3, H, W) pixel values -> (B, N, D) or (B, D), with the tokens active. Called with the

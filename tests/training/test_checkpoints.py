@@ -199,7 +199,7 @@ def nested(depth: int) -> Any:
     [
         (
             ["x" * 2**20],
-            r"would have 1,048,\d+ bytes, 1,048,\d+ of them for 'callbacks', and at most 1,048,576 are read",
+            r"would have 1,048,\d+ bytes, 1,048,\d+ of them for 'callbacks', and at most 1,048,576 can be read",
         ),
         (nested(40), "nested more than 32 deep"),
         ("\x07", "characters that are no text"),

@@ -164,7 +164,7 @@ def _output(model: EvaluatedModel, batch: AttackBatch, images: Tensor, *, exact:
 
 
 def _objective(model: EvaluatedModel, batch: AttackBatch, *, exact: bool) -> ObjectiveFn:
-    """Returns the white box's objective; `exact` takes float64 of float32 outputs, else as attacks compute it."""
+    """Returns the white box's objective: in float64 of float32 outputs if `exact`, else as attacks compute it."""
 
     def output(images: Tensor) -> Tensor:
         found = _output(model, batch, images, exact=exact)
