@@ -1,4 +1,4 @@
-"""The command `robtok`. It stands beside the package, whose import takes seconds that help and version do not need."""
+"""The command `robtok`, outside the package: importing that takes seconds, which help and version do not need."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ COMMANDS = {
     "merge": "Turn base and tokens into a plain model with registers, which needs no add-on but contains the tokens.",
 }
 
-# Kinds with a text that is no sentence by itself.
+# Their text alone is no sentence, so the class is named too.
 _NAMED_ERRORS = (LookupError, TypeError, AttributeError, NameError, AssertionError)
 
 

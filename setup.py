@@ -1,6 +1,6 @@
-"""Gives the index page a README without links to files that it does not have.
+"""Rewrites the README's links to files, which a package index does not have.
 
-Once `[project.urls]` in pyproject.toml names the Repository, they lead there; until then only their text stays.
+They lead to the Repository in `[project.urls]` of pyproject.toml; without one, only their text stays.
 """
 
 import re

@@ -140,7 +140,7 @@ class RobustnessTokenConfig(PreTrainedConfig):
             check_numbers(name, list(values) if isinstance(values, tuple) else values)
         if not self.image_mean or len(self.image_mean) != len(self.image_std):
             raise ValueError(
-                "image_mean and image_std must hold as many numbers, one per channel, "
+                "image_mean and image_std must hold one number per channel each, "
                 f"got {self.image_mean!r} and {self.image_std!r}"
             )
         if min(self.image_std) <= 0:
@@ -160,7 +160,7 @@ class RobustnessTokenConfig(PreTrainedConfig):
             check_text("transformers_version", self.transformers_version)
         dtype = getattr(torch, self.dtype, None) if isinstance(self.dtype, str) else self.dtype
         if self.dtype is not None and not isinstance(dtype, torch.dtype):
-            raise ValueError(f"dtype must be the name of a data type of torch or null, got {self.dtype!r}")
+            raise ValueError(f"dtype must be the name of a torch dtype or null, got {self.dtype!r}")
 
     def to_dict(self) -> dict[str, Any]:
         """Returns only the adapter's own keys; labels come from the base."""

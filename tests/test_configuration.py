@@ -173,7 +173,7 @@ def test_bad_values_are_named(field: str, value: Any) -> None:
     [
         (None, [1.0], "go together"),
         ([0.5], None, "go together"),
-        ([0.5, 0.5, 0.5], [0.5], "as many"),
+        ([0.5, 0.5, 0.5], [0.5], "one number per channel"),
         ([], [], "image_mean"),
         ("0.5", [0.5], "image_mean"),
         ([0.5, None, 0.5], [0.5] * 3, "image_mean"),

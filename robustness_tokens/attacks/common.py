@@ -33,7 +33,7 @@ class Search:
     def __init__(self, objective: Callable[[Tensor], Tensor], images: Tensor, *, stop_above: float = math.inf) -> None:
         if stop_above < math.inf and not isinstance(objective, Objective):
             raise ValueError(
-                "stop_above needs an objective that also works on some of the images alone, got a "
+                "stop_above needs an objective that can be restricted to some of the images, got a "
                 f"{type(objective).__name__}: make an Objective, for instance with margin_objective"
             )
         self.objective, self.objective_of_rows, self.stop_above = objective, objective, stop_above

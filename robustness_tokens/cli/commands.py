@@ -108,7 +108,7 @@ def sweep(
 def evaluate(args: EvaluationCommandArguments, *, adapter: str) -> RobustnessReport:
     name = args.dataset_name
     if name is None:
-        # A report is published, so it does not name the folders above the dataset's.
+        # Reports are published, so only the last folder of a path is named.
         name = Path(args.dataset).resolve().name if Path(args.dataset).exists() else args.dataset
     attacker_datasets = None
     if args.attacker_dataset is not None:
@@ -184,7 +184,7 @@ def merge(adapter: str, output_dir: Path, image_size: int | None = None, classif
         raise ValueError(f"{output_dir} exists and is no empty folder: choose another")
     model_class = RobustnessTokenForImageClassification if classifier else RobustnessTokenModel
     model = model_class.from_pretrained(adapter)
-    # The size that images will have: the config of a DINOv2 says 518 where its image processor makes 224.
+    # The size that images will have: DINOv2's config says 518, its image processor makes 224.
     plain = model.merge_and_unload(image_size=image_size or processor_image_size(model.image_processor))
     plain.save_pretrained(output_dir)
     if model.image_processor is not None:

@@ -1,4 +1,4 @@
-"""Command lines and YAML files -> the dataclasses with a command's arguments."""
+"""Parses command lines and YAML files into the dataclasses of a command."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ GROUPS = {
 
 
 def finish_training_arguments(data_args: DataArguments, training_args: RobustnessTokenTrainingArguments) -> None:
-    """Measures held-out images at the end if `eval_steps` is not given; it needs an `eval_dataset`."""
+    """Measures an `eval_dataset` at the end unless `eval_steps` is given; `ValueError` for `eval_steps` alone."""
     if training_args.eval_steps is not None and data_args.eval_dataset is None:
         raise ValueError(
             f"eval_steps={training_args.eval_steps} needs an eval_dataset: give one, or leave eval_steps out"
@@ -71,8 +71,8 @@ def finish_training_arguments(data_args: DataArguments, training_args: Robustnes
 class CommandParser(HfArgumentParser):
     """The parser of one command: dataclasses in groups, both spellings of a name, presets, fractions such as `8/255`.
 
-    The first word may be a YAML file with names and plain values, over which later words win. `ValueError` for another
-    file and for a value out of range, `SystemExit` on a word that is not understood and after `--help`.
+    A YAML file of names and plain values may precede the options, which override it. `ValueError` for a bad file or a
+    value out of range; `SystemExit` for an unknown word, and after `--help`.
     """
 
     def __init__(self, groups: Sequence[type] = (), **kwargs: Any) -> None:
@@ -101,7 +101,7 @@ class CommandParser(HfArgumentParser):
         if groups:
             required = [f"{option.option_strings[0]} {option.dest.upper()}" for option in options if option.required]
             self.usage = " ".join(["%(prog)s", *positionals, "[FILE.yaml]", *required, "[options]"])
-            self.epilog = "FILE.yaml holds names and values of these options, over which the words after it win."
+            self.epilog = "FILE.yaml holds names and values of these options; words after it override them."
             words, place = list(words), len(positionals)
             if len(words) > place and words[place].endswith((".yaml", ".yml")):
                 words[place : place + 1] = self._words_of_file(Path(words[place]))
@@ -112,9 +112,9 @@ class CommandParser(HfArgumentParser):
                 revision = values["base_model_revision"]
                 model_type = AutoConfig.from_pretrained(values["base_model"], revision=revision).model_type
             self.set_defaults(**resolve_preset(values["preset"], model_type))
-            values = vars(self.parse_args(words))  # once more: what the user says wins over the preset
+            values = vars(self.parse_args(words))  # once more: the user's words override the preset
         if values.get("attn_implementation") is not None and values.get("train_attn_implementation") == AUTO:
-            values["train_attn_implementation"] = BASE  # which is then what the user asked for
+            values["train_attn_implementation"] = BASE  # the user's choice
         instances = tuple(group(**{f.name: values.pop(f.name) for f in dataclasses.fields(group)}) for group in groups)
         return instances, values
 
@@ -190,13 +190,13 @@ class ModelArguments:
         default=None,
         metadata={
             "help": "Recipe to start from: paper (by the base's family), dinov2, deit3, openclip, or adaptive; by "
-            "default none. Arguments that are given win over it."
+            "default none. Arguments that are given override it."
         },
     )
     num_robustness_tokens: int = field(default=10, metadata={"help": "Number of tokens to learn (paper: 10)."})
     initializer_range: float = field(default=0.01, metadata={"help": "Standard deviation of the new tokens."})
     feature_view: FeatureView | None = field(
-        default=None, metadata={"help": "What the features are; by default what the paper uses for the base's family."}
+        default=None, metadata={"help": "Features to train on; by default what the paper uses for the base's family."}
     )
     similarity_axis: SimilarityAxis = field(
         default="token", metadata={"help": "Axis of the cosine: token (published code) or feature (paper's formula)."}
@@ -205,7 +205,7 @@ class ModelArguments:
         default=None, metadata={"help": "Mean per channel for the normalisation; by default the base's own."}
     )
     image_std: list[float] | None = field(
-        default=None, metadata={"help": "Standard deviation per channel for it; by default the base's own."}
+        default=None, metadata={"help": "Standard deviation per channel; by default the base's own."}
     )
     attn_implementation: str | None = field(
         default=None,
@@ -258,11 +258,11 @@ def load_train_dataset(data_args: DataArguments) -> Any:
 
 @dataclass(kw_only=True)
 class EvaluationCommandArguments(EvaluationArguments):
-    """The settings of an evaluation, and where its models and images are; `ValueError` if two do not fit."""
+    """The settings of an evaluation, and where its models and images are; `ValueError` if two conflict."""
 
     dataset: str = field(metadata={"help": "Hub id, folder of images, or parquet file of the images to attack."})
     output_dir: str = field(
-        metadata={"help": "Folder for the report; it keeps finished parts too, which are not run again."}
+        metadata={"help": "Folder for the report and for finished parts, which are not run again."}
     )
     dataset_config: str | None = field(
         default=None, metadata={"help": "Configuration of the dataset on the Hub; by default its own default."}
@@ -275,11 +275,11 @@ class EvaluationCommandArguments(EvaluationArguments):
     attacker_split: str = field(default="train", metadata={"help": "Split of attacker_dataset."})
     head: str | None = field(
         default=None,
-        metadata={"help": "Folder of a probe's head to evaluate under, which decides the task; none by default."},
+        metadata={"help": "Folder of a probe head to evaluate, which decides the task; by default none."},
     )
     surrogate: str | None = field(
         default=None,
-        metadata={"help": "Adapter on another base for transfer attacks, whose tokens are not used; none by default."},
+        metadata={"help": "Adapter on another base for transfer attacks; its tokens are not used. By default none."},
     )
     surrogate_head: str | None = field(
         default=None, metadata={"help": "Folder of the surrogate's head, needed where head is given; by default none."}
@@ -295,7 +295,7 @@ class EvaluationCommandArguments(EvaluationArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.head is None and self.task == "segmentation":
-            raise ValueError('task="segmentation" needs head, the folder of a probe\'s head')
+            raise ValueError('task="segmentation" needs head, the folder of a probe head')
         if (self.surrogate_head is not None) != (self.surrogate is not None and self.head is not None):
             raise ValueError(
                 "surrogate_head is for surrogate where head is given, and needed there, got "

@@ -1,7 +1,7 @@
-"""Adversarial pairs: images and their attacked versions as a dataset, made once and read by many trainings.
+"""Adversarial pairs: a dataset of images and their attacked versions, made once for many trainings.
 
-While training, the paper's attacker sees the base alone, so a pair depends on the image, the base, the attack and the
-seed of the noise, and on no token. A folder of pairs is a dataset that `datasets.load_from_disk` reads, with
+In training, the paper's attack sees only the base, so a pair depends on image, base, attack and seed, but not on the
+tokens. A folder of pairs is a dataset that `datasets.load_from_disk` reads, with
 `adversarial_pairs.json` beside it, which describes how they were made; on the Hub the images are PNG.
 """
 
@@ -44,13 +44,13 @@ from ..utils import (
 
 
 if TYPE_CHECKING:
-    import datasets  # its import takes a second, which only those who use a dataset wait for
+    import datasets  # imported where it is used: that takes a second
 
 
 SCHEMA_VERSION = 1
 INFO_FILE = "adversarial_pairs.json"
 PAIRS_STEP = 0
-"""Step that the noise of pairs is drawn for, from (seed, step, index), whichever step of a training reads them."""
+"""Step in the seed of the pairs' noise, (seed, step, index); they serve every training step."""
 
 PAIRS_SPLIT = "train"
 
@@ -147,7 +147,7 @@ class AdversarialPairs(Dataset[dict[str, Any]]):
         stored: The rows as they are stored.
 
     Raises:
-        ValueError: If the columns are others.
+        ValueError: If the columns differ.
     """
 
     def __init__(self, dataset: datasets.Dataset, info: PairsInfo, *, with_baseline: bool = True) -> None:
@@ -181,7 +181,7 @@ class AdversarialPairs(Dataset[dict[str, Any]]):
         return AdversarialPairs(self.stored.select(rows), self.info, with_baseline=self._with_baseline)
 
     def without_baseline(self) -> AdversarialPairs:
-        """Returns the pairs without their cosine, which is of no use to a training along the other axis."""
+        """Returns the pairs without their baseline cosine, for training along the other similarity axis."""
         return AdversarialPairs(self.stored, self.info, with_baseline=False)
 
     def digest(self) -> str:
@@ -227,7 +227,7 @@ def to_pixels(images: Tensor) -> NDArray[np.uint8]:
 
 
 def round_to_budget(adversarial: Tensor, clean: NDArray[np.uint8], levels: int) -> NDArray[np.uint8]:
-    """Rounds adversarial images to pixels, (B, H, W, 3) uint8, none further than `levels` from the clean one.
+    """Rounds adversarial images to pixels, (B, H, W, 3) uint8, within `levels` of the clean ones.
 
     Rounding may push a pixel over the budget, so the projection comes after it. `adversarial` is (B, 3, H, W) float,
     in [0, 1] up to rounding errors; `clean` is (B, H, W, 3) uint8.
@@ -238,7 +238,7 @@ def round_to_budget(adversarial: Tensor, clean: NDArray[np.uint8], levels: int) 
 
 
 def find_pairs(name_or_path: str | os.PathLike[str], **hub_kwargs: Any) -> Path | None:
-    """Returns the `adversarial_pairs.json` of a folder or a Hub dataset; `None` if it has none, so holds no pairs."""
+    """Returns the `adversarial_pairs.json` of a folder or a Hub dataset; `None` if it holds no pairs."""
     folder = Path(name_or_path).expanduser()
     if folder.exists():
         path = folder / INFO_FILE
@@ -334,7 +334,7 @@ def finish_folder(folder: Path, info: PairsInfo) -> None:
 
 
 def check_base(info: PairsInfo, config: RobustnessTokenConfig) -> None:
-    """Refuses pairs that were made for another base or for other features of it; the error says what differs."""
+    """Refuses pairs of another base or of other features; the error names the difference."""
     check_same_base(
         config.base_model_fingerprint or {},
         info.base_model_fingerprint,
@@ -344,7 +344,7 @@ def check_base(info: PairsInfo, config: RobustnessTokenConfig) -> None:
         fix="make pairs for it by robtok attack",
     )
     names = ["feature_view", "image_mean", "image_std"]
-    if info.attack["attack"] != "paper":  # whose cosine is along dim 1, whatever the axis of the loss
+    if info.attack["attack"] != "paper":  # the paper's attack always uses dim 1
         names.append("similarity_axis")
     for name in names:
         stored, value = getattr(info, name), getattr(config, name)

@@ -1,4 +1,4 @@
-"""Datasets of images in [0, 1], from pictures or ready ones, and their batches, without broken pictures."""
+"""Datasets of images in [0, 1], made from pictures or from ready images, and batches without broken images."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class BrokenImage:
 
 
 class _PictureDataset:
-    """Makes items of a dataset's rows, pictures not decoded before."""
+    """Turns a dataset's rows, with undecoded pictures, into items."""
 
     def __init__(
         self,
@@ -132,11 +132,11 @@ class IterableImageDataset(_PictureDataset, IterableDataset[dict[str, Any]]):
     """Images of a stream, with the arguments and items of `ImageDataset`.
 
     Processes and workers share the shards as `datasets` deals them out; if the number of processes does not divide
-    the number of shards, each process reads all rows and decodes its own. Nothing else may split the stream again.
+    the number of shards, each process reads all rows and decodes its own. Do not split the stream any further.
 
     The index of a row is its position in the stream. With P processes of W workers each, worker w of process p numbers
     its rows p * W + w, p * W + w + P * W, ... No index occurs twice in a pass, and a row keeps its index in every pass
-    over the same order with the same P and W. A picture that breaks in an earlier `map` is an error of that `map`.
+    over the same order with the same P and W. A picture that an earlier `map` can't read raises in that `map`.
     """
 
     def __init__(
@@ -183,9 +183,9 @@ def validate_images(images: Tensor, *, ndim: int = 4) -> None:
 
 
 class TensorImageDataset(Dataset[dict[str, Any]]):
-    """Checks and numbers ready images, `{"images": (3, H, W) float in [0, 1]}`, with "labels" if they have any.
+    """Checks ready images, `{"images": (3, H, W) float in [0, 1]}`, keeps their "labels", and adds "index".
 
-    Other keys are dropped. With `broken_images` an item may hold a "broken_image" instead, else that is an error.
+    Other keys are dropped. Only with `broken_images` may an item hold a "broken_image" instead of "images".
     """
 
     def __init__(
@@ -209,7 +209,7 @@ class TensorImageDataset(Dataset[dict[str, Any]]):
 
 
 def choose_rows(num_rows: int, num_images: int, *, seed: int) -> list[int]:
-    """Returns a random choice of rows, at most all, in random order: the first few of them are a random choice too."""
+    """Returns `num_images` random rows, at most all, in random order: the first few are a random choice too."""
     rows: list[int] = torch.randperm(num_rows, generator=torch.Generator().manual_seed(seed))[:num_images].tolist()
     return rows
 
@@ -219,8 +219,8 @@ class SegmentationDataset(ImageDataset):
 
     An item is `{"images": (3, S, S) float32 in [0, 1], "labels": (S, S) int64, "index": row}`; `IGNORE_INDEX` marks
     pixels that don't count. A picture that can't be read is a `BrokenImage`, as in `ImageDataset`. A mask has one
-    channel of integers. `do_reduce_labels`, transformers' name, turns class 0 into `IGNORE_INDEX` and lowers all other
-    classes by one, as ADE20K needs it.
+    channel of integers. `do_reduce_labels`, as in transformers, turns class 0 into `IGNORE_INDEX` and lowers all
+    other classes by one (ADE20K).
     """
 
     def __init__(
@@ -251,7 +251,7 @@ class SegmentationDataset(ImageDataset):
 
 
 def collate_images(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Stacks the items of any of our datasets to a batch, without the broken images.
+    """Stacks items of our datasets into a batch without the broken images.
 
     Returns `{"images": (B, C, H, W), "index": (B,) int64, "broken_images": tuple of BrokenImage}`, and if the items
     have them "labels", (B,) or (B, H, W) int64, "adversarial_images", (B, C, H, W), and "baseline_cosine", (B,). If no
@@ -313,13 +313,13 @@ def build_dataloader(
 ) -> DataLoader[dict[str, Any]]:
     """Makes a data loader with the batches of `collate_images`.
 
-    `batch_size` counts broken images too. The order of `shuffle` is new in every epoch, and depends on `seed` but not
-    on `num_workers`; a stream is shuffled beforehand, or it is a `ValueError`.
+    `batch_size` counts broken images too. `shuffle` gives a new order in every epoch, which depends on `seed` but not
+    on `num_workers`; `ValueError` for a stream.
     """
     if shuffle and isinstance(dataset, IterableDataset):
         raise ValueError("shuffle=True with a stream: shuffle it before, by dataset.shuffle(seed=, buffer_size=)")
-    # The loader draws as many seeds as it has workers. From a generator shared with the sampler that would change the
-    # order, and from torch's default generator the noise of whatever else draws from that.
+    # The loader draws a seed per worker, from a generator of its own: the number of workers must change neither the
+    # sampler's order nor other noise.
     order = torch.Generator().manual_seed(seed)
     return DataLoader(
         dataset,
@@ -335,7 +335,7 @@ def build_dataloader(
 
 
 def _outlive_one_sigterm(worker_id: int) -> None:
-    """Lets a worker live through a scheduler's SIGTERM, so that its loader can finish the step that is to be saved.
+    """Lets a worker survive a scheduler's SIGTERM, so that the current step can be finished and saved.
 
     The second SIGTERM, from the loader or the ending interpreter, terminates it.
     """

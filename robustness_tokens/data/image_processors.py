@@ -57,8 +57,8 @@ def load_image_processor(
 ) -> BaseImageProcessor:
     """Loads the image processor of a base; if it has none, builds one for `image_size` with ImageNet's statistics.
 
-    The backend is PIL, since pixels differ slightly between the backends. The processor of a timm model, which can't
-    be saved, is translated; its centre crop may lie one pixel beside timm's if the margin is odd. `ValueError` if the
+    The backend is PIL, since pixels differ slightly between backends. A timm model's processor can't be saved, so it
+    is translated; its centre crop may lie one pixel beside timm's if the margin is odd. `ValueError` if the
     processor can't be read, or if there is none and no `image_size`.
     """
     options = {"revision": revision, "cache_dir": cache_dir, "trust_remote_code": trust_remote_code, **hub_kwargs}
@@ -67,11 +67,11 @@ def load_image_processor(
         processor = AutoImageProcessor.from_pretrained(base_model, backend="pil", **given)
     except OSError as exc:
         # transformers raises the same error for a missing file and for one that it can't fetch or parse. A failing
-        # network must not put another processor in the place of the base's own.
+        # network must not replace the base's own processor.
         if not _is_without_processor(base_model, revision=revision, cache_dir=cache_dir):
             raise ValueError(
-                f"base_model={str(base_model)!r}: its image processor can't be read, and nothing says that it has "
-                "none: check the name or folder, the network and the cache"
+                f"base_model={str(base_model)!r}: its image processor can't be read, and it may have one: check "
+                "the name or folder, the network and the cache"
             ) from exc
         if image_size is None:
             raise ValueError(
@@ -121,7 +121,7 @@ def _is_without_processor(
 ) -> bool:
     if Path(base_model).is_dir():
         return not (Path(base_model) / IMAGE_PROCESSOR_NAME).exists()
-    # The cache remembers which files the Hub was asked for and did not have.
+    # The cache records files that the Hub did not have.
     folder = None if cache_dir is None else Path(cache_dir)
     known = try_to_load_from_cache(str(base_model), IMAGE_PROCESSOR_NAME, cache_dir=folder, revision=revision)
     return known is _CACHED_NO_EXIST
@@ -153,7 +153,7 @@ def _translate_timm(data_config: Mapping[str, Any]) -> BaseImageProcessor:
 
 
 def read_image_processor(path: Path) -> BaseImageProcessor:
-    """Reads the preprocessor_config.json of an adapter, running no code but transformers' own, whatever it names.
+    """Reads the preprocessor_config.json of an adapter, running only transformers' own code.
 
     `ValueError` if it is damaged, names code or another class, or holds numbers that no image processor has.
     """
@@ -170,7 +170,7 @@ def read_image_processor(path: Path) -> BaseImageProcessor:
             f"{path} has image_processor_type {name!r}, which is no image processor of transformers "
             f"{transformers.__version__}, and trust_remote_code doesn't reach an adapter"
         )
-    # transformers sets every key as an attribute, and would let it hide a method.
+    # transformers sets every key as an attribute, even one that hides a method.
     if hidden := sorted(key for key in content if _hides(processor_class, key)):
         raise ValueError(f"{path} has keys {hidden}, which are no settings of {name}: it is damaged")
     for _, value in json_values(content):
@@ -178,7 +178,7 @@ def read_image_processor(path: Path) -> BaseImageProcessor:
             raise ValueError(f"{path} holds {value!r}, expected numbers from -{_LARGEST_NUMBER} to {_LARGEST_NUMBER}")
     try:
         return load_image_processor(path)
-    # transformers alone checks the values' types, and raises whatever they lead to.
+    # transformers checks no types: a wrong value may raise anything.
     except Exception as exc:
         raise ValueError(f"{path} makes no {name}, so it is damaged: {exc}") from exc
 

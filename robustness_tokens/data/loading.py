@@ -1,4 +1,4 @@
-"""Datasets by name, from the Hub or a disk, map-style or streaming; and the columns that hold pictures and labels."""
+"""Loads datasets of pictures from the Hub or a disk, and finds their columns of pictures and labels."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from PIL import Image
 
 
 if TYPE_CHECKING:
-    import datasets  # its import takes a second, which only those who use a dataset wait for
+    import datasets  # imported where it is used: that takes a second
 
 
-# A saved folder that is streamed is cut into this many shards, so that processes and workers have some to share.
+# Shards of a streamed `save_to_disk` folder, for processes and workers to share.
 STREAMED_SHARDS = 64
 
 
@@ -33,7 +33,7 @@ def load_image_dataset(
 
     Args:
         name_or_path: Hub id, folder of pictures (one sub-folder per class or split) or of parquet files, parquet file,
-            or folder written by `save_to_disk`. A path that exists goes before the Hub.
+            or folder written by `save_to_disk`. An existing path wins over a Hub id.
         name: Configuration of a dataset that has several.
         split: Name of the split, or a slice such as `"train[:100]"` (not for `save_to_disk` folders). Data without a
             split counts as "train".
@@ -78,7 +78,7 @@ def find_image_column(
     *,
     argument: str = "image_column_name",
 ) -> str:
-    """Returns the one column of pictures, or the named one; `ValueError` if there is not exactly one, or no such."""
+    """Returns the named or the only column of pictures; `ValueError` if it is missing or there are several."""
     types = _column_types(dataset)
     found = [column for column, name in types.items() if name == "Image"]
     return _pick(found, types, image_column_name, argument=argument, expected="datasets.Image")
@@ -87,7 +87,7 @@ def find_image_column(
 def find_label_column(
     dataset: datasets.Dataset | datasets.IterableDataset, label_column_name: str | None = None
 ) -> str | None:
-    """Returns the `ClassLabel` column, or else the integers "label" or "labels", or the named column; `None` if none.
+    """Returns the named column, else the `ClassLabel` column, else the integers "label" or "labels", else `None`.
 
     `ValueError` if several columns qualify, or the named one holds no integers.
     """
@@ -115,7 +115,7 @@ def _load_saved(path: Path, *, split: str, streaming: bool) -> datasets.Dataset 
 
 
 def _column_types(dataset: datasets.Dataset | datasets.IterableDataset) -> dict[str, str]:
-    """Returns the columns' types by name; a stream that does not know its features is judged by its first row."""
+    """Returns the columns' types by name, from the features or else from a stream's first row."""
     if dataset.features is not None:
         types = {column: type(feature).__name__ for column, feature in dataset.features.items()}
         return {column: dataset.features[column].dtype if name == "Value" else name for column, name in types.items()}

@@ -1,4 +1,4 @@
-"""Any dataset that a user gives -> images in [0, 1], described and identified."""
+"""Prepares any dataset that a user gives: images in [0, 1], their description and their identity."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _NUM_DIGESTED = 64
 
 @dataclass(frozen=True, eq=False)
 class Images:
-    """Prepared images and what is known of them; each property is computed once, when it is first read."""
+    """Prepared images and their properties, each computed once, when it is first read."""
 
     dataset: Dataset[dict[str, Any]]  # with the items of ImageDataset, SegmentationDataset or AdversarialPairs
     source: Any  # the dataset that the user gave
@@ -38,7 +38,7 @@ class Images:
 
     @cached_property
     def shape(self) -> tuple[int, int] | None:
-        """Height and width in pixels; `None` if they vary. Ready images are taken to be as large as the first."""
+        """Height and width in pixels; `None` if they vary. Ready images are assumed to have the first one's size."""
         if isinstance(self.dataset, ImageDataset | IterableImageDataset):
             wide, tall = (self.dataset.transform(Image.new("RGB", size)) for size in ((400, 300), (300, 400)))
             return (wide.shape[-2], wide.shape[-1]) if wide.shape == tall.shape else None
@@ -95,10 +95,10 @@ def prepare_images(
 ) -> Images:
     """Prepares a `datasets` dataset of pictures, a torch dataset of ready images or `AdversarialPairs`.
 
-    The task "classification" reads class labels, "segmentation" masks, any other no labels; `image_size` is by default
-    that of the image processor. With `streams`, a stream will do; one of `datasets` is dealt out to the processes.
-    With `broken_images`, a dataset of ready images may hold broken ones, as a dataset of pictures always may.
-    `ValueError`, which names `argument`, if the dataset can't be used or a setting has no effect on it.
+    The task "classification" reads class labels, "segmentation" masks, any other no labels. `image_size` is by default
+    that of the image processor. `streams` allows a stream; one of `datasets` is split among the processes.
+    `broken_images` allows broken images in a dataset of ready images; pictures may always be broken. `ValueError`
+    names `argument` if the dataset can't be used, or a setting that has no effect on it.
     """
     import datasets
 

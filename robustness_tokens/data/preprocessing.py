@@ -19,8 +19,8 @@ ResizeMode = Literal["squash", "processor"]
 class Normalizer(nn.Module):
     """Maps images in [0, 1] to the pixel values that a base was trained on: `(images - mean) / std` per channel.
 
-    The statistics stay float32 whatever dtype the module is moved to, since rounding them to bfloat16 would shift
-    every image by up to a thousandth. They are not in the state dict.
+    The statistics stay float32 when the module is cast, since rounding them to bfloat16 would shift every image by up
+    to a thousandth. They are not in the state dict.
 
     Args:
         image_mean: One mean per channel, in [0, 1] image units.
@@ -53,7 +53,7 @@ class Normalizer(nn.Module):
         return (images - self.image_mean) / self.image_std
 
     def inverse(self, pixel_values: Tensor) -> Tensor:
-        """Undoes `forward`; returns images, (B, C, H, W) float32 or wider, which are never clamped to [0, 1]."""
+        """Undoes `forward`; returns images, (B, C, H, W) float32 or wider, not clamped to [0, 1]."""
         self._check_shape(pixel_values, "pixel_values")
         return pixel_values * self.image_std + self.image_mean
 
@@ -93,7 +93,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 class ImageTransform:
-    """Turns a picture into an image in [0, 1]; it can be pickled, so it works in a data loader's workers.
+    """Turns a picture into an image in [0, 1]; can be pickled for a data loader's workers.
 
     `resize="squash"` is the paper's: bilinear to a square, whatever the aspect ratio, without a crop; it equals
     torchvision's `Resize((image_size, image_size))` and `ToTensor`. `resize="processor"` leaves resizing and cropping

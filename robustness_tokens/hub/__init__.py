@@ -1,4 +1,4 @@
-"""An adapter as files, on disk and on the Hub, and its card."""
+"""An adapter's files, on disk and on the Hub, and its card."""
 
 from .adapter_folder import (
     CARD_FILE,

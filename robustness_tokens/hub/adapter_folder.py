@@ -70,7 +70,7 @@ def load_adapter(
     local_files_only: bool = False,
     force_download: bool = False,
 ) -> Adapter:
-    """Reads an adapter from a folder or from the Hub, of which it downloads only an adapter's files, no base.
+    """Reads an adapter from a folder or from the Hub; downloads only its own files, not the base.
 
     `ValueError` if there is none, its config or its tokens are damaged, or a folder is given a `revision`. Errors of
     the Hub pass through.
@@ -114,10 +114,7 @@ def normalize_subfolder(subfolder: str) -> str:
 
 
 def _download(repo_id: str, files: Iterable[str], *, revision: str | None, **options: Any) -> Path:
-    """Downloads those files that a repo has, and compares each with the hash in its blob name.
-
-    huggingface_hub compares sizes alone.
-    """
+    """Downloads the files that a repo has and checks their hashes; huggingface_hub checks only sizes."""
     snapshot = Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(files), **options))
     damaged = [file for file in files if (snapshot / file).is_file() and not has_cache_hash(snapshot / file)]
     if damaged and (options["force_download"] or options["local_files_only"]):
@@ -157,7 +154,7 @@ def _read_config_dict(path: Path) -> dict[str, Any]:
 
 
 def check_base_is_repo_id(name: str) -> None:
-    """Raises `ValueError` unless a config that came from the Hub names its base by a plain repo id, and no folder."""
+    """Raises `ValueError` unless the base that a config from the Hub names is a repo id and no local folder."""
     if not is_repo_id(name):
         raise ValueError(
             f"the adapter came from the Hub, and its config names the base {name!r}, which is no repo id: "
@@ -165,7 +162,7 @@ def check_base_is_repo_id(name: str) -> None:
         )
     if os.path.isdir(name):
         raise ValueError(
-            f"the adapter came from the Hub, and its config names the base {name!r}, which is a folder here as well: "
+            f"the adapter came from the Hub, and its config names the base {name!r}, which is also a local folder: "
             "pass base_model= with its whole path if that is the base, or work in another folder"
         )
 
@@ -207,7 +204,7 @@ def write_tokens(folder: Path, tokens: Tensor) -> None:
     path = folder / TOKENS_FILE
     tokens = tokens.detach().to("cpu", torch.float32).contiguous()
     check_finite("refusing to save an adapter", {TOKENS_KEY: tokens})
-    # As bytes, and not by save_file, which maps the file: on a full disk that kills the process.
+    # Not save_file, which maps the file: a full disk can then kill the process.
     content = save({TOKENS_KEY: tokens}, metadata={"format": "pt"})
     try:
         with replacing(path) as partial:
@@ -219,7 +216,7 @@ def write_tokens(folder: Path, tokens: Tensor) -> None:
     except OSError as exc:
         raise OSError(
             exc.errno,
-            f"{path} could not be written ({exc.strerror}) and is as it was: make room, or correct the permissions, "
+            f"{path} could not be written ({exc.strerror}) and is unchanged: make room, or correct the permissions, "
             "and save again",
         ) from exc
 
@@ -259,7 +256,7 @@ def check_no_other_model(folder: Path) -> None:
 
 
 def cached_commit(repo_id: str, *, revision: str | None = None, cache_dir: str | Path | None = None) -> str | None:
-    """Returns the commit of a repo in the local cache, so the one just loaded; None for a folder."""
+    """Returns the commit of a repo in the local cache, which is the one just loaded; None for a folder."""
     if os.path.isdir(repo_id) or not is_repo_id(repo_id):
         return None
     cached = try_to_load_from_cache(repo_id, CONFIG_FILE, revision=revision, cache_dir=cache_dir)

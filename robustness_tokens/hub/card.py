@@ -1,4 +1,4 @@
-"""Renders the card of an adapter from card.md.j2, and puts it into a card that a person has edited."""
+"""Renders an adapter's card from card.md.j2 and merges it into a card that a person has edited."""
 
 from __future__ import annotations
 
@@ -132,9 +132,8 @@ def render_card(
 ) -> str:
     """Renders the README.md of an adapter: metadata for the Hub, and the rest between our markers.
 
-    `name` is the folder or repo id in the code to load it, `license` that of the base; `datasets` are Hub ids of the
-    training data, by default the recipe's; `images` is the dataset in the commands, where a recipe or a report names
-    none from the Hub.
+    `name` is the folder or repo id to load, `license` the base's license. `datasets` are Hub ids of the training data,
+    by default the recipe's. `images` stands in the commands where recipe or report name no dataset on the Hub.
     """
     training = config.training or {}
     entry = training.get("dataset")
@@ -211,14 +210,14 @@ def _recipe(
 
 
 def _setting(value: str | int | float) -> str | int | float:
-    """Returns a text without line breaks, and a fraction of 255 as a fraction."""
+    """Returns a text on one line, a multiple of 1/255 as a fraction, and other numbers unchanged."""
     if isinstance(value, float) and 0 < value < 1 and value == round(255 * value) / 255:
         return f"{round(255 * value)}/255"
     return plain(value) if isinstance(value, str) else value
 
 
 def _evaluate_command(report: RobustnessReport, name: str, subfolder: str, images: str | None) -> str:
-    """Returns the `robtok evaluate` of a report's budget; placeholders stand for what the report does not hold."""
+    """Returns the `robtok evaluate` command of a report, with placeholders for values that it does not hold."""
     tasks = {result.task for result in report.results}
     options = {
         "dataset": _hub_dataset(report.dataset["name"]) or images or PLACEHOLDER,
@@ -307,7 +306,7 @@ def is_generated(card: str) -> bool:
 def update_card(existing: str | None, new: str) -> str:
     """Replaces our part of a card, or appends it; what a person wrote stays byte for byte.
 
-    In the metadata, the keys that describe an adapter are replaced, tags and evaluation results are united, and all
+    In the metadata, the keys that describe an adapter are replaced, tags and evaluation results are merged, and all
     other keys stay. A second call changes nothing. `ValueError` if the metadata are not a YAML mapping.
     """
     if existing is None or not existing.strip():
@@ -346,7 +345,7 @@ def _split(card: str) -> tuple[str | None, str]:
 
 
 def _merge_metadata(old_yaml: str, new: dict[str, Any]) -> str:
-    """Returns the YAML with our keys in it; the lines of other keys, and comments, stay as they are."""
+    """Returns the YAML with our keys in it; the lines of other keys, and comments, stay unchanged."""
     try:
         old = yaml.safe_load(old_yaml)
     except yaml.YAMLError as exc:
@@ -373,7 +372,7 @@ def _merge_metadata(old_yaml: str, new: dict[str, Any]) -> str:
         if key not in old:
             text += lines
             continue
-        # A key's lines end with the last one that is indented or an item of a list.
+        # A key's lines reach to the last one that is indented or a list item.
         of_key = rf"^{re.escape(str(key))}:.*\n(?:(?:(?:#.*)?\n)*[ \t-].*\n)*"
         head, *tail = re.split(of_key, text, maxsplit=1, flags=re.MULTILINE)
         text, is_right = head + lines + "".join(tail), is_right and bool(tail)
@@ -381,12 +380,12 @@ def _merge_metadata(old_yaml: str, new: dict[str, Any]) -> str:
         is_right = is_right and yaml.safe_load(text) == merged
     except yaml.YAMLError:
         is_right = False
-    # Single keys can't be replaced in `{a: 1}` or where there are anchors: then everything is written again.
+    # Single keys can't be replaced in `{a: 1}` or among anchors: then everything is rewritten.
     return (text if is_right else _dump(merged)).rstrip("\n")
 
 
 def _without_ours(part: Any) -> Any:
-    """Returns a part of a model-index without our metrics, and without parts that held only those; None if empty."""
+    """Removes our metrics from a part of a model-index, and parts that held only those; None if nothing is left."""
     if isinstance(part, list):
         kept = [element for element in map(_without_ours, part) if element is not None]
         return kept if kept or not part else None

@@ -1,4 +1,4 @@
-"""Pushes an adapter or adversarial pairs to the Hub: private by default, nothing but their files."""
+"""Pushes an adapter or adversarial pairs to the Hub: only their files, private by default."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def push_adapter(
     tags: Sequence[str] = (),
     subfolder: str = "",
 ) -> CommitInfo:
-    """Uploads an adapter folder in one commit; makes none if the repo already holds the same.
+    """Uploads an adapter folder in one commit, or in none if the repo already holds the same.
 
     Uploads the configuration, the tokens, the image processor, the evaluation report if there is one, and a card
     rendered for this repo. A card on the Hub keeps everything outside our markers. A report on the Hub stays if it was
@@ -64,9 +64,9 @@ def push_adapter(
         repo_id: `user/name`; created if it doesn't exist.
         base_model_id: Hub id of the base; required if the base was loaded from a folder. It is pinned to its last
             commit, unless the folder pins one of that base.
-        private: Tokens are secrets: anyone who reads them can attack through them. A repo that is already public
-            refuses the push unless this is False.
-        token: Hub token; by default the one that is logged in.
+        private: Tokens are secrets: anyone who reads them can attack through them. A push to a public repo
+            is refused unless this is False.
+        token: Hub token; by default the saved login.
         revision: Branch, created if it doesn't exist; or an open pull request, `refs/pr/N`.
         create_pr: Open a pull request instead of committing to the branch, which must exist.
         commit_message: First line of the commit.
@@ -82,7 +82,7 @@ def push_adapter(
     """
     path = Path(folder)
     if not path.is_dir():
-        raise ValueError(f"folder must be that of an adapter, written by save_pretrained; there is no {str(path)!r}")
+        raise ValueError(f"folder must be an adapter written by save_pretrained; there is no {str(path)!r}")
     adapter = load_adapter(path)
     _ = adapter.image_processor  # reads it
     config, report = adapter.config, adapter.report
@@ -100,7 +100,7 @@ def push_adapter(
         )
     if revision is not None and not create_pr and not revision.startswith("refs/"):
         api.create_branch(repo_id, branch=revision, exist_ok=True)
-    # Our commit fails, instead of overwriting it, if somebody else commits after this.
+    # If somebody else commits after this, our commit fails instead of overwriting theirs.
     parent = api.model_info(repo_id, revision=revision).sha
 
     contents: dict[str, str | Path | bytes] = {
@@ -154,7 +154,7 @@ def push_adapter(
 def create_repo(
     api: HfApi, repo_id: str, *, private: bool, reason: str, repo_type: str = "model"
 ) -> ModelInfo | DatasetInfo:
-    """Creates a repo unless it exists, and returns what the Hub knows of it; a public one needs `private=False`."""
+    """Creates a repo unless it exists and returns its info; `ValueError` if it is public and `private` is True."""
     repo_id = api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True).repo_id
     repo = api.dataset_info(repo_id) if repo_type == "dataset" else api.model_info(repo_id)
     if private and not repo.private:
@@ -220,11 +220,11 @@ def push_adversarial_pairs(
         folder: Folder written by [`make_adversarial_pairs`].
         repo_id: `user/name`; created if it doesn't exist.
         base_model_id: Hub id of the base; required if the base was loaded from a folder.
-        private: A repo that is already public refuses the push unless this is False.
-        token: Hub token; by default the one that is logged in.
+        private: A push to a public repo is refused unless this is False.
+        token: Hub token; by default the saved login.
 
     Returns:
-        The last commit, which adds the description: no pairs are found in a repo without it.
+        The last commit, which adds the description. Without it, a repo's pairs can't be loaded.
 
     Raises:
         ValueError: If pairs are missing, or there are none, if their base is a folder and `base_model_id` is missing,

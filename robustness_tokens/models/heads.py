@@ -176,7 +176,7 @@ def load_head(folder: str | os.PathLike[str]) -> ProbeHead:
     """
     path = Path(folder)
     if missing := [name for name in (HEAD_CONFIG_FILE, HEAD_WEIGHTS_FILE) if not (path / name).is_file()]:
-        raise ValueError(f"{path} holds no head of a probe: it has no {' and no '.join(missing)}")
+        raise ValueError(f"{path} holds no probe head: it has no {' and no '.join(missing)}")
     config, file = read_json(path / HEAD_CONFIG_FILE), path / HEAD_CONFIG_FILE
     check_keys(str(file), config, {"schema_version", *_CONFIG_KEYS}, schema=_SCHEMA_VERSION)
     check_choice(f"{file}: task", config["task"], sorted(_HEAD_CLASSES))
@@ -230,7 +230,7 @@ class ProbedModel(nn.Module):
         heads = [head] if base_head is None else [head, base_head]
         if len({(type(one), one.num_labels) for one in heads}) > 1:
             raise ValueError(
-                f"head and base_head must be of one task and number of classes, got {head.task} of {head.num_labels} "
+                f"head and base_head must have one task and number of classes, got {head.task} of {head.num_labels} "
                 f"and {heads[1].task} of {heads[1].num_labels}"
             )
         self.model = model
@@ -257,7 +257,7 @@ class ProbedModel(nn.Module):
         return resize_logits(head(head.extract(base, pixel_values)), pixel_values.shape[-2:]).float()
 
     def disable_adapter(self) -> AbstractContextManager[None]:
-        """Turns the tokens off inside a `with` block; a base without tokens stays as it is."""
+        """Turns the tokens off inside a `with` block; a base without tokens stays unchanged."""
         return tokens_in(self, None)
 
     def train(self, mode: bool = True) -> Self:

@@ -35,7 +35,7 @@ class TokenInjector(nn.Module):
         return self.robustness_tokens.shape[0] if self.enabled else 0
 
     def set_enabled(self, enabled: bool) -> None:
-        """Turns the tokens on or off. While they are off, the base computes exactly what it does without them."""
+        """Turns the tokens on or off. While they are off, outputs are bit-equal to the base's."""
         before = self.num_active_tokens
         self.enabled = enabled
         for module in self._rotary_modules:
@@ -217,7 +217,7 @@ def _pad_mask(mask: Any, k: int, sequence: int) -> Tensor:
         raise ValueError(
             f"an attention mask or relative position bias is {mask.shape[-1]} wide, the sequence without robustness "
             f"tokens is {sequence}: BEiT with interpolate_pos_encoding=True stretches its bias over the tokens; "
-            "leave interpolate_pos_encoding out (its bias fits any image size without)"
+            "leave it out, the bias fits any image size without it"
         )
     if mask.dim() == 2:
         return F.pad(mask, (k, 0), value=1)

@@ -22,7 +22,7 @@ def headless_class_name(name: str, revision: str | None, base_kwargs: Mapping[st
     try:
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code, **hub_kwargs)
     except OSError as exc:
-        raise ValueError(f"the base {name!r} can't be loaded; it is no folder here with a model in it: {exc}") from exc
+        raise ValueError(f"the base {name!r} can't be loaded, and is no local folder with a model: {exc}") from exc
     two_towers = vision_class(config)
     if two_towers is not None:
         return two_towers.__name__

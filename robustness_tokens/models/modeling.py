@@ -278,7 +278,7 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
         return extract_features(self.get_base_model(), pixel_values, feature_view=self.config.feature_view)
 
     def disable_adapter(self) -> AbstractContextManager[None]:
-        """Turns the tokens off inside a `with` block: the model then computes bit for bit what its base does."""
+        """Turns the tokens off inside a `with` block: outputs are then bit-equal to the base's."""
         return tokens_in(self, None)
 
     def get_base_model(self) -> PreTrainedModel:
@@ -294,7 +294,7 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
         return base
 
     def merge_and_unload(self, image_size: int | None = None) -> PreTrainedModel:
-        """Returns a plain model that holds the tokens as native registers; this model stays as it is.
+        """Returns a plain model that holds the tokens as native registers; this model stays unchanged.
 
         Args:
             image_size: Side in pixels of the plain model's images; by default the base's image size.

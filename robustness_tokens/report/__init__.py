@@ -1,4 +1,4 @@
-"""The report of an evaluation: its schema, and how it reads."""
+"""The report of an evaluation: its data, its texts and its figures."""
 
 from .markdown import code, headline, prose, results_table
 from .plots import (

@@ -1,7 +1,7 @@
 """The report as one HTML page that needs nothing else: no network, no script, figures inline.
 
-Texts of a report may come from the Hub. The template escapes all of them, and the page's own policy lets nothing run
-or load.
+Texts of a report may come from the Hub. The template escapes all of them, and the page's Content-Security-Policy lets
+nothing run or load.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from . import words
 from .schema import ReportContent, Result
 
 
-# A verdict's CSS class, symbol and word: each alone is enough to tell it.
+# CSS class, symbol and word of a verdict; each identifies it.
 _VERDICTS = {True: ("pass", "✓", "pass"), False: ("fail", "✗", "FAIL"), None: ("none", "○", "no verdict")}
 
 # File name of a figure -> title, explanation, whether it takes the whole width.
@@ -65,7 +65,7 @@ _ENVIRONMENT = Environment(
     loader=PackageLoader("robustness_tokens.report", ""),
     autoescape=True,
     undefined=StrictUndefined,
-    # Every `{{ }}`, before the escape.
+    # Applied to every `{{ }}` before it is escaped.
     finalize=lambda value: value if isinstance(value, Markup) else words.plain(value),
     trim_blocks=True,
     keep_trailing_newline=True,
@@ -192,7 +192,7 @@ def _row_key(result: Result) -> tuple[Any, ...]:
 
 
 def _figures(figures: dict[str, bytes]) -> list[dict[str, Any]]:
-    """Returns the figures in the order of `FIGURES`, and behind them those that it does not name."""
+    """Returns the figures in the order of `FIGURES`, then all others by name."""
     order = [name for name in FIGURES if name in figures] + sorted(set(figures) - set(FIGURES))
     half = [name for name in order if name in FIGURES and not FIGURES[name][2]]
     alone = half[-1] if len(half) % 2 else None

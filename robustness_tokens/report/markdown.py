@@ -63,7 +63,7 @@ def code(text: object) -> str:
 def prose(text: object) -> str:
     """Returns a text on one line in which nothing is markup.
 
-    Some renderers look for bare links after undoing the escapes, so a space breaks those.
+    Some renderers undo the escapes and then look for bare links, so a space breaks these.
     """
     shown = re.sub(r"(?<=:)(?=//)|(?<=www)(?=\.)|(?=@)", " ", words.plain(text), flags=re.IGNORECASE)
     shown = re.sub(r"([\\`*_\[\]~$#>])", r"\\\1", shown)

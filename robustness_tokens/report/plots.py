@@ -46,7 +46,7 @@ def plot_training_curves(log_history: Sequence[Mapping[str, float]]) -> bytes:
 def plot_sweep(rows: Sequence[Mapping[str, float]]) -> bytes:
     """Draws the cosines of a sweep's rows against the number of tokens, a panel per learning rate.
 
-    A marker is a seed's; the line joins their means, and the bar goes from the lowest to the highest.
+    Each marker is one seed; the line joins the means, and bars reach from the lowest to the highest value.
     """
     learning_rates = sorted({row["learning_rate"] for row in rows})
     counts = sorted({row["num_robustness_tokens"] for row in rows})
@@ -93,7 +93,7 @@ def plot_attacked_images(
 ) -> bytes:
     """Draws clean and attacked (B, 3, H, W) images in [0, 1], and their difference from -eps (black) to eps (white).
 
-    `titles` are, for each image, what a model sees in the clean and in the attacked one; `eps` is in pixel units.
+    `titles` are, for each image, a model's predictions for the clean and the attacked one; `eps` is in pixel units.
     """
     if eps <= 0:
         raise ValueError(f"eps must be positive to draw a difference of at most eps, got {eps}")
@@ -115,7 +115,7 @@ def plot_attacked_images(
 def plot_eps_curves(series: Mapping[str, Sequence[float]], *, metric: str) -> bytes:
     """Draws a metric against eps, a line with its 95% band for each attacker.
 
-    `series` are a report's: `sweep/<who>/<metric>/` and `eps` (pixel units), `value`, `low` or `high`.
+    `series` holds, as in a report, `sweep/<who>/<metric>/<key>` for the keys eps (pixel units), value, low and high.
     """
     drawn = [who for who in _EPS_CURVES if f"sweep/{who}/{metric}/eps" in series]
     if not drawn:

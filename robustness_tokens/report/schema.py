@@ -33,7 +33,7 @@ ReportedKnowledge = Literal[Knowledge, "full_worst_case"]
 """`"full_worst_case"` is the worst case over the attacks of all levels."""
 
 NUM_CHECKS = 12
-_ROUNDING = 1e-3  # by which a cosine of half-precision features, or an interval, may leave its range
+_ROUNDING = 1e-3  # a cosine in half precision, or an interval, may leave its range by this
 
 
 class OlderReportError(ValueError):
@@ -114,7 +114,7 @@ _LISTS: dict[str, type[Any]] = {"results": Result, "checks": Check}
 
 @dataclass(kw_only=True)
 class ReportContent:
-    """The data of a [`RobustnessReport`]; apart, since `save` imports the renderers, which import the data."""
+    """The data of a [`RobustnessReport`]; separate, since `save` imports the renderers, which import this."""
 
     schema_version: int = SCHEMA_VERSION  # of the JSON
     package_version: str

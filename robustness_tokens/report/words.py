@@ -1,4 +1,4 @@
-"""The words and numbers of a report as people read them; the order of a table is the order in which it is shown."""
+"""The words and numbers of a report, as people read them; tables are in the order in which they are shown."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .schema import ReportContent, Result
 
 
 class Attacker(NamedTuple):
-    """The field's word for an attacker, and what goes after "the attacker knows"."""
+    """The field's word for an attacker, and the text after "the attacker knows"."""
 
     name: str
     knows: str
@@ -53,7 +53,7 @@ OWN_TOKENS_GIVEN = "They were given to the evaluation, so how they were trained 
 
 
 def describe_attacker(knowledge: str | None) -> str:
-    """Returns who the attacker is and what it knows, such as `"Grey box: knows the base, not the tokens"`."""
+    """Returns the attacker's name and knowledge, such as `"Grey box: knows the base, not the tokens"`."""
     name, knows = ATTACKERS[knowledge]
     return capitalize(f"{name}: knows {knows}" if knows else name)
 
@@ -85,7 +85,7 @@ def format_number(result: Result, value: float | None = None) -> str:
 
 
 def format_unit(result: Result) -> str:
-    """Returns what follows a number of the result's metric."""
+    """Returns the unit of the result's metric: `"%"`, or nothing for a cosine."""
     return "" if result.metric == "cosine" else "%"
 
 
@@ -110,7 +110,7 @@ def format_setting(name: str, value: Any) -> str:
 
 
 def own_tokens_rows(report: ReportContent) -> list[list[str]]:
-    """Returns how own tokens were trained as the rows of a table, the header first; none if they were not trained."""
+    """Returns a table of how own tokens were trained, the header first; empty if none were trained."""
     if not (described := report.own_tokens):
         return []
     names = dict.fromkeys(name for settings in described.values() for name in settings)
@@ -127,8 +127,7 @@ def own_tokens_rows(report: ReportContent) -> list[list[str]]:
 class ResultGroups(NamedTuple):
     """The results of one task and metric, each in one group."""
 
-    # Clean images, and the worst case of each attacker; every attack of an attacker without a worst case.
-    leading: list[Result]
+    leading: list[Result]  # clean images, and each attacker's worst case, or every attack if it has none
     single: list[Result]  # the attacks that a worst case covers
     baselines: list[Result]  # with other tokens in place of the trained ones
     sweep: list[Result]  # the curve over eps

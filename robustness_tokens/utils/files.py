@@ -1,4 +1,4 @@
-"""Reads and writes small files: strictly, and whole or not at all."""
+"""Reads small files strictly, and writes files whole or not at all."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 
 MAX_JSON_BYTES = 1 << 20
 _MAX_JSON_DEPTH = 32
-# Control characters but tab and line feed, which would steer a terminal, and halves of surrogate pairs.
+# Lone surrogates, and control characters that can steer a terminal (all but tab and line feed).
 _NOT_TEXT = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
@@ -57,8 +57,8 @@ def write_text(path: Path, text: str) -> None:
 def write_bytes(path: Path, content: bytes) -> None:
     """Writes a small file, whole or not at all.
 
-    Tensors are written so too, as `safetensors.torch.save` returns bytes: `save_file` maps the file, and a full disk
-    can then kill the process.
+    For tensors, pass the bytes of `safetensors.torch.save`: `save_file` maps the file, and a full disk can then kill
+    the process.
     """
     with replacing(path) as partial:
         partial.write_bytes(content)
@@ -91,10 +91,10 @@ def has_cache_hash(file: Path) -> bool:
     """Tells whether a cached file matches the hash in its blob's name; True if the name is no hash."""
     if not file.is_symlink():
         return True  # a cache without symbolic links
-    expected = file.readlink().name  # not resolve(): a file that came by Xet is linked on, to a name of another kind
+    expected = file.readlink().name  # not resolve(): Xet's blobs are links to other names
     hashes: dict[int, Callable[[], Any]] = {
-        40: lambda: hashlib.sha1(b"blob %d\0" % file.stat().st_size),  # git's
-        64: hashlib.sha256,  # of LFS and Xet
+        40: lambda: hashlib.sha1(b"blob %d\0" % file.stat().st_size),  # git
+        64: hashlib.sha256,  # LFS and Xet
     }
     if len(expected) not in hashes:
         return True

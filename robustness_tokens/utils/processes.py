@@ -13,7 +13,7 @@ from accelerate.utils.environment import parse_flag_from_env
 
 
 PROCESS_GROUP = InitProcessGroupKwargs(timeout=timedelta(hours=3))
-"""Timeout of collectives. It is long: a process without a last shard of adversarial pairs waits for the others."""
+"""Timeout of collectives. It is long: a process that gets no last shard of adversarial pairs waits for the others."""
 
 
 def process_state() -> PartialState:
@@ -27,7 +27,7 @@ def process_state() -> PartialState:
 def share_from_main(function: Callable[[], Any], accelerator: Accelerator | PartialState) -> Any:
     """Calls a function on the main process alone and returns its result on all of them.
 
-    Its error is raised on every process, so that none waits in vain; as a `RuntimeError` where it can't be sent.
+    Its error is raised on every process, so that none waits forever; as a `RuntimeError` if it can't be pickled.
     """
     if accelerator.num_processes == 1:
         return function()

@@ -27,7 +27,7 @@ _MAX_HEADER_BYTES = 1 << 16
 def check_keys(
     name: str, content: Any, expected: set[str], *, optional: Collection[str] = (), schema: int | None = None
 ) -> None:
-    """Refuses anything but a dictionary with these keys, and, first, a schema newer than `schema`."""
+    """Refuses anything but a dictionary, then a schema newer than `schema`, then missing and unknown keys."""
     check_dict(name, content)
     if schema is not None:
         check_schema(name, content.get("schema_version"), schema)
@@ -76,7 +76,7 @@ def check_text(name: str, value: Any, longest: int = MAX_TEXT) -> None:
 
 
 def check_pattern(name: str, value: Any, pattern: str, meaning: str) -> None:
-    """Refuses anything but a text that the whole regular expression matches; `meaning` puts it into words."""
+    """Refuses anything but a text that matches the whole pattern; `meaning` describes it in the error."""
     if not isinstance(value, str) or not re.fullmatch(pattern, value):
         raise ValueError(f"{name} must be {meaning}, got {value!r:.200}")
 
@@ -128,7 +128,7 @@ def _is_finite_number(value: Any) -> bool:
 def read_tensors(path: Path, expected: Mapping[str, Tensor], *, config_file: str) -> dict[str, Tensor]:
     """Reads finite tensors of exactly the names, shapes and dtypes of `expected`, which may be on the meta device.
 
-    `config_file` names the file that says what to expect. The size is checked before anything is read.
+    `config_file` is named in errors as the origin of `expected`. The size is checked before anything is read.
     """
     largest = sum(tensor.nbytes for tensor in expected.values()) + _MAX_HEADER_BYTES
     if (size := path.stat().st_size) > largest:

@@ -1,3 +1,3 @@
-"""The version, where the build reads it without importing the package."""
+"""The version; the build reads it here without importing the package."""
 
 __version__ = "0.1.0"

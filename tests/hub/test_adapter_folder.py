@@ -338,7 +338,7 @@ def test_tokens_are_on_the_disk_before_they_replace_others(tmp_path: Path) -> No
     write_tokens(tmp_path, torch.ones(2, 3))
     path, report = tmp_path / "model.safetensors", tmp_path / "evaluation.json"
     report.write_text("{}")  # of these tokens
-    message = r"could not be written \(Input/output error\) and is as it was"
+    message = r"could not be written \(Input/output error\) and is unchanged"
     with broken_disk(), pytest.raises(OSError, match=message):
         write_tokens(tmp_path, torch.zeros(2, 3))
     assert torch.equal(load_file(path)["robustness_tokens"], torch.ones(2, 3))

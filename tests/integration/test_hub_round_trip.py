@@ -258,7 +258,7 @@ def test_what_is_no_whole_adapter_makes_no_repo(
     processor = folder / "preprocessor_config.json"
     message = "preprocessor_config.json"
     if fault == "missing folder":
-        folder, message = folder / "typo", "folder must be that of an adapter"
+        folder, message = folder / "typo", "folder must be an adapter"
     elif fault == "missing processor":
         processor.unlink()
     else:

@@ -148,7 +148,7 @@ def test_a_repo_id_is_not_taken_for_a_folder(
     cache_as_repo(adapter_folder, tmp_path / "cache")
     shutil.copytree(base_folders["dinov2"], tmp_path / "here" / name)
     monkeypatch.chdir(tmp_path / "here")
-    with pytest.raises(ValueError, match=f"names the base '{name}', which is a folder here as well"):
+    with pytest.raises(ValueError, match=f"names the base '{name}', which is also a local folder"):
         RobustnessTokenModel.from_pretrained("user/adapter", cache_dir=tmp_path / "cache")
     monkeypatch.chdir(tmp_path)
     check_base_is_repo_id(name)

@@ -1,5 +1,5 @@
-"""Reads damaged adapters by the thousand, in a process of its own: what is done there can't be undone (audit hooks
-stay, memory is capped). Run by tests/integration/test_fuzz_adapter.py:
+"""Reads thousands of damaged adapters, in a process of its own: audit hooks and the memory limit can't be undone. Run
+by tests/integration/test_fuzz_adapter.py:
 
     python tests/support/adapter_fuzzer.py FOLDER WAY COUNT SEED
 
@@ -38,7 +38,7 @@ from robustness_tokens.models.modeling import RobustnessTokenModel
 
 SECONDS_PER_CASE = 10
 MEMORY = 1 << 30  # bytes, beyond what the imports took
-# Whatever a name in a file could lead to.
+# What a name in a file must not cause.
 FORBIDDEN_EVENTS: tuple[str, ...] = tuple(
     f"os.{name}" for name in ("system", "exec", "posix_spawn", "spawn", "fork", "remove", "rename")
 )
@@ -92,7 +92,7 @@ def odd_value(rng: random.Random, depth: int = 0) -> Any:
 
 
 def change_json(content: Any, rng: random.Random) -> Any:
-    """The same with a value, a key or an element changed, added or taken out, somewhere in it."""
+    """Returns a copy of the JSON with one value, key or element changed, added or removed."""
     spots: list[Any] = []
     waiting = [content]
     while waiting:
@@ -119,7 +119,7 @@ def change_json(content: Any, rng: random.Random) -> Any:
 
 
 def change_bytes(content: bytes, rng: random.Random) -> bytes:
-    """The same with bytes flipped, cut, doubled or put in."""
+    """Returns a copy with bytes flipped, cut, doubled or inserted."""
     at, length = rng.randint(0, len(content)), rng.choice([1, 1, 2, 8, 100])
     kind = rng.randrange(5)
     if kind == 0:
@@ -143,7 +143,7 @@ def damaged_json(content: bytes, rng: random.Random) -> bytes:
 
 
 def damaged_safetensors(content: bytes, rng: random.Random) -> bytes:
-    """Another header (its JSON, its length, its bytes), or other data."""
+    """Returns a copy with another header (its JSON, length or bytes) or other data."""
     kind = rng.randrange(4)
     if kind == 0:
         return change_bytes(content, rng)
@@ -217,7 +217,7 @@ WAYS: dict[str, Callable[[Path, Any], None]] = {"read": read, "load": load, "inf
 
 
 def provoke(watch: Watch, folder: Path) -> list[str]:
-    """Does what is forbidden, and returns what the watch made of it: a deaf one would find nothing either."""
+    """Does forbidden things and returns what the watch noted: this shows that it would notice."""
     watch.seen.clear()
     watch.is_on = True
     runpy.run_path(str(folder / "evil.py"))

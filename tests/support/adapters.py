@@ -8,7 +8,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 def cache_as_repo(folder: Path, cache_dir: Path, repo_id: str = "user/adapter") -> Path:
-    """Lays a folder into a Hub cache, as if it had been downloaded before."""
+    """Puts a folder into a Hub cache, as if it had been downloaded."""
     repo = cache_dir / f"models--{repo_id.replace('/', '--')}"
     (repo / "refs").mkdir(parents=True)
     (repo / "refs" / "main").write_text(COMMIT)

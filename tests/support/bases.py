@@ -37,7 +37,7 @@ FAMILIES: dict[str, tuple[Any, Any, Any]] = {
 
 
 def build_base(family: str, *, classifier: bool = False, **overrides: Any) -> Any:
-    """A tiny base, the same at each call; dropout would change its outputs if it were ever left in training mode."""
+    """Returns a tiny base, the same at each call; its dropout shows if it is left in training mode."""
     config_class, model_class, classifier_class = FAMILIES[family]
     sizes: dict[str, Any] = {"image_size": IMAGE_SIZE, "patch_size": 8, "hidden_size": HIDDEN_SIZE}
     sizes |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_labels": NUM_LABELS, "initializer_range": 0.2}
@@ -53,7 +53,7 @@ def build_base(family: str, *, classifier: bool = False, **overrides: Any) -> An
 
 
 def input_gradient(model: RobustnessTokenModel, pixel_values: Tensor) -> Tensor:
-    """(B, 3, H, W): of a sum of the features with unequal weights."""
+    """Returns the gradient of a weighted sum of the features, (B, 3, H, W)."""
     pixel_values = pixel_values.clone().requires_grad_()
     features = model.get_features(pixel_values)
     weights = torch.linspace(-1, 1, features.numel()).view_as(features)

@@ -1,4 +1,4 @@
-"""Capabilities by family: the table in docs/families.md, and a check behind each of its cells.
+"""Capabilities by family: the table in docs/families.md, and a check for each of its cells.
 
 `python -m tests.support.capabilities` writes the table; test_capabilities.py runs every check and compares the table.
 """
@@ -48,7 +48,7 @@ ONE_TOWER = "train the tokens in its vision class, CLIPVisionModelWithProjection
 
 
 def timm_backbone(architecture: str, **model_args: Any) -> Family:
-    """A tiny TimmBackbone."""
+    """Returns the family of a tiny TimmBackbone."""
 
     def build() -> PreTrainedModel:
         make_config: Any = transformers.TimmBackboneConfig
@@ -65,9 +65,9 @@ class Row:
     Attributes:
         base: Name in `families.BASES`.
         classifier: Name in `families.HEADS` of a classifier on the same layers.
-        backbone: Name in `families.HEADS` of a transformers Backbone on the same layers, or one itself.
-        trained_on: Name in `families.BASES` of the base on which its adapters are trained, where that is another.
-        no: Why not, by capability; all others are "yes".
+        backbone: Name in `families.HEADS` of a transformers Backbone on the same layers, or such a Family.
+        trained_on: Name in `families.BASES` of the base that its adapters are trained on, if that is another.
+        no: Reasons against capabilities, by name; all others are "yes".
     """
 
     base: str
@@ -140,13 +140,13 @@ TABLE: dict[str, Row] = {
 
 
 def check_inject(row: Row, folder: Path) -> None:
-    """Same output class and shapes, tokens in every output, the base's own bits when they are off or removed."""
+    """Checks the outputs: same class and shapes, all changed by tokens, the base's bits when they are off or gone."""
     test_families.test_outputs_have_the_bases_class_and_shapes(row.base)
     test_families.test_toggling_removing_and_injecting_again(row.base)
 
 
 def check_train(row: Row, folder: Path) -> None:
-    """One step of the trainer moves every token by the learning rate, and nothing else at all."""
+    """Checks that a step of the trainer moves every token by the learning rate, and nothing else."""
     model = make_adapter(row.base)
     base = {name: tensor.clone() for name, tensor in model.get_base_model().state_dict().items()}
     tokens = model.robustness_tokens.detach().clone()
@@ -167,7 +167,7 @@ def check_train(row: Row, folder: Path) -> None:
 
 
 def check_classify(row: Row, folder: Path) -> None:
-    """An adapter goes into a classifier of AutoModelForImageClassification on the same layers."""
+    """Checks an adapter in a classifier of AutoModelForImageClassification on the same layers."""
     assert row.classifier is not None
     family = FAMILIES[row.classifier]
     classifier = family.build()
@@ -176,7 +176,7 @@ def check_classify(row: Row, folder: Path) -> None:
 
 
 def check_backbone(row: Row, folder: Path) -> None:
-    """An adapter goes into the Backbone class of AutoBackbone on the same layers, and into its feature maps."""
+    """Checks an adapter in the class of AutoBackbone on the same layers, and its effect on the feature maps."""
     assert row.backbone is not None
     family = FAMILIES[row.backbone] if isinstance(row.backbone, str) else row.backbone
     backbone = family.build()
@@ -186,12 +186,12 @@ def check_backbone(row: Row, folder: Path) -> None:
 
 
 def check_compile(row: Row, folder: Path) -> None:
-    """torch.compile takes it as one graph, with tokens on and off."""
+    """Checks that torch.compile makes one graph of the model, with tokens on and off."""
     test_families.test_compiles_as_one_graph(row.base)
 
 
 def check_merge(row: Row, folder: Path) -> None:
-    """The merged model has the same features, its registers dropped, and gives the tokens back bit for bit."""
+    """Checks that the merged model has the same features, and gives the tokens back bit for bit."""
     model = make_adapter(row.base)
     pixel_values = images()["pixel_values"]
     plain = model.merge_and_unload()
@@ -203,7 +203,7 @@ def check_merge(row: Row, folder: Path) -> None:
 
 
 def check_onnx(row: Row, folder: Path) -> None:
-    """ONNX Runtime gives every output of the model, for a batch size that was not exported."""
+    """Checks every output of ONNX Runtime, for a batch size that was not exported."""
     import onnxruntime
 
     model = inject_tokens(FAMILIES[row.base].build(), tokens())
@@ -275,7 +275,7 @@ def tokens() -> Tensor:
 
 
 def make_adapter(name: str) -> RobustnessTokenModel:
-    """A base with tokens that matter."""
+    """Returns a base with tokens that change its outputs."""
     model = RobustnessTokenModel.from_base(
         FAMILIES[name].build(),
         num_robustness_tokens=NUM_TOKENS,
@@ -287,7 +287,7 @@ def make_adapter(name: str) -> RobustnessTokenModel:
 
 
 def check_stands_on(row: Row, model: PreTrainedModel, family: Family, folder: Path) -> None:
-    """The adapter of the row's base, saved, goes into a model on the same layers, which keeps its head and outputs."""
+    """Checks a saved adapter of the row's base in a model on the same layers, which keeps its head and outputs."""
     adapter = make_adapter(row.trained_on or row.base)
     adapter.save_pretrained(folder / "adapter")
     weights = find_layer_stack(adapter.unload()).layers.state_dict()
@@ -306,18 +306,18 @@ def check_stands_on(row: Row, model: PreTrainedModel, family: Family, folder: Pa
 
 
 def classes_of(auto_class: Any, model: PreTrainedModel) -> tuple[type, ...]:
-    """Returns what an Auto class makes of a model's config."""
+    """Returns the classes that an Auto class maps a model's config to."""
     found = auto_class._model_mapping[type(model.config)]
     return found if isinstance(found, tuple) else (found,)
 
 
 def classes_beside(base: PreTrainedModel, suffix: str) -> list[str]:
-    """Names of the classes in the module of a base that end so."""
+    """Returns the names of the classes in a base's module with a given ending."""
     return [name for name in vars(sys.modules[type(base).__module__]) if name.endswith(suffix)]
 
 
 def render_table() -> str:
-    """The table in Markdown, with the reasons of every "no" under it."""
+    """Returns the table in Markdown, with the reason for every "no" under it."""
     reasons: list[str] = []
     lines = [f"| family | {' | '.join(CAPABILITIES)} |", f"|---|{'---|' * len(CAPABILITIES)}"]
     for title, row in TABLE.items():
@@ -333,12 +333,12 @@ def render_table() -> str:
 
 
 def written_table(text: str) -> str:
-    """Returns the text between the markers of a text."""
+    """Returns the table between the markers of a text."""
     return text.partition(START)[2].partition(END)[0].strip()
 
 
 def with_table(text: str, table: str) -> str:
-    """A text with the table between its markers."""
+    """Returns a text with the table between its markers."""
     before, start, rest = text.partition(START)
     _, end, after = rest.partition(END)
     if not start or not end:

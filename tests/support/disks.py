@@ -10,7 +10,7 @@ import pytest
 
 @contextmanager
 def full_disk() -> Iterator[None]:
-    """Writing beyond a hundred bytes is an error of the system, as on a disk without room."""
+    """Makes writes beyond a hundred bytes fail, as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
     try:
@@ -21,7 +21,7 @@ def full_disk() -> Iterator[None]:
 
 @contextmanager
 def broken_disk() -> Iterator[None]:
-    """A disk that nothing written ever reaches."""
+    """Makes flushing to the disk fail."""
 
     def fail(descriptor: int) -> None:
         raise OSError(5, "Input/output error")

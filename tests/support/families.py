@@ -1,7 +1,7 @@
 """Every family that robustness tokens go into: a tiny random model, inputs for it, and what to expect of it.
 
-All are 2 layers deep and 32 wide. Weights are large, so that the tokens change every output visibly, and the same at
-each call; dropout and drop path would change the outputs if a base were ever left in training mode.
+All are 2 layers deep and 32 wide. Weights are the same at each call, and large, so that tokens visibly change every
+output. Dropout and drop path show if a base is left in training mode.
 """
 
 from __future__ import annotations
@@ -53,11 +53,11 @@ class Family:
 
     Attributes:
         build: Makes the model, in eval mode; keywords go to it (`attn_implementation`).
-        inputs: Makes what its forward takes, first of all `pixel_values`.
-        recorded: What its forward can record besides, of "hidden_states" and "attentions".
-        prefix: What comes before the patches in its last hidden state: "cls", "register", "distillation".
-        implementations: What its `attn_implementation` may be; timm chooses by itself.
-        can_pickle: Whether the base can be pickled at all; transformers' Backbones hold local functions.
+        inputs: Makes the inputs of its forward, `pixel_values` first.
+        recorded: Which of "hidden_states" and "attentions" its forward can record.
+        prefix: Tokens before the patches in its last hidden state: "cls", "register", "distillation".
+        implementations: Allowed values of `attn_implementation`; timm chooses by itself.
+        can_pickle: False for transformers' Backbones, which hold local functions.
     """
 
     build: Callable[..., Any]
@@ -69,7 +69,7 @@ class Family:
 
 
 def images() -> Inputs:
-    """(2, 3, 16, 16) normalised images."""
+    """Returns (2, 3, 16, 16) normalised images."""
     return {"pixel_values": torch.randn(BATCH_SIZE, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator())}
 
 
@@ -82,14 +82,14 @@ def mae_inputs() -> Inputs:
 
 
 def masked_images() -> Inputs:
-    """Images with an attention mask over the sequence [CLS, patches]: the second image's last patch is left out."""
+    """Returns images with an attention mask over [CLS, patches] that hides the second image's last patch."""
     mask = torch.ones(BATCH_SIZE, 1 + NUM_PATCHES, dtype=torch.long)
     mask[1, -1] = 0
     return {**images(), "attention_mask": mask}
 
 
 def siglip2_inputs() -> Inputs:
-    """Patches as SigLIP 2's processor makes them; the second image is smaller, hence padded and masked."""
+    """Returns patches as SigLIP 2's processor makes them; the second image is smaller, hence padded and masked."""
     pixel_values = torch.randn(BATCH_SIZE, NUM_PATCHES, 3 * PATCH_SIZE**2, generator=generator())
     mask = torch.ones(BATCH_SIZE, NUM_PATCHES, dtype=torch.int32)
     mask[1, 2:] = 0
@@ -105,7 +105,7 @@ def text_inputs() -> Inputs:
 
 
 def hf(model_class: str, config: Any, **config_kwargs: Any) -> Callable[..., Any]:
-    """A builder of a transformers model, from a config class's name or a function that makes the config."""
+    """Returns a builder of a transformers model, from a config class's name or a function that makes the config."""
 
     def build(**kwargs: Any) -> PreTrainedModel:
         made = getattr(transformers, config)(**config_kwargs) if isinstance(config, str) else config()
@@ -115,7 +115,7 @@ def hf(model_class: str, config: Any, **config_kwargs: Any) -> Callable[..., Any
 
 
 def timm(model_class: str, architecture: str, **model_args: Any) -> Callable[..., Any]:
-    """A builder of a timm model inside its transformers wrapper."""
+    """Returns a builder of a timm model inside its transformers wrapper."""
 
     def build(**kwargs: Any) -> PreTrainedModel:
         make_config: Any = transformers.TimmWrapperConfig
@@ -130,13 +130,13 @@ def _seeded(make: Callable[[], Any]) -> Any:
         torch.manual_seed(1)
         model = make().eval()
         for parameter in model.parameters():
-            # Zero-initialised ones (biases, position biases) would hide mistakes; large ones show what tokens change.
+            # Zero biases would hide mistakes; large weights show what tokens change.
             parameter.data.add_(torch.randn(parameter.shape) * 0.1)
     return model
 
 
 def two_towers(stem: str, vision: dict[str, Any], **kwargs: Any) -> Callable[[], Any]:
-    """A maker of the config of a two-tower model."""
+    """Returns a function that makes the config of a two-tower model."""
 
     def make() -> Any:
         text = {**TEXT, **({"projection_size": HIDDEN_SIZE} if stem.startswith("Siglip") else {})}
@@ -185,7 +185,7 @@ BACKBONE = {"out_features": ["stage1", "stage2"]}
 HIDDEN_ONLY = ("hidden_states",)
 REGISTERS = ("cls", "register", "register")
 
-# What stands alone.
+# Bases.
 BASES: dict[str, Family] = {
     "vit": Family(hf("ViTModel", "ViTConfig", **VIT), images),
     "vit_masked": Family(hf("ViTModel", "ViTConfig", **VIT), masked_images),
@@ -246,7 +246,7 @@ BASES: dict[str, Family] = {
     ),
 }
 
-# What stands on a base: the same mechanism finds the base inside.
+# Models on a base, which the same mechanism finds inside.
 HEADS: dict[str, Family] = {
     "vit_classifier": Family(hf("ViTForImageClassification", "ViTConfig", **VIT), images),
     "deit_classifier": Family(

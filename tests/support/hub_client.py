@@ -1,7 +1,7 @@
 """Runs client code against the Hub of the tests, with the real huggingface_hub.
 
 huggingface_hub reads its environment (`HF_ENDPOINT`, `HF_HOME`, ...) when it is imported, so the code runs in another
-process. Importing takes seconds, so that process imports once, and each call gets a fork of it: a process in which
+process. Importing takes seconds, so that process imports once, and each call gets a fork of it, in which
 nothing has been loaded yet.
 """
 
@@ -24,7 +24,7 @@ CALL_SECONDS = 120
 
 
 class ClientError(Exception):
-    """An error of the called function: the names of its class and of that one's bases, and its message."""
+    """An error of the called function: the names of its class and of the base classes, and its message."""
 
     def __init__(self, classes: list[str], message: str) -> None:
         super().__init__(f"{classes[0]}: {message}")
@@ -78,7 +78,7 @@ class HubClient:
 def main() -> None:
     """Forks for each line of the input; the fork writes its answer as one line."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what the called code prints is no answer
+    os.dup2(2, 1)  # the called code's prints are no answer
     tasks = importlib.import_module("tests.support.hub_tasks")
     wait = time.sleep
     time.sleep = lambda seconds: wait(float(seconds) / 50)  # the client waits up to 8 s before it tries again
@@ -92,11 +92,11 @@ def main() -> None:
         if status != 0:
             message = f"{name} ended with status {os.waitstatus_to_exitcode(status)}"
             print(json.dumps([None, [["Crash"], message]]), file=answers, flush=True)
-    os._exit(0)  # there is nothing to clean up, which torch would take seconds for
+    os._exit(0)  # skips torch's cleanup, which takes seconds
 
 
 def answer_and_exit(task: Callable[..., Any], kwargs: dict[str, Any], answers: TextIO) -> None:
-    faulthandler.dump_traceback_later(CALL_SECONDS, exit=True)  # a client that hangs ends, and says where it was
+    faulthandler.dump_traceback_later(CALL_SECONDS, exit=True)  # ends a client that hangs, with a traceback
     try:
         answer = [task(**kwargs), None]
     except Exception as exc:

@@ -1,7 +1,7 @@
 """A small Hub on 127.0.0.1, in memory, that the real huggingface_hub client talks to in the tests.
 
-It serves models, and datasets as if they were models. What a test asserts on is open: `hub.requests` (everything that
-came in), `hub.repos` (what landed). What a test sets: `hub.upload_mode`, and `hub.faults` (what goes wrong, and when).
+It serves models, and datasets as if they were models. Tests read `hub.requests` (all requests) and `hub.repos` (what
+was uploaded), and set `hub.upload_mode` and `hub.faults` (what goes wrong, and when).
 
 Upload modes, as on the real Hub for *.safetensors (small text is always regular, *.parquet never): "regular" (inside
 the commit), "lfs" (the client needs HF_HUB_DISABLE_XET=1), "xet" (the real hf_xet, into a folder instead of a server).
@@ -33,7 +33,7 @@ TOKENS = {"hf_alice": "alice", "hf_bob": "bob"}
 
 @contextmanager
 def run_hub() -> Iterator[Hub]:
-    """A Hub that serves within the context, on a free port of 127.0.0.1 (`hub.endpoint`)."""
+    """Yields a Hub that serves within the context, on a free port of 127.0.0.1 (`hub.endpoint`)."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
     with tempfile.TemporaryDirectory(prefix="xet-") as folder:
@@ -54,7 +54,7 @@ ROUTES: list[tuple[re.Pattern[str], Callable[..., Reply]]] = []
 
 
 def route(pattern: str) -> Callable[[Callable[..., Reply]], Callable[..., Reply]]:
-    """Answers `METHOD /path`; the path is matched before it is decoded, since a revision may hold a slash (%2F)."""
+    """Registers the answer to `METHOD /path`; paths are matched undecoded, since a revision may hold a slash (%2F)."""
 
     def register(answer: Callable[..., Reply]) -> Callable[..., Reply]:
         ROUTES.append((re.compile(pattern.replace("REPO", "([^/]+/[^/]+?)") + "$"), answer))
@@ -69,7 +69,7 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def log_message(self, *args: Any) -> None:
-        """Nothing on stderr."""
+        """Logs nothing on stderr."""
 
     def handle_request(self) -> None:
         self.hub: Hub = self.server.hub  # type: ignore[attr-defined]
@@ -107,7 +107,7 @@ class Handler(BaseHTTPRequestHandler):
         return body
 
     def answer(self, path: str) -> Reply:
-        path = path.replace("/api/datasets/", "/api/models/").replace("/datasets/", "/")  # of one namespace here
+        path = path.replace("/api/datasets/", "/api/models/").replace("/datasets/", "/")  # one namespace
         try:
             for pattern, answer in ROUTES:
                 if match := pattern.match(f"{self.command} {path}"):
@@ -138,7 +138,7 @@ class Handler(BaseHTTPRequestHandler):
         self.close_connection |= fault in ("cut_body", "stall")
 
     def user(self) -> str | None:
-        """Who asks; None is nobody in particular."""
+        """Returns the user who asks; None is anonymous."""
         if self.token is not None and self.token not in TOKENS:
             raise RefusalError(401, "Invalid credentials in Authorization header")
         return TOKENS.get(self.token or "")
@@ -150,7 +150,7 @@ class Handler(BaseHTTPRequestHandler):
         return user
 
     def repo(self, repo_id: str, *, write: bool = False) -> Repo:
-        """A repo, if whoever asks may see it: another user's private repo looks as if there were none."""
+        """Returns a repo if the user may see it; another user's private repo is reported as missing."""
         user, repo = self.user(), self.hub.repos.get(repo_id)
         if repo is None or (repo.private and user != repo.owner):
             if user is None:
@@ -246,7 +246,7 @@ def tree(request: Handler, repo_id: str, revision: str, folder: str | None) -> R
 
 @route("(?:GET|HEAD) /REPO/resolve/([^/]+)/(.+)")
 def resolve(request: Handler, repo_id: str, revision: str, path: str) -> Reply:
-    """A file, or the way to the storage host."""
+    """Returns a file, or a redirect to the storage host."""
     commit = request.repo(repo_id).commit(revision)
     if path not in commit.files:
         status, headers, body = RefusalError(404, f"Entry not found: {path}", code="EntryNotFound").reply
@@ -263,7 +263,7 @@ def resolve(request: Handler, repo_id: str, revision: str, path: str) -> Reply:
 
 
 def content_reply(request: Handler, data: bytes, headers: dict[str, str]) -> Reply:
-    """The data, or the range of it that a client asks for when it goes on after a broken download."""
+    """Returns the data, or the range that a client requests to resume a download."""
     if request.command == "HEAD":
         return 200, {**headers, "Content-Length": str(len(data))}, b""
     if match := re.fullmatch(r"bytes=(\d+)-", request.headers.get("Range") or ""):
@@ -289,7 +289,7 @@ def preupload(request: Handler, repo_id: str, revision: str) -> Reply:
 
 @route("POST /REPO.git/info/lfs/objects/batch")
 def lfs_batch(request: Handler, repo_id: str) -> Reply:
-    """Where to upload to; open to all who may see the repo, since they may commit to a pull request."""
+    """Returns upload addresses to all who may see the repo, since they may commit to a pull request."""
     request.repo(repo_id)
     request.known_user()
     answers = []
@@ -302,7 +302,7 @@ def lfs_batch(request: Handler, repo_id: str) -> Reply:
 
 @route("(?:PUT|GET|HEAD) /_storage/([0-9a-f]{64})")
 def storage(request: Handler, sha256: str) -> Reply:
-    """The storage host: it takes what fits its address. It has another name, so no client should send it a token."""
+    """Stores data that fits its address. The host has another name, so clients must not send it a token."""
     if request.command == "PUT":
         if hashlib.sha256(request.body).hexdigest() != sha256:
             raise RefusalError(400, "the content is not what its address says")
@@ -325,7 +325,7 @@ def xet_token(request: Handler, repo_id: str, access: str, revision: str) -> Rep
 
 @route("POST /api/models/REPO/commit/([^/]+)")
 def commit(request: Handler, repo_id: str, revision: str) -> Reply:
-    """All of it or nothing: the new commit is named by its branch only when every line of the request is right."""
+    """Commits all or nothing: the branch moves only if every line of the request is right."""
     create_pr = request.query.get("create_pr") == ["1"]
     repo, user = request.repo(repo_id, write=not create_pr), request.known_user()
     parent = repo.commit(revision)
@@ -385,7 +385,7 @@ def commits(request: Handler, repo_id: str, revision: str) -> Reply:
 
 @route("(?:POST|DELETE) /api/models/REPO/(tag|branch)/([^/]+)")
 def tag_or_branch(request: Handler, repo_id: str, kind: str, name: str) -> Reply:
-    """A new branch is in the path and its start in the body; of a new tag it is the other way round."""
+    """Creates a branch (name in the path, start in the body) or a tag (the other way round)."""
     repo, asked = request.repo(repo_id, write=True), request.json()
     names = repo.tags if kind == "tag" else repo.branches
     if request.command == "DELETE":

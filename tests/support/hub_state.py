@@ -1,4 +1,4 @@
-"""The state of the tests' Hub: repos, the objects of its storage host, what came in, and what is to go wrong."""
+"""The state of the tests' Hub: repos, objects of the storage host, received requests, and faults to come."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Reply = tuple[int, dict[str, str], Any]  # status, headers, JSON or bytes
 
 @dataclass(frozen=True)
 class Fault:
-    """Something that goes wrong with the next requests of a kind.
+    """A fault in the next requests of a kind.
 
     Attributes:
         request: Regular expression for `METHOD /path`.
@@ -30,7 +30,7 @@ class Fault:
             "truncate": half a body that claims to be whole; "alter": a body of the right length with one byte wrong;
             "stall": handled, but the body comes too late;
             "race": handled, but another commit lands on every main branch just before.
-        times: How many requests it hits.
+        times: Number of requests that it hits.
     """
 
     request: str
@@ -50,13 +50,13 @@ class Request:
     status: int | None
 
     def json_lines(self) -> list[dict[str, Any]]:
-        """The lines of a commit."""
+        """Returns the lines of a commit."""
         return [json.loads(line) for line in self.body.splitlines() if line.strip()]
 
 
 @dataclass(frozen=True)
 class File:
-    """A file in a commit: its data where it is regular, else the sha256 of its data, and the hash that Xet gave it."""
+    """A file in a commit: its data if it is regular, else the sha256 of its data and its Xet hash."""
 
     git_oid: str
     size: int
@@ -102,26 +102,26 @@ class Repo:
         return commit
 
     def commit(self, revision: str = "main") -> Commit:
-        """The commit that a branch, a tag or a full oid names."""
+        """Returns the commit that a branch, a tag or a full oid names."""
         oid = self.branches.get(revision) or self.tags.get(revision) or revision
         if oid not in self.commits:
             raise RefusalError(404, f"Invalid rev id: {revision}", code="RevisionNotFound")
         return self.commits[oid]
 
     def history(self, revision: str = "main") -> list[Commit]:
-        """A revision's commits, newest first, without the first one, which the Hub makes."""
+        """Returns a revision's commits, newest first, without the initial one, which the Hub makes."""
         commits = [self.commit(revision)]
         while commits[-1].parent is not None:
             commits.append(self.commits[commits[-1].parent])
         return commits[:-1]
 
     def files(self, revision: str = "main") -> set[str]:
-        """The names of a revision's files, without the one that the Hub makes."""
+        """Returns the names of a revision's files, without the one that the Hub makes."""
         return set(self.commit(revision).files) - {".gitattributes"}
 
 
 class RefusalError(Exception):
-    """An error that the Hub answers with; the client tells its kind by the code."""
+    """An error answer of the Hub; its code tells the client the kind."""
 
     def __init__(self, status: int, message: str, *, code: str | None = None, **body: Any) -> None:
         super().__init__(message)
@@ -150,7 +150,7 @@ class Hub:
             state.clear()
 
     def add_repo(self, repo_id: str, folder: Path, *, private: bool = True) -> Repo:
-        """A repo with a folder's files in one commit, made without a client; by Xet nothing can be put in this way."""
+        """Adds a repo with a folder's files in one commit, without a client; not for Xet."""
         repo = self.repos[repo_id] = Repo(repo_id, private=private)
         files = {path.name: File.regular(path.read_bytes()) for path in folder.iterdir() if path.is_file()}
         if self.upload_mode == "lfs":
@@ -163,11 +163,11 @@ class Hub:
         return repo
 
     def received(self, pattern: str) -> list[Request]:
-        """The requests whose `METHOD /path` begins as the regular expression says."""
+        """Returns the requests with a `METHOD /path` that begins with a match of the pattern."""
         return [request for request in self.requests if re.match(pattern, f"{request.method} {request.path}")]
 
     def take_fault(self, request: str) -> FaultKind | None:
-        """Returns what is to go wrong with a request, `METHOD /path`."""
+        """Returns the fault of a request, `METHOD /path`, if it has one."""
         with self.lock:
             for index, fault in enumerate(self.faults):
                 if re.match(fault.request, request):
@@ -177,12 +177,12 @@ class Hub:
         return None
 
     def commit_in_between(self) -> None:
-        """A commit on each main branch, by somebody else."""
+        """Commits to each main branch, as somebody else."""
         for repo in self.repos.values():
             repo.add_commit("main", {**repo.commit().files, "race.txt": File.regular(b"")}, "race", repo.owner)
 
     def uploaded_file(self, sha256: str, size: int) -> File:
-        """A large file that came by LFS or by Xet before the commit that names it."""
+        """Returns a large file that was uploaded by LFS or Xet before the commit that names it."""
         if sha256 in self.objects:
             return File.large(sha256, len(self.objects[sha256]), None)
         xet_hash = self.xet_hash(sha256)
@@ -191,7 +191,7 @@ class Hub:
         return File.large(sha256, size, xet_hash)
 
     def xet_hash(self, sha256: str) -> str | None:
-        """The Xet hash of a file, from the shards that hf_xet wrote beside its content; None if it is in none.
+        """Returns a file's Xet hash from the shards that hf_xet wrote beside its content; None if it is in none.
 
         A shard is a header of 48 bytes, then for each file an entry (hash, flags, number of segments), its segments,
         and if the flags say so verifications and the sha256, all in records of 48 bytes; a hash of ones ends the list.

@@ -34,7 +34,7 @@ def api(method: str, *, token: str | None = None, xet: bool = True, **kwargs: An
 
 
 def jsonable(value: Any) -> Any:
-    """Returns what huggingface_hub returns (its own classes, generators, lists) as JSON."""
+    """Converts results of huggingface_hub (its own classes, generators, lists) for JSON."""
     if type(value) in (bool, int, float, str, dict, type(None)):
         return value
     if isinstance(value, Iterable) and not isinstance(value, str):
@@ -46,12 +46,12 @@ def jsonable(value: Any) -> Any:
 
 
 def choose_upload(xet: bool) -> None:
-    """Large files by Xet or by LFS: what HF_HUB_DISABLE_XET in the environment says."""
+    """Chooses Xet or LFS for large files, as HF_HUB_DISABLE_XET in the environment does."""
     constants.HF_HUB_DISABLE_XET = not xet
 
 
 def download(repo_id: str, *, token: str | None = None, **kwargs: Any) -> dict[str, str]:
-    """The files of a snapshot, by name, in hexadecimal digits."""
+    """Returns the files of a snapshot by name, in hexadecimal digits."""
     folder = Path(snapshot_download(repo_id, token=token or False, **kwargs))
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     return {str(path.relative_to(folder)): path.read_bytes().hex() for path in files}
@@ -115,7 +115,7 @@ def load(
 
 
 def described(model: RobustnessTokenPreTrainedModel) -> dict[str, str]:
-    """Returns what must be the same, to the bit, wherever the model is loaded; and which base it has."""
+    """Returns values that must be bit-equal wherever the model is loaded, and its base."""
     size = model.get_base_model().config.image_size
     pixel_values = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
@@ -133,7 +133,7 @@ def digits(tensor: Tensor) -> str:
 
 
 def classify(repo_id: str, *, token: str) -> list[list[dict[str, Any]]]:
-    """Returns what AutoModelForImageClassification and a pipeline predict for a grey picture."""
+    """Returns the predictions of AutoModelForImageClassification and of a pipeline for a grey picture."""
     picture = Image.new("RGB", (16, 16), "grey")
     model: Any = AutoModelForImageClassification.from_pretrained(repo_id, token=token)
     with torch.no_grad():
@@ -164,7 +164,7 @@ def fetch(repo_id: str, *, token: str | None = "hf_alice", xet: bool = True, **k
 
 
 def robtok(*, arguments: list[str], token: str | None, xet: bool = True) -> tuple[int, str]:
-    """The command line: its exit status, and what it prints."""
+    """Runs the command line; returns its exit status and its output."""
     choose_upload(xet)
     if token is not None:
         os.environ["HF_TOKEN"] = token

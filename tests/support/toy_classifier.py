@@ -13,7 +13,7 @@ NUM_CLASSES = 4
 
 @functools.cache
 def trained_toy_classifier() -> tuple[nn.Module, Tensor, Tensor]:
-    """A two-layer network with 500 images (500, 3, 6, 6) in [0, 1] that it was not trained on, and their classes."""
+    """Returns a two-layer network, held-out images (500, 3, 6, 6) in [0, 1], and their classes."""
     generator = torch.Generator().manual_seed(0)
     prototypes = torch.rand(NUM_CLASSES, 3, 6, 6, generator=generator)
 

@@ -1,4 +1,4 @@
-"""Tiny training runs in processes of their own, for tests that kill them or let several work together.
+"""Tiny training runs in processes of their own, for tests that kill them or run several together.
 
 The processes are forked from a server that has imported everything and computed nothing: a fork after a backward pass
 can't compute gradients on a machine with a GPU, and a fresh interpreter takes seconds.
@@ -66,7 +66,7 @@ def start(target: Callable[..., None], *args: Any, **kwargs: Any) -> BaseProcess
 
 
 def run_together(num_processes: int, target: Callable[..., None], *args: Any) -> None:
-    """Calls `target(rank, *args)` in so many processes that reach each other by gloo; all must end well."""
+    """Calls `target(rank, *args)` in several processes connected by gloo; all must succeed."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
