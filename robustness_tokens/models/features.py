@@ -168,6 +168,6 @@ def check_patches(base: nn.Module, image_shape: tuple[int, int]) -> None:
     patch_shape = patch_size(base)
     if any(side < patch or side % patch for side, patch in zip(image_shape, patch_shape, strict=True)):
         raise ValueError(
-            f"the images have {image_shape[0]} x {image_shape[1]} pixels, {type(base).__name__} has patches of "
+            f"the images have {image_shape[0]} x {image_shape[1]} pixels, and the patches of {type(base).__name__} "
             f"{patch_shape[0]} x {patch_shape[1]}: set image_size to a multiple of the patch size"
         )

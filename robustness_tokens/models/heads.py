@@ -230,7 +230,7 @@ class ProbedModel(nn.Module):
         heads = [head] if base_head is None else [head, base_head]
         if len({(type(one), one.num_labels) for one in heads}) > 1:
             raise ValueError(
-                f"head and base_head must have one task and number of classes, got {head.task} of {head.num_labels} "
+                f"head and base_head must be of one task and number of classes, got {head.task} of {head.num_labels} "
                 f"and {heads[1].task} of {heads[1].num_labels}"
             )
         self.model = model
