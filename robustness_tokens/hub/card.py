@@ -129,11 +129,13 @@ def render_card(
     images: str | None = None,
     report: RobustnessReport | None = None,
     tags: Sequence[str] = (),
+    is_public: bool = False,
 ) -> str:
     """Renders the README.md of an adapter: metadata for the Hub, and the rest between our markers.
 
     `name` is the folder or repo id to load, `license` the base's license. `datasets` are Hub ids of the training data,
     by default the recipe's. `images` stands in the commands where recipe or report name no dataset on the Hub.
+    `is_public` says that everyone can read the tokens there.
     """
     training = config.training or {}
     entry = training.get("dataset")
@@ -169,7 +171,7 @@ def render_card(
         table=None if report is None or not (leading := main_results(report)) else results_table(leading),
         evaluate_command=None if report is None else _evaluate_command(report, name, subfolder, images),
         training=training,
-        is_public=str(training.get("secrecy")).startswith("none"),
+        is_public=is_public or str(training.get("secrecy")).startswith("none"),
         attackers=[ATTACKERS[level] for level in _ATTACKERS.get(str(training.get("attack_through")), ())],
         attack=_attack_in_words(config, training),
         recipe=_dump(recipe).rstrip() if recipe else None,

@@ -123,7 +123,13 @@ def push_adapter(
         if report is None:
             operations.append(CommitOperationDelete(prefix + REPORT_FILE))
     card = render_card(
-        config, name=repo_id, subfolder=subfolder, license=_license_of_base(config, api), report=report, tags=tags
+        config,
+        name=repo_id,
+        subfolder=subfolder,
+        license=_license_of_base(config, api),
+        report=report,
+        tags=tags,
+        is_public=not repo.private,
     )
     old_card = _download(api, repo_id, prefix + CARD_FILE, parent) or path / CARD_FILE
     contents[CARD_FILE] = update_card(_read_card(old_card), card).encode()

@@ -158,7 +158,7 @@ def test_an_attack_runs_in_it(
 
 def test_what_a_level_may_differentiate(classifier: RobustnessTokenForImageClassification) -> None:
     evaluated = EvaluatedModel(classifier)
-    own = [torch.zeros(2, HIDDEN_SIZE), torch.ones(3, HIDDEN_SIZE)]
+    own = [torch.zeros_like(classifier.robustness_tokens), torch.ones(3, HIDDEN_SIZE)]  # as many as the true ones
     (queries,) = attacker_views("none", evaluated)
     assert not queries.differentiable
     assert attacker_views("none", evaluated, surrogate=evaluated)[1].is_surrogate
@@ -166,6 +166,7 @@ def test_what_a_level_may_differentiate(classifier: RobustnessTokenForImageClass
     assert base.tokens == (None,)
     views = attacker_views("own_tokens", evaluated, own_tokens=own)
     assert [view.name for view in views] == ["own_tokens_0", "own_tokens_1", "own_tokens_ensemble"]
+    assert [view.tokens for view in views[:2]] == [(own[0],), (own[1],)]
     assert all(found is expected for found, expected in zip(views[2].tokens, own, strict=True))
     (full,) = attacker_views("full", evaluated)
     assert torch.equal(full.tokens[0], classifier.robustness_tokens)  # type: ignore[arg-type]  # not None

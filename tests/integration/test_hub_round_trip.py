@@ -240,6 +240,11 @@ def test_a_public_repo_gets_no_secrets(hub: Hub, client: HubClient, make_adapter
     assert repo.files() == FILES
     push(client, folder, "alice/new", private=False)
     assert not hub.repos["alice/new"].private
+    push(client, folder, "alice/private")
+    cards = {name: hub.repos[name].commit().files["README.md"].data.decode() for name in (ADAPTER, "alice/private")}
+    assert "Keep the repository private" in cards["alice/private"]
+    assert "Keep the repository private" not in cards[ADAPTER]
+    assert "these are published: whoever reads them can attack" in cards[ADAPTER]
 
 
 def test_a_pull_request_to_another(hub: Hub, client: HubClient, base: Repo, make_adapter: AdapterFactory) -> None:
