@@ -44,7 +44,9 @@ def main(words: Sequence[str] | None = None) -> None:
         text = str(exc)
         if isinstance(exc, _NAMED_ERRORS) or not text:
             text = f"{type(exc).__name__}: {text} (ROBTOK_DEBUG=1 shows where)"
-        print("robtok:", *text.split(), file=sys.stderr)
+        # One line, in which nothing from a file or a folder's name steers the terminal.
+        line = " ".join(["robtok:", *text.split()])
+        print("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line), file=sys.stderr)
         raise SystemExit(1) from exc
 
 

@@ -38,7 +38,7 @@ class BrokenImage:
     reason: str
 
     def __str__(self) -> str:
-        return f"row {self.index}" + (f" ({self.path})" if self.path else "") + f": {self.reason}"
+        return f"row {self.index}" + (f" ({self.path!r})" if self.path else "") + f": {self.reason}"
 
 
 class _PictureDataset:

@@ -133,7 +133,7 @@ def run_sweep(
     members = {folder / _folder_name(*values): values for values in grid_values}
 
     def find_rows() -> dict[Path, dict[str, float]]:
-        found = {path: _read_row(path, template, recipe) for path in folder.glob("tokens-*_lr-*_seed-*")}
+        found = {path: _read_row(path, template, recipe) for path in folder.glob("tokens-*_lr-*_seed-*[0-9]")}
         if others := sorted(path.name for path, row in found.items() if row is None and path not in members):
             logger.warning("The sweep leaves out trainings on other pairs or by another recipe: %s", ", ".join(others))
         return {

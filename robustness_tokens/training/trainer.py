@@ -270,9 +270,7 @@ class RobustnessTokenTrainer:
                     self._log(row, self.log_history, LOG_FILE)
                     terminated = agree(self.control, termination.requested, accelerator)
                 if self.control.should_evaluate:
-                    row = {"step": state.global_step, **self.evaluate()}
-                    self._log(row, self.eval_history, EVAL_LOG_FILE)
-                    self._notify("on_evaluate", metrics=dict(row))
+                    self._evaluate()
                     terminated = agree(self.control, termination.requested, accelerator)
                 if self.control.should_save:
                     self._check_tokens(batches)
@@ -280,10 +278,17 @@ class RobustnessTokenTrainer:
                     terminated = agree(self.control, termination.requested, accelerator)
             if state.global_step > first_step:  # the run may have been ended after the last check
                 self._check_tokens(batches)
+            elif args.eval_steps is not None and not terminated and not self.eval_history:
+                self._evaluate()  # all steps were done by a run that left no measurement
             if terminated:
                 self._exit_by_sigterm(position, optimizer, scheduler, termination)
             self._notify("on_train_end")
         return total_loss / max(1, state.global_step - first_step), position
+
+    def _evaluate(self) -> None:
+        row = {"step": self.state.global_step, **self.evaluate()}
+        self._log(row, self.eval_history, EVAL_LOG_FILE)
+        self._notify("on_evaluate", metrics=dict(row))
 
     def _exit_by_sigterm(
         self, position: Position, optimizer: Any, scheduler: Any, termination: Termination

@@ -15,8 +15,8 @@ from typing import Any
 
 MAX_JSON_BYTES = 1 << 20
 _MAX_JSON_DEPTH = 32
-# Lone surrogates, and control characters that can steer a terminal (all but tab and line feed).
-_NOT_TEXT = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+# Lone surrogates, and characters that steer a terminal or the direction of a text (all but tab and line feed).
+_NOT_TEXT = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -121,6 +121,7 @@ ERRORS: list[tuple[Exception, str]] = [
     (IndexError("list index out of range"), "IndexError: list index out of range (ROBTOK_DEBUG=1 shows where)"),
     (TypeError("unsupported operand"), "TypeError: unsupported operand"),
     (OverflowError("int too large"), "int too large"),
+    (ValueError("no folder \x1b[31mred \u202eback"), r"no folder \x1b[31mred \u202eback"),
 ]
 
 

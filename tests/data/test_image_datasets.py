@@ -288,8 +288,8 @@ def check_broken(batches: list[dict[str, Any]], folder: Path, caplog: pytest.Log
     assert list(log.broken_images) == [1, 2, 4, 5]
     assert log.broken_images[2].path == str(folder / "cut.png")
     assert caplog.text.count("Skipped a broken image") == 4
-    assert "row 1 (inside.png): UnidentifiedImageError" in caplog.text
-    assert f"row 4 ({folder / 'gone.png'}): FileNotFoundError" in caplog.text
+    assert "row 1 ('inside.png'): UnidentifiedImageError" in caplog.text
+    assert f"row 4 ({str(folder / 'gone.png')!r}): FileNotFoundError" in caplog.text
     assert "row 5: ValueError: the row holds no image" in caplog.text
 
 

@@ -537,6 +537,14 @@ def test_what_makes_no_sense_is_refused(
         run(classifier, images, **changes)
 
 
+def test_an_unknown_attack_is_refused_before_anything_is_computed(
+    classifier: RobustnessTokenForImageClassification, images: Images, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate, "train_own_tokens", lambda *_, **__: pytest.fail("trained"))
+    with pytest.raises(ValueError, match="unknown, expected one of"):
+        run(classifier, images, attacks=["bim"], own_tokens=None)
+
+
 def test_labels_must_be_there(classifier: RobustnessTokenForImageClassification) -> None:
     with pytest.raises(ValueError, match="dataset has no labels"):
         run(classifier, Images(None))

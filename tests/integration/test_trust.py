@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, BitImageProcessorPil, pipeline
 
 from robustness_tokens import RobustnessTokenModel, inject_tokens
@@ -164,12 +165,19 @@ def test_the_base_is_pinned_to_a_commit_and_to_nothing_else(adapter_folder: Path
         RobustnessTokenModel.from_pretrained(adapter_folder)
 
 
-@pytest.mark.parametrize("text", ["a\0b", "\x1b[2Jcleared", "\x9b31m", "\ud800", "a\rb"])
+@pytest.mark.parametrize("text", ["a\0b", "\x1b[2Jcleared", "\x9b31m", "\ud800", "a\rb", "a\u202eb", "a\u2028b"])
 @pytest.mark.parametrize("field", ["base_model_name_or_path", "feature_view", "training"])
 def test_characters_that_are_no_text_are_refused(adapter_folder: Path, field: str, text: str) -> None:
     edit_json(adapter_folder / "config.json", **{field: {text: [text]} if field == "training" else text})
     with pytest.raises(ValueError, match=r"config\.json holds .* characters that are no text"):
         RobustnessTokenModel.from_pretrained(adapter_folder)
+
+
+def test_the_name_of_a_tensor_does_not_steer_the_terminal(adapter_folder: Path) -> None:
+    save_file({"\x1b[31mred": torch.zeros(2, 32)}, adapter_folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"\\x1b\[31mred") as caught:
+        load_adapter(adapter_folder)
+    assert str(caught.value).isprintable()
 
 
 def test_deep_nesting_is_refused(adapter_folder: Path) -> None:

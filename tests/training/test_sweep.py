@@ -117,6 +117,7 @@ def test_a_combination_that_diverges_is_left_out_each_time(
         rows = run_sweep(new_model(make_base("dinov2")), arguments(tmp_path), pairs, SweepArguments(**both))
         assert [row["learning_rate"] for row in rows] == [0.02]
         assert "goes on without tokens-4_lr-1e+30_seed-0" in caplog.text
+        assert "leaves out members" not in caplog.text
         found.append({path.name for path in tmp_path.iterdir()})
     expected = {"tokens-4_lr-0.02_seed-0", "tokens-4_lr-1e+30_seed-0.diverged", CSV_FILE, FIGURE_FILE}
     assert found == [expected, expected]
@@ -200,6 +201,19 @@ def test_a_sweep_that_sigterm_ended_goes_on(
     (row,) = run_sweep(new_model(make_base("dinov2")), arguments(tmp_path), pairs, SweepArguments(**grid))
     assert steps == [0, 1, 2]
     assert {**row, "seconds_per_step": 0} == {**swept[1][2], "seconds_per_step": 0}
+
+
+def test_a_training_killed_before_it_saved_its_tokens_is_measured_and_saved(
+    swept: tuple[Path, Rows], make_base: BaseFactory, tmp_path: Path
+) -> None:
+    pairs = load_adversarial_pairs(swept[0] / PAIRS_FOLDER)
+    grid = SweepArguments(**{**GRID, "sweep_num_tokens": [4], "sweep_seeds": [0]})
+    args = arguments(tmp_path, save_steps=1)
+    (expected,) = run_sweep(new_model(make_base("dinov2")), args, pairs, grid)
+    (member,) = tmp_path.glob("tokens-*")
+    for name in ("config.json", "model.safetensors", EVAL_LOG_FILE):
+        (member / name).unlink()
+    assert run_sweep(new_model(make_base("dinov2")), args, pairs, grid) == [expected]
 
 
 OTHER: dict[str, Any] = GRID | {"sweep_num_tokens": [2], "sweep_seeds": [0]}
