@@ -13,13 +13,13 @@ DESCRIPTION = "Make a frozen vision transformer robust to adversarial images by 
 
 COMMANDS = {
     "train": "Train tokens on a base and save them as an adapter.",
-    "attack": "Attack images once and store the pairs, for many trainings.",
+    "attack": "Attack images once and store the pairs, to reuse them in many trainings.",
     "sweep": "Train many sets of tokens on the same attacked images and compare them.",
-    "evaluate": "Attack an adapter with all that an attacker may know and write a report.",
+    "evaluate": "Attack an adapter at several levels of attacker knowledge and write a report.",
     "info": "Print what an adapter holds, without loading its base.",
-    "import-tokens": "Make an adapter of tokens that the paper's authors released.",
+    "import-tokens": "Convert tokens that the paper's authors released into an adapter.",
     "push": "Upload an adapter to the Hub in one commit, to a private repo by default.",
-    "merge": "Turn base and tokens into a plain model with registers, which needs no add-on but contains the tokens.",
+    "merge": "Merge tokens and base into a plain model with registers; it contains the tokens and needs no add-on.",
 }
 
 # Their text alone is no sentence, so the class is named too.
@@ -27,7 +27,7 @@ _NAMED_ERRORS = (LookupError, TypeError, AttributeError, NameError, AssertionErr
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """Runs `robtok`: an error ends it with one line and exit code 1, unless ROBTOK_DEBUG=1 asks for the traceback."""
+    """Runs `robtok`. An error prints one line and exits with code 1; ROBTOK_DEBUG=1 shows the traceback instead."""
     words = list(sys.argv[1:] if words is None else words)
     if not words or words[0] not in COMMANDS:
         _top_parser().parse_args(words or ["--help"])
@@ -59,7 +59,7 @@ def _top_parser() -> argparse.ArgumentParser:
     for name, sentence in COMMANDS.items():
         commands.add_parser(name, help=sentence)
     parser.epilog = (
-        "`robtok COMMAND --help` explains the arguments of a command. An error ends it with one line and exit code 1; "
+        "`robtok COMMAND --help` explains the arguments of a command. An error prints one line and exits with code 1; "
         "ROBTOK_DEBUG=1 shows the traceback."
     )
     return parser

@@ -1,17 +1,17 @@
-"""The whole table of the paper, with a column for ours, filled row by row with the real weights.
+"""Reproduces the paper's table row by row with the real weights, with our numbers beside the published ones.
 
     python examples/reproduce_paper.py --list
     python examples/reproduce_paper.py --rows dinov2-small openclip-base-16 --dataset ILSVRC/imagenet-1k
 
-For each row: tokens are trained with the paper's preset for the family; features and, where the base has a
-classification head, classes are attacked as in the paper. What a row gave is kept in `--output`, so that the same
-command goes on where it stopped. A row whose weights or data can't be had is named with what it lacks, and the exit
-status is 1; the table with the published numbers is printed all the same.
+Each row trains tokens with the paper's preset for the family, then attacks features and, if the base has a
+classification head, classes as in the paper. Finished rows are kept in `--output`, so the same command continues
+where it stopped. A row without its weights or data is listed with what is missing, and the exit status is 1; the table
+with the published numbers is printed in any case.
 
 How to read the numbers. Features: cosine of f([r, x]) with f([r, x_adv]), not with f(x), as the paper reports it,
 along the tokens for (B, N, D) features, along the features for OpenCLIP. The attack works in normalised space, where
 its "8/255" is about 1.8/255 in pixels, and never sees the tokens (grey box). Segmentation is not measured: the paper's
-ADE20k heads don't come in a format that transformers loads.
+ADE20k heads are not in a format that transformers can load.
 
 Source: Pulfer et al., "Robustness Tokens: Towards Adversarial Robustness of Transformers", ECCV 2024,
 arXiv 2503.10191.
@@ -123,14 +123,14 @@ ROWS = (
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings that the numbers depend on besides the row; one output folder holds results of one setting.
+    """Settings that the numbers of every row depend on; an output folder holds results of one setting.
 
     Attributes:
         dataset: ImageNet: a Hub id or a folder.
-        train_split, eval_split: Its splits for the tokens and for the evaluation.
+        train_split, eval_split: Its splits for training and for evaluation.
         num_images: Images of the evaluation, drawn with seed 0.
         streaming: Stream the dataset instead of downloading it whole.
-        max_steps: Of the training; None is the preset's, anything else is no reproduction.
+        max_steps: Training steps; None uses the preset's, and any other number is not a reproduction.
     """
 
     dataset: str
@@ -142,7 +142,7 @@ class Settings:
 
 
 def lacks(row: Row, settings: Settings) -> list[str]:
-    """Downloads a row's weights; returns what can't be had, each with the reason."""
+    """Downloads a row's weights; returns what is not available, with the reason."""
     found = []
     for what, repo_id in (("base", row.model_id), ("head", row.head_id)):
         if repo_id is None:
@@ -166,7 +166,7 @@ def run_row(row: Row, settings: Settings, folder: Path) -> dict[str, Pair]:
     """Trains the tokens of a row, unless `folder` holds them, and measures them.
 
     Returns:
-        Ours by metric, without and with tokens.
+        Our numbers by metric, without and with tokens.
     """
     preset = resolve_preset(row.preset)
     adapter = folder / "adapter"
@@ -189,7 +189,7 @@ def to_device(model: _Model) -> _Model:
 
 
 def train(row: Row, settings: Settings, preset: Mapping[str, Any], adapter: Path) -> RobustnessTokenModel:
-    """New tokens by the paper's recipe, saved in `adapter`."""
+    """Trains new tokens by the paper's recipe and saves them in `adapter`."""
     names = {field.name for field in fields(RobustnessTokenTrainingArguments)}
     arguments = {name: value for name, value in preset.items() if name in names}
     if settings.max_steps is not None:
@@ -210,7 +210,7 @@ def train(row: Row, settings: Settings, preset: Mapping[str, Any], adapter: Path
 
 
 def eval_batches(settings: Settings, preset: Mapping[str, Any], description: str) -> Iterator[Mapping[str, Any]]:
-    """The evaluation's images, the same for every row; the attack's bounds depend on who shares a batch."""
+    """Returns batches of evaluation images, the same for every row, since the attack's bounds depend on the batch."""
     dataset = load_image_dataset(settings.dataset, split=settings.eval_split, streaming=settings.streaming)
     transform = ImageTransform(resize=preset["resize"], image_size=preset["image_size"])
     images: ImageDataset | IterableImageDataset
@@ -230,7 +230,7 @@ def eval_batches(settings: Settings, preset: Mapping[str, Any], description: str
 
 
 def attack_features(model: RobustnessTokenModel, batches: Iterator[Mapping[str, Any]]) -> dict[str, Pair]:
-    """Cosine of clean with attacked features of the same model, without and with tokens."""
+    """Returns the cosine of clean and attacked features of the same model, without and with tokens."""
     axis, totals, count = model.config.similarity_axis, [0.0, 0.0], 0
     for batch in batches:
         pixel_values, attacked = attack(model, batch, model.get_features)
@@ -248,7 +248,7 @@ def attack_features(model: RobustnessTokenModel, batches: Iterator[Mapping[str, 
 def attack_classes(
     classifier: RobustnessTokenForImageClassification, batches: Iterator[Mapping[str, Any]]
 ) -> dict[str, Pair]:
-    """Accuracy on clean images and on those that the cross-entropy attack made of the token-less classifier."""
+    """Returns accuracy on clean images and on images attacked by cross-entropy through the token-less classifier."""
 
     def logits(pixel_values: Tensor) -> Tensor:
         result: Tensor = classifier(pixel_values=pixel_values).logits
@@ -274,7 +274,7 @@ def attack(
     *,
     labels: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Pixel values of a batch, and what the paper's attack makes of them through the token-less model."""
+    """Returns clean pixel values of a batch, and those attacked by the paper's attack without tokens."""
     mean, std = model.config.image_mean, model.config.image_std
     assert mean is not None, "from_base sets it"
     assert std is not None, "from_base sets it"
@@ -306,7 +306,7 @@ def predict(
 
 
 def render_table(rows: tuple[Row, ...], results: Mapping[str, Mapping[str, Pair]], settings: Settings) -> str:
-    """The table in Markdown: a line per row and metric, each pair without -> with tokens."""
+    """Returns the table in Markdown: a line per row and metric, each as without -> with tokens."""
     lines = [
         "| row | base | head | data | steps | metric | published | ours |",
         "|---|---|---|---|---|---|---|---|",
@@ -354,10 +354,10 @@ def main() -> None:
     parser.add_argument("--eval_split", default="validation")
     parser.add_argument("--num_images", type=int, default=5000, help="images to evaluate on")
     parser.add_argument("--streaming", action="store_true", help="stream the data instead of downloading it whole")
-    parser.add_argument("--max_steps", type=int, help="other than the preset's, to try the script out")
+    parser.add_argument("--max_steps", type=int, help="training steps instead of the preset's, to try the script")
     parser.add_argument("--output", type=Path, default=Path("outputs/reproduce_paper"))
     parser.add_argument(
-        "--list", action="store_true", help="print the published numbers and what is there, run nothing"
+        "--list", action="store_true", help="print the published numbers and finished rows, run nothing"
     )
     args = parser.parse_args()
     settings = Settings(**{field.name: getattr(args, field.name) for field in fields(Settings)})
@@ -378,12 +378,12 @@ def main() -> None:
         if args.list:
             continue
         if missing := lacks(row, settings):
-            failures.append(f"{row.name} was not run, it lacks\n" + "\n".join(f"  {reason}" for reason in missing))
+            failures.append(f"{row.name} was not run, missing:\n" + "\n".join(f"  {reason}" for reason in missing))
             continue
         start = time.perf_counter()
         try:
             results[row.name] = run_row(row, settings, file.parent)
-        except (ValueError, OSError, FloatingPointError) as exc:  # the other rows can still be had
+        except (ValueError, OSError, FloatingPointError) as exc:  # the other rows can still run
             failures.append(f"{row.name} failed: {exc}")
             continue
         report = {"ours": results[row.name], "seconds": round(time.perf_counter() - start, 1)}

@@ -1,6 +1,6 @@
 """Makes the quickstart's data: a sample of Fashion-MNIST as parquet with lossless WebP images.
 
-Run once by the maintainers; what it wrote is committed in ``data/``:
+Run once by the maintainers; its output is committed in `data/`:
 
     apt-get install dataset-fashion-mnist
     python examples/quickstart/prepare_data.py
@@ -22,7 +22,7 @@ SIZES = {"train": ("train", 4000), "test": ("t10k", 2000)}
 
 
 def as_webp(pixels: np.ndarray) -> bytes:
-    """Grey (28, 28) uint8 as lossless WebP, which is an eighth smaller than PNG."""
+    """Encodes grey uint8 (28, 28) as lossless WebP, which is an eighth smaller than PNG."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "WEBP", lossless=True, quality=100, method=6)
     return buffer.getvalue()

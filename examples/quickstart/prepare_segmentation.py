@@ -1,6 +1,6 @@
 """Makes segmentation data from the quickstart's pictures: one or two clothes on a canvas, and each pixel's class.
 
-Nothing is downloaded, and the same seed makes the same pictures. Run it for parquet files and a sheet to look at:
+Needs no download, and the same seed makes the same images. Writes parquet files and a sheet to look at:
 
     python examples/quickstart/prepare_segmentation.py --output outputs/quickstart/segmentation
 """
@@ -21,7 +21,7 @@ from robustness_tokens import load_image_dataset
 HERE = Path(__file__).parent
 NUM_IMAGES = {"train": 2000, "test": 500}
 IMAGE_SIZE = 28
-"""Side of a canvas in pixels: that of the base's images."""
+"""Side of a canvas in pixels, the same as the base's images."""
 
 SIDES = (20, 28)
 """Smallest and largest side that a picture is scaled to."""
@@ -31,7 +31,7 @@ NUM_LABELS = 11
 
 BACKGROUND, IGNORED = 0, 255
 CLOTH_FROM = 32
-"""Grey value from which a pixel is cloth. The background is 0 exactly; what lies between is a blurred edge."""
+"""Smallest grey value of cloth. The background is exactly 0; values between are a blurred edge."""
 
 # Dark to bright; the first is the background, the others are the ten classes.
 _SHEET_COLORS = ["#000000", "#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb", "#ee7733"]
@@ -44,7 +44,7 @@ def compose(pictures: np.ndarray, labels: np.ndarray, generator: np.random.Gener
     Args:
         pictures: (n, 28, 28) uint8 grey.
         labels: (n,) classes from 0.
-        generator: Of the choice, the sizes and the places.
+        generator: Draws the pictures, their sizes and their positions.
 
     Returns:
         The canvas (S, S) uint8 grey, and its mask (S, S) uint8: `BACKGROUND`, 1 + the class, or `IGNORED`.
@@ -64,12 +64,12 @@ def compose(pictures: np.ndarray, labels: np.ndarray, generator: np.random.Gener
 
 
 def load_segmentation(split: str, *, num_images: int | None = None, seed: int = 0) -> datasets.Dataset:
-    """Composites of the pictures in `data/`.
+    """Returns composites of the pictures in `data/`.
 
     Args:
-        split: "train" or "test"; the pictures of the one are never in the other.
-        num_images: By default 2,000 and 500.
-        seed: Of the choice, the sizes and the places.
+        split: "train" or "test"; they share no pictures.
+        num_images: Number of images; by default 2,000 (train) and 500 (test).
+        seed: Seed of the pictures, their sizes and their positions.
 
     Returns:
         A dataset with the columns "image" (grey) and "mask" (11 classes, 0 the background, 255 ignored).
@@ -91,7 +91,7 @@ def _as_png(pixels: np.ndarray) -> dict[str, bytes | None]:
 
 
 def draw_sheet(dataset: datasets.Dataset, path: Path, *, columns: int = 8, scale: int = 4) -> None:
-    """The first pictures, and below each its mask in colours, white where it is ignored."""
+    """Draws the first images with their masks in colours below them; ignored pixels are white."""
     side, gap = IMAGE_SIZE * scale, 2 * scale
     palette = np.full((256, 3), 255, dtype=np.uint8)
     palette[: len(_SHEET_COLORS)] = [tuple(bytes.fromhex(color[1:])) for color in _SHEET_COLORS]

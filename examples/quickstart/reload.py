@@ -1,4 +1,4 @@
-"""Loads a saved adapter in a process of its own and writes what it computes; the quickstart compares the bits.
+"""Loads a saved adapter in a fresh process and writes its outputs; the quickstart compares them bit by bit.
 
 python examples/quickstart/reload.py ADAPTER INPUT.safetensors OUTPUT.safetensors
 """

@@ -1,10 +1,10 @@
-"""The main job on real images, with no network: train tokens, save, reload, and evaluate them honestly.
+"""Trains tokens on real images without a network, then saves, reloads and evaluates them.
 
     make quickstart
 
-The base (1.2 M parameters, DINOv2's architecture) and the images (Fashion-MNIST) lie beside this file. Tokens are
-trained twice, by the paper's losses and against an attacker who knows them. Both models are attacked in the black box,
-in the grey box, by own tokens and in the white box: `outputs/quickstart/adapter/report.html` shows it.
+The base (1.2 M parameters, DINOv2's architecture) and the images (Fashion-MNIST) are in this folder. Tokens are
+trained twice: with the paper's losses, and against an attacker who knows them. Both models are attacked in the black
+box, in the grey box, with own tokens and in the white box. `outputs/quickstart/adapter/report.html` shows the results.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from robustness_tokens.report import ATTACKERS
 
 HERE = Path(__file__).parent
 EPS = 16 / 255  # pixel units of [0, 1] images
-# Larger steps and a larger attack than the paper's defaults, which are made for bases trained on ImageNet.
+# Larger steps and a larger attack than the paper's defaults, which suit bases trained on ImageNet.
 TRAINING: dict[str, Any] = {
     "max_steps": 32,
     "per_device_train_batch_size": 32,
@@ -69,7 +69,7 @@ def train(output_dir: Path, **settings: Any) -> RobustnessTokenForImageClassific
 
 
 def evaluate(model: RobustnessTokenForImageClassification, adapter: Path, **kwargs: Any) -> RobustnessReport:
-    """Attacks the model by all that an attacker may know, and writes the report into the adapter and its card."""
+    """Attacks the model at every level of knowledge, and writes the report into the adapter and its card."""
     model.name_or_path = adapter.name
     report = evaluate_robustness(
         model,
@@ -104,7 +104,7 @@ def reloads_bit_equal(model: RobustnessTokenForImageClassification, adapter: Pat
 
 
 def print_table(reports: dict[str, RobustnessReport]) -> None:
-    """Prints accuracies by attacker, each image at its worst over the attacks of that attacker."""
+    """Prints the worst-case accuracy for each attacker."""
 
     def accuracy(report: RobustnessReport, knowledge: str | None, tokens: str = "trained") -> str:
         for result in report.results:
@@ -119,8 +119,8 @@ def print_table(reports: dict[str, RobustnessReport]) -> None:
     first = next(iter(reports.values()))
     num_images = first.dataset["num_images"]
     print(f"\nAccuracy on {num_images:,} held-out test images [95%]; L-inf, eps {255 * EPS:g}/255 in pixels,")
-    print("each image at its worst over the attacks. Against the adaptive tokens, own tokens are trained through the")
-    print("base alone, where the recipe attacks through the tokens too.")
+    print("worst case of each attacker's attacks. Own tokens against the adaptive tokens are trained with attacks on")
+    print("the base only, while the adaptive recipe also attacks through the tokens.")
     print(f"{'the attacker':<34}" + "".join(f"{name:>24}" for name in ("without tokens", *reports)))
     for knowledge in (None, "none", "base", "own_tokens", "full", "full_worst_case"):
         cells = [accuracy(first, knowledge, "none"), *(accuracy(report, knowledge) for report in reports.values())]
@@ -140,14 +140,14 @@ def main() -> None:
     bit_equal = reloads_bit_equal(model, adapter)
     print(f"saved, reloaded in a fresh process, outputs bit-equal: {'yes' if bit_equal else 'NO'}")
     if not bit_equal:
-        raise SystemExit("the reloaded adapter does not compute the same")
+        raise SystemExit("the outputs of the reloaded adapter differ")
     adaptive = train(adaptive_adapter, **resolve_preset("adaptive"))
     reports = {
         "the paper's losses": evaluate(model, adapter),
         "adaptive": evaluate(
             adaptive,
             adaptive_adapter,
-            # So that this attacker can make the attacks once for all of its tokens, too; table and report say so.
+            # One run of the attacks then serves all sets of own tokens; table and report name this difference.
             own_tokens_overrides={"attack_through": "base"},
             diagnostics=False,
             eps_sweep=(),

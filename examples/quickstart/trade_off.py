@@ -1,10 +1,11 @@
-"""Measures what training against an attacker who knows the tokens buys and costs: clean, grey- and white-box accuracy.
+"""Measures clean, grey-box and white-box accuracy for several ways of adaptive training.
 
     python examples/quickstart/trade_off.py
 
-Trains tokens in many ways on the quickstart's base and attacks each by cross-entropy and margin, once through the
-base alone (grey box) and once through the tokens (white box), on images kept out of the training split: the test split
-is for what is chosen here. Writes `trade_off.csv` and `trade_off.png`; what is in the CSV already is not run again.
+Trains tokens in ten ways on the quickstart's base and attacks each with cross-entropy and margin, once through the
+base only (grey box) and once through the tokens (white box). The images are held out from the training split; the test
+split stays untouched to evaluate the choice. Writes `trade_off.csv` and `trade_off.png`; rows in the CSV are not run
+again.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ COMMON: dict[str, Any] = {
     "num_attack_steps": 10,
     "mixed_precision": "bf16",
 }
-# By name: what departs from the paper's losses and from 20 tokens.
+# By name: the differences from the paper's losses and from 20 tokens.
 WAYS: dict[str, dict[str, Any]] = {
     "paper's losses": {},
     "through the tokens": {"attack_through": "tokens"},
@@ -61,7 +62,7 @@ COLUMNS = ("way", "clean", "grey_box", "white_box", "num_images", "seed", "secon
 
 
 def measure(way: str, *, seed: int, num_images: int) -> dict[str, Any]:
-    """Trains tokens in one way; accuracies on clean images, and under the worst of two attacks for each image."""
+    """Trains tokens in one way; returns accuracies on clean images and in the worst case of two attacks."""
     start = time.perf_counter()
     transformers.set_seed(seed)
     settings = {"num_robustness_tokens": 20, **COMMON, **WAYS[way]}
@@ -104,7 +105,7 @@ def measure(way: str, *, seed: int, num_images: int) -> dict[str, Any]:
 
 
 def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draws accuracy on attacked images against accuracy on clean ones, a number for each way; seeds are averaged."""
+    """Plots accuracy under attack against clean accuracy, with a number per way; averages over seeds."""
     ways = list(dict.fromkeys(row["way"] for row in rows))
     panels = (("grey_box", "grey box: knows the base"), ("white_box", "white box: knows the tokens"))
     figure = Figure(figsize=(8.4, 4.6), layout="constrained")
@@ -117,7 +118,7 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
             axes.plot(clean, attacked, "o", color="#1b4965", markersize=5, label=f"{number}  {way}")
             numbers.setdefault((round(clean, 3), round(attacked, 3)), []).append(str(number))
         for point, there in numbers.items():
-            # A longer label goes where the neighbours' are not.
+            # Place a longer label away from those of its neighbours.
             place: dict[str, Any] = {"xytext": (4, 4)}
             if len(there) > 1:
                 place = {"xytext": (-4, -5), "ha": "right", "va": "top"}
@@ -136,7 +137,9 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("outputs/trade_off"))
-    parser.add_argument("--num_images", type=int, default=500, help="to attack, kept out of training")
+    parser.add_argument(
+        "--num_images", type=int, default=500, help="number of images to attack, held out from training"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
     args = parser.parse_args()

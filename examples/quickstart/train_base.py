@@ -1,6 +1,6 @@
 """Trains the quickstart's base: a 1.2 M parameter DINOv2 classifier, on the 60,000 images of Fashion-MNIST.
 
-Run once by the maintainers; what it wrote is committed in `base/`:
+Run once by the maintainers; its output is committed in `base/`:
 
     apt-get install dataset-fashion-mnist
     python examples/quickstart/train_base.py
@@ -37,18 +37,18 @@ self-supervision) on the 60,000 training images of [Fashion-MNIST](https://githu
 (MIT licence), grey repeated to three channels.
 
 **Accuracy: {accuracy:.2%}** on the 10,000 test images, measured on the stored float16 file loaded as float32.
-The test images chose nothing: neither the epoch nor a hyper-parameter.
+The test images were not used to choose the epoch or a hyper-parameter.
 
 Made by `examples/quickstart/train_base.py`: {epochs} epochs, batch {batch_size}, AdamW (learning rate
 {lr:g}, weight decay {weight_decay:g}, one cycle), {precision}, random flips and shifts by one pixel,
 seed {seed}, {minutes:.0f} minutes on a CPU.
 
-It has no defence of its own: a small adversarial change of the image misleads it. That is what it is here for.
+It has no defence of its own, so the quickstart can show that small adversarial changes of an image mislead it.
 """
 
 
 def augment(images: Tensor) -> Tensor:
-    """Random horizontal flips and shifts by one pixel at most, each image its own. Images (B, 3, 28, 28) in [0, 1]."""
+    """Flips each image at random and shifts it by at most one pixel. Images (B, 3, 28, 28) in [0, 1]."""
     batch = images.shape[0]
     flipped = torch.where(torch.rand(batch, 1, 1, 1) < 0.5, images.flip(-1), images)
     windows = nn.functional.pad(flipped, (1, 1, 1, 1)).unfold(2, 28, 1).unfold(3, 28, 1)  # (B, 3, 3, 3, 28, 28)
@@ -57,7 +57,7 @@ def augment(images: Tensor) -> Tensor:
 
 
 def as_rgb(images: Tensor) -> Tensor:
-    """Grey uint8 (B, 28, 28) to (B, 3, 28, 28) float in [0, 1]."""
+    """Converts grey uint8 (B, 28, 28) to float (B, 3, 28, 28) in [0, 1]."""
     return images.float().div(255).unsqueeze(1).expand(-1, 3, -1, -1)
 
 

@@ -20,7 +20,7 @@ EXAMPLE_CARD = HERE.parent.parent / "docs" / "example_card.md"
 
 
 def render_quickstart_card() -> str:
-    """Returns the card of the stored config and report."""
+    """Returns the card made from the stored config and report."""
     return render_card(
         read_config(STORED),
         name="outputs/quickstart/adapter",
@@ -32,7 +32,7 @@ def render_quickstart_card() -> str:
 
 
 def take_over(adapter: Path) -> None:
-    """Stores the config and the report of an adapter, its base named as it is from the root of the repository."""
+    """Stores an adapter's config and report, with the base's path relative to the root of the repository."""
     loaded = load_adapter(adapter)
     config, report = loaded.config, loaded.report
     config.base_model_name_or_path = "examples/quickstart/base"

@@ -79,7 +79,7 @@ def attack(
         return
     print(
         f"{len(pairs):,} pairs in {training_args.output_dir}, no pixel changed by more than "
-        f"{pairs.info.max_pixel_difference}/255; they reveal no tokens, since the attack saw none"
+        f"{pairs.info.max_pixel_difference}/255; they reveal no tokens, since the attack did not use any"
     )
     if pairs_args.push_to_hub is not None:
         commit = push_adversarial_pairs(
@@ -98,7 +98,9 @@ def sweep(
     sweep_args: SweepArguments,
 ) -> None:
     if data_args.eval_dataset is not None:
-        raise ValueError("eval_dataset has no meaning for a sweep, which holds out num_eval_pairs: leave it out")
+        raise ValueError(
+            "a sweep takes no eval_dataset, since it holds out num_eval_pairs of its pairs: leave eval_dataset out"
+        )
     model = RobustnessTokenModel.from_base(model_args.base_model, **model_args.from_base_kwargs())
     rows = run_sweep(model, training_args, load_train_dataset(data_args), sweep_args)
     if process_state().is_main_process:
@@ -181,7 +183,7 @@ def push(folder: Path, repo_id: str, *, public: bool, tag: Sequence[str], **kwar
 
 def merge(adapter: str, output_dir: Path, image_size: int | None = None, classifier: bool = False) -> None:
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
-        raise ValueError(f"{output_dir} exists and is no empty folder: choose another")
+        raise ValueError(f"{output_dir} exists and is not an empty folder: choose another")
     model_class = RobustnessTokenForImageClassification if classifier else RobustnessTokenModel
     model = model_class.from_pretrained(adapter)
     # The size that images will have: DINOv2's config says 518, its image processor makes 224.
@@ -205,12 +207,12 @@ def _add_info(parser: CommandParser) -> None:
 def _add_import_tokens(parser: CommandParser) -> None:
     parser.add_argument("file", type=Path, help="A .pt file that the paper's authors released.")
     parser.add_argument("output_dir", type=Path, help="Folder of the adapter to write.")
-    parser.add_argument("--base", required=True, help="Hub id or folder of the base that the tokens belong to.")
+    parser.add_argument("--base", required=True, help="Hub id or folder of the base that the tokens were trained on.")
     parser.add_argument(
         "--overwrite_output_dir",
         action=BooleanOptionalAction,
         default=False,
-        help="Replace an adapter that is in output_dir.",
+        help="Replace the adapter in output_dir.",
     )
 
 
@@ -218,11 +220,11 @@ def _add_push(parser: CommandParser) -> None:
     parser.add_argument("folder", type=Path, help="Folder of the adapter.")
     parser.add_argument("repo_id", help="Repo on the Hub, user/name.")
     parser.add_argument("--public", action="store_true", help="Let everyone read the tokens and attack through them.")
-    parser.add_argument("--base_model_id", help="Hub id of the base; by default the one that the config names.")
+    parser.add_argument("--base_model_id", help="Hub id of the base; by default the one in the config.")
     parser.add_argument("--revision", help="Branch on the Hub; by default the main branch.")
     parser.add_argument("--create_pr", action="store_true", help="Open a pull request instead of committing.")
     parser.add_argument("--commit_message", default="Upload robustness tokens", help="First line of the commit.")
-    parser.add_argument("--tag", action="append", default=[], help="Further tag for the card; may be repeated.")
+    parser.add_argument("--tag", action="append", default=[], help="Extra tag for the card; can be repeated.")
     parser.add_argument("--subfolder", default="", help="Folder inside the repo; by default the repo itself.")
 
 
@@ -230,7 +232,7 @@ def _add_merge(parser: CommandParser) -> None:
     _add_adapter(parser)
     parser.add_argument("output_dir", type=Path, help="Folder of the plain model to write.")
     parser.add_argument(
-        "--image_size", type=int, help="Side of the images in pixels; by default what the image processor makes."
+        "--image_size", type=int, help="Side of the images in pixels; by default that of the image processor."
     )
     parser.add_argument(
         "--classifier", action=BooleanOptionalAction, default=False, help="Keep the base's classification head."

@@ -82,7 +82,7 @@ class CommandParser(HfArgumentParser):
 
     def add_argument(self, *names: Any, **kwargs: Any) -> Any:
         """Adds an argument to its group, under both spellings of its name."""
-        if kwargs.get("type") == str | bool | None:  # a word or a flag, a type that argparse can't call
+        if kwargs.get("type") == str | bool | None:  # a string or a flag; argparse can't call this type
             kwargs["type"] = str
         spellings = dict.fromkeys([*names, *(name.replace("_", "-") for name in names if name.startswith("--"))])
         name = kwargs.get("dest") or names[0].removeprefix("--")
@@ -139,7 +139,7 @@ class CommandParser(HfArgumentParser):
 
 
 class _HelpFormatter(argparse.HelpFormatter):
-    """Shows one spelling of each name, and the default where the help does not name it."""
+    """Shows one spelling of each name, and the default unless the help text states it."""
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         if len(action.option_strings) < 2 or "-h" in action.option_strings:
@@ -173,7 +173,7 @@ def _as_number(word: str) -> float:
 
 
 def load_eval_dataset(data_args: DataArguments) -> Any:
-    """Loads the held-out images; returns None if the command line names none."""
+    """Loads the held-out images; returns None without `eval_dataset`."""
     name = data_args.eval_dataset
     return None if name is None else load_image_dataset(name, split=data_args.eval_split)
 
@@ -202,7 +202,7 @@ class ModelArguments:
         default="token", metadata={"help": "Axis of the cosine: token (published code) or feature (paper's formula)."}
     )
     image_mean: list[float] | None = field(
-        default=None, metadata={"help": "Mean per channel for the normalisation; by default the base's own."}
+        default=None, metadata={"help": "Mean per channel of the normalisation; by default the base's own."}
     )
     image_std: list[float] | None = field(
         default=None, metadata={"help": "Standard deviation per channel; by default the base's own."}
@@ -243,15 +243,15 @@ class DataArguments:
 
 
 def load_train_dataset(data_args: DataArguments) -> Any:
-    """Loads the dataset that the command line names: adversarial pairs made by `robtok attack`, or images."""
+    """Loads the dataset of the command line: adversarial pairs from `robtok attack`, or images."""
     if find_pairs(data_args.dataset) is None:
         return load_image_dataset(
             data_args.dataset, name=data_args.dataset_config, split=data_args.split, streaming=data_args.streaming
         )
     if data_args.streaming or data_args.dataset_config is not None or data_args.split != PAIRS_SPLIT:
         raise ValueError(
-            f"dataset {data_args.dataset!r} holds adversarial pairs, which are one split, {PAIRS_SPLIT!r}, read from "
-            "the disk as they are needed: leave streaming, dataset_config and split out"
+            f"dataset {data_args.dataset!r} holds adversarial pairs, which have only the split {PAIRS_SPLIT!r} and "
+            "are read from disk on demand: leave streaming, dataset_config and split out"
         )
     return load_adversarial_pairs(data_args.dataset)
 
@@ -282,10 +282,10 @@ class EvaluationCommandArguments(EvaluationArguments):
         metadata={"help": "Adapter on another base for transfer attacks; its tokens are not used. By default none."},
     )
     surrogate_head: str | None = field(
-        default=None, metadata={"help": "Folder of the surrogate's head, needed where head is given; by default none."}
+        default=None, metadata={"help": "Folder of the surrogate's head, required if head is given; by default none."}
     )
     base_model: str | None = field(
-        default=None, metadata={"help": "Folder or Hub id of the base; by default what the adapter names."}
+        default=None, metadata={"help": "Folder or Hub id of the base; by default the one in the adapter's config."}
     )
     attn_implementation: str | None = field(
         default=None,
@@ -298,7 +298,7 @@ class EvaluationCommandArguments(EvaluationArguments):
             raise ValueError('task="segmentation" needs head, the folder of a probe head')
         if (self.surrogate_head is not None) != (self.surrogate is not None and self.head is not None):
             raise ValueError(
-                "surrogate_head is for surrogate where head is given, and needed there, got "
+                "give surrogate_head exactly if both surrogate and head are given, got "
                 f"surrogate={self.surrogate!r}, head={self.head!r}, surrogate_head={self.surrogate_head!r}"
             )
 

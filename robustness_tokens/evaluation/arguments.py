@@ -29,7 +29,7 @@ class EvaluationArguments:
 
     task: Task | None = field(
         default=None,
-        metadata={"help": "features, classification or segmentation; by default what the model is made for."},
+        metadata={"help": "features, classification or segmentation; by default the task of the model."},
     )
     knowledge: list[str] = field(
         default_factory=lambda: list(get_args(Knowledge)),
@@ -58,7 +58,7 @@ class EvaluationArguments:
         },
     )
     budget: BudgetName = field(
-        default="quick", metadata={"help": "How many images, steps and attacks: quick, standard or full."}
+        default="quick", metadata={"help": "Size of the evaluation (images, steps, attacks): quick, standard or full."}
     )
     num_images: int | None = field(
         default=None, metadata={"help": "Number of images, at most those of the dataset; by default the budget's."}
@@ -90,11 +90,11 @@ class EvaluationArguments:
         default=None,
         metadata={"help": "Side in pixels that images are squashed to; by default the image processor's."},
     )
-    ignore_index: int = field(default=255, metadata={"help": "Label of pixels that do not count in a segmentation."})
+    ignore_index: int = field(default=255, metadata={"help": "Label of pixels that a segmentation ignores."})
     attack_precision: MixedPrecision | None = field(
         default=None,
         metadata={
-            "help": "Precision of the attacks' forward passes: no (float32) or bf16, on devices that have it; by "
+            "help": "Precision of the attacks' forward passes: no (float32) or bf16, on devices that support it; by "
             "default the training's. Results are always measured in float32."
         },
     )

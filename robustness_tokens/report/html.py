@@ -26,8 +26,8 @@ FIGURES: dict[str, tuple[str, str, bool]] = {
     **{
         f"{metric}_by_eps.png": (
             f"{words.capitalize(name)} against the size of the attack",
-            "The worst case over the sweep's one or two attacks for each attacker, from no change at all to a visible "
-            "one; the results above use more attacks. The black box tries noise alone. With budget quick or standard "
+            "Worst case over the sweep's one or two attacks of each attacker, from no change to a visible one. "
+            "The results above use more attacks. The black box uses only noise. With budget quick or standard "
             "an attacker with own tokens uses the first set of them. Bands are 95% confidence intervals; higher is "
             "better. The table of the sweep holds the numbers.",
             False,
@@ -36,7 +36,7 @@ FIGURES: dict[str, tuple[str, str, bool]] = {
     },
     "layer_maxima.png": (
         "Largest absolute activation per layer",
-        "Largest over the base's own sequence, without the robustness tokens' rows; mean over the images shown below. "
+        "Maximum over the base's own sequence, without the robustness tokens; mean over the images shown below. "
         "Where the curve of attacked images with tokens follows that of clean ones, the attack does not reach the "
         "layer.",
         False,
@@ -48,7 +48,7 @@ FIGURES: dict[str, tuple[str, str, bool]] = {
     ),
     "attacked_images.png": (
         "Clean images, attacked images, and their difference",
-        "The difference is amplified by the factor beside it. A classifier's images carry its predictions.",
+        "The difference is amplified by the factor beside it. For a classifier, each image shows the prediction.",
         True,
     ),
     "feature_maps.png": (
@@ -96,7 +96,7 @@ def render_report_html(report: ReportContent) -> str:
 
 
 def _headline(results: Sequence[Result]) -> dict[str, Any] | None:
-    """Returns clean images, the grey box and the worst case, of the first metric that was reported."""
+    """Returns the results of the first reported metric: clean images, grey box and worst case."""
     suite = [r for r in results if not words.is_sweep(r)]
     ours = [r for r in suite if r.tokens == "trained"]
     if not ours:

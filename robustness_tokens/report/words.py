@@ -42,14 +42,14 @@ BASELINES = ("untrained", "zero", "mean")
 WORST_CASE = "worst_case"
 PART_WORST_CASE = "worst_case_of_part"  # over some of a level's attacks, which attack_parameters name
 ATTACKS = {None: "no attack", WORST_CASE: "worst case", PART_WORST_CASE: "worst case of some attacks"}
-"""Other attacks are shown by their names."""
+"""Other attacks are shown under their own names."""
 
-BASE_HEAD = "The results without tokens use a head of their own."
+BASE_HEAD = "The results without tokens use a separate head."
 OWN_TOKENS = (
     "Settings in which the training of the attacker's tokens differs from the recipe. Seeds always differ. An "
-    "attacker who follows the recipe may do more damage."
+    "attacker who follows the recipe exactly may do more damage."
 )
-OWN_TOKENS_GIVEN = "They were given to the evaluation, so how they were trained is not known."
+OWN_TOKENS_GIVEN = "The tokens were given to the evaluation, so their training is not known."
 
 
 def describe_attacker(knowledge: str | None) -> str:
@@ -79,7 +79,7 @@ def format_eps(eps: float) -> str:
 
 
 def format_number(result: Result, value: float | None = None) -> str:
-    """Returns the result, or another value of its metric: a cosine as it is, all others in %."""
+    """Returns the result, or another value of its metric: a cosine unchanged, all others in %."""
     value = result.value if value is None else value
     return f"{value:.3f}" if result.metric == "cosine" else f"{100 * value:.1f}"
 
@@ -119,7 +119,7 @@ def own_tokens_rows(report: ReportContent) -> list[list[str]]:
     def cell(kind: str, name: str) -> str:
         if name in described[kind]:
             return format_setting(name, described[kind][name])
-        return "as the recipe" if kind != "recipe" and name in recipe else "-"
+        return "as in the recipe" if kind != "recipe" and name in recipe else "-"
 
     return [["Setting", *described], *([name, *(cell(kind, name) for kind in described)] for name in names)]
 

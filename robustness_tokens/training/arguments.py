@@ -152,7 +152,7 @@ class RobustnessTokenTrainingArguments:
         metadata={"help": "Size, in images, of the buffer that shuffles a stream; shards are shuffled too."},
     )
     max_broken_images: int = field(
-        default=10, metadata={"help": "Unreadable images that a process skips before it gives up."}
+        default=10, metadata={"help": "Number of unreadable images that a process skips before it raises an error."}
     )
     dataloader_num_workers: int = field(
         default=0, metadata={"help": "Processes that decode images; 0 decodes in the training process."}
@@ -165,12 +165,12 @@ class RobustnessTokenTrainingArguments:
     mixed_precision: MixedPrecision = field(
         default="no",
         metadata={
-            "help": "Precision of the forward passes: no (that of the weights), or bf16 on devices that have it."
+            "help": "Precision of the forward passes: no (that of the weights), or bf16 on devices that support it."
         },
     )
     torch_compile: bool = field(
         default=False,
-        metadata={"help": "Compile the layers of the base for the attack; if that fails, the run goes on without."},
+        metadata={"help": "Compile the layers of the base for the attack; if that fails, the run continues without."},
     )
     train_attn_implementation: str = field(
         default=AUTO,
@@ -187,7 +187,7 @@ class RobustnessTokenTrainingArguments:
         default=None, metadata={"help": "Optimiser steps between two checkpoints; by default none is saved."}
     )
     save_total_limit: int | None = field(
-        default=None, metadata={"help": "Number of checkpoints to keep, the newest; by default all."}
+        default=None, metadata={"help": "Number of newest checkpoints to keep; by default all."}
     )
     eval_steps: int | None = field(
         default=None,

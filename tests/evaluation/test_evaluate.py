@@ -199,7 +199,7 @@ def test_every_number_says_what_it_means(report: RobustnessReport) -> None:
         for result in pick(report.results, view=view):
             assert result.attack_parameters["num_robustness_tokens"] == lengths
     assert report.own_tokens == {}, "they were not trained here"
-    assert "how they were trained is not known" in render_report_markdown(report)
+    assert "their training is not known" in render_report_markdown(report)
     assert RobustnessReport.from_dict(json.loads(json.dumps(report.to_dict()))) == report
 
 
@@ -434,7 +434,7 @@ def test_a_head_of_the_bases_own_is_no_secret() -> None:
     report = run(ProbedModel(model, head, base_head=other), Images(list(labels)), **changes)
     assert report.base_has_own_head
     for text in (render_report_markdown(report), render_report_html(report)):
-        assert "The results without tokens use a head of their own." in text
+        assert "The results without tokens use a separate head." in text
 
 
 def test_the_attacker_trains_own_tokens(

@@ -157,7 +157,7 @@ def test_the_card_shows_the_main_metric_and_the_failed_checks() -> None:
     report = make_report(results=results, checks=checks)
     card = render_card(config(), name="u/a", report=report)
     assert "Measured on `user/pictures`, split `test`, 500 images, with budget `standard`, seed 3, by" in card
-    assert "2 checks of the attacks passed, 1 failed, 1 have no verdict.\n" in card
+    assert "Checks of the attacks: 2 passed, 1 failed, 1 without a verdict.\n" in card
     assert re.findall("^- Failed: .*$", card, flags=re.MULTILINE) == [
         "- Failed: 9, steps: 3% to 2%. More steps must change nothing."
     ]
@@ -324,7 +324,7 @@ def test_the_recipe_of_the_card_is_a_file_for_robtok_train(changes: dict[str, An
 
 def evaluation_of(report: RobustnessReport, **kwargs: Any) -> str:
     card = render_card(config(), name="user/adapter", report=report, **kwargs)
-    (line,) = re.findall("^To evaluate again, with .*$", card, flags=re.MULTILINE)
+    (line,) = re.findall("^To evaluate again with .*$", card, flags=re.MULTILINE)
     return str(line)
 
 

@@ -174,7 +174,7 @@ def test_without_weights_and_data_it_says_what_it_lacks(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "| 0.09 -> 0.93 | - |" in done.stdout
     assert "| -0.02 -> 0.86 | - |" in done.stdout
-    assert "dinov2-small was not run, it lacks" in done.stderr
+    assert "dinov2-small was not run, missing:" in done.stderr
     for lacking in (
         "the base facebook/dinov2-small: ",
         "the head facebook/dinov2-small-imagenet1k-1-layer: ",
