@@ -19,7 +19,7 @@ COMMANDS = {
     "info": "Print what an adapter holds, without loading its base.",
     "import-tokens": "Convert tokens that the paper's authors released into an adapter.",
     "push": "Upload an adapter to the Hub in one commit, to a private repo by default.",
-    "merge": "Merge tokens and base into a plain model with registers; it contains the tokens and needs no add-on.",
+    "merge": "Merge tokens and base into a plain transformers or timm model with registers; it contains the tokens.",
 }
 
 # Their text alone is no sentence, so the class is named too.

@@ -226,7 +226,7 @@ class DataArguments:
 
     dataset: str = field(metadata={"help": "Hub id, folder or parquet file of images, or folder of stored pairs."})
     dataset_config: str | None = field(
-        default=None, metadata={"help": "Configuration of the dataset on the Hub; by default its own default."}
+        default=None, metadata={"help": "Configuration of the dataset on the Hub; by default the dataset's own."}
     )
     split: str = field(default="train", metadata={"help": "Split of the dataset."})
     streaming: bool = field(default=False, metadata={"help": "Stream the dataset instead of downloading it."})
@@ -260,12 +260,12 @@ def load_train_dataset(data_args: DataArguments) -> Any:
 class EvaluationCommandArguments(EvaluationArguments):
     """The settings of an evaluation, and where its models and images are; `ValueError` if two conflict."""
 
-    dataset: str = field(metadata={"help": "Hub id, folder of images, or parquet file of the images to attack."})
+    dataset: str = field(metadata={"help": "Hub id, folder or parquet file of the images to attack."})
     output_dir: str = field(
         metadata={"help": "Folder for the report and for finished parts, which are not run again."}
     )
     dataset_config: str | None = field(
-        default=None, metadata={"help": "Configuration of the dataset on the Hub; by default its own default."}
+        default=None, metadata={"help": "Configuration of the dataset on the Hub; by default the dataset's own."}
     )
     split: str = field(default="test", metadata={"help": "Split of the dataset."})
     attacker_dataset: str | None = field(
@@ -282,7 +282,10 @@ class EvaluationCommandArguments(EvaluationArguments):
         metadata={"help": "Adapter on another base for transfer attacks; its tokens are not used. By default none."},
     )
     surrogate_head: str | None = field(
-        default=None, metadata={"help": "Folder of the surrogate's head, required if head is given; by default none."}
+        default=None,
+        metadata={
+            "help": "Folder of the surrogate's head, required if surrogate and head are given; by default none."
+        },
     )
     base_model: str | None = field(
         default=None, metadata={"help": "Folder or Hub id of the base; by default the one in the adapter's config."}

@@ -61,7 +61,7 @@ class EvaluationArguments:
         default="quick", metadata={"help": "Size of the evaluation (images, steps, attacks): quick, standard or full."}
     )
     num_images: int | None = field(
-        default=None, metadata={"help": "Number of images, at most those of the dataset; by default the budget's."}
+        default=None, metadata={"help": "Number of images, at most the size of the dataset; by default the budget's."}
     )
     num_steps: int | None = field(default=None, metadata={"help": "Steps of PGD; by default the budget's."})
     num_restarts: int | None = field(
@@ -76,7 +76,7 @@ class EvaluationArguments:
         metadata={"help": "Run the attacks that only checks need: more steps, more restarts, one step, unbounded."},
     )
     seed: int = field(
-        default=0, metadata={"help": "Seed of the choice of images, the attacks and the confidence intervals."}
+        default=0, metadata={"help": "Seed of the selection of images, the attacks and the confidence intervals."}
     )
     batch_size: int = field(default=100, metadata={"help": "Largest number of images that are attacked together."})
     output_dir: str | None = field(
