@@ -99,7 +99,7 @@ def sweep(
 ) -> None:
     if data_args.eval_dataset is not None:
         raise ValueError(
-            "a sweep takes no eval_dataset, since it holds out num_eval_pairs of its pairs: leave eval_dataset out"
+            "eval_dataset has no meaning for a sweep, which holds out num_eval_pairs of its pairs: leave it out"
         )
     model = RobustnessTokenModel.from_base(model_args.base_model, **model_args.from_base_kwargs())
     rows = run_sweep(model, training_args, load_train_dataset(data_args), sweep_args)

@@ -111,7 +111,7 @@ def test_held_out_images_are_measured_at_the_end_at_least(
 
 @pytest.mark.parametrize(
     ("command", "expected"),
-    [("sweep", "a sweep takes no eval_dataset"), ("train", "eval_steps=1 needs an eval_dataset")],
+    [("sweep", "eval_dataset has no meaning for a sweep"), ("train", "eval_steps=1 needs an eval_dataset")],
 )
 def test_what_to_measure_is_clear_before_anything_is_loaded(
     work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, expected: str
