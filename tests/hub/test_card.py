@@ -214,7 +214,7 @@ def test_the_card_says_what_it_is() -> None:
     assert "11 learned input tokens (width 384)" in card
     assert "The base is `facebook/dinov2-small` (`Dinov2Model`, commit `0123456789abcdef`)." in card
     assert "mean `[0.1, 0.2, 0.3]`, std `[0.4, 0.5, 0.6]`" in card
-    assert "The tokens are a secret" in card
+    assert "The defence relies on the tokens being secret" in card
     assert "The tokens have not been trained." in card
     assert "robtok train" not in card
 
@@ -245,7 +245,7 @@ def test_the_card_of_untrained_tokens_claims_no_training() -> None:
 
 def test_published_tokens_are_not_called_a_secret() -> None:
     card = render_card(config(training={"secrecy": "none: these tokens are published", "file": "x.pt"}), name="x")
-    assert "The tokens are a secret" not in card
+    assert "The defence relies on the tokens being secret" not in card
     assert "these are published" in card
     assert "were not trained by this package" in card
 
@@ -256,7 +256,7 @@ def test_published_tokens_are_not_called_a_secret() -> None:
         (recipe(), "Trained on images of `224` pixels a side", "no limit"),
         (recipe(), "squashed to a square", "no limit"),
         (recipe(resize="processor"), "Only small changes", "squashed to a square"),
-        ({}, "by its first and its last layer", "Trained on images of"),
+        ({}, "only the first and the last layer", "Trained on images of"),
     ],
 )
 def test_the_limits_are_those_of_the_recipe(training: dict[str, Any], said: str, unsaid: str) -> None:
