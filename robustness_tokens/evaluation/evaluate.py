@@ -91,8 +91,7 @@ def evaluate_robustness(
         )
         eps = arguments.eps or [evaluated.recipe.get("eps") or DEFAULT_EPS]
         budget = apply_arguments(BUDGETS[arguments.budget], arguments)
-        for level in arguments.knowledge:
-            select_attacks(arguments.attacks, budget, level)  # refuses unknown names before anything is computed
+        select_attacks(arguments.attacks, budget, "full")  # refuses unknown names before anything is computed
         processor = None if evaluated.adapter is None else evaluated.adapter.image_processor
         images = prepare_images(
             dataset,
