@@ -244,7 +244,7 @@ def test_a_public_repo_gets_no_secrets(hub: Hub, client: HubClient, make_adapter
     cards = {name: hub.repos[name].commit().files["README.md"].data.decode() for name in (ADAPTER, "alice/private")}
     assert "Keep the repository private" in cards["alice/private"]
     assert "Keep the repository private" not in cards[ADAPTER]
-    assert "these are published: whoever reads them can attack" in cards[ADAPTER]
+    assert "these are published: anyone can read them" in cards[ADAPTER]
 
 
 def test_a_pull_request_to_another(hub: Hub, client: HubClient, base: Repo, make_adapter: AdapterFactory) -> None:
