@@ -34,7 +34,7 @@ def fuzz(folder: Path, way: str, count: int, seed: int = 0) -> dict[str, Any]:
         str(seed),
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=3600)
     assert result.returncode == 0, f"crashed: {result.stderr[-2000:]}"
     outcome: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
     return outcome
