@@ -12,6 +12,7 @@ from ..configuration import FeatureView
 from ..models import MixedPrecision
 from ..report import Knowledge, Task
 from ..utils import check_choice
+from .attack_suite import find_definition
 
 
 BudgetName = Literal["quick", "standard", "full"]
@@ -114,6 +115,9 @@ class EvaluationArguments:
         for eps in (*(self.eps or ()), *self.eps_sweep):
             if not 0 <= eps <= 1:
                 raise ValueError(f"eps must lie in [0, 1], in pixel units of [0, 1] images such as 4/255, got {eps}")
+        for attack in self.attacks or ():
+            if isinstance(attack, str):
+                find_definition(attack)
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
 

@@ -370,7 +370,13 @@ ATTACKS: Mapping[str, _Definition] = {
 
 
 def find_definition(name: str) -> _Definition:
-    """Returns the definition of an attack; `ValueError` if the name is unknown."""
+    """Returns the definition of an attack such as `"square"` or `"feature_cosine:defended"`.
+
+    `ValueError` if the name is unknown, or the attack has no target and the name gives one.
+    """
+    name, _, target = name.partition(":")
     if name not in ATTACKS:
         raise ValueError(f"attack {name!r} is unknown, expected one of {', '.join(sorted(ATTACKS))}")
+    if target and "target" not in ATTACKS[name].parameters:
+        raise ValueError(f"attack {name!r} has no target, got {target!r}")
     return ATTACKS[name]

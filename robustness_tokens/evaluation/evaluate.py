@@ -28,7 +28,7 @@ from .figures import make_figures
 from .images import load_batches
 from .measurements import Measurements, sweep_curves
 from .own_tokens import describe_training, initializer_range, own_tokens_specs, train_own_tokens
-from .plan import BUDGETS, apply_arguments, plan_cells, select_attacks
+from .plan import BUDGETS, apply_arguments, plan_cells
 from .threat_models import EvaluatedModel, attacker_views
 
 
@@ -91,7 +91,6 @@ def evaluate_robustness(
         )
         eps = arguments.eps or [evaluated.recipe.get("eps") or DEFAULT_EPS]
         budget = apply_arguments(BUDGETS[arguments.budget], arguments)
-        select_attacks(arguments.attacks, budget, "full")  # refuses unknown names before anything is computed
         processor = None if evaluated.adapter is None else evaluated.adapter.image_processor
         images = prepare_images(
             dataset,

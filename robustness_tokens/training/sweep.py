@@ -36,7 +36,12 @@ logger = logging.getLogger(__name__)
 
 CSV_FILE, FIGURE_FILE, PAIRS_FOLDER = "sweep.csv", "sweep.png", "pairs"
 _SAME_CONFIG = (
-    *("base_model_fingerprint", "feature_view", "similarity_axis", "initializer_range", "image_mean", "image_std"),
+    "base_model_fingerprint",
+    "feature_view",
+    "similarity_axis",
+    "initializer_range",
+    "image_mean",
+    "image_std",
 )
 
 
@@ -140,13 +145,16 @@ def run_sweep(
             path: row for path, row in found.items() if row and not (args.overwrite_output_dir and path in members)
         }
 
-    def write_rows() -> list[dict[str, float]]:
-        in_order = sorted(rows.values(), key=lambda row: tuple(row.values()))
-        write_text(folder / CSV_FILE, to_csv(in_order))
-        write_bytes(folder / FIGURE_FILE, plot_sweep(in_order))
-        return in_order
+    def sort_rows() -> list[dict[str, float]]:
+        return sorted(rows.values(), key=lambda row: tuple(row.values()))
+
+    def write_rows() -> None:
+        write_text(folder / CSV_FILE, to_csv(sort_rows()))
+        write_bytes(folder / FIGURE_FILE, plot_sweep(sort_rows()))
 
     rows = share_from_main(find_rows, accelerator)
+    if rows:
+        share_from_main(write_rows, accelerator)
     for path, (num_tokens, learning_rate, seed) in members.items():
         if path in rows:
             continue
@@ -175,7 +183,7 @@ def run_sweep(
             base = member.unload()
     if not rows:
         raise FloatingPointError(f"every training of the sweep diverged, see {folder}: lower sweep_learning_rates")
-    return share_from_main(write_rows, accelerator)
+    return sort_rows()
 
 
 def _folder_name(num_tokens: float, learning_rate: float, seed: float) -> str:

@@ -278,7 +278,9 @@ class RobustnessTokenTrainer:
                     terminated = agree(self.control, termination.requested, accelerator)
             if state.global_step > first_step:  # the run may have been ended after the last check
                 self._check_tokens(batches)
-            elif args.eval_steps is not None and not terminated and not self.eval_history:
+            elif state.global_step == args.max_steps and not (
+                args.eval_steps is None or self.eval_history or terminated
+            ):
                 self._evaluate()  # all steps were done by a run that left no measurement
             if terminated:
                 self._exit_by_sigterm(position, optimizer, scheduler, termination)

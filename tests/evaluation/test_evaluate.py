@@ -541,8 +541,9 @@ def test_an_unknown_attack_is_refused_before_anything_is_computed(
     classifier: RobustnessTokenForImageClassification, images: Images, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(evaluate, "train_own_tokens", lambda *_, **__: pytest.fail("trained"))
-    with pytest.raises(ValueError, match="unknown, expected one of"):
-        run(classifier, images, attacks=["bim"], own_tokens=None)
+    for name, message in (("bim", "unknown, expected one of"), ("square:base", "has no target, got 'base'")):
+        with pytest.raises(ValueError, match=message):
+            run(classifier, images, attacks=[name], own_tokens=None)
 
 
 def test_labels_must_be_there(classifier: RobustnessTokenForImageClassification) -> None:

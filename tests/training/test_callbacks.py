@@ -103,6 +103,14 @@ class Decide(TrainerCallback):
         return control
 
 
+def test_a_callback_that_stops_the_training_before_its_first_step_measures_nothing(make: Make) -> None:
+    stop = TrainerCallback()
+    stop.on_train_begin = lambda *args, **_: setattr(args[2], "should_training_stop", True)  # type: ignore[method-assign]
+    trainer = make(max_steps=3, eval_steps=1, eval_images=2, callbacks=[stop])
+    trainer.train()
+    assert (trainer.state.global_step, trainer.eval_history) == (0, [])
+
+
 def test_a_callback_stops_the_training(make: Make) -> None:
     expected = make("short", max_steps=2)
     expected.train()
