@@ -7,6 +7,7 @@ from dataclasses import fields
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedConfig
 
 from .utils import (
@@ -25,10 +26,17 @@ from .utils import (
 )
 
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+
+TOKENS = "robustness_tokens"
+
+TokenState = Mapping[str, Tensor]
+"""What an adapter learned: its tokens under `TOKENS`, (K, D), or (depth, K, D) where several layers have tokens of
+their own; and its gains and shifts by name, such as `"norm1.gain"`, (L, D) for L layers."""
 
 FeatureView = Literal["cls_and_patches", "cls", "patches", "pooled"]
 SimilarityAxis = Literal["token", "feature"]
+GainsAndShifts = Literal["norm", "bias", "patch_embedding"]
 
 # `register_for_auto_class` writes this code beside an adapter; a config may name no other. Only transformers runs it,
 # with trust_remote_code=True and as long as the package is not imported.
@@ -45,6 +53,9 @@ from robustness_tokens import RobustnessTokenConfig, RobustnessTokenForImageClas
 
 __all__ = ["RobustnessTokenConfig", "RobustnessTokenForImageClassification", "RobustnessTokenModel"]
 '''
+
+# An adapter that needs none of these is written as schema 1, without them, so that older releases read it.
+_SCHEMA_2_DEFAULTS: dict[str, Any] = {"token_depth": 1, "gains_and_shifts": []}
 
 # transformers writes these keys into every config.json, or accepts them; all others must be fields of ours.
 _TRANSFORMERS_KEYS = {"architectures", "auto_map", "dtype", "model_type", "transformers_version"}
@@ -67,13 +78,17 @@ class RobustnessTokenConfig(PreTrainedConfig):
     """Configuration of a [`RobustnessTokenModel`].
 
     Args:
-        schema_version (`int`): Version of this layout.
+        schema_version (`int`): Version of this layout: 1, or 2 for an adapter with deep tokens, gains or shifts.
         base_model_name_or_path (`str`): Hub id or folder of the frozen base.
         base_model_revision (`str`, *optional*): Commit of the base on the Hub.
         base_model_class (`str`): The transformers class that loads the base, such as `"Dinov2Model"`.
         base_model_fingerprint (`dict[str, str]`): sha256 of the base's first and last layer by floating dtype, see
             [`~robustness_tokens.models.layer_stack.base_fingerprint`].
-        num_robustness_tokens (`int`): K, the number of tokens.
+        num_robustness_tokens (`int`): K, the number of tokens of a layer; 0 only with gains and shifts.
+        token_depth (`int`): Number of first layers that have tokens of their own (paper: 1, the input alone).
+        gains_and_shifts (`list[str]`): What is learned beside the tokens, as differences to the base: `"norm"` (gains
+            and shifts of LayerNorm and LayerScale in the layers), `"bias"` (shifts of linear layers),
+            `"patch_embedding"` (its weight and bias); empty for tokens alone (paper).
         hidden_size (`int`): D, the width of the base.
         initializer_range (`float`): Standard deviation of the tokens before training (paper: 0.01).
         feature_view (`str`): Features to train on: `"cls_and_patches"` (paper), `"cls"`, `"patches"`, `"pooled"`.
@@ -87,12 +102,14 @@ class RobustnessTokenConfig(PreTrainedConfig):
 
     model_type: ClassVar[str] = "robustness_tokens"
 
-    schema_version: int = SCHEMA_VERSION
+    schema_version: int = 1
     base_model_name_or_path: str = ""
     base_model_revision: str | None = None
     base_model_class: str = ""
     base_model_fingerprint: dict[str, str] | None = None
     num_robustness_tokens: int = 10
+    token_depth: int = 1
+    gains_and_shifts: list[GainsAndShifts] | None = None
     hidden_size: int = 384
     initializer_range: float = 0.01
     feature_view: FeatureView = "cls_and_patches"
@@ -108,13 +125,24 @@ class RobustnessTokenConfig(PreTrainedConfig):
         self._check_transformers_keys()
         self.base_model_fingerprint = self.base_model_fingerprint or {}
         self.training = self.training or {}
+        self.gains_and_shifts = list(self.gains_and_shifts or [])
+        if any(getattr(self, name) != default for name, default in _SCHEMA_2_DEFAULTS.items()):
+            self.schema_version = SCHEMA_VERSION
         super().__post_init__(**kwargs)
         self.validate()
+
+    @property
+    def tokens_shape(self) -> tuple[int, ...]:
+        """Shape of the tokens: (K, D), or (depth, K, D) for a depth above 1."""
+        shape = (self.num_robustness_tokens, self.hidden_size)
+        return shape if self.token_depth == 1 else (self.token_depth, *shape)
 
     def validate(self) -> None:
         """Checks every field; `ValueError` names the field, its value and the allowed ones."""
         check_schema("the adapter", self.schema_version, SCHEMA_VERSION)
-        check_int("num_robustness_tokens", self.num_robustness_tokens, 1, 2**20)
+        check_gains_and_shifts(self.gains_and_shifts)
+        check_int("num_robustness_tokens", self.num_robustness_tokens, 0 if self.gains_and_shifts else 1, 2**20)
+        check_int("token_depth", self.token_depth, 1, 2**10)
         check_int("hidden_size", self.hidden_size, 1, 2**20)
         check_number("initializer_range", self.initializer_range, 0.0)
         check_choice("feature_view", self.feature_view, get_args(FeatureView))
@@ -164,20 +192,31 @@ class RobustnessTokenConfig(PreTrainedConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """Returns only the adapter's own keys; labels come from the base."""
-        kept = own_keys() | _TRANSFORMERS_KEYS - {"dtype"}
+        kept = own_keys(self.schema_version) | _TRANSFORMERS_KEYS - {"dtype"}
         return {key: value for key, value in super().to_dict().items() if key in kept and (key != "auto_map" or value)}
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Reads a config strictly; `ValueError` for a missing or an unknown key, or a newer schema."""
         name, optional = "the adapter's config.json", _TRANSFORMERS_KEYS
-        check_keys(name, config_dict, own_keys(), optional=optional, schema=SCHEMA_VERSION)
+        version = config_dict.get("schema_version") if isinstance(config_dict, dict) else None
+        check_keys(name, config_dict, own_keys(version), optional=optional, schema=SCHEMA_VERSION)
         return super().from_dict(config_dict, **kwargs)
 
 
-def own_keys() -> set[str]:
-    """Returns the names of the fields that an adapter's config.json must hold."""
-    return {field.name for field in fields(RobustnessTokenConfig)} - {field.name for field in fields(PreTrainedConfig)}
+def own_keys(schema_version: Any = SCHEMA_VERSION) -> set[str]:
+    """Returns the names of the fields that an adapter's config.json of this schema must hold."""
+    own = {field.name for field in fields(RobustnessTokenConfig)} - {field.name for field in fields(PreTrainedConfig)}
+    return own - _SCHEMA_2_DEFAULTS.keys() if schema_version == 1 else own
+
+
+def check_gains_and_shifts(kinds: Any) -> None:
+    """Raises `ValueError` unless this is a list of different [`GainsAndShifts`]."""
+    check_list("gains_and_shifts", kinds)
+    for kind in kinds:
+        check_choice("gains_and_shifts", kind, get_args(GainsAndShifts))
+    if len(set(kinds)) < len(kinds):
+        raise ValueError(f"gains_and_shifts must name each kind once, got {kinds!r}")
 
 
 def check_same_base(

@@ -1,4 +1,5 @@
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,22 +49,29 @@ FULL: dict[str, Any] = {
 }
 
 
+DEEP = {**FULL, "token_depth": 12, "gains_and_shifts": ["norm", "patch_embedding"]}
+DEEP_FIELDS = FIELDS | {"token_depth", "gains_and_shifts"}
+"""Of schema 2: tokens in several layers, or gains and shifts."""
+
+
 def own_values(config: RobustnessTokenConfig) -> dict[str, Any]:
-    return {name: getattr(config, name) for name in FIELDS}
+    return {name: getattr(config, name) for name in DEEP_FIELDS}
 
 
-def config_dict(**changes: Any) -> dict[str, Any]:
-    content = {**RobustnessTokenConfig(**FULL).to_dict(), **changes}
+def config_dict(full: Mapping[str, Any] = FULL, **changes: Any) -> dict[str, Any]:
+    content = {**RobustnessTokenConfig(**full).to_dict(), **changes}
     return {key: value for key, value in content.items() if value is not ...}
 
 
 def test_the_fields_are_those_of_the_design() -> None:
-    assert own_keys() == FIELDS
+    assert own_keys(1) == FIELDS
+    assert own_keys(2) == DEEP_FIELDS
 
 
 def test_defaults_are_the_papers() -> None:
     config = RobustnessTokenConfig()
     assert (config.num_robustness_tokens, config.initializer_range) == (10, 0.01)
+    assert (config.token_depth, config.gains_and_shifts, config.tokens_shape) == (1, [], (10, 384))
     assert (config.feature_view, config.similarity_axis) == ("cls_and_patches", "token")
     assert (config.schema_version, config.base_model_fingerprint, config.training) == (1, {}, {})
 
@@ -71,16 +79,21 @@ def test_defaults_are_the_papers() -> None:
 def test_defaults_are_not_shared_between_configs() -> None:
     first, second = RobustnessTokenConfig(), RobustnessTokenConfig()
     assert first.training is not None
+    assert first.gains_and_shifts is not None
     first.training["seed"] = 1
+    first.gains_and_shifts.append("norm")
     assert second.training == {}
+    assert second.gains_and_shifts == []
 
 
-@pytest.mark.parametrize("values", [{}, FULL])
+@pytest.mark.parametrize("values", [{}, FULL, DEEP])
 def test_save_and_load(values: dict[str, Any], tmp_path: Path) -> None:
     config = RobustnessTokenConfig(**values)
     config.save_pretrained(tmp_path)
     written = json.loads((tmp_path / "config.json").read_text())
-    assert set(written) == FIELDS | {"model_type", "transformers_version"}
+    fields = DEEP_FIELDS if values is DEEP else FIELDS
+    assert set(written) == fields | {"model_type", "transformers_version"}
+    assert written["schema_version"] == (2 if values is DEEP else 1), "older releases read what they can use"
     assert written["model_type"] == "robustness_tokens"
     for loaded in (RobustnessTokenConfig.from_pretrained(tmp_path), AutoConfig.from_pretrained(tmp_path)):
         assert type(loaded) is RobustnessTokenConfig
@@ -92,6 +105,17 @@ def test_labels_of_the_base_are_not_copied() -> None:
     config.id2label = {index: str(index) for index in range(1000)}
     config.label2id = {str(index): index for index in range(1000)}
     assert set(config.to_dict()) <= FIELDS | {"model_type", "transformers_version", "architectures"}
+
+
+@pytest.mark.parametrize("changes", [{"token_depth": 2}, {"gains_and_shifts": ["bias"]}])
+def test_what_older_releases_do_not_know_has_schema_2(changes: dict[str, Any]) -> None:
+    config = RobustnessTokenConfig(**FULL, **changes)
+    assert config.schema_version == 2
+    assert config.tokens_shape == ((2, 7, 48) if "token_depth" in changes else (7, 48))
+
+
+def test_gains_and_shifts_need_no_tokens() -> None:
+    assert RobustnessTokenConfig(num_robustness_tokens=0, gains_and_shifts=["norm"]).tokens_shape == (0, 384)
 
 
 @pytest.mark.parametrize("misspelt", ["num_robustnes_tokens", "num_tokens", "eps", "_secret"])
@@ -116,6 +140,14 @@ NAN, INFINITE = float("nan"), float("inf")
         ("num_robustness_tokens", "10"),
         ("num_robustness_tokens", None),
         ("num_robustness_tokens", 2**40),
+        ("token_depth", 0),
+        ("token_depth", "all"),
+        ("token_depth", 2**20),
+        ("token_depth", None),
+        ("gains_and_shifts", "norm"),
+        ("gains_and_shifts", ["norms"]),
+        ("gains_and_shifts", ["norm", "norm"]),
+        ("gains_and_shifts", [["norm"]]),
         ("hidden_size", 0),
         ("hidden_size", [384]),
         ("hidden_size", 2**63),
@@ -165,7 +197,7 @@ def test_bad_values_are_named(field: str, value: Any) -> None:
     with pytest.raises(ValueError, match=field):
         RobustnessTokenConfig(**{**FULL, field: value})
     with pytest.raises(ValueError, match=field):
-        RobustnessTokenConfig.from_dict(config_dict(**{field: value}))
+        RobustnessTokenConfig.from_dict(config_dict(DEEP if field in DEEP_FIELDS - FIELDS else FULL, **{field: value}))
 
 
 @pytest.mark.parametrize(
@@ -188,10 +220,16 @@ def test_bad_normalisation(mean: Any, std: Any, message: str) -> None:
         RobustnessTokenConfig(image_mean=mean, image_std=std)
 
 
-@pytest.mark.parametrize("key", sorted(FIELDS - {"schema_version"}))
+@pytest.mark.parametrize("key", sorted(DEEP_FIELDS - {"schema_version"}))
 def test_missing_keys_are_errors(key: str) -> None:
     with pytest.raises(ValueError, match=rf"missing keys \['{key}'\] and unknown keys \[\]"):
-        RobustnessTokenConfig.from_dict(config_dict(**{key: ...}))
+        RobustnessTokenConfig.from_dict(config_dict(DEEP, **{key: ...}))
+
+
+@pytest.mark.parametrize("key", sorted(DEEP_FIELDS - FIELDS))
+def test_keys_of_schema_2_are_unknown_in_schema_1(key: str) -> None:
+    with pytest.raises(ValueError, match=rf"missing keys \[\] and unknown keys \['{key}'\]"):
+        RobustnessTokenConfig.from_dict(config_dict(**{key: DEEP[key]}))
 
 
 def test_a_missing_schema_version_is_an_error() -> None:
@@ -233,8 +271,8 @@ def test_every_digest_that_both_fingerprints_hold_must_be_equal() -> None:
 
 
 def test_a_newer_schema_says_so_before_it_complains_of_keys() -> None:
-    with pytest.raises(ValueError, match="schema_version 2, this package reads up to 1: pip install --upgrade"):
-        RobustnessTokenConfig.from_dict({"schema_version": 2, "a_key_of_the_future": 1})
+    with pytest.raises(ValueError, match="schema_version 3, this package reads up to 2: pip install --upgrade"):
+        RobustnessTokenConfig.from_dict({"schema_version": 3, "a_key_of_the_future": 1})
 
 
 @pytest.mark.parametrize("content", [[], "config", None, 3])

@@ -33,6 +33,7 @@ from ..attacks import (
     pixel_cross_entropy_objective,
     square_attack,
 )
+from ..configuration import TokenState
 from ..report import Task
 from .threat_models import AttackerView
 
@@ -159,7 +160,7 @@ class AttackCall:
         return self.generators[0].initial_seed() % 2**31
 
     @torch.no_grad()
-    def target_features(self, tokens: Tensor | None) -> Tensor:
+    def target_features(self, tokens: TokenState | None) -> Tensor:
         if self.attack.target != "base":
             return self.view.model.features(self.images, tokens)
         if self.batch.base_features is not None and not self.view.is_surrogate:
@@ -173,7 +174,7 @@ class AttackCall:
             return objectives[0]
         return lambda images: torch.stack([objective(images) for objective in objectives]).mean(dim=0)  # (B,)
 
-    def _objective(self, kind: ObjectiveKind, tokens: Tensor | None) -> Objective:
+    def _objective(self, kind: ObjectiveKind, tokens: TokenState | None) -> Objective:
         model = self.view.model
         if kind in ("cosine", "mse"):
             features_fn, target = functools.partial(model.features, tokens=tokens), self.target_features(tokens)

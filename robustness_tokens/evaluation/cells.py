@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..attacks import cosine_similarity
+from ..configuration import TokenState
 from ..models import packed_once
 from ..utils import digest, process_state, share_from_main, write_bytes
 from .attack_suite import Attack, AttackBatch, run_attack
@@ -69,7 +70,7 @@ class Cell:
         return {
             "series": self.series,
             "view": self.view.name,
-            "tokens": [None if tokens is None else digest([tokens]) for tokens in self.view.tokens],
+            "tokens": [None if tokens is None else digest(tokens) for tokens in self.view.tokens],
             "attack": self.attack.name,
             "parameters": self.attack.parameters(),
             "eps": self.eps,
@@ -151,7 +152,7 @@ def run_cells(
     cells: Sequence[Cell],
     model: EvaluatedModel,
     batches: Mapping[int, AttackBatch],
-    tokens: Mapping[str, Tensor | None],
+    tokens: Mapping[str, TokenState | None],
     clean: Outcome,
     *,
     batch_size: int,
@@ -219,7 +220,7 @@ def _run_batch(
     cell: Cell,
     model: EvaluatedModel,
     batch: AttackBatch,
-    tokens: Mapping[str, Tensor | None],
+    tokens: Mapping[str, TokenState | None],
     clean: Outcome,
     remaining: Tensor | None,
     *,
@@ -243,7 +244,7 @@ def _run_batch(
 
 @torch.no_grad()
 def measure_outcome(
-    model: EvaluatedModel, batch: AttackBatch, adversarial: Tensor, tokens: Mapping[str, Tensor | None]
+    model: EvaluatedModel, batch: AttackBatch, adversarial: Tensor, tokens: Mapping[str, TokenState | None]
 ) -> dict[str, Tensor]:
     """Measures a batch of attacked images, (B, 3, H, W), in float32 with each of the tokens.
 
@@ -292,7 +293,7 @@ def find_remaining(
 
 
 def _find_covered(
-    cell: Cell, before: Sequence[Cell], outcomes: Sequence[Outcome], tokens: Mapping[str, Tensor | None]
+    cell: Cell, before: Sequence[Cell], outcomes: Sequence[Outcome], tokens: Mapping[str, TokenState | None]
 ) -> dict[str, Tensor] | None:
     """Returns the outcome of an earlier cell with the same attack and at least the same images, or `None`."""
     wanted = _measured_with(cell, tokens)
@@ -304,7 +305,7 @@ def _find_covered(
     return None
 
 
-def _measured_with(cell: Cell, tokens: Mapping[str, Tensor | None]) -> Sequence[str]:
+def _measured_with(cell: Cell, tokens: Mapping[str, TokenState | None]) -> Sequence[str]:
     """Returns the names of the tokens to measure with: the trained ones, and for grey-box attacks also others."""
     if cell.view.knowledge != "base":
         return ["trained"]

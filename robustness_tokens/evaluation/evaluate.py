@@ -16,8 +16,9 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 
 from ..attacks import DEFAULT_EPS
+from ..configuration import TOKENS, TokenState
 from ..data import Normalizer, choose_rows, prepare_images
-from ..models import ProbedModel
+from ..models import ProbedModel, as_state
 from ..report import RobustnessReport
 from ..utils import __version__, digest, process_state
 from .arguments import EvaluationArguments, override_arguments
@@ -40,7 +41,7 @@ def evaluate_robustness(
     dataset: Any,
     arguments: EvaluationArguments | None = None,
     *,
-    own_tokens: Sequence[Tensor] | None = None,
+    own_tokens: Sequence[Tensor | TokenState] | None = None,
     attacker_datasets: Sequence[Any] | None = None,
     own_tokens_overrides: Mapping[str, Any] | None = None,
     surrogate: nn.Module | None = None,
@@ -59,7 +60,8 @@ def evaluate_robustness(
             or for segmentation with the columns "image" and "mask"), or a torch dataset of {"images": (3, H, W) float
             in [0, 1], "labels": class, or (H, W) classes of the pixels}.
         arguments: Settings; the defaults of [`EvaluationArguments`] if None.
-        own_tokens: Tokens, (K, D) each, that the attacker has trained already; trained here if None.
+        own_tokens: Tokens that the attacker has trained already, each as [`inject_tokens`] takes them; trained here if
+            None.
         attacker_datasets: One or more datasets that the attacker trains own tokens on; `[dataset]` if None.
         own_tokens_overrides: Training arguments of the attacker that differ from the adapter's recipe.
         surrogate: Another base for transfer attacks, as a model with tokens (which are not used) and the same
@@ -112,7 +114,7 @@ def evaluate_robustness(
                     evaluated,
                     own_tokens_specs(
                         budget.num_own_tokens,
-                        num_robustness_tokens=len(evaluated.tokens),
+                        num_robustness_tokens=evaluated.tokens[TOKENS].shape[-2],
                         recipe_seed=evaluated.recipe.get("seed"),
                         num_datasets=len(theirs),
                     ),
@@ -133,7 +135,12 @@ def evaluate_robustness(
             views = [
                 view
                 for level in dict.fromkeys(arguments.knowledge)
-                for view in attacker_views(level, evaluated, own_tokens=own_tokens or (), surrogate=other)  # type: ignore[arg-type]
+                for view in attacker_views(
+                    level,  # type: ignore[arg-type]
+                    evaluated,
+                    own_tokens=[as_state(tokens) for tokens in own_tokens or ()],
+                    surrogate=other,
+                )
             ]
             cells = plan_cells(
                 evaluated,
@@ -215,19 +222,21 @@ def _folder(output_dir: str | os.PathLike[str] | None) -> Iterator[Path]:
         state.wait_for_everyone()  # before the folder that all processes used is deleted
 
 
-def reported_tokens(model: EvaluatedModel, *, seed: int) -> dict[str, Tensor | None]:
-    """Returns the tokens to measure clean and grey-box images with, by name: (K, D), or `None` for the base alone.
+def reported_tokens(model: EvaluatedModel, *, seed: int) -> dict[str, TokenState | None]:
+    """Returns the tokens to measure clean and grey-box images with, by name; `None` for the base alone.
 
-    If untrained, zero or averaged tokens defend as well as the trained ones, the defence was not learned.
+    If untrained, zero or averaged tokens defend as well as the trained ones, the defence was not learned. Untrained
+    and zero tokens have no gains and shifts, averaged ones keep the trained ones.
     """
-    trained = model.tokens
+    state = model.tokens
+    trained = state[TOKENS]
     noise = torch.randn(trained.shape, generator=torch.Generator().manual_seed(seed)).to(trained)
     return {
-        "trained": trained,
+        "trained": state,
         "none": None,
-        "untrained": noise * initializer_range(model),
-        "zero": torch.zeros_like(trained),
-        "mean": trained.mean(dim=0, keepdim=True).expand_as(trained).contiguous(),
+        "untrained": {TOKENS: noise * initializer_range(model)},
+        "zero": {TOKENS: torch.zeros_like(trained)},
+        "mean": state | {TOKENS: trained.mean(dim=-2, keepdim=True).expand_as(trained).contiguous()},
     }
 
 
@@ -265,7 +274,7 @@ def _settings(
     )
     return {
         "model": model_settings(model),
-        "defended_tokens": digest([model.tokens]),
+        "defended_tokens": digest(model.tokens),
         "images": [sha for _, sha in sorted(parts)],
         "ignore_index": [arguments.ignore_index],
         "batch_size": arguments.batch_size,

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..configuration import TOKENS, TokenState
 from ..models import find_layer_stack, patch_grid
 from ..report import (
     Knowledge,
@@ -124,11 +125,11 @@ def _image_figures(
 
 
 @torch.no_grad()
-def observe_layers(model: EvaluatedModel, images: Tensor, tokens: Tensor | None) -> LayerObservation:
-    """Runs (B, 3, H, W) images in [0, 1] with (K, D) tokens, or the base alone, and observes every layer."""
+def observe_layers(model: EvaluatedModel, images: Tensor, tokens: TokenState | None) -> LayerObservation:
+    """Runs (B, 3, H, W) images in [0, 1] with tokens, or the base alone, and observes every layer."""
     stack = find_layer_stack(model.model)
     rows, columns = patch_grid(stack.owner, images)
-    num_tokens = 0 if tokens is None else len(tokens)
+    num_tokens = 0 if tokens is None else tokens[TOKENS].shape[-2]
     maxima: list[Tensor] = []
     last = torch.empty(0)
 
@@ -198,7 +199,7 @@ def _titles(model: EvaluatedModel, images: Tensor, attacked: Tensor) -> list[tup
     """Returns the classes that the model predicts without and with tokens, as text."""
     names: Mapping[int, str] = getattr(getattr(model.model, "config", None), "id2label", None) or {}
 
-    def seen(pictures: Tensor, tokens: Tensor | None) -> list[str]:
+    def seen(pictures: Tensor, tokens: TokenState | None) -> list[str]:
         classes = model.logits(pictures, tokens, exact=True).argmax(dim=1).tolist()
         return [plain(names.get(index, f"class {index}"))[:16] for index in classes]
 

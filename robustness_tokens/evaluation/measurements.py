@@ -9,6 +9,7 @@ from typing import Any, get_args
 
 from torch import Tensor
 
+from ..configuration import TOKENS
 from ..report import PART_WORST_CASE, WORST_CASE, ReportedKnowledge, Result, TokensInPlace, is_sweep
 from .attack_suite import AttackBatch
 from .cells import Cell
@@ -233,6 +234,6 @@ def _own_tokens(cells: Sequence[Cell]) -> dict[str, list[int]]:
 def own_token_lengths(cells: Sequence[Cell]) -> list[int]:
     """Returns the number of tokens in each set that the attacker trained and attacks through in these cells."""
     views = (cell.view for cell in cells if cell.view.knowledge == "own_tokens")
-    sets = {view.name: [len(tokens) for tokens in view.tokens if tokens is not None] for view in views}
+    sets = {view.name: [one[TOKENS].shape[-2] for one in view.tokens if one is not None] for view in views}
     alone = [length for lengths in sets.values() if len(lengths) == 1 for length in lengths]
     return max([alone, *sets.values()], key=len)  # an ensemble holds all sets

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..configuration import RobustnessTokenConfig
+from ..configuration import TOKENS, RobustnessTokenConfig
 from ..data import Images
 from ..hub import holds_adapter, load_adapter
 from ..models import RobustnessTokenModel, base_fingerprint, headless_model, remove_tokens
@@ -48,7 +48,7 @@ class OwnTokensSpec:
 class OwnTokens:
     """The result of a training run of the attacker."""
 
-    tokens: Tensor  # (K, D)
+    tokens: dict[str, Tensor]  # see TokenState
     training: dict[str, Any]  # as in an adapter's config
 
 
@@ -131,7 +131,7 @@ def train_own_tokens(
             trainer = RobustnessTokenTrainer(attacker, args, prepared[spec.dataset])
             trainer.train()
             trainer.save_model()
-            tokens = attacker.robustness_tokens.detach().clone()
+            tokens = {name: tensor.detach().clone() for name, tensor in attacker.injector.state.items()}
             trained.append(OwnTokens(tokens=tokens, training=dict(attacker.config.training or {})))
     return trained
 
@@ -141,7 +141,7 @@ def _read_run(folder: Path) -> OwnTokens | None:
     if not holds_adapter(folder):
         return None
     adapter = load_adapter(folder)
-    return OwnTokens(tokens=adapter.tokens, training=dict(adapter.config.training or {}))
+    return OwnTokens(tokens=adapter.state, training=dict(adapter.config.training or {}))
 
 
 def _count_pairs(
@@ -167,6 +167,8 @@ def _attacker(model: EvaluatedModel, base: Any, spec: OwnTokensSpec) -> Iterator
         attacker = RobustnessTokenModel.from_base(
             base,
             num_robustness_tokens=spec.num_robustness_tokens,
+            token_depth=model.token_depth,
+            gains_and_shifts=model.gains_and_shifts,
             initializer_range=initializer_range(model),
             feature_view=model.feature_view,
             similarity_axis=model.similarity_axis,
@@ -204,6 +206,8 @@ def _key(
     content = {
         "base": base_fingerprint(base),
         "features": [model.feature_view, model.similarity_axis],
+        "token_depth": model.token_depth,
+        "gains_and_shifts": model.gains_and_shifts,
         "initializer_range": initializer_range(model),
         "normalizer": repr(model.normalizer.image_mean.tolist() + model.normalizer.image_std.tolist()),
         "arguments": {key: value for key, value in values.items() if key not in ("seed", "disable_tqdm")},
@@ -241,7 +245,7 @@ def describe_training(
     described = {"recipe": theirs}
     for number, own in enumerate(trained):
         images = own.training.get("dataset", {})
-        found = {"num_robustness_tokens": len(own.tokens), "num_images": images.get("num_images")}
+        found = {"num_robustness_tokens": own.tokens[TOKENS].shape[-2], "num_images": images.get("num_images")}
         if on_evaluated:
             found["on_evaluated_dataset"] = True
         if "adversarial_pairs" in images:

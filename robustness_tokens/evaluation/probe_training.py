@@ -114,7 +114,7 @@ def train_probe(
                 for images, labels in _labelled(loader, broken_images, head_class, num_labels)
             )
 
-    with torch.no_grad(), tokens_in(base, None if injector is None else injector.robustness_tokens):
+    with torch.no_grad(), tokens_in(base, None if injector is None else injector.state):
         first = next(next(read(shuffle=False)), None)
         if first is None:
             raise ValueError("dataset has no images, expected at least one")

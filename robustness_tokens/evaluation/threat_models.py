@@ -14,7 +14,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from ..configuration import FeatureView, SimilarityAxis
+from ..configuration import FeatureView, GainsAndShifts, SimilarityAxis, TokenState
 from ..data import Normalizer
 from ..models import (
     MixedPrecision,
@@ -25,6 +25,8 @@ from ..models import (
     default_feature_view,
     extract_features,
     find_injector,
+    find_layer_stack,
+    kinds_of,
     resize_logits,
     runs_in_half,
     tokens_in,
@@ -85,9 +87,20 @@ class EvaluatedModel:
         self.attack_precision: MixedPrecision = "bf16" if runs_in_half(asked, device=self.device) else "no"
 
     @property
-    def tokens(self) -> Tensor:
-        """The tokens in the model, (K, D): the secret of the defence."""
-        return self.injector.robustness_tokens.detach()
+    def tokens(self) -> dict[str, Tensor]:
+        """The tokens in the model, with their gains and shifts: the secret of the defence."""
+        return {name: tensor.detach() for name, tensor in self.injector.state.items()}
+
+    @property
+    def token_depth(self) -> int:
+        """The number of layers with tokens of their own."""
+        tokens = self.injector.robustness_tokens
+        return len(tokens) if tokens.dim() == 3 else 1
+
+    @property
+    def gains_and_shifts(self) -> list[GainsAndShifts]:
+        """The kinds of gains and shifts in the model."""
+        return kinds_of(self.model, find_layer_stack(self.model), self.injector.names)
 
     @property
     def recipe(self) -> dict[str, Any]:
@@ -99,11 +112,11 @@ class EvaluatedModel:
         """The model without an adapter around it."""
         return self.model if self.adapter is None else self.adapter.get_base_model()
 
-    def features(self, images: Tensor, tokens: Tensor | None, *, exact: bool = False) -> Tensor:
+    def features(self, images: Tensor, tokens: TokenState | None, *, exact: bool = False) -> Tensor:
         """Returns the features that the tokens were trained to keep, float32 (B, N, D) or (B, D).
 
-        `tokens` are (K, D) for any K, `None` for the base alone; `exact` computes in float32 whatever the attacks'
-        precision. `ValueError` if the features of this model are not known.
+        `tokens` are a state with any number of tokens, `None` for the base alone; `exact` computes in float32 whatever
+        the attacks' precision. `ValueError` if the features of this model are not known.
         """
         if self.feature_view is None:
             raise ValueError(f"feature_view is not given, and a {type(self.model).__name__} has no default: give one")
@@ -111,7 +124,7 @@ class EvaluatedModel:
         base: Any = self.base
         return self._run(lambda x: extract_features(base, x, feature_view=view), images, tokens, exact)
 
-    def logits(self, images: Tensor, tokens: Tensor | None, *, exact: bool = False) -> Tensor:
+    def logits(self, images: Tensor, tokens: TokenState | None, *, exact: bool = False) -> Tensor:
         """Returns the head's logits, float32 (B, C) or (B, C, h, w); arguments as in [`features`]."""
 
         def run(pixel_values: Tensor) -> Tensor:
@@ -122,7 +135,7 @@ class EvaluatedModel:
         return self._run(run, images, tokens, exact)
 
     def pixel_logits(
-        self, images: Tensor, tokens: Tensor | None, size: Sequence[int], *, exact: bool = False
+        self, images: Tensor, tokens: TokenState | None, size: Sequence[int], *, exact: bool = False
     ) -> Tensor:
         """Returns the logits of a segmentation, resized bilinearly to the labels' (H, W): (B, C, H, W)."""
         logits = self.logits(images, tokens, exact=exact)
@@ -136,7 +149,9 @@ class EvaluatedModel:
         """Returns a context in which the base computes as in training: faster, and equal except for rounding."""
         return computing_faster(self.base, device=self.device, half_precision=self.attack_precision == "bf16")
 
-    def _run(self, function: Callable[[Tensor], Tensor], images: Tensor, tokens: Tensor | None, exact: bool) -> Tensor:
+    def _run(
+        self, function: Callable[[Tensor], Tensor], images: Tensor, tokens: TokenState | None, exact: bool
+    ) -> Tensor:
         half = self.attack_precision == "bf16" and not exact
         with tokens_in(self.model, tokens), torch.autocast(self.device.type, torch.bfloat16, enabled=half):
             return function(self.normalizer(images)).float()
@@ -163,7 +178,7 @@ class AttackerView:
     name: str  # unique within an evaluation
     knowledge: Knowledge
     model: EvaluatedModel  # the evaluated one, or another one for a transfer attack
-    tokens: tuple[Tensor | None, ...]  # (K, D) each, `None` for the base alone; objectives average over several
+    tokens: tuple[TokenState | None, ...]  # `None` for the base alone; objectives average over several
     differentiable: bool = True  # whether the attacker has gradients, or only answers
     is_surrogate: bool = False  # whether it is not the evaluated model
 
@@ -177,13 +192,13 @@ def attacker_views(
     knowledge: Knowledge,
     model: EvaluatedModel,
     *,
-    own_tokens: Sequence[Tensor] = (),
+    own_tokens: Sequence[TokenState] = (),
     surrogate: EvaluatedModel | None = None,
 ) -> list[AttackerView]:
     """Returns the models, at least one, through which an attacker of this level can attack.
 
     Black box: the defended model's answers, and the surrogate if there is one. Grey box: base and head without tokens.
-    Own tokens: each (K, D) set that the attacker trained, and their ensemble. White box: the defended model.
+    Own tokens: each set that the attacker trained, and their ensemble. White box: the defended model.
     `ValueError` if the level is unknown, or `"own_tokens"` has no sets.
     """
     view = functools.partial(AttackerView, knowledge=knowledge, model=model)

@@ -14,7 +14,7 @@ from .adapter_folder import (
     read_report,
     remove_report,
     report_of,
-    write_tokens,
+    write_state,
 )
 from .card import is_generated, render_card, to_eval_results, update_card
 from .pushing import push_adapter, push_adversarial_pairs

@@ -1,4 +1,4 @@
-"""Reads an adapter from disk or from the Hub, strictly, and writes its tokens.
+"""Reads an adapter from disk or from the Hub, strictly, and writes what it learned.
 
 An adapter is `config.json`, `model.safetensors`, `preprocessor_config.json`, `README.md`, and perhaps
 `evaluation.json`. Only safetensors and JSON are read; nothing is unpickled, nothing downloaded is executed.
@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from transformers import BaseImageProcessor
 
-from ..configuration import RobustnessTokenConfig
+from ..configuration import TOKENS, RobustnessTokenConfig, TokenState
 from ..data import read_image_processor
 from ..report import FIGURE_FILES, HTML_FILE, MARKDOWN_FILE, REPORT_FILE, OlderReportError, RobustnessReport
 from ..utils import check_finite, flush_to_disk, has_cache_hash, read_json, read_tensors, replacing
@@ -37,7 +37,10 @@ CARD_FILE = "README.md"
 # The report for people; not pushed.
 RENDERED_FILES = (MARKDOWN_FILE, HTML_FILE, *FIGURE_FILES)
 ADAPTER_FILES = (CONFIG_FILE, TOKENS_FILE, PROCESSOR_FILE, CARD_FILE, REPORT_FILE)
-TOKENS_KEY = "robustness_tokens"
+
+# Names of gains and shifts; whether a base has them, and in which shape, is checked where they are put into it.
+_GAIN_OR_SHIFT = r"[A-Za-z0-9_.]{1,200}\.(gain|shift)|patch_embedding\.(weight|bias)"
+_MAX_GAINS_AND_SHIFTS_BYTES = 1 << 26
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,8 +49,13 @@ class Adapter:
 
     folder: Path
     config: RobustnessTokenConfig
-    tokens: Tensor  # (K, D) float32, finite
+    state: dict[str, Tensor]  # float32, finite, see TokenState
     commit: str | None  # on the Hub; None for a local folder
+
+    @property
+    def tokens(self) -> Tensor:
+        """Its tokens, (K, D) or (depth, K, D)."""
+        return self.state[TOKENS]
 
     @cached_property
     def image_processor(self) -> BaseImageProcessor:
@@ -102,7 +110,7 @@ def load_adapter(
         folder, commit = snapshot / subfolder, snapshot.name
     _check_files(folder, [CONFIG_FILE, TOKENS_FILE, PROCESSOR_FILE], name)
     config = read_config(folder)
-    return Adapter(folder, config, read_tokens(folder, config), commit)
+    return Adapter(folder, config, read_state(folder, config), commit)
 
 
 def normalize_subfolder(subfolder: str) -> str:
@@ -167,11 +175,17 @@ def check_base_is_repo_id(name: str) -> None:
         )
 
 
-def read_tokens(folder: Path, config: RobustnessTokenConfig) -> Tensor:
-    """Reads the tokens; `ValueError` unless the file holds one finite float32 tensor of the config's shape, (K, D)."""
-    shape = (config.num_robustness_tokens, config.hidden_size)
-    expected = {TOKENS_KEY: torch.empty(shape, dtype=torch.float32, device="meta")}
-    return read_tensors(folder / TOKENS_FILE, expected, config_file=CONFIG_FILE)[TOKENS_KEY]
+def read_state(folder: Path, config: RobustnessTokenConfig) -> dict[str, Tensor]:
+    """Reads what an adapter learned; `ValueError` unless it is float32, finite, and tokens have the config's shape."""
+    expected = {TOKENS: torch.empty(config.tokens_shape, dtype=torch.float32, device="meta")}
+    has_others = bool(config.gains_and_shifts)
+    return read_tensors(
+        folder / TOKENS_FILE,
+        expected,
+        config_file=CONFIG_FILE,
+        others=_GAIN_OR_SHIFT if has_others else None,
+        max_other_bytes=_MAX_GAINS_AND_SHIFTS_BYTES if has_others else 0,
+    )
 
 
 def read_report(folder: Path) -> RobustnessReport | None:
@@ -188,9 +202,9 @@ def read_report(folder: Path) -> RobustnessReport | None:
         raise ValueError(f"{path}: {exc}") from exc
 
 
-def report_of(folder: Path, tokens: Tensor) -> RobustnessReport | None:
-    """Reads the report in a folder if it was measured with these tokens; `ValueError` if it is damaged."""
-    return read_report(folder) if _holds_tokens(folder / TOKENS_FILE, tokens) else None
+def report_of(folder: Path, state: TokenState) -> RobustnessReport | None:
+    """Reads the report in a folder if it was measured with this state; `ValueError` if it is damaged."""
+    return read_report(folder) if _holds_state(folder / TOKENS_FILE, state) else None
 
 
 def remove_report(folder: Path) -> None:
@@ -199,19 +213,19 @@ def remove_report(folder: Path) -> None:
         (folder / file).unlink(missing_ok=True)
 
 
-def write_tokens(folder: Path, tokens: Tensor) -> None:
-    """Writes the tokens as float32, readable by their owner alone; `OSError` leaves the previous file unchanged."""
+def write_state(folder: Path, state: TokenState) -> None:
+    """Writes a state as float32, readable by its owner alone; `OSError` leaves the previous file unchanged."""
     path = folder / TOKENS_FILE
-    tokens = tokens.detach().to("cpu", torch.float32).contiguous()
-    check_finite("refusing to save an adapter", {TOKENS_KEY: tokens})
+    state = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in state.items()}
+    check_finite("refusing to save an adapter", state)
     # Not save_file, which maps the file: a full disk can then kill the process.
-    content = save({TOKENS_KEY: tokens}, metadata={"format": "pt"})
+    content = save(state, metadata={"format": "pt"})
     try:
         with replacing(path) as partial:
             partial.write_bytes(content)
             partial.chmod(0o600)
             flush_to_disk(partial)  # first, so that a failure leaves the report
-            if not _holds_tokens(path, tokens):  # last, just before the renaming
+            if not _holds_state(path, state):  # last, just before the renaming
                 remove_report(folder)
     except OSError as exc:
         raise OSError(
@@ -221,12 +235,14 @@ def write_tokens(folder: Path, tokens: Tensor) -> None:
         ) from exc
 
 
-def _holds_tokens(path: Path, tokens: Tensor) -> bool:
+def _holds_state(path: Path, state: TokenState) -> bool:
     try:
         stored = load_file(path)
     except (safetensors.SafetensorError, OSError):
         return False
-    return set(stored) == {TOKENS_KEY} and torch.equal(stored[TOKENS_KEY], tokens.detach().cpu())
+    return stored.keys() == state.keys() and all(
+        torch.equal(stored[name], tensor.detach().cpu()) for name, tensor in state.items()
+    )
 
 
 def holds_adapter(folder: str | os.PathLike[str]) -> bool:

@@ -8,6 +8,7 @@ from .features import (
     head_inputs,
     patch_grid,
 )
+from .gains_and_shifts import kinds_of
 from .heads import (
     ClassificationHead,
     ProbedModel,
@@ -18,7 +19,7 @@ from .heads import (
     resize_logits,
     save_head,
 )
-from .injection import find_injector, remove_tokens, tokens_in
+from .injection import as_state, find_injector, remove_tokens, tokens_in
 from .layer_stack import base_fingerprint, find_layer_stack, headless_model
 from .merging import extract_tokens
 from .modeling import (

@@ -1,6 +1,8 @@
-"""Inserts robustness tokens in front of the first layer's sequence and strips them after the last layer, by hooks.
+"""Puts robustness tokens in front of a layer's sequence and strips them after the last layer, by hooks.
 
-Nothing of the base is copied or changed: heads, poolers and wrappers downstream see the sequence that they expect.
+Tokens enter before the first layer; with a depth above 1, the next layers replace them by tokens of their own. Gains
+and shifts change what the base's modules return. Nothing of the base is copied or changed: heads, poolers and
+wrappers downstream see the sequence that they expect.
 Shapes: B images, N the base's own sequence, K robustness tokens, D width.
 """
 
@@ -16,44 +18,83 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.utils import ModelOutput
 
+from ..configuration import TOKENS, RobustnessTokenConfig, TokenState
+from .gains_and_shifts import apply_patch_embedding, check_adapted_modules, find_adapted_modules
 from .layer_stack import LayerStack, find_layer_stack
 
 
 class TokenInjector(nn.Module):
-    """Holds the tokens, (K, D). Its bound methods are the hooks, so deepcopy and pickle keep both together."""
+    """Holds tokens, gains and shifts. Its bound methods are the hooks, so deepcopy and pickle keep both together."""
 
-    def __init__(self, robustness_tokens: Tensor) -> None:
+    robustness_tokens: nn.Parameter
+
+    def __init__(self, tokens: TokenState) -> None:
         super().__init__()
-        self.robustness_tokens = nn.Parameter(robustness_tokens)
+        self.names = tuple(tokens)
+        for name, tensor in tokens.items():
+            self.register_parameter(_attribute(name), nn.Parameter(tensor))
         self.enabled = True
         self.strips_before_norm = True
+        self._borrowed: TokenState | None = None  # used instead of the injector's own
         self._rotary_modules: list[nn.Module] = []  # timm's Eva: positions begin after the prefix
+
+    @property
+    def state(self) -> dict[str, nn.Parameter]:
+        """The injector's own state: its parameters by name."""
+        return {name: self.get_parameter(_attribute(name)) for name in self.names}
+
+    def active(self, name: str) -> Tensor | None:
+        """Returns a tensor of the state that is used now; None if it is off or has no such tensor."""
+        if not self.enabled:
+            return None
+        if self._borrowed is not None:
+            return self._borrowed.get(name)
+        return getattr(self, _attribute(name), None)
+
+    @property
+    def active_state(self) -> dict[str, Tensor]:
+        """The state that is used now, see [`active`]."""
+        return {name: tensor for name in self.names if (tensor := self.active(name)) is not None}
 
     @property
     def num_active_tokens(self) -> int:
         """Returns K, or 0 while the tokens are off."""
-        return self.robustness_tokens.shape[0] if self.enabled else 0
+        tokens = self.active(TOKENS)
+        return 0 if tokens is None else tokens.shape[-2]
 
-    def set_enabled(self, enabled: bool) -> None:
-        """Turns the tokens on or off. While they are off, outputs are bit-equal to the base's."""
+    def set_enabled(self, enabled: bool, *, borrowed: TokenState | None = None) -> None:
+        """Turns the injector on or off; on with its own state or with a borrowed one.
+
+        While it is off, outputs are bit-equal to the base's.
+        """
         before = self.num_active_tokens
-        self.enabled = enabled
+        self.enabled, self._borrowed = enabled, borrowed
         for module in self._rotary_modules:
             module.num_prefix_tokens += self.num_active_tokens - before  # type: ignore[operator, assignment]
 
-    def attach(self, stack: LayerStack) -> None:
-        """Registers the hooks on the stack's layers."""
+    def attach(self, model: nn.Module, stack: LayerStack) -> None:
+        """Registers the hooks on the stack's layers, and on the modules that have gains and shifts."""
+        tokens = self.state[TOKENS]
+        depth = len(tokens) if tokens.dim() == 3 else 1
+        for found in find_adapted_modules(model, stack):
+            if not any(name in self.names for name in found.shapes):
+                continue
+            for layer, module in enumerate(found.modules):
+                change = self.add_patches if found.kind == "patch_embedding" else self.scale_and_shift
+                module.register_forward_hook(functools.partial(change, name=found.name, layer=layer))
+        for layer in range(1 if stack.is_timm else 0, depth):
+            put = functools.partial(self.put_before_layer, layer=layer)
+            stack.layers[layer].register_forward_pre_hook(put, with_kwargs=True)
         if stack.is_timm:
             timm_model: Any = stack.owner
             # The tokens go from norm_pre to norm: all intermediate outputs hold them as extra prefix tokens.
-            timm_model.norm_pre.register_forward_hook(self.insert_after_norm_pre)
+            timm_model.norm_pre.register_forward_hook(self.put_after_norm_pre)
             timm_model.norm.register_forward_pre_hook(self.strip_before_norm)
             timm_model.forward_intermediates = functools.partial(_forward_intermediates, timm_model, self)
             self._rotary_modules = [m for m in stack.layers.modules() if hasattr(m, "num_prefix_tokens")]
             for module in self._rotary_modules:
                 module.num_prefix_tokens += self.num_active_tokens  # type: ignore[operator, assignment]
             return
-        stack.layers[0].register_forward_pre_hook(self.insert_before_layer, with_kwargs=True)
         # Prepended, so that transformers' recorder of hidden states sees the stripped output.
         stack.layers[-1].register_forward_hook(self.strip_after_layer, prepend=True)
         stack.owner.register_forward_hook(self.trim_recorded)
@@ -61,21 +102,40 @@ class TokenInjector(nn.Module):
             if stack.attention_class is not None and isinstance(module, stack.attention_class):
                 module.register_forward_pre_hook(self.pad_attention_mask, with_kwargs=True)
 
-    def _insert(self, hidden_states: Tensor) -> Tensor:
-        """Maps (B, N, D) to (B, K + N, D); returns it unchanged while the tokens are off."""
-        if not self.enabled:
+    def _put(self, hidden_states: Tensor, layer: int) -> Tensor:
+        """Puts a layer's tokens in front: (B, N, D) to (B, K + N, D); those of the layer before leave."""
+        tokens = self.active(TOKENS)
+        if tokens is None:
             return hidden_states
         if hidden_states.dim() != 3:
             raise ValueError(
                 f"robustness tokens need a sequence (B, N, D) before the first layer, got {tuple(hidden_states.shape)}"
             )
-        tokens = self.robustness_tokens.to(hidden_states.device, hidden_states.dtype)
+        if tokens.dim() == 3:
+            if layer >= len(tokens):
+                return hidden_states
+            tokens = tokens[layer]
+        if layer > 0:
+            hidden_states = hidden_states[:, len(tokens) :]
+        tokens = tokens.to(hidden_states.device, hidden_states.dtype)
         return torch.cat([tokens.expand(hidden_states.shape[0], -1, -1), hidden_states], dim=1)  # (B, K + N, D)
 
-    def insert_before_layer(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    def put_before_layer(self, module: nn.Module, args: Any, kwargs: Any, *, layer: int) -> tuple[Any, Any]:
         if args:
-            return (self._insert(args[0]), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": self._insert(kwargs["hidden_states"])}
+            return (self._put(args[0], layer), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": self._put(kwargs["hidden_states"], layer)}
+
+    def scale_and_shift(self, module: nn.Module, args: Any, output: Tensor, *, name: str, layer: int) -> Tensor:
+        """Returns `output * (1 + gain) + shift`, each over the last dimension."""
+        gain, shift = self.active(f"{name}.gain"), self.active(f"{name}.shift")
+        if gain is not None:
+            output = output * (1 + gain[layer]).to(output.device, output.dtype)
+        return output if shift is None else output + shift[layer].to(output.device, output.dtype)
+
+    def add_patches(self, module: nn.Module, args: Any, output: Tensor, *, name: str, layer: int) -> Tensor:
+        """Adds what the patch embedding computes with the differences of its weight and bias."""
+        weight, bias = self.active(f"{name}.weight"), self.active(f"{name}.bias")
+        return output if weight is None else output + apply_patch_embedding(module, args[0], weight, bias)
 
     def strip_after_layer(self, module: nn.Module, args: Any, output: Any) -> Any:
         if isinstance(output, tuple):
@@ -106,8 +166,8 @@ class TokenInjector(nn.Module):
             return output
         return tuple(_trim(item, k) if isinstance(item, tuple) else item for item in output)
 
-    def insert_after_norm_pre(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        return self._insert(output)
+    def put_after_norm_pre(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        return self._put(output, 0)
 
     def strip_before_norm(self, module: nn.Module, args: Any) -> Any:
         if not self.strips_before_norm:
@@ -115,26 +175,82 @@ class TokenInjector(nn.Module):
         return (args[0][:, self.num_active_tokens :], *args[1:])
 
 
-def attach_tokens(model: nn.Module, robustness_tokens: Tensor) -> TokenInjector:
-    """Puts tokens, (K, D) floating, into a model in place; returns the injector, which holds them as a parameter."""
+def as_state(tokens: Tensor | TokenState) -> dict[str, Tensor]:
+    """Returns tokens, given alone or with gains and shifts, as a state."""
+    state = {TOKENS: tokens} if isinstance(tokens, Tensor) else dict(tokens)
+    if TOKENS not in state:
+        raise ValueError(f"a state of an adapter needs {TOKENS!r}, its tokens, got {sorted(state)}")
+    if state[TOKENS].dim() == 3 and len(state[TOKENS]) == 1:
+        state[TOKENS] = state[TOKENS][0]  # (1, K, D) -> (K, D)
+    return state
+
+
+def new_state(model: nn.Module, config: RobustnessTokenConfig) -> dict[str, Tensor]:
+    """Returns an untrained state of a config for a base: random tokens, and gains and shifts of zero."""
+    stack = find_layer_stack(model)
+    check_depth(model, stack, config.token_depth)
+    state = {TOKENS: torch.randn(config.tokens_shape) * config.initializer_range}
+    for found in check_adapted_modules(model, stack, config.gains_and_shifts or ()):
+        state |= {name: torch.zeros(shape) for name, shape in found.shapes.items()}
+    return state
+
+
+def check_state(model: nn.Module, config: RobustnessTokenConfig, state: TokenState, *, name: str) -> None:
+    """Raises `ValueError` unless a state holds just the tensors that a config says, in the shapes of the base."""
+    stack = find_layer_stack(model)
+    _check_shapes(model, stack, state)
+    wanted = check_adapted_modules(model, stack, config.gains_and_shifts or ())
+    names = {TOKENS}.union(*(found.shapes for found in wanted))
+    if names != state.keys():
+        raise ValueError(
+            f"{name} has missing tensors {sorted(names - state.keys())}, unknown tensors "
+            f"{sorted(state.keys() - names)} for {type(model).__name__}, gains_and_shifts={config.gains_and_shifts}: "
+            "it is damaged, or belongs to another base"
+        )
+
+
+def attach_tokens(model: nn.Module, tokens: Tensor | TokenState) -> TokenInjector:
+    """Puts tokens, gains and shifts into a model in place; returns the injector, which holds them as parameters."""
     if find_injector(model) is not None:
         raise ValueError(
             f"{type(model).__name__} has robustness tokens already: call remove_tokens(model) (or .unload()) first"
         )
-    stack = find_layer_stack(model)
-    if robustness_tokens.dim() != 2 or robustness_tokens.shape[1] != stack.hidden_size:
-        raise ValueError(
-            f"robustness tokens must have shape (K, {stack.hidden_size}) for {type(model).__name__}, "
-            f"got {tuple(robustness_tokens.shape)}: they belong to a base of another width"
-        )
-    injector = TokenInjector(robustness_tokens)
-    injector.attach(stack)
+    stack, state = find_layer_stack(model), as_state(tokens)
+    _check_shapes(model, stack, state)
+    injector = TokenInjector(state)
+    injector.attach(model, stack)
     return injector
+
+
+def _check_shapes(model: nn.Module, stack: LayerStack, state: TokenState) -> None:
+    tokens, name = state[TOKENS], type(model).__name__
+    if tokens.dim() not in (2, 3) or tokens.shape[-1] != stack.hidden_size:
+        raise ValueError(
+            f"robustness tokens must have shape (K, {stack.hidden_size}) or (depth, K, {stack.hidden_size}) for "
+            f"{name}, got {tuple(tokens.shape)}: they belong to a base of another width"
+        )
+    check_depth(model, stack, len(tokens) if tokens.dim() == 3 else 1)
+    shapes = {key: shape for found in find_adapted_modules(model, stack) for key, shape in found.shapes.items()}
+    for key, tensor in state.items():
+        if key != TOKENS and tensor.shape != shapes.get(key):
+            raise ValueError(
+                f"{key!r} of shape {tuple(tensor.shape)} does not fit {name}, which takes "
+                f"{shapes.get(key, 'no such gain or shift')}: it belongs to another base"
+            )
+
+
+def check_depth(model: nn.Module, stack: LayerStack, depth: int) -> None:
+    """Raises `ValueError` unless that many layers of the model can have tokens of their own."""
+    if not 1 <= depth <= len(stack.layers):
+        raise ValueError(
+            f"token_depth must be from 1 to {len(stack.layers)}, the number of layers of {type(model).__name__}, "
+            f'or "all", got {depth}'
+        )
 
 
 def find_injector(model: nn.Module) -> TokenInjector | None:
     """Returns the injector that is attached to the model, or None."""
-    return next((hook.__self__ for _, _, hook in _own_hooks(model)), None)
+    return next((injector for *_, injector in _own_hooks(model)), None)
 
 
 def active_injector(model: nn.Module, *, to: str) -> TokenInjector:
@@ -149,10 +265,11 @@ def active_injector(model: nn.Module, *, to: str) -> TokenInjector:
 
 
 @contextmanager
-def tokens_in(model: nn.Module, tokens: Tensor | None) -> Iterator[None]:
-    """Runs a model with other tokens, (K, D) for any K, or without tokens if None is given; contexts nest.
+def tokens_in(model: nn.Module, tokens: Tensor | TokenState | None) -> Iterator[None]:
+    """Runs a model with another state, or without tokens, gains and shifts if None is given; contexts nest.
 
-    The given tokens get no gradient. A model without tokens accepts only None, which changes nothing.
+    The state may have any number of tokens, fewer layers with tokens, and fewer gains and shifts; it gets no gradient.
+    A model without tokens accepts only None, which changes nothing.
     """
     injector = find_injector(model)
     if injector is None:
@@ -160,17 +277,24 @@ def tokens_in(model: nn.Module, tokens: Tensor | None) -> Iterator[None]:
             raise ValueError(f"{type(model).__name__} has no robustness tokens to replace: call inject_tokens first")
         yield
         return
-    own, enabled = injector.robustness_tokens, injector.enabled
-    injector.set_enabled(False)  # rotary modules follow the number of active tokens
+    borrowed = None if tokens is None else _to_borrow(as_state(tokens), injector)
+    before, before_borrowed = injector.enabled, injector._borrowed
     try:
-        if tokens is not None:
-            injector.robustness_tokens = nn.Parameter(tokens.detach().to(own.device), requires_grad=False)
-            injector.set_enabled(True)
+        injector.set_enabled(borrowed is not None, borrowed=borrowed)
         yield
     finally:
-        injector.set_enabled(False)
-        injector.robustness_tokens = own
-        injector.set_enabled(enabled)
+        injector.set_enabled(before, borrowed=before_borrowed)
+
+
+def _to_borrow(state: TokenState, injector: TokenInjector) -> dict[str, Tensor]:
+    own = injector.state
+    depth, largest = (len(one) if one.dim() == 3 else 1 for one in (state[TOKENS], own[TOKENS]))
+    if depth > largest or not state.keys() <= own.keys():
+        raise ValueError(
+            f"the model has hooks for tokens in {largest} layers, {sorted(own)}; got a state with tokens in {depth} "
+            f"layers, {sorted(state)}: call remove_tokens(model), then inject_tokens(model, state)"
+        )
+    return {name: tensor.detach().to(own[TOKENS].device) for name, tensor in state.items()}
 
 
 def remove_tokens(model: nn.Module) -> Any:
@@ -198,12 +322,18 @@ def remove_tokens(model: nn.Module) -> Any:
     return model
 
 
-def _own_hooks(model: nn.Module) -> Iterator[tuple[nn.Module, int, Any]]:
-    """Yields (module, hook id, bound method) for every hook of an injector. Handles would not survive a deepcopy."""
+def _own_hooks(model: nn.Module) -> Iterator[tuple[nn.Module, int, TokenInjector]]:
+    """Yields (module, hook id, injector) for every hook of an injector. Handles would not survive a deepcopy."""
     for module in model.modules():
         for hook_id, hook in [*module._forward_pre_hooks.items(), *module._forward_hooks.items()]:
-            if isinstance(getattr(hook, "__self__", None), TokenInjector):
-                yield module, hook_id, hook
+            owner = getattr(getattr(hook, "func", hook), "__self__", None)
+            if isinstance(owner, TokenInjector):
+                yield module, hook_id, owner
+
+
+def _attribute(name: str) -> str:
+    """Returns the attribute of a tensor: torch takes no dots in names of parameters."""
+    return name.replace(".", "/")
 
 
 def _pad_mask(mask: Any, k: int, sequence: int) -> Tensor:

@@ -15,10 +15,12 @@ import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..configuration import TOKENS
 from ..utils import check_int
 from .features import patch_size
-from .injection import active_injector
-from .layer_stack import square_size
+from .gains_and_shifts import fold
+from .injection import active_injector, remove_tokens
+from .layer_stack import find_layer_stack, square_size
 
 
 logger = logging.getLogger(__name__)
@@ -49,11 +51,24 @@ _ALTERNATIVES = (
 def merge(model: PreTrainedModel, *, image_size: int | None = None) -> PreTrainedModel:
     """Returns a plain copy of a model, in eval mode, with its robustness tokens as its last K registers.
 
-    Position embeddings are stored as the model resamples them for images of `image_size` pixels.
+    Gains and shifts are folded into its weights. Position embeddings are stored as the model resamples them for images
+    of `image_size` pixels.
     """
-    tokens = active_injector(model, to="merge").robustness_tokens.detach()
+    state = active_injector(model, to="merge").active_state
+    tokens, gains_and_shifts = state.pop(TOKENS).detach(), state
     name = type(model).__name__
-    if name in _TIMM_WRAPPERS:
+    if tokens.dim() == 3:
+        raise ValueError(
+            f"tokens in the first {len(tokens)} layers can't be merged, since registers enter before the first layer "
+            f"and stay to the last: {_ALTERNATIVES}"
+        )
+    if gains_and_shifts:
+        model = copy.deepcopy(model)
+        fold(model, find_layer_stack(model), gains_and_shifts)
+    if len(tokens) == 0:
+        plain = remove_tokens(model)
+        plain.config.name_or_path = ""
+    elif name in _TIMM_WRAPPERS:
         plain = _merge_timm(model, tokens, image_size)
     elif name in _REGISTER_CLASSES:
         plain = _merge_transformers(model, tokens, image_size)
@@ -63,8 +78,8 @@ def merge(model: PreTrainedModel, *, image_size: int | None = None) -> PreTraine
             f"and Eva have): {_ALTERNATIVES}"
         )
     logger.warning(
-        "The merged model holds the robustness tokens, the secret of the defence, as registers: whoever has its file "
-        "can attack through them."
+        "The merged model holds what the adapter learned, the secret of the defence: whoever has its file can attack "
+        "through it."
     )
     return plain
 

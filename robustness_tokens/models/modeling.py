@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from huggingface_hub import CommitInfo
@@ -15,7 +15,17 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, BaseImageProcessor, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..configuration import AUTO_MAP, REMOTE_CODE, REMOTE_CODE_FILE, FeatureView, RobustnessTokenConfig, SimilarityAxis
+from ..configuration import (
+    AUTO_MAP,
+    REMOTE_CODE,
+    REMOTE_CODE_FILE,
+    TOKENS,
+    FeatureView,
+    GainsAndShifts,
+    RobustnessTokenConfig,
+    SimilarityAxis,
+    TokenState,
+)
 from ..data import with_normalization
 from ..hub import (
     CARD_FILE,
@@ -31,12 +41,12 @@ from ..hub import (
     render_card,
     report_of,
     update_card,
-    write_tokens,
+    write_state,
 )
 from ..report import RobustnessReport
 from ..utils import write_text
 from .features import default_feature_view, extract_features
-from .injection import TokenInjector, attach_tokens, remove_tokens, tokens_in
+from .injection import TokenInjector, as_state, attach_tokens, check_state, new_state, remove_tokens, tokens_in
 from .layer_stack import base_fingerprint, check_base, find_layer_stack, vision_config
 from .loading import (
     HUB_KWARGS,
@@ -66,8 +76,7 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
         super().__init__(config)
         if base_model is None:
             raise ValueError(f"{type(self).__name__} needs its base: call from_base or from_pretrained")
-        tokens = torch.randn(config.num_robustness_tokens, config.hidden_size) * config.initializer_range  # (K, D)
-        self.injector: TokenInjector = attach_tokens(base_model, tokens)
+        self.injector: TokenInjector = attach_tokens(base_model, new_state(base_model, config))
         self.backbone = base_model.requires_grad_(False)
         self.injector.to(device=next(base_model.parameters()).device)
         self.image_processor: BaseImageProcessor | None = None
@@ -77,7 +86,7 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
 
     @property
     def robustness_tokens(self) -> nn.Parameter:
-        """The tokens, (K, D) float32."""
+        """The tokens, (K, D) float32, or (depth, K, D) where several layers have tokens of their own."""
         return self.injector.robustness_tokens
 
     @property
@@ -91,6 +100,8 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
         base_model: str | os.PathLike[str] | PreTrainedModel,
         *,
         num_robustness_tokens: int = 10,
+        token_depth: int | Literal["all"] = 1,
+        gains_and_shifts: Sequence[GainsAndShifts] = (),
         initializer_range: float = 0.01,
         feature_view: FeatureView | None = None,
         similarity_axis: SimilarityAxis = "token",
@@ -104,7 +115,11 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
 
         Args:
             base_model: Hub id or folder with safetensors weights, or a model in memory, which is changed in place.
-            num_robustness_tokens: K, at least 1 (paper: 10).
+            num_robustness_tokens: K, at least 1 (paper: 10), or 0 for gains and shifts alone.
+            token_depth: Number of first layers that get K tokens of their own, or `"all"` (paper: 1, the input alone).
+            gains_and_shifts: What is learned beside the tokens, as differences to the base: `"norm"` (gains and shifts
+                of LayerNorm and LayerScale in the layers), `"bias"` (shifts of linear layers), `"patch_embedding"`
+                (its weight and bias); by default nothing (paper).
             initializer_range: Standard deviation of the new tokens, at least 0 (paper: 0.01).
             feature_view: `"cls_and_patches"`, `"cls"`, `"patches"` or `"pooled"`, see [`extract_features`]; by default
                 the paper's for the family.
@@ -118,7 +133,8 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
             The model, in eval mode.
 
         Raises:
-            ValueError: If the base is no vision transformer, has tokens already, or has no safetensors weights.
+            ValueError: If the base is no vision transformer, has tokens already, has no safetensors weights, has fewer
+                layers than `token_depth`, or lacks what `gains_and_shifts` names.
         """
         if isinstance(base_model, PreTrainedModel):
             _check_no_loading_arguments("the base is", base_kwargs)
@@ -159,6 +175,8 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
             base_model_class=base_class,
             base_model_fingerprint=base_fingerprint(base),
             num_robustness_tokens=num_robustness_tokens,
+            token_depth=len(stack.layers) if token_depth == "all" else token_depth,
+            gains_and_shifts=list(gains_and_shifts),
             hidden_size=stack.hidden_size,
             initializer_range=initializer_range,
             feature_view=feature_view or default_feature_view(base),
@@ -221,9 +239,11 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
             base = cls._load_named_base(adapter, base_kwargs)
         if not ignore_base_mismatch:
             _check_base(base, adapter.config)
+        check_state(base, adapter.config, adapter.state, name=str(pretrained_model_name_or_path))
         model = cls(adapter.config, base)
         with torch.no_grad():
-            model.robustness_tokens.copy_(adapter.tokens)
+            for name, tensor in model.injector.state.items():
+                tensor.copy_(adapter.state[name])
         model.image_processor = image_processor
         model.name_or_path = str(pretrained_model_name_or_path)
         return model
@@ -296,6 +316,8 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
     def merge_and_unload(self, image_size: int | None = None) -> PreTrainedModel:
         """Returns a plain model that holds the tokens as native registers; this model stays unchanged.
 
+        Gains and shifts are folded into its weights. Tokens of deeper layers can't be merged: export to ONNX instead.
+
         Args:
             image_size: Side in pixels of the plain model's images; by default the base's image size.
 
@@ -303,7 +325,7 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
             A plain transformers model with K more registers, in eval mode.
 
         Raises:
-            ValueError: If the tokens are off, the base's family has no registers, or `image_size` doesn't fit it.
+            ValueError: If the tokens are off or deep, the base's family has no registers, or `image_size` doesn't fit.
         """
         return merge(self.get_base_model(), image_size=image_size)
 
@@ -373,9 +395,9 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
         if self._auto_class is not None:
             config.auto_map = {auto_class: AUTO_MAP[auto_class] for auto_class in ("AutoConfig", self._auto_class)}
             write_text(folder / REMOTE_CODE_FILE, REMOTE_CODE)
-        config_json, report = config.to_json_string(use_diff=False), report_of(folder, self.robustness_tokens)
+        config_json, report = config.to_json_string(use_diff=False), report_of(folder, self.injector.state)
         card_text = render_card(config, name=os.fspath(save_directory), report=report)
-        write_tokens(folder, self.robustness_tokens)
+        write_state(folder, self.injector.state)
         write_text(folder / CONFIG_FILE, config_json)
         if self.image_processor is not None:
             self.image_processor.save_pretrained(folder)
@@ -433,7 +455,7 @@ class RobustnessTokenForImageClassification(RobustnessTokenPreTrainedModel):
 
 def inject_tokens(
     model: PreTrainedModel,
-    adapter: str | os.PathLike[str] | Tensor,
+    adapter: str | os.PathLike[str] | Tensor | TokenState,
     *,
     ignore_base_mismatch: bool = False,
     revision: str | None = None,
@@ -444,7 +466,8 @@ def inject_tokens(
 
     Args:
         model: A model that is, or contains, the vision transformer that the tokens were trained on.
-        adapter: Folder or Hub id of the adapter; or the tokens, (K, D) floating, without a check of the base.
+        adapter: Folder or Hub id of the adapter. Or, without a check of the base, the tokens, (K, D) or (depth, K, D)
+            floating; or a dictionary of them, as `"robustness_tokens"`, and of gains and shifts.
         ignore_base_mismatch: Accept a model with other weights than the tokens were trained on.
         revision: Branch, tag, commit or `refs/pr/N` of an adapter on the Hub.
         subfolder: Folder of the adapter inside its repo.
@@ -457,21 +480,25 @@ def inject_tokens(
         ValueError: If the model has tokens already, is no vision transformer, or has other weights, or if the adapter
             is damaged.
     """
-    if isinstance(adapter, Tensor):
+    if isinstance(adapter, Tensor | Mapping):
         given = {"revision": revision, "subfolder": subfolder or None, **hub_kwargs}
         _check_no_loading_arguments("the tokens are", given)
-        if not adapter.is_floating_point() or adapter.numel() == 0 or not adapter.isfinite().all():
-            raise ValueError(
-                "robustness tokens must be at least one row of finite floating-point numbers, (K, D), got "
-                f"{adapter.dtype} of shape {tuple(adapter.shape)}"
-            )
-        tokens = adapter.detach().clone()
+        state = {name: tensor.detach().clone() for name, tensor in as_state(adapter).items()}
+        for name, tensor in state.items():
+            is_empty = tensor.numel() == 0 and (name != TOKENS or len(state) == 1)
+            if not tensor.is_floating_point() or is_empty or not tensor.isfinite().all():
+                raise ValueError(
+                    "robustness tokens must be at least one row of finite floating-point numbers, (K, D), got "
+                    f"{name} in {tensor.dtype} of shape {tuple(tensor.shape)}"
+                )
     else:
         loaded = load_adapter(adapter, revision=revision, subfolder=subfolder, **hub_kwargs)
-        tokens = loaded.tokens
+        state = loaded.state
         if not ignore_base_mismatch:
             _check_base(model, loaded.config)
-    injector = attach_tokens(model, tokens.to(next(model.parameters()).device))
+        check_state(model, loaded.config, state, name=os.fspath(adapter))
+    device = next(model.parameters()).device
+    injector = attach_tokens(model, {name: tensor.to(device) for name, tensor in state.items()})
     injector.requires_grad_(False)
     return model
 

@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from ..configuration import TOKENS, TokenState
 from ..utils import MAX_JSON_BYTES, check_dict, check_int, check_keys, flush_to_disk, read_json, replacing
 
 
@@ -27,7 +28,9 @@ logger = logging.getLogger(__name__)
 STATE_FILE = "trainer_state.json"
 TENSORS_FILE = "training_tensors.safetensors"
 
-_TOKENS = "robustness_tokens"
+Shapes = Mapping[str, tuple[int, ...]]
+
+_OPTIMIZER = "optimizer."  # begins the names of its tensors
 
 
 class DamagedCheckpointError(ValueError):
@@ -40,22 +43,23 @@ class Checkpoint:
 
     folder: Path
     step: int  # optimiser steps done
-    tokens: Tensor  # (K, D) float32
+    tokens: dict[str, Tensor]  # float32, see TokenState
     optimizer_state: dict[int, dict[str, Tensor]]  # by the index of the parameter
     state: dict[str, Any]  # as given to save_checkpoint
 
     @torch.no_grad()
-    def restore(self, tokens: nn.Parameter, optimizer: torch.optim.Optimizer) -> None:
-        """Writes the tensors back into the tokens and the optimizer, which holds them as its only parameter."""
+    def restore(self, tokens: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+        """Writes the tensors back into the tokens and the optimizer, whose only parameters they are."""
         optimizer.load_state_dict({**optimizer.state_dict(), "state": self.optimizer_state})
-        tokens.copy_(self.tokens)
+        for name, parameter in tokens.items():
+            parameter.copy_(self.tokens[name])
 
 
 def save_checkpoint(
     output_dir: Path,
     *,
     step: int,
-    tokens: Tensor,
+    tokens: TokenState,
     optimizer: torch.optim.Optimizer,
     settings: Mapping[str, Any],
     state: Mapping[str, Any],
@@ -67,9 +71,9 @@ def save_checkpoint(
     checkpoints; those beyond `step`, left when a run resumed from an earlier one, go first. `OSError` if it cannot be
     written, `ValueError` if it is larger than [`read_checkpoint`] accepts; earlier checkpoints then stay.
     """
-    tensors = {_TOKENS: tokens.detach().cpu().clone()}
+    tensors = {name: tensor.detach().cpu().clone() for name, tensor in tokens.items()}
     for index, values in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value).cpu() for name, value in values.items()}
+        tensors |= {f"{_OPTIMIZER}{index}.{name}": torch.as_tensor(value).cpu() for name, value in values.items()}
     content = json.dumps({"step": step, "settings": dict(settings), "state": dict(state)}, indent=1)
     final, partial = output_dir / f"checkpoint-{step}", output_dir / f".checkpoint-{step}.part"
     replaced = output_dir / f".checkpoint-{step}.old.part"
@@ -109,10 +113,10 @@ def save_checkpoint(
     return final
 
 
-def read_checkpoint(folder: Path, *, settings: Mapping[str, Any], shape: tuple[int, ...]) -> Checkpoint:
-    """Reads a checkpoint of a run with these settings and tokens of this shape, (K, D).
+def read_checkpoint(folder: Path, *, settings: Mapping[str, Any], shapes: Shapes) -> Checkpoint:
+    """Reads a checkpoint of a run with these settings, and tokens, gains and shifts of these shapes.
 
-    `DamagedCheckpointError` if a file can't be read; `ValueError` if one is missing, or settings or shape differ.
+    `DamagedCheckpointError` if a file can't be read; `ValueError` if one is missing, or settings or shapes differ.
     """
     if not _is_whole(folder):
         raise ValueError(f"{folder} is not a checkpoint: expected {STATE_FILE} and {TENSORS_FILE} in it")
@@ -123,21 +127,25 @@ def read_checkpoint(folder: Path, *, settings: Mapping[str, Any], shape: tuple[i
         for name in ("settings", "state"):
             check_dict(f"{STATE_FILE}: {name}", content[name])
         tensors = safetensors.torch.load_file(folder / TENSORS_FILE)
-        tokens = tensors.pop(_TOKENS)
+        tokens = {name: tensor for name, tensor in tensors.items() if not name.startswith(_OPTIMIZER)}
+        if TOKENS not in tokens:
+            raise KeyError(f"no {TOKENS!r} in {TENSORS_FILE}")
         optimizer_state: dict[int, dict[str, Tensor]] = {}
-        for key, value in tensors.items():
-            _, index, name = key.split(".", 2)
+        for key in tensors.keys() - tokens.keys():
+            index, name = key.removeprefix(_OPTIMIZER).split(".", 1)
+            value = tensors[key]
             optimizer_state.setdefault(int(index), {})[name] = value
     except (SafetensorError, KeyError, ValueError) as exc:
         raise DamagedCheckpointError(f"{folder} is damaged ({exc}): resume from an earlier checkpoint") from exc
     _check_settings(folder, stored=content["settings"], found=settings)
-    if tokens.shape != shape:
-        raise ValueError(f"{folder} holds tokens of shape {tuple(tokens.shape)}, the model has {tuple(shape)}")
+    found = {name: tuple(tensor.shape) for name, tensor in tokens.items()}
+    if found != dict(shapes):
+        raise ValueError(f"{folder} holds tokens of the shapes {found}, the model has {dict(shapes)}")
     return Checkpoint(folder, content["step"], tokens, optimizer_state, content["state"])
 
 
 def find_checkpoint(
-    output_dir: Path, resume_from: str | bool | None, *, settings: Mapping[str, Any], shape: tuple[int, ...]
+    output_dir: Path, resume_from: str | bool | None, *, settings: Mapping[str, Any], shapes: Shapes
 ) -> Checkpoint | None:
     """Reads the checkpoint that `resume_from` names; True takes the newest undamaged one in the run's folder.
 
@@ -147,17 +155,17 @@ def find_checkpoint(
     if resume_from is None:
         return None
     if resume_from is not True:
-        return read_checkpoint(Path(str(resume_from)), settings=settings, shape=shape)
+        return read_checkpoint(Path(str(resume_from)), settings=settings, shapes=shapes)
     folders = [folder for _, folder in list_checkpoints(output_dir)]
     if not folders:
         logger.warning("%s holds no checkpoint yet: training starts from the beginning", output_dir)
         return None
     for folder in reversed(folders[1:]):
         try:
-            return read_checkpoint(folder, settings=settings, shape=shape)
+            return read_checkpoint(folder, settings=settings, shapes=shapes)
         except DamagedCheckpointError as exc:
             logger.warning("%s", exc)
-    return read_checkpoint(folders[0], settings=settings, shape=shape)
+    return read_checkpoint(folders[0], settings=settings, shapes=shapes)
 
 
 def list_checkpoints(output_dir: Path) -> list[tuple[int, Path]]:

@@ -25,7 +25,7 @@ from ..models import (
 )
 from ..utils import __version__, write_text
 from .arguments import RobustnessTokenTrainingArguments
-from .checkpoints import STATE_FILE, Checkpoint, find_checkpoint, list_checkpoints
+from .checkpoints import STATE_FILE, Checkpoint, Shapes, find_checkpoint, list_checkpoints
 from .losses import METRICS
 
 
@@ -177,13 +177,13 @@ def read_run(
     *,
     settings: Mapping[str, Any],
     rounding: Mapping[str, Any],
-    shape: tuple[int, ...],
+    shapes: Shapes,
 ) -> RunSoFar:
     """Reads the run that `args.resume_from_checkpoint` names; warns if its rounding settings differ.
 
     `ValueError` if its checkpoint does not fit, lacks what the trainer stores, or is beyond `args.max_steps`.
     """
-    checkpoint = find_checkpoint(Path(args.output_dir), args.resume_from_checkpoint, settings=settings, shape=shape)
+    checkpoint = find_checkpoint(Path(args.output_dir), args.resume_from_checkpoint, settings=settings, shapes=shapes)
     if checkpoint is None:
         return RunSoFar(None, [], [])
     if checkpoint.step > args.max_steps:

@@ -31,19 +31,20 @@ class _NotFiniteError(Exception):
 
 
 def check_trainable(model: RobustnessTokenPreTrainedModel) -> None:
-    """Raises `ValueError` unless the tokens are on, float32, and the only trainable parameters."""
-    tokens = model.robustness_tokens
+    """Raises `ValueError` unless tokens, gains and shifts are on, float32, and the only trainable parameters."""
     if not model.injector.enabled:
         raise ValueError("the tokens are off: call train() outside of disable_adapter()")
-    if tokens.dtype != torch.float32:
-        raise ValueError(
-            f"the tokens are {tokens.dtype}, expected torch.float32, whatever the dtype of the base: "
-            "call model.injector.float() before train()"
-        )
-    advice = "call model.requires_grad_(False), then model.robustness_tokens.requires_grad_(True)"
-    if not tokens.requires_grad:
-        raise ValueError(f"the tokens are frozen (requires_grad is False): {advice}")
-    if others := [name for name, value in model.named_parameters() if value.requires_grad and value is not tokens]:
+    advice = "call model.requires_grad_(False), then model.injector.requires_grad_(True)"
+    for tensor in model.injector.parameters():
+        if tensor.dtype != torch.float32:
+            raise ValueError(
+                f"the tokens are {tensor.dtype}, expected torch.float32, whatever the dtype of the base: "
+                "call model.injector.float() before train()"
+            )
+        if not tensor.requires_grad:
+            raise ValueError(f"the tokens are frozen (requires_grad is False): {advice}")
+    own = {id(tensor) for tensor in model.injector.parameters()}
+    if others := [name for name, value in model.named_parameters() if value.requires_grad and id(value) not in own]:
         raise ValueError(
             f"{len(others)} parameters of the base are trainable ({others[0]}, ...), expected the tokens alone: "
             f"{advice}"
@@ -156,14 +157,14 @@ class TrainingStep:
         accelerator: Accelerator,
         step: int,
     ) -> dict[str, float]:
-        """Adds the gradient of the mean loss, over the images of all batches and processes, to the tokens' `.grad`.
+        """Adds the gradient of the mean loss, over the images of all batches and processes, to the injector's `.grad`.
 
         `features` is the model wrapped by `accelerator.prepare`: (B, 3, H, W) pixel values -> features. A batch is
         `{"images": (B, 3, H, W) float in [0, 1], "index": (B,) int64}`; adversarial pairs also hold
         `"adversarial_images"`, and `"baseline_cosine"` (B,) if it is known. Returns `loss` and the three cosines, each
         a mean over the same images. `FloatingPointError`, on every process, if the loss or its gradient is not finite.
         """
-        args, tokens, device = self.args, self.model.robustness_tokens, accelerator.device
+        args, device = self.args, accelerator.device
         num_images = torch.tensor(float(sum(len(batch["images"]) for batch in batches)), device=device)
         num_images = accelerator.reduce(num_images, reduction="mean")
         totals = {name: torch.zeros((), device=device) for name in METRICS}
@@ -202,22 +203,23 @@ class TrainingStep:
                     totals["adversarial_cosine"] += share * adversarial
                     totals["baseline_cosine"] += share * baseline
         means = accelerator.reduce(torch.stack(list(totals.values())), reduction="mean")
-        if not (means.isfinite().all() and tokens.grad is not None and tokens.grad.isfinite().all()):
+        gradients = [tensor.grad for tensor in self.model.injector.parameters()]
+        if not (means.isfinite().all() and all(one is not None and one.isfinite().all() for one in gradients)):
             raise FloatingPointError(f"the loss ({means[0].item():g}) or its gradient is not finite")
         return dict(zip(METRICS, means.tolist(), strict=True))
 
 
 class LastGoodTokens:
-    """Keeps a copy of the tokens with the last finite loss."""
+    """Keeps a copy of the tokens, gains and shifts with the last finite loss."""
 
     def __init__(self, training_step: TrainingStep) -> None:
         self._step = training_step
-        self._tokens = training_step.model.robustness_tokens
-        self._kept: tuple[Tensor, int] | None = None
+        self._state = training_step.model.injector.state
+        self._kept: tuple[dict[str, Tensor], int] | None = None
 
     def keep(self, step: int) -> None:
         """Keeps a copy of the tokens, which are those after `step` steps."""
-        self._kept = (self._tokens.detach().clone(), step)
+        self._kept = ({name: tensor.detach().clone() for name, tensor in self._state.items()}, step)
 
     @torch.no_grad()
     def are_broken(self, pixel_values: Tensor, accelerator: Accelerator) -> bool:
@@ -233,10 +235,12 @@ class LastGoodTokens:
 
         Returns the step of the tokens that the model holds now; None if they are broken and none were kept.
         """
-        if not self.are_broken(pixel_values, accelerator) and self._tokens.isfinite().all():
+        is_finite = all(tensor.isfinite().all() for tensor in self._state.values())
+        if not self.are_broken(pixel_values, accelerator) and is_finite:
             return step
         if self._kept is None:
             return None
         kept, step_of_kept = self._kept
-        self._tokens.copy_(kept)
+        for name, tensor in self._state.items():
+            tensor.copy_(kept[name])
         return step_of_kept

@@ -37,6 +37,8 @@ logger = logging.getLogger(__name__)
 CSV_FILE, FIGURE_FILE, PAIRS_FOLDER = "sweep.csv", "sweep.png", "pairs"
 _SAME_CONFIG = (
     "base_model_fingerprint",
+    "token_depth",
+    "gains_and_shifts",
     "feature_view",
     "similarity_axis",
     "initializer_range",
@@ -203,10 +205,13 @@ def _read_row(folder: Path, template: RobustnessTokenConfig, recipe: Mapping[str
         or not log[-1]["step"] == held_out[-1]["step"] == last_step
     ):
         return None
-    found, expected = load_adapter(folder).config.to_dict(), template.to_dict()
-    own = {name: (found["training"] or {}).get(name) for name in ("learning_rate", "seed")}
-    same = found["training"] == {**recipe, **own} and all(found[name] == expected[name] for name in _SAME_CONFIG)
-    row = {"num_robustness_tokens": found["num_robustness_tokens"], **own}
+    found = load_adapter(folder).config
+    training = found.training or {}
+    own = {name: training.get(name) for name in ("learning_rate", "seed")}
+    same = training == {**recipe, **own} and all(
+        getattr(found, name) == getattr(template, name) for name in _SAME_CONFIG
+    )
+    row: dict[str, Any] = {"num_robustness_tokens": found.num_robustness_tokens, **own}
     if not same or folder.name != _folder_name(*row.values()):
         return None
     last_tenth = [step for step in log if step["step"] > 0.9 * last_step]

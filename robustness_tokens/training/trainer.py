@@ -162,7 +162,7 @@ class RobustnessTokenTrainer:
         args, accelerator = self.args, self.accelerator
         check_trainable(self.model)
         self._previous_recipe = self.model.config.training or {}
-        optimizer = torch.optim.Adam([self.model.robustness_tokens], lr=args.learning_rate)
+        optimizer = torch.optim.Adam(self.model.injector.parameters(), lr=args.learning_rate)
         scheduler = get_scheduler(args.lr_scheduler_type, optimizer, args.warmup_steps, args.max_steps)
         was_training = self.model.training
         self._good_tokens = LastGoodTokens(self.training_step)
@@ -308,14 +308,14 @@ class RobustnessTokenTrainer:
         raise SystemExit(SIGTERM_EXIT_CODE)
 
     def _step(self, batches: Sequence[Batch], features: Any, optimizer: Any) -> dict[str, float]:
-        args, tokens, step = self.args, self.model.robustness_tokens, self.state.global_step
+        args, injector, step = self.args, self.model.injector, self.state.global_step
         metrics = self.training_step.accumulate_gradient(features, batches, accelerator=self.accelerator, step=step)
         self._good_tokens.keep(step)
         if args.max_grad_norm is not None:
-            self.accelerator.clip_grad_norm_([tokens], args.max_grad_norm)
+            self.accelerator.clip_grad_norm_(injector.parameters(), args.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
-        if not tokens.isfinite().all():
+        if not all(tensor.isfinite().all() for tensor in injector.parameters()):
             raise FloatingPointError("the tokens are not finite")
         return metrics
 
@@ -398,7 +398,7 @@ class RobustnessTokenTrainer:
             lambda: save_checkpoint(
                 self.output_dir,
                 step=self.state.global_step,
-                tokens=self.model.robustness_tokens,
+                tokens=self.model.injector.state,
                 optimizer=optimizer,
                 settings=self._settings(),
                 state={
@@ -417,10 +417,11 @@ class RobustnessTokenTrainer:
 
     def _start(self, optimizer: Any, scheduler: Any) -> Position:
         """Prepares the output folder and restores the checkpoint, if any; returns the position to start from."""
-        args, accelerator, tokens = self.args, self.accelerator, self.model.robustness_tokens
+        args, accelerator, tokens = self.args, self.accelerator, self.model.injector.state
         settings = self._settings()
-        rounding, shape = self._rounding(), tuple(tokens.shape)
-        run = share_from_main(lambda: read_run(args, settings=settings, rounding=rounding, shape=shape), accelerator)
+        rounding = self._rounding()
+        shapes = {name: tuple(tensor.shape) for name, tensor in tokens.items()}
+        run = share_from_main(lambda: read_run(args, settings=settings, rounding=rounding, shapes=shapes), accelerator)
         step, position = 0, (0, 0)
         self._saved_step = -1
         if run.checkpoint is not None:

@@ -125,12 +125,20 @@ def _is_finite_number(value: Any) -> bool:
     return isinstance(value, float) and math.isfinite(value)
 
 
-def read_tensors(path: Path, expected: Mapping[str, Tensor], *, config_file: str) -> dict[str, Tensor]:
+def read_tensors(
+    path: Path,
+    expected: Mapping[str, Tensor],
+    *,
+    config_file: str,
+    others: str | None = None,
+    max_other_bytes: int = 0,
+) -> dict[str, Tensor]:
     """Reads finite tensors of exactly the names, shapes and dtypes of `expected`, which may be on the meta device.
 
-    `config_file` is named in errors as the origin of `expected`. The size is checked before anything is read.
+    `config_file` is named in errors as the origin of `expected`. The size is checked before anything is read. With
+    `others`, a regular expression, the file may also hold float32 tensors of any shape whose names match it.
     """
-    largest = sum(tensor.nbytes for tensor in expected.values()) + _MAX_HEADER_BYTES
+    largest = sum(tensor.nbytes for tensor in expected.values()) + _MAX_HEADER_BYTES + max_other_bytes
     if (size := path.stat().st_size) > largest:
         raise ValueError(
             f"{path} has {size:,} bytes, expected at most {largest:,} for {_describe(expected)} as {config_file} says"
@@ -139,6 +147,11 @@ def read_tensors(path: Path, expected: Mapping[str, Tensor], *, config_file: str
         tensors = load_file(path)
     except (SafetensorError, ValueError, KeyError, OverflowError) as exc:
         raise ValueError(f"{path} is not a valid safetensors file, so it is damaged (load it again): {exc}") from exc
+    further = {name: tensor for name, tensor in tensors.items() if name not in expected}
+    if others is not None and all(
+        re.fullmatch(others, name) and tensor.dtype == torch.float32 for name, tensor in further.items()
+    ):
+        expected = {**expected, **further}
     if (found := _describe(tensors)) != (wanted := _describe(expected)):
         raise ValueError(f"{path} must hold {wanted} as {config_file} says, got {found}: take both from one folder")
     check_finite(f"{path} holds tensors", tensors)
@@ -156,9 +169,12 @@ def _describe(tensors: Mapping[str, Tensor]) -> str:
     return ", ".join(kinds) or "no tensors"
 
 
-def digest(tensors: Iterable[Tensor]) -> str:
-    """Returns the sha256 of shapes, dtypes and bytes."""
+def digest(tensors: Iterable[Tensor] | Mapping[str, Tensor]) -> str:
+    """Returns the sha256 of shapes, dtypes and bytes, and of the names in a mapping, whose order does not count."""
     sha = hashlib.sha256()
+    if isinstance(tensors, Mapping):
+        sha.update(repr(sorted(tensors)).encode())
+        tensors = [tensors[name] for name in sorted(tensors)]
     for tensor in tensors:
         tensor = tensor.detach().cpu().contiguous()
         sha.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from robustness_tokens import RobustnessReport, RobustnessTokenModel
+from robustness_tokens.configuration import TOKENS
 from robustness_tokens.data.image_processors import read_image_processor
 from robustness_tokens.hub.adapter_folder import (
     cached_commit,
@@ -22,8 +23,8 @@ from robustness_tokens.hub.adapter_folder import (
     load_adapter,
     normalize_subfolder,
     read_config,
-    read_tokens,
-    write_tokens,
+    read_state,
+    write_state,
 )
 from robustness_tokens.utils.files import read_json, write_text
 from tests.support.adapters import COMMIT, cache_as_repo
@@ -39,7 +40,7 @@ def edit_config(folder: Path, **changes: Any) -> None:
 
 
 def read_both(folder: Path) -> Tensor:
-    return read_tokens(folder, read_config(folder))
+    return read_state(folder, read_config(folder))[TOKENS]
 
 
 # Finding an adapter
@@ -295,7 +296,7 @@ def test_huge_numbers_in_the_config_allocate_nothing(adapter_folder: Path) -> No
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_tokens_are_written_as_float32(tmp_path: Path, dtype: torch.dtype) -> None:
     tokens = torch.randn(4, 2, 6).to(dtype)[:, 1].requires_grad_()  # (4, 6), not contiguous
-    write_tokens(tmp_path, tokens)
+    write_state(tmp_path, {TOKENS: tokens})
     written = load_file(tmp_path / "model.safetensors")
     assert set(written) == {"robustness_tokens"}
     assert written["robustness_tokens"].dtype == torch.float32
@@ -308,7 +309,7 @@ def test_tokens_are_readable_by_their_owner_alone(tmp_path: Path) -> None:
     path.chmod(0o666)
     before = os.umask(0)
     try:
-        write_tokens(tmp_path, torch.zeros(2, 3))
+        write_state(tmp_path, {TOKENS: torch.zeros(2, 3)})
     finally:
         os.umask(before)
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
@@ -317,30 +318,30 @@ def test_tokens_are_readable_by_their_owner_alone(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_failed_write_keeps_the_last_good_tokens(tmp_path: Path, value: float) -> None:
-    write_tokens(tmp_path, torch.ones(2, 3))
+    write_state(tmp_path, {TOKENS: torch.ones(2, 3)})
     with pytest.raises(ValueError, match="not finite: the training diverged"):
-        write_tokens(tmp_path, torch.full((2, 3), value))
+        write_state(tmp_path, {TOKENS: torch.full((2, 3), value)})
     assert torch.equal(load_file(tmp_path / "model.safetensors")["robustness_tokens"], torch.ones(2, 3))
     assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_full_disk_leaves_the_old_file_alone(tmp_path: Path) -> None:
-    write_tokens(tmp_path, torch.ones(2, 3))
+    write_state(tmp_path, {TOKENS: torch.ones(2, 3)})
     path, report = tmp_path / "model.safetensors", tmp_path / "evaluation.json"
     report.write_text("{}")  # of these tokens
     with full_disk(), pytest.raises(OSError, match=rf"{path} could not be written \(File too large\)"):
-        write_tokens(tmp_path, torch.zeros(2, 3))
+        write_state(tmp_path, {TOKENS: torch.zeros(2, 3)})
     assert torch.equal(load_file(path)["robustness_tokens"], torch.ones(2, 3))
     assert set(tmp_path.iterdir()) == {path, report}
 
 
 def test_tokens_are_on_the_disk_before_they_replace_others(tmp_path: Path) -> None:
-    write_tokens(tmp_path, torch.ones(2, 3))
+    write_state(tmp_path, {TOKENS: torch.ones(2, 3)})
     path, report = tmp_path / "model.safetensors", tmp_path / "evaluation.json"
     report.write_text("{}")  # of these tokens
     message = r"could not be written \(Input/output error\) and is unchanged"
     with broken_disk(), pytest.raises(OSError, match=message):
-        write_tokens(tmp_path, torch.zeros(2, 3))
+        write_state(tmp_path, {TOKENS: torch.zeros(2, 3)})
     assert torch.equal(load_file(path)["robustness_tokens"], torch.ones(2, 3))
     assert set(tmp_path.iterdir()) == {path, report}
 
@@ -359,12 +360,12 @@ def test_readers_never_see_half_a_file(adapter_folder: Path) -> None:
 
     def write() -> None:
         for _ in range(50):
-            write_tokens(adapter_folder, torch.ones(3, 32))
+            write_state(adapter_folder, {TOKENS: torch.ones(3, 32)})
 
     writer = threading.Thread(target=write)
     writer.start()
     while writer.is_alive():
-        assert read_tokens(adapter_folder, config).shape == (3, 32)
+        assert read_state(adapter_folder, config)[TOKENS].shape == (3, 32)
     writer.join()
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from robustness_tokens.configuration import TOKENS
+from robustness_tokens.models.gains_and_shifts import find_adapted_modules
 from robustness_tokens.models.injection import TokenInjector, attach_tokens, find_injector, remove_tokens
 from robustness_tokens.models.layer_stack import find_layer_stack
 from robustness_tokens.models.modeling import inject_tokens
@@ -20,9 +23,12 @@ from tests.support.families import BASES, FAMILIES, HIDDEN_SIZE, Family
 
 
 NUM_TOKENS = 3
+DEPTH = 2  # all layers
 COMPILED = ("dinov2", "timm_eva")  # of the others each takes seconds: slow
 ALL = pytest.mark.parametrize("name", list(FAMILIES))
 RECORDING = pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.recorded])
+LEARNED = pytest.mark.parametrize("learned", ["input", "deep"])
+"""Tokens at the input alone, or tokens for each layer with gains and shifts."""
 
 
 @dataclass
@@ -37,8 +43,8 @@ class Case:
         with torch.no_grad():
             return self.model(**self.inputs, **kwargs)
 
-    def inject(self) -> TokenInjector:
-        return attach_tokens(self.model, tokens())
+    def inject(self, learned: str = "input") -> TokenInjector:
+        return attach_tokens(self.model, tokens() if learned == "input" else deep_state(self.model))
 
 
 def make_case(name: str, **kwargs: Any) -> Case:
@@ -48,6 +54,15 @@ def make_case(name: str, **kwargs: Any) -> Case:
 
 def tokens() -> Tensor:
     return torch.randn(NUM_TOKENS, HIDDEN_SIZE, generator=torch.Generator().manual_seed(3))
+
+
+def deep_state(model: Any) -> dict[str, Tensor]:
+    """Returns tokens for each layer, and all gains and shifts that the model takes, none of them zero."""
+    generator = torch.Generator().manual_seed(4)
+    state = {TOKENS: torch.randn(DEPTH, NUM_TOKENS, HIDDEN_SIZE, generator=generator)}
+    for found in find_adapted_modules(model, find_layer_stack(model)):
+        state |= {key: torch.randn(shape, generator=generator) * 0.2 for key, shape in found.shapes.items()}
+    return state
 
 
 def flatten(output: Any, path: str = "") -> Iterator[tuple[str, Tensor | None]]:
@@ -107,11 +122,12 @@ def attributes(model: nn.Module) -> dict[str, Any]:
     return found
 
 
+@LEARNED
 @ALL
-def test_outputs_have_the_bases_class_and_shapes(name: str) -> None:
+def test_outputs_have_the_bases_class_and_shapes(name: str, learned: str) -> None:
     case = make_case(name)
     before = case.run()
-    case.inject()
+    case.inject(learned)
     after = case.run()
     assert type(after) is type(before)
     assert shapes(after) == shapes(before)
@@ -122,13 +138,14 @@ def test_outputs_have_the_bases_class_and_shapes(name: str) -> None:
         assert (tensor - main_outputs(before)[path]).abs().max() > 1e-3, f"the tokens don't reach {path}"
 
 
+@LEARNED
 @RECORDING
-def test_recorded_states_have_the_bases_shapes(name: str) -> None:
+def test_recorded_states_have_the_bases_shapes(name: str, learned: str) -> None:
     # sdpa keeps no attention weights
     case = make_case(name, **({"attn_implementation": "eager"} if FAMILIES[name].implementations else {}))
     record = {f"output_{key}": True for key in case.family.recorded}
     before = case.run(**record)
-    case.inject()
+    case.inject(learned)
     after = case.run(**record)
     assert type(after) is type(before)
     assert shapes(after) == shapes(before)
@@ -163,13 +180,14 @@ def test_recorded_states_are_those_of_the_layers(name: str) -> None:
     assert not torch.equal(states[-1], bases[-1])  # type: ignore[arg-type]
 
 
+@LEARNED
 @RECORDING
-def test_selected_hidden_states_are_those_of_all(name: str) -> None:
+def test_selected_hidden_states_are_those_of_all(name: str, learned: str) -> None:
     case = make_case(name)
     is_timm = find_layer_stack(case.model).is_timm
     for selected in ([0], [0, -1], [1]):
         base_shapes = shapes(case.run(output_hidden_states=selected))
-        case.inject()
+        case.inject(learned)
         every = dict(flatten(case.run(output_hidden_states=True)))
         chosen = case.run(output_hidden_states=selected)
         assert shapes(chosen) == base_shapes
@@ -179,12 +197,13 @@ def test_selected_hidden_states_are_those_of_all(name: str) -> None:
         remove_tokens(case.model)
 
 
+@LEARNED
 @ALL
-def test_tuples_hold_what_the_output_class_does(name: str) -> None:
+def test_tuples_hold_what_the_output_class_does(name: str, learned: str) -> None:
     case = make_case(name)
     recorded = {"output_hidden_states": True} if case.family.recorded else {}
     before = case.run(return_dict=False, **recorded)
-    case.inject()
+    case.inject(learned)
     after = case.run(return_dict=False, **recorded)
     assert isinstance(after, tuple)
     assert shapes(after) == shapes(before)
@@ -194,11 +213,12 @@ def test_tuples_hold_what_the_output_class_does(name: str) -> None:
     assert all(torch.equal(one, other) for one, other in zip(actual, expected, strict=True))
 
 
+@LEARNED
 @ALL
-def test_toggling_removing_and_injecting_again(name: str) -> None:
+def test_toggling_removing_and_injecting_again(name: str, learned: str) -> None:
     case = make_case(name)
     before, untouched = case.run(), attributes(case.model)
-    injector = case.inject()
+    injector = case.inject(learned)
     injected = case.run()
     injector.set_enabled(False)
     assert_equal(case.run(), before)
@@ -208,7 +228,7 @@ def test_toggling_removing_and_injecting_again(name: str) -> None:
     assert remove_tokens(case.model) is case.model
     assert attributes(case.model) == untouched
     assert_equal(case.run(), before)
-    case.inject()
+    case.inject(learned)
     assert_equal(case.run(), injected)
     injector = find_injector(case.model)  # type: ignore[assignment]
     injector.set_enabled(False)
@@ -216,17 +236,24 @@ def test_toggling_removing_and_injecting_again(name: str) -> None:
     assert attributes(case.model) == untouched, "removed while disabled"
 
 
+@LEARNED
 @ALL
-def test_gradients_reach_the_tokens_only(name: str) -> None:
+def test_gradients_reach_what_is_learned_only(name: str, learned: str) -> None:
     case = make_case(name)
     case.model.requires_grad_(False)
-    injector = case.inject()
+    injector = case.inject(learned)
     loss(case.model(**case.inputs)).backward()
-    gradient = injector.robustness_tokens.grad
-    assert gradient is not None
-    assert gradient.isfinite().all()
-    assert (gradient.abs().amax(dim=1) > 0).all()
+    for key, tensor in injector.state.items():
+        assert tensor.grad is not None
+        assert tensor.grad.isfinite().all()
+        if is_used(case, key):
+            assert (tensor.grad.abs().amax(dim=-1) > 0).all(), key
     assert all(parameter.grad is None for parameter in case.model.parameters())
+
+
+def is_used(case: Case, key: str) -> bool:
+    """Tells whether a tensor changes the outputs: the shift of a key adds the same to all scores of a query."""
+    return not re.search(r"(^|[._])(key|k_proj)\.shift$", key)
 
 
 def loss(output: Any) -> Tensor:
@@ -249,15 +276,16 @@ def test_order_of_the_tokens_is_irrelevant(name: str) -> None:
     assert_close(case.run(), before, tolerance=2e-4)
 
 
+@LEARNED
 @ALL
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
-def test_copies_have_tokens_of_their_own(name: str, how: str) -> None:
+def test_copies_have_tokens_of_their_own(name: str, how: str, learned: str) -> None:
     case = make_case(name)
     if how == "pickle" and not case.family.can_pickle:
         with pytest.raises(AttributeError, match="output_capturing_hook"):
             pickle.dumps(case.model)
         return
-    injector = case.inject()
+    injector = case.inject(learned)
     other = copy.deepcopy(case.model) if how == "deepcopy" else pickle.loads(pickle.dumps(case.model))
     expected = case.run()
     twin = Case(other, case.inputs, case.family)
@@ -266,7 +294,8 @@ def test_copies_have_tokens_of_their_own(name: str, how: str) -> None:
     assert copied is not None
     assert copied is not injector
     with torch.no_grad():
-        copied.robustness_tokens.zero_()
+        for tensor in copied.parameters():
+            tensor.zero_()
     assert_equal(case.run(), expected)
     assert any(not torch.equal(one, main_outputs(expected)[path]) for path, one in main_outputs(twin.run()).items())
     remove_tokens(other)
@@ -275,15 +304,16 @@ def test_copies_have_tokens_of_their_own(name: str, how: str) -> None:
     assert_equal(twin.run(), case.run())
 
 
+@LEARNED
 @pytest.mark.parametrize("use_reentrant", [True, False])
 @ALL
-def test_gradient_checkpointing_gives_the_same_gradient(name: str, use_reentrant: bool) -> None:
+def test_gradient_checkpointing_gives_the_same_gradient(name: str, use_reentrant: bool, learned: str) -> None:
     case = make_case(name)
     case.model.requires_grad_(False)
-    injector = case.inject()
+    injector = case.inject(learned)
     loss(case.model(**case.inputs)).backward()
-    expected = injector.robustness_tokens.grad
-    injector.robustness_tokens.grad = None
+    expected = {key: tensor.grad for key, tensor in injector.state.items()}
+    injector.zero_grad(set_to_none=True)
     if not case.model.supports_gradient_checkpointing:
         pytest.skip(f"{type(case.model).__name__} does not support it")
     with warnings.catch_warnings():
@@ -297,28 +327,31 @@ def test_gradient_checkpointing_gives_the_same_gradient(name: str, use_reentrant
     first.register_forward_hook(lambda module, args, output: calls.append(None))
     loss(case.model(**case.inputs)).backward()
     assert len(calls) == 2, "the layer was not run again in the backward pass"
-    torch.testing.assert_close(injector.robustness_tokens.grad, expected, rtol=1e-4, atol=1e-5)
+    for key, tensor in injector.state.items():
+        torch.testing.assert_close(tensor.grad, expected[key], rtol=1e-4, atol=1e-5)
 
 
+@LEARNED
 @pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if len(family.implementations) == 2])
-def test_eager_and_sdpa_agree(name: str) -> None:
+def test_eager_and_sdpa_agree(name: str, learned: str) -> None:
     outputs = []
     for implementation in ("eager", "sdpa"):
         case = make_case(name, attn_implementation=implementation)
         owner: Any = find_layer_stack(case.model).owner
         assert owner.config._attn_implementation == implementation
-        case.inject()
+        case.inject(learned)
         outputs.append(case.run())
     assert_close(outputs[0], outputs[1], tolerance=2e-4)
 
 
+@LEARNED
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if name in COMPILED else pytest.mark.slow) for name in FAMILIES]
 )
-def test_compiles_as_one_graph(name: str) -> None:
+def test_compiles_as_one_graph(name: str, learned: str) -> None:
     torch._dynamo.reset()
     case = make_case(name)
-    injector = case.inject()
+    injector = case.inject(learned)
     expected = case.run()
     compiled = Case(torch.compile(case.model, fullgraph=True, backend="aot_eager"), case.inputs, case.family)
     assert_close(compiled.run(), expected)
@@ -332,13 +365,14 @@ def remove_and_run(case: Case) -> Any:
     return Case(plain, case.inputs, case.family).run()
 
 
+@LEARNED
 @pytest.mark.parametrize("name", list(BASES))
-def test_half_precision_bases_take_float32_tokens(name: str) -> None:
+def test_half_precision_bases_take_float32_tokens(name: str, learned: str) -> None:
     case = make_case(name)
     case.model.to(torch.bfloat16)
     case.inputs = {k: v.bfloat16() if k == "pixel_values" else v for k, v in case.inputs.items()}
     before = case.run()
-    injector = case.inject()
+    injector = case.inject(learned)
     after = case.run()
     assert injector.robustness_tokens.dtype == torch.float32
     for (path, one), (_, other) in zip(flatten(after), flatten(before), strict=True):

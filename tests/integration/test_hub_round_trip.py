@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from robustness_tokens.hub.adapter_folder import ADAPTER_FILES, write_tokens
+from robustness_tokens.configuration import TOKENS
+from robustness_tokens.hub.adapter_folder import ADAPTER_FILES, write_state
 from robustness_tokens.models.modeling import RobustnessTokenForImageClassification
 from robustness_tokens.report.writing import REPORT_FILE
 from tests.support.bases import HIDDEN_SIZE, NUM_LABELS, NUM_TOKENS
@@ -40,7 +41,8 @@ def make_adapter(saved_adapter: Path, tmp_path: Path, base: Repo) -> AdapterFact
 
     def make(seed: int) -> Path:
         folder = Path(shutil.copytree(saved_adapter, tmp_path / f"adapter-{seed}"))
-        write_tokens(folder, torch.randn(NUM_TOKENS, HIDDEN_SIZE, generator=torch.Generator().manual_seed(seed)))
+        tokens = torch.randn(NUM_TOKENS, HIDDEN_SIZE, generator=torch.Generator().manual_seed(seed))
+        write_state(folder, {TOKENS: tokens})
         return folder
 
     return make

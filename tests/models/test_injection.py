@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from robustness_tokens.configuration import TOKENS
 from robustness_tokens.models.injection import TokenInjector, attach_tokens, find_injector, remove_tokens, tokens_in
 from robustness_tokens.models.layer_stack import find_layer_stack
 from tests.support.families import BATCH_SIZE, DEIT3, FAMILIES, HIDDEN_SIZE, hf, timm
@@ -111,7 +112,7 @@ def test_tokens_are_attended_to_under_a_mask(implementation: str, tokens: Tensor
 
 
 def test_two_dimensional_masks_of_flash_attention_are_extended(tokens: Tensor) -> None:
-    injector = TokenInjector(tokens)
+    injector = TokenInjector({TOKENS: tokens})
     hidden_states = torch.zeros(2, NUM_TOKENS + 2, HIDDEN_SIZE)
     for mask in (torch.tensor([[1, 1], [1, 0]]), torch.tensor([[True, True], [True, False]])):
         _, kwargs = injector.pad_attention_mask(nn.Identity(), (hidden_states,), {"attention_mask": mask})
@@ -121,7 +122,9 @@ def test_two_dimensional_masks_of_flash_attention_are_extended(tokens: Tensor) -
 
 @pytest.mark.parametrize(("mask", "expected"), [(torch.zeros(1, 1, 1, 2), 0.0), (torch.ones(1, 1, 1, 2).bool(), True)])
 def test_masks_of_one_row_stay_so(mask: Tensor, expected: float, tokens: Tensor) -> None:
-    args, _ = TokenInjector(tokens).pad_attention_mask(nn.Identity(), (torch.zeros(1, 5, HIDDEN_SIZE), mask), {})
+    args, _ = TokenInjector({TOKENS: tokens}).pad_attention_mask(
+        nn.Identity(), (torch.zeros(1, 5, HIDDEN_SIZE), mask), {}
+    )
     assert args[1].shape == (1, 1, 1, NUM_TOKENS + 2)
     assert (args[1] == expected).all()
 
@@ -129,7 +132,7 @@ def test_masks_of_one_row_stay_so(mask: Tensor, expected: float, tokens: Tensor)
 def test_masks_of_another_kind_are_refused(tokens: Tensor) -> None:
     """Refuses flex attention's block masks, which would not cover the tokens."""
     with pytest.raises(ValueError, match='attn_implementation="sdpa"'):
-        TokenInjector(tokens).pad_attention_mask(
+        TokenInjector({TOKENS: tokens}).pad_attention_mask(
             nn.Identity(), (torch.zeros(1, 5, HIDDEN_SIZE),), {"attention_mask": object()}
         )
 
@@ -267,7 +270,7 @@ def test_a_context_puts_other_tokens_in_and_nests(name: str, tokens: Tensor) -> 
             assert torch.equal(run(model, name).last_hidden_state, plain)
             with tokens_in(model, tokens):
                 assert torch.equal(run(model, name).last_hidden_state, with_own)
-                assert not injector.robustness_tokens.requires_grad
+                assert not injector.active_state[TOKENS].requires_grad
             assert torch.equal(run(model, name).last_hidden_state, plain)
         assert torch.equal(run(model, name).last_hidden_state, with_more)
     assert injector.robustness_tokens is own
@@ -364,10 +367,10 @@ def test_what_has_no_single_sequence_is_refused(name: str, tokens: Tensor) -> No
     assert find_injector(model) is None
 
 
-@pytest.mark.parametrize("shape", [(3, HIDDEN_SIZE + 1), (HIDDEN_SIZE,), (1, 3, HIDDEN_SIZE)])
+@pytest.mark.parametrize("shape", [(3, HIDDEN_SIZE + 1), (HIDDEN_SIZE,), (1, 2, 3, HIDDEN_SIZE)])
 def test_tokens_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
     model = build("dinov2")
-    with pytest.raises(ValueError, match=rf"\(K, {HIDDEN_SIZE}\) for Dinov2Model, got \({shape[0]},"):
+    with pytest.raises(ValueError, match=rf"\(depth, K, {HIDDEN_SIZE}\) for Dinov2Model, got \({shape[0]},"):
         attach_tokens(model, torch.zeros(shape))
     assert find_injector(model) is None
 
@@ -404,9 +407,9 @@ def test_removal_leaves_the_hooks_of_others(tokens: Tensor) -> None:
 
 
 def test_layers_that_take_maps_are_refused_as_they_run(tokens: Tensor) -> None:
-    injector = TokenInjector(tokens)
+    injector = TokenInjector({TOKENS: tokens})
     with pytest.raises(ValueError, match=r"need a sequence \(B, N, D\) before the first layer, got \(2, 4, 4, 32\)"):
-        injector.insert_before_layer(nn.Identity(), (torch.zeros(2, 4, 4, HIDDEN_SIZE),), {})
+        injector.put_before_layer(nn.Identity(), (torch.zeros(2, 4, 4, HIDDEN_SIZE),), {}, layer=0)
 
 
 def test_attention_kernels_without_weights_record_none(tokens: Tensor) -> None:

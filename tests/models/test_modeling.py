@@ -543,7 +543,7 @@ def test_a_base_of_another_width_is_refused_even_so(adapter_folder: Path, make_b
     wide = make_base("dinov2", hidden_size=64)
     with pytest.raises(ValueError, match="trained on"):
         RobustnessTokenModel.from_pretrained(adapter_folder, base_model=wide)
-    with pytest.raises(ValueError, match=r"shape \(K, 64\) for Dinov2Model, got \(3, 32\).*another width"):
+    with pytest.raises(ValueError, match=r"shape \(K, 64\) or .* for Dinov2Model, got \(3, 32\).*another width"):
         RobustnessTokenModel.from_pretrained(adapter_folder, base_model=wide, ignore_base_mismatch=True)
     assert find_injector(wide) is None
 
@@ -750,11 +750,12 @@ def test_inject_the_tokens_themselves(family: str, make_base: MakeBase, pixel_va
 @pytest.mark.parametrize(
     ("tokens", "message"),
     [
-        (torch.zeros(2, 31), r"shape \(K, 32\) for Dinov2Model, got \(2, 31\)"),
+        (torch.zeros(2, 31), r"shape \(K, 32\) or \(depth, K, 32\) for Dinov2Model, got \(2, 31\)"),
         (torch.zeros(32), r"got \(32,\)"),
-        (torch.zeros(1, 2, 32), r"got \(1, 2, 32\)"),
+        (torch.zeros(3, 2, 32), "from 1 to 2, the number of layers of Dinov2Model"),
+        (torch.zeros(1, 1, 2, 32), r"got \(1, 1, 2, 32\)"),
         (torch.zeros(0, 32), r"got .*\(0, 32\)"),
-        (torch.zeros(2, 32, dtype=torch.int64), "got torch.int64"),
+        (torch.zeros(2, 32, dtype=torch.int64), "torch.int64"),
         (torch.full((2, 32), float("nan")), "finite"),
     ],
 )

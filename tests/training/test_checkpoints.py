@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from robustness_tokens.configuration import TOKENS
 from robustness_tokens.training import checkpoints
 from robustness_tokens.training.checkpoints import (
     STATE_FILE,
@@ -50,26 +51,26 @@ def step(tokens: nn.Parameter, optimizer: torch.optim.Optimizer) -> Tensor:
 def save(folder: Path, steps: int, **kwargs: Any) -> Path:
     tokens, optimizer = trained(steps)
     defaults = {"settings": SETTINGS, "state": {"position": [1, 2]}}
-    return save_checkpoint(folder, step=steps, tokens=tokens, optimizer=optimizer, **{**defaults, **kwargs})
+    return save_checkpoint(folder, step=steps, tokens={TOKENS: tokens}, optimizer=optimizer, **{**defaults, **kwargs})
 
 
 def load(
     folder: Path, *, tokens: nn.Parameter, optimizer: torch.optim.Optimizer, settings: Any = SETTINGS
 ) -> tuple[int, dict[str, Any]]:
-    checkpoint = read_checkpoint(folder, settings=settings, shape=tuple(tokens.shape))
-    checkpoint.restore(tokens, optimizer)
+    checkpoint = read_checkpoint(folder, settings=settings, shapes={TOKENS: tuple(tokens.shape)})
+    checkpoint.restore({TOKENS: tokens}, optimizer)
     return checkpoint.step, checkpoint.state
 
 
 def found(folder: Path, resume_from: str | bool | None = True) -> Path | None:
-    checkpoint = find_checkpoint(folder, resume_from, settings=SETTINGS, shape=(2, 3))
+    checkpoint = find_checkpoint(folder, resume_from, settings=SETTINGS, shapes={TOKENS: (2, 3)})
     return None if checkpoint is None else checkpoint.folder
 
 
 def test_a_round_trip_is_bit_equal_and_so_are_the_next_steps(tmp_path: Path) -> None:
     tokens, optimizer = trained(3)
     folder = save_checkpoint(
-        tmp_path, step=3, tokens=tokens, optimizer=optimizer, settings=SETTINGS, state={"x": [0.1, None]}
+        tmp_path, step=3, tokens={TOKENS: tokens}, optimizer=optimizer, settings=SETTINGS, state={"x": [0.1, None]}
     )
     assert folder == tmp_path / "checkpoint-3"
     fresh, fresh_optimizer = trained(0)
@@ -90,7 +91,9 @@ def test_files_and_permissions(tmp_path: Path) -> None:
 
 def test_a_checkpoint_is_small(tmp_path: Path) -> None:
     tokens, optimizer = trained(1, shape=(10, 384))
-    folder = save_checkpoint(tmp_path, step=1, tokens=tokens, optimizer=optimizer, settings=SETTINGS, state={})
+    folder = save_checkpoint(
+        tmp_path, step=1, tokens={TOKENS: tokens}, optimizer=optimizer, settings=SETTINGS, state={}
+    )
     assert sum(path.stat().st_size for path in folder.iterdir()) < 3 * 4 * 10 * 384 + 2_000
 
 
@@ -299,7 +302,7 @@ def test_other_settings_are_refused(tmp_path: Path, settings: dict[str, Any], me
 def test_tokens_of_another_shape_are_refused(tmp_path: Path) -> None:
     folder = save(tmp_path, 2)
     tokens, optimizer = trained(0, shape=(4, 3))
-    with pytest.raises(ValueError, match=r"shape \(2, 3\), the model has \(4, 3\)"):
+    with pytest.raises(ValueError, match=r"shapes .*\(2, 3\).*, the model has .*\(4, 3\)"):
         load(folder, tokens=tokens, optimizer=optimizer, settings=SETTINGS)
 
 

@@ -1,0 +1,108 @@
+"""Gains and shifts beside the tokens: small differences to the norms, biases and patch embedding of a frozen base.
+
+Hooks add them to the outputs of the base's modules, whose weights stay as they are:
+a norm or a LayerScale gives `y * (1 + gain) + shift`, a linear layer `y + shift`, the patch embedding `y` plus what it
+computes with other weights. Differences of all layers are stacked in one tensor: L layers, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..configuration import GainsAndShifts
+from .layer_stack import LayerStack
+
+
+PATCH_EMBEDDING = "patch_embedding"
+
+
+@dataclass(frozen=True)
+class AdaptedModule:
+    """A module of the base, the same in each layer, and the tensors that change its output."""
+
+    name: str  # inside the layer, such as "norm1"
+    kind: GainsAndShifts
+    modules: tuple[nn.Module, ...]  # one per layer; the patch embedding alone
+    shapes: dict[str, tuple[int, ...]]  # by the tensors' names, such as {"norm1.gain": (L, D), "norm1.shift": (L, D)}
+
+
+def find_adapted_modules(
+    model: nn.Module, stack: LayerStack, kinds: Iterable[str] = get_args(GainsAndShifts)
+) -> list[AdaptedModule]:
+    """Returns the modules of these kinds that a base has, in its order."""
+    wanted = set(kinds)
+    return [found for found in _all_adapted_modules(model, stack) if found.kind in wanted]
+
+
+def check_adapted_modules(model: nn.Module, stack: LayerStack, kinds: Iterable[str]) -> list[AdaptedModule]:
+    """Returns the modules as [`find_adapted_modules`] does; `ValueError` for a kind that the base lacks."""
+    found = find_adapted_modules(model, stack, kinds)
+    held = [kind for kind in get_args(GainsAndShifts) if find_adapted_modules(model, stack, [kind])]
+    if missing := [kind for kind in kinds if kind not in held]:
+        raise ValueError(
+            f"{type(model).__name__} has no modules for gains_and_shifts={missing}: choose among {held} for this base"
+        )
+    return found
+
+
+def kinds_of(model: nn.Module, stack: LayerStack, names: Iterable[str]) -> list[GainsAndShifts]:
+    """Returns the kinds of the gains and shifts of these names."""
+    found = {
+        module.kind for module in find_adapted_modules(model, stack) if not module.shapes.keys().isdisjoint(names)
+    }
+    return [kind for kind in get_args(GainsAndShifts) if kind in found]
+
+
+def _all_adapted_modules(model: nn.Module, stack: LayerStack) -> Iterator[AdaptedModule]:
+    layers = list(stack.layers)
+    for name, module in layers[0].named_modules():
+        own = dict(module.named_parameters(recurse=False))
+        modules = tuple(layer.get_submodule(name) for layer in layers)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            yield AdaptedModule(name, "bias", modules, {f"{name}.shift": (len(layers), module.out_features)})
+        elif own and not list(module.children()) and all(parameter.dim() == 1 for parameter in own.values()):
+            # LayerNorm, RMSNorm and LayerScale of any library.
+            width = next(iter(own.values())).shape[0]
+            kinds = ("gain", "shift") if "bias" in own else ("gain",)
+            yield AdaptedModule(name, "norm", modules, {f"{name}.{kind}": (len(layers), width) for kind in kinds})
+    inside = {id(module) for module in stack.layers.modules()}
+    for name, module in model.named_modules():
+        if "patch_embed" in name and id(module) not in inside and isinstance(module, nn.Conv2d | nn.Linear):
+            shapes = {f"{PATCH_EMBEDDING}.weight": tuple(module.weight.shape)}
+            if module.bias is not None:
+                shapes[f"{PATCH_EMBEDDING}.bias"] = tuple(module.bias.shape)
+            yield AdaptedModule(PATCH_EMBEDDING, "patch_embedding", (module,), shapes)
+            return
+
+
+def apply_patch_embedding(module: Any, pixel_values: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Returns what a patch embedding computes with another weight and bias."""
+    weight = weight.to(pixel_values.device, pixel_values.dtype)
+    bias = None if bias is None else bias.to(weight)
+    if isinstance(module, nn.Linear):
+        return F.linear(pixel_values, weight, bias)
+    return F.conv2d(pixel_values, weight, bias, module.stride, module.padding, module.dilation, module.groups)
+
+
+@torch.no_grad()
+def fold(model: nn.Module, stack: LayerStack, tensors: Mapping[str, Tensor]) -> None:
+    """Writes gains and shifts into a model's own weights, which then compute what the hooks did, up to rounding."""
+    for found in find_adapted_modules(model, stack):
+        for layer, module in enumerate(found.modules):
+            if found.kind == "patch_embedding":
+                for name in ("weight", "bias"):
+                    if (difference := tensors.get(f"{found.name}.{name}")) is not None:
+                        module.get_parameter(name).add_(difference)
+                continue
+            gain, shift = tensors.get(f"{found.name}.gain"), tensors.get(f"{found.name}.shift")
+            if gain is not None:
+                for parameter in module.parameters(recurse=False):
+                    parameter.mul_(1 + gain[layer].to(parameter.device))
+            if shift is not None:
+                module.get_parameter("bias").add_(shift[layer].to(module.get_parameter("bias").device))
