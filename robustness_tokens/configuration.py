@@ -137,6 +137,15 @@ class RobustnessTokenConfig(PreTrainedConfig):
         shape = (self.num_robustness_tokens, self.hidden_size)
         return shape if self.token_depth == 1 else (self.token_depth, *shape)
 
+    @property
+    def in_words(self) -> str:
+        """What the adapter learned, such as `"10 tokens of width 384 at the input"`."""
+        where = "at the input" if self.token_depth == 1 else f"for each of the first {self.token_depth} layers"
+        parts = [f"{self.num_robustness_tokens} tokens of width {self.hidden_size} {where}"]
+        if self.gains_and_shifts:
+            parts.append(f"gains and shifts ({', '.join(self.gains_and_shifts)})")
+        return " and ".join(parts if self.num_robustness_tokens else parts[1:])
+
     def validate(self) -> None:
         """Checks every field; `ValueError` names the field, its value and the allowed ones."""
         check_schema("the adapter", self.schema_version, SCHEMA_VERSION)

@@ -151,9 +151,10 @@ def info(adapter: str, revision: str | None = None, subfolder: str = "") -> None
         "base": config.base_model_name_or_path,
         "base commit": config.base_model_revision or "none pinned",
         "base class": config.base_model_class,
-        "tokens": f"{config.num_robustness_tokens} of width {config.hidden_size}",
+        "learned": config.in_words,
         "size": f"{sum(file.stat().st_size for file in loaded.folder.iterdir() if file.is_file()):,} bytes",
-        "token norm": f"{torch.linalg.vector_norm(loaded.tokens, dim=1).mean():.3f} on average",
+        "parameters": f"{sum(tensor.numel() for tensor in loaded.state.values()):,}",
+        "token norm": f"{torch.linalg.vector_norm(loaded.tokens, dim=-1).mean():.3f} on average",
         "features": f"{config.feature_view}, cosine along the {config.similarity_axis} axis",
         "normalisation": f"mean {config.image_mean}, std {config.image_std}",
     }

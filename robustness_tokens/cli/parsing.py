@@ -23,7 +23,8 @@ from ..training import PAPER, RobustnessTokenTrainingArguments, resolve_preset
 # How the help groups arguments; one name is in one group, whichever command takes it.
 GROUPS = {
     "base and tokens": (
-        *("base", "base_model", "base_model_revision", "preset", "num_robustness_tokens", "initializer_range"),
+        *("base", "base_model", "base_model_revision", "preset", "num_robustness_tokens", "token_depth"),
+        *("gains_and_shifts", "initializer_range"),
         *("feature_view", "similarity_axis", "image_mean", "image_std", "classifier"),
         *("head", "surrogate", "surrogate_head"),
     ),
@@ -193,7 +194,20 @@ class ModelArguments:
             "default none. Arguments that are given override it."
         },
     )
-    num_robustness_tokens: int = field(default=10, metadata={"help": "Number of tokens to learn (paper: 10)."})
+    num_robustness_tokens: int = field(
+        default=10, metadata={"help": "Number of tokens to learn, for each layer that gets some (paper: 10)."}
+    )
+    token_depth: str = field(
+        default="1",
+        metadata={"help": "Number of first layers that get tokens of their own, or all (paper: 1, the input alone)."},
+    )
+    gains_and_shifts: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "What to learn beside the tokens, as differences to the base: norm (gains and shifts of LayerNorm "
+            "and LayerScale), bias (of linear layers), patch_embedding; by default nothing (paper)."
+        },
+    )
     initializer_range: float = field(default=0.01, metadata={"help": "Standard deviation of the new tokens."})
     feature_view: FeatureView | None = field(
         default=None, metadata={"help": "Features to train on; by default what the paper uses for the base's family."}
@@ -217,6 +231,7 @@ class ModelArguments:
         kwargs = dataclasses.asdict(self)
         del kwargs["base_model"], kwargs["preset"]
         kwargs["revision"] = kwargs.pop("base_model_revision")
+        kwargs["token_depth"] = int(self.token_depth) if self.token_depth.isdecimal() else self.token_depth
         return {name: value for name, value in kwargs.items() if value is not None}
 
 

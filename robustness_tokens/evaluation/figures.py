@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..configuration import TOKENS, TokenState
+from ..configuration import TokenState
 from ..models import find_layer_stack, patch_grid
 from ..report import (
     Knowledge,
@@ -129,14 +129,13 @@ def observe_layers(model: EvaluatedModel, images: Tensor, tokens: TokenState | N
     """Runs (B, 3, H, W) images in [0, 1] with tokens, or the base alone, and observes every layer."""
     stack = find_layer_stack(model.model)
     rows, columns = patch_grid(stack.owner, images)
-    num_tokens = 0 if tokens is None else tokens[TOKENS].shape[-2]
     maxima: list[Tensor] = []
     last = torch.empty(0)
 
     def record(module: nn.Module, args: Any, output: Any) -> None:
         nonlocal last
         hidden = output[0] if isinstance(output, tuple) else output
-        last = hidden[:, num_tokens:].float()  # (B, K + N, D) -> (B, N, D)
+        last = hidden[:, model.injector.num_active_tokens :].float()  # (B, K + N, D) -> (B, N, D)
         maxima.append(last.abs().amax(dim=(1, 2)).mean())
 
     # Prepended, to run before the hook that removes the tokens after the last layer.

@@ -197,6 +197,7 @@ def _recipe(
         "dataset_config": entry.get("config"),
         "split": entry.get("split"),
         "num_robustness_tokens": config.num_robustness_tokens,
+        "token_depth": config.token_depth if config.token_depth > 1 else None,
         "initializer_range": config.initializer_range,
         "feature_view": config.feature_view,
         "similarity_axis": config.similarity_axis,
@@ -204,10 +205,14 @@ def _recipe(
     }
     if settings["resize"] == "processor":
         settings["image_size"] = None  # the processor decides it
-    statistics = {"image_mean": config.image_mean, "image_std": config.image_std}
+    lists = {
+        "gains_and_shifts": config.gains_and_shifts,
+        "image_mean": config.image_mean,
+        "image_std": config.image_std,
+    }
     return {
         **{key: _setting(value) for key, value in settings.items() if isinstance(value, str | int | float)},
-        **{key: value for key, value in statistics.items() if value is not None},
+        **{key: value for key, value in lists.items() if value},
     }
 
 

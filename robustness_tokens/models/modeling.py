@@ -154,6 +154,7 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
             base_class = headless_class_name(name, revision, base_kwargs)
             base = cls._load_base(name, base_class, revision, base_kwargs)
         stack = find_layer_stack(base)
+        depth = len(stack.layers) if token_depth == "all" else token_depth
         if image_processor is None:
             image_processor = processor_of(base, name, revision=revision, base_kwargs=base_kwargs)
         if image_mean is not None or image_std is not None:
@@ -175,7 +176,7 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
             base_model_class=base_class,
             base_model_fingerprint=base_fingerprint(base),
             num_robustness_tokens=num_robustness_tokens,
-            token_depth=len(stack.layers) if token_depth == "all" else token_depth,
+            token_depth=depth,  # type: ignore[arg-type]  # the config refuses other texts
             gains_and_shifts=list(gains_and_shifts),
             hidden_size=stack.hidden_size,
             initializer_range=initializer_range,

@@ -12,6 +12,7 @@ from torch import Tensor
 from robustness_tokens import Normalizer, RobustnessTokenForImageClassification, RobustnessTokenModel
 from robustness_tokens.attacks.objectives import cosine_similarity, cross_entropy_objective
 from robustness_tokens.attacks.paper import paper_attack_eps
+from robustness_tokens.configuration import TOKENS, TokenState
 from robustness_tokens.evaluation.attack_suite import ATTACKS, Attack, AttackBatch, on_8bit_grid, run_attack
 from robustness_tokens.evaluation.plan import BUDGETS, build_attack, select_attacks
 from robustness_tokens.evaluation.threat_models import AttackerView, EvaluatedModel, attacker_views
@@ -150,7 +151,7 @@ def change_logits(monkeypatch: pytest.MonkeyPatch, change: Callable[[Tensor], Te
     """Changes what attacks see of a model; what is measured stays as it is."""
     real = EvaluatedModel.logits
 
-    def logits(self: EvaluatedModel, images: Tensor, tokens: Tensor | None, *, exact: bool = False) -> Tensor:
+    def logits(self: EvaluatedModel, images: Tensor, tokens: TokenState | None, *, exact: bool = False) -> Tensor:
         found = real(self, images, tokens, exact=exact)
         return found if exact else change(found)
 
@@ -235,7 +236,7 @@ def test_some_images_of_a_batch_keep_what_belongs_to_them(batch: AttackBatch) ->
 
 
 def test_an_ensemble_maximises_the_mean(model: EvaluatedModel, batch: AttackBatch) -> None:
-    own = [torch.randn(2, HIDDEN_SIZE), torch.randn(5, HIDDEN_SIZE)]
+    own = [{TOKENS: torch.randn(count, HIDDEN_SIZE)} for count in (2, 5)]
     views = attacker_views("own_tokens", model, own_tokens=own)
     assert batch.labels is not None
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from robustness_tokens import RobustnessTokenForImageClassification, RobustnessTokenModel
+from robustness_tokens.configuration import TOKENS
 from robustness_tokens.evaluation import cells
 from robustness_tokens.evaluation.attack_suite import Attack, AttackBatch
 from robustness_tokens.evaluation.cells import Cell, CellStore, find_remaining, measure_outcome, merge, run_cells
@@ -125,7 +126,7 @@ def test_what_a_cell_before_covers_is_not_attacked_again(monkeypatch: pytest.Mon
         number: AttackBatch(images=images[2 * number :][:2], index=torch.arange(2) + 2 * number, labels=None)
         for number in range(2)
     }
-    tokens = {"trained": model.tokens, "none": None, "zero": torch.zeros_like(model.tokens)}
+    tokens = {"trained": model.tokens, "none": None, "zero": {TOKENS: torch.zeros_like(model.tokens[TOKENS])}}
     attacked: list[tuple[str, int]] = []
     real = cells.run_attack
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from robustness_tokens import RobustnessTokenForImageClassification, evaluate_robustness
 from robustness_tokens.attacks.pgd import pgd_attack
+from robustness_tokens.configuration import TOKENS, TokenState
 from robustness_tokens.evaluation import attack_suite, evaluate
 from robustness_tokens.evaluation.attack_suite import Attack, AttackBatch
 from robustness_tokens.evaluation.cells import Cell, Series
@@ -366,7 +367,8 @@ def test_feature_attacks_on_what_is_left_say_nothing_of_features() -> None:
 
 def own(view: str, *tokens: Tensor) -> Cell:
     cell, _ = measured(0.5, knowledge="own_tokens", view=view)
-    return dataclasses.replace(cell, view=dataclasses.replace(cell.view, tokens=tokens))
+    states = tuple({TOKENS: one} for one in tokens)
+    return dataclasses.replace(cell, view=dataclasses.replace(cell.view, tokens=states))
 
 
 def test_every_set_of_own_tokens_counts() -> None:
@@ -506,7 +508,7 @@ class Planted(EvaluatedModel):
     fault: Callable[[Tensor], Tensor] = staticmethod(lambda logits: logits)
     spoil: Callable[[Tensor], Tensor] = staticmethod(lambda images: images)
 
-    def logits(self, images: Tensor, tokens: Tensor | None, *, exact: bool = False) -> Tensor:
+    def logits(self, images: Tensor, tokens: TokenState | None, *, exact: bool = False) -> Tensor:
         return self.fault(super().logits(self.spoil(images), tokens, exact=exact))
 
 
@@ -612,7 +614,7 @@ def test_gradients_in_half_precision_are_compared_with_float32(
 
 def test_gradients_that_half_precision_spoils_fail(classifier: RobustnessTokenForImageClassification) -> None:
     class Spoilt(Planted):
-        def logits(self, images: Tensor, tokens: Tensor | None, *, exact: bool = False) -> Tensor:
+        def logits(self, images: Tensor, tokens: TokenState | None, *, exact: bool = False) -> Tensor:
             return super().logits(images if exact else _RandomGradient.apply(images), tokens, exact=exact)
 
     check = gradients.gradients(probing(Spoilt(classifier, attack_precision="bf16")))
@@ -655,7 +657,7 @@ def test_an_attack_that_does_not_work_fails(
 
 def test_the_attack_that_is_tested_computes_as_all_do(classifier: RobustnessTokenForImageClassification) -> None:
     class Spoilt(Planted):
-        def logits(self, images: Tensor, tokens: Tensor | None, *, exact: bool = False) -> Tensor:
+        def logits(self, images: Tensor, tokens: TokenState | None, *, exact: bool = False) -> Tensor:
             # The wrong way in whatever precision attacks compute in, and right where it is exact.
             return super().logits(images if exact else 2 * images.detach() - images, tokens, exact=exact)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from robustness_tokens import Normalizer, inject_tokens
+from robustness_tokens.configuration import TOKENS
 from robustness_tokens.evaluation import figures as evaluation_figures
 from robustness_tokens.evaluation.attack_suite import Attack, AttackBatch, run_attack
 from robustness_tokens.evaluation.cells import Cell
@@ -64,7 +65,7 @@ def test_the_layers_of_every_family_are_seen_without_the_tokens(name: str, with_
         if stack.is_timm
         else stack.layers[-1].register_forward_hook(keep)
     )
-    observed = observe_layers(model, random_images(), tokens if with_tokens else None)
+    observed = observe_layers(model, random_images(), {TOKENS: tokens} if with_tokens else None)
     handle.remove()
     (last,) = seen
     assert observed.grid == (2, 2)
@@ -82,7 +83,7 @@ def test_maxima_agree_with_the_hidden_states_that_the_model_records() -> None:
     images = random_images()
     states = model(pixel_values=view.normalizer(images), output_hidden_states=True).hidden_states
     expected = [state.abs().flatten(1).max(dim=1).values.mean().item() for state in states[1:3]]
-    assert observe_layers(view, images, tokens).maxima[:2].tolist() == pytest.approx(expected)
+    assert observe_layers(view, images, {TOKENS: tokens}).maxima[:2].tolist() == pytest.approx(expected)
     assert observe_layers(view, images, None).maxima[:2].tolist() != pytest.approx(expected)
 
 

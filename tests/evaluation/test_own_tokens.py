@@ -18,6 +18,7 @@ from robustness_tokens import (
     RobustnessTokenTrainingArguments,
     inject_tokens,
 )
+from robustness_tokens.configuration import TOKENS
 from robustness_tokens.data.adversarial_pairs import load_adversarial_pairs
 from robustness_tokens.evaluation import own_tokens
 from robustness_tokens.evaluation.own_tokens import (
@@ -79,14 +80,14 @@ def test_it_trains_by_the_recipe_and_leaves_the_model_alone(
     before = {name: value.clone() for name, value in model.model.state_dict().items()}
     specs = [OwnTokensSpec(seed=5, num_robustness_tokens=4), OwnTokensSpec(seed=6, num_robustness_tokens=3)]
     first, second = (
-        own.tokens
+        own.tokens[TOKENS]
         for own in train_own_tokens(
             model, specs, [dataset], tmp_path, num_adversarial_pairs=num_pairs, disable_tqdm=True
         )
     )
     assert (first.shape, second.shape) == ((4, HIDDEN_SIZE), (3, HIDDEN_SIZE))
     assert not torch.equal(first[:3], second)
-    assert not torch.allclose(first, model.tokens, atol=1e-3)
+    assert not torch.allclose(first, model.tokens[TOKENS], atol=1e-3)
     after = model.model.state_dict()
     assert all(torch.equal(value, after[name]) for name, value in before.items())
     assert model.injector.enabled
@@ -230,7 +231,7 @@ def test_what_departs_from_any_part_of_the_recipe_is_said(
 ) -> None:
     assert model.adapter is not None
     model.adapter.config.training = recipe
-    trained = OwnTokens(tokens=torch.zeros(2, HIDDEN_SIZE), training={**RECIPE, **changes})
+    trained = OwnTokens(tokens={TOKENS: torch.zeros(2, HIDDEN_SIZE)}, training={**RECIPE, **changes})
     found = describe_training(model, [trained], overrides=overrides)
     assert found == {"recipe": theirs, "own_tokens_0": {**OWN, **own}}
     assert make_report(own_tokens=found).own_tokens == found, "a report holds it"
@@ -279,12 +280,12 @@ def test_runs_with_equal_specs_are_equal_and_not_run_again(
     spec = [OwnTokensSpec(seed=5, num_robustness_tokens=4)]
     (first,) = train_own_tokens(model, spec, [dataset], tmp_path / "a", disable_tqdm=True)
     (same,) = train_own_tokens(model, spec, [dataset], tmp_path / "b", disable_tqdm=True)
-    assert torch.equal(first.tokens, same.tokens)
+    assert torch.equal(first.tokens[TOKENS], same.tokens[TOKENS])
     others = [{"images": item["images"].flip(-1)} for item in dataset]
     (elsewhere,) = train_own_tokens(model, spec, [others], tmp_path / "a", disable_tqdm=True)
-    assert not torch.equal(first.tokens, elsewhere.tokens)
+    assert not torch.equal(first.tokens[TOKENS], elsewhere.tokens[TOKENS])
     longer = train_own_tokens(model, spec, [dataset], tmp_path / "a", overrides={"max_steps": 3}, disable_tqdm=True)
-    assert not torch.equal(first.tokens, longer[0].tokens)
+    assert not torch.equal(first.tokens[TOKENS], longer[0].tokens[TOKENS])
 
     class NoTrainer:
         def __init__(self, *args: Any) -> None:
@@ -292,7 +293,7 @@ def test_runs_with_equal_specs_are_equal_and_not_run_again(
 
     monkeypatch.setattr(own_tokens, "RobustnessTokenTrainer", NoTrainer)
     (stored,) = train_own_tokens(model, spec, [dataset], tmp_path / "a", disable_tqdm=True)
-    assert torch.equal(stored.tokens, first.tokens)
+    assert torch.equal(stored.tokens[TOKENS], first.tokens[TOKENS])
     assert stored.training == first.training
 
 
@@ -305,7 +306,7 @@ def test_images_that_change_in_the_middle_are_others(
         {"images": item["images"] if row in (0, 5) else item["images"].flip(-1)} for row, item in enumerate(dataset)
     ]
     (other,) = train_own_tokens(model, spec, [others], tmp_path, disable_tqdm=True)
-    assert not torch.equal(first.tokens, other.tokens)
+    assert not torch.equal(first.tokens[TOKENS], other.tokens[TOKENS])
 
 
 def test_tokens_begin_as_large_as_the_defenders(
@@ -317,7 +318,7 @@ def test_tokens_begin_as_large_as_the_defenders(
     (own,) = train_own_tokens(
         model, spec, [dataset], tmp_path, overrides={"learning_rate": 1e-9, "max_steps": 1}, disable_tqdm=True
     )
-    assert own.tokens.std().item() == pytest.approx(3.0, rel=0.3)
+    assert own.tokens[TOKENS].std().item() == pytest.approx(3.0, rel=0.3)
 
 
 def test_a_second_run_attacks_the_images_of_the_first(
@@ -327,7 +328,8 @@ def test_a_second_run_attacks_the_images_of_the_first(
     at_once = train_own_tokens(model, specs, [dataset], tmp_path / "a", num_adversarial_pairs=3, disable_tqdm=True)
     train_own_tokens(model, specs[:1], [dataset], tmp_path / "b", num_adversarial_pairs=3, disable_tqdm=True)
     later = train_own_tokens(model, specs, [dataset], tmp_path / "b", num_adversarial_pairs=3, disable_tqdm=True)
-    assert all(torch.equal(one.tokens, other.tokens) for one, other in zip(at_once, later, strict=True))
+    for one, other in zip(at_once, later, strict=True):
+        assert torch.equal(one.tokens[TOKENS], other.tokens[TOKENS])
 
 
 def test_each_process_has_a_batch_to_train_on(
@@ -392,8 +394,8 @@ def test_a_classifier_that_tokens_were_injected_into_has_a_trunk_to_train_on(
         overrides=overrides,
         disable_tqdm=True,
     )
-    assert own.tokens.shape == (2, HIDDEN_SIZE)
-    assert own.tokens.isfinite().all()
+    assert own.tokens[TOKENS].shape == (2, HIDDEN_SIZE)
+    assert own.tokens[TOKENS].isfinite().all()
 
 
 def test_without_features_there_is_nothing_to_train_on(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from robustness_tokens import Normalizer, RobustnessTokenForImageClassification, RobustnessTokenModel, inject_tokens
+from robustness_tokens.configuration import TOKENS
 from robustness_tokens.evaluation.attack_suite import Attack, AttackBatch, run_attack
 from robustness_tokens.evaluation.threat_models import EvaluatedModel, attacker_views
 from robustness_tokens.models import speedups
@@ -50,7 +51,7 @@ def test_other_tokens_compute_what_a_model_with_them_does(
     evaluated = EvaluatedModel(classifier)
     with torch.no_grad():
         before = evaluated.logits(images, evaluated.tokens)
-        found = evaluated.logits(images, own)
+        found = evaluated.logits(images, {TOKENS: own})
         other = inject_tokens(build_base("dinov2", classifier=True), own)
         assert torch.allclose(found, other(evaluated.normalizer(images)).logits, atol=1e-6)
         assert torch.equal(evaluated.logits(images, evaluated.tokens), before)
@@ -158,7 +159,7 @@ def test_an_attack_runs_in_it(
 
 def test_what_a_level_may_differentiate(classifier: RobustnessTokenForImageClassification) -> None:
     evaluated = EvaluatedModel(classifier)
-    own = [torch.zeros_like(classifier.robustness_tokens), torch.ones(3, HIDDEN_SIZE)]  # as many as the true ones
+    own = [{TOKENS: torch.zeros_like(classifier.robustness_tokens)}, {TOKENS: torch.ones(3, HIDDEN_SIZE)}]
     (queries,) = attacker_views("none", evaluated)
     assert not queries.differentiable
     assert attacker_views("none", evaluated, surrogate=evaluated)[1].is_surrogate
@@ -169,7 +170,7 @@ def test_what_a_level_may_differentiate(classifier: RobustnessTokenForImageClass
     assert [view.tokens for view in views[:2]] == [(own[0],), (own[1],)]
     assert all(found is expected for found, expected in zip(views[2].tokens, own, strict=True))
     (full,) = attacker_views("full", evaluated)
-    assert torch.equal(full.tokens[0], classifier.robustness_tokens)  # type: ignore[arg-type]  # not None
+    assert torch.equal(full.tokens[0][TOKENS], classifier.robustness_tokens)  # type: ignore[index]  # not None
     assert len({view.name for level in (views, [queries, base, full]) for view in level}) == 6
 
 

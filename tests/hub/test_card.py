@@ -211,7 +211,7 @@ def test_the_first_line_of_code_is_the_import_and_the_subfolder_is_named() -> No
 
 def test_the_card_says_what_it_is() -> None:
     card = render_card(config(), name="user/adapter")
-    assert "11 learned input tokens (width 384)" in card
+    assert "It learned 11 tokens of width 384 at the input, by" in card
     assert "The base is `facebook/dinov2-small` (`Dinov2Model`, commit `0123456789abcdef`)." in card
     assert "mean `[0.1, 0.2, 0.3]`, std `[0.4, 0.5, 0.6]`" in card
     assert "The defence relies on the tokens being secret" in card

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
+from robustness_tokens.configuration import TOKENS
 from robustness_tokens.training import checkpoints, run_folder
 from robustness_tokens.training.checkpoints import list_checkpoints, read_checkpoint, save_checkpoint
 from robustness_tokens.utils import files
@@ -122,7 +123,13 @@ def save(folder: Path, step: int) -> None:
     tokens = nn.Parameter(torch.full((2, 3), float(step)))
     optimizer = torch.optim.Adam([tokens])
     save_checkpoint(
-        folder, step=step, tokens=tokens, optimizer=optimizer, settings={}, state={"step": step}, save_total_limit=1
+        folder,
+        step=step,
+        tokens={TOKENS: tokens},
+        optimizer=optimizer,
+        settings={},
+        state={"step": step},
+        save_total_limit=1,
     )
 
 
@@ -149,8 +156,8 @@ def kill_at_every_line(folder: Path, connection: Connection) -> None:
 
         status = in_a_fork(killed)
         left = [step for step, _ in list_checkpoints(run)]
-        contents = [read_checkpoint(path, settings={}, shape=(2, 3)) for _, path in list_checkpoints(run)]
-        whole = all((c.tokens == c.step).all() and c.state == {"step": c.step} for c in contents)
+        contents = [read_checkpoint(path, settings={}, shapes={TOKENS: (2, 3)}) for _, path in list_checkpoints(run)]
+        whole = all((c.tokens[TOKENS] == c.step).all() and c.state == {"step": c.step} for c in contents)
         save(run, 6)
         connection.send((status, left, whole, sorted(path.name for path in run.iterdir())))
     connection.close()

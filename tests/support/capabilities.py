@@ -38,7 +38,7 @@ from tests.support.families import DEIT3, EVA, FAMILIES, HIDDEN_SIZE, IMAGE_SIZE
 TABLE_FILE = Path(__file__).parents[2] / "docs" / "families.md"
 START, END = "<!-- families:start -->", "<!-- families:end -->"
 
-CAPABILITIES = ("inject", "train", "classify", "backbone", "compile", "merge", "ONNX")
+CAPABILITIES = ("inject", "deep", "train", "classify", "backbone", "compile", "merge", "ONNX")
 NUM_TOKENS = 3
 LEARNING_RATE = 0.01
 
@@ -141,8 +141,14 @@ TABLE: dict[str, Row] = {
 
 def check_inject(row: Row, folder: Path) -> None:
     """Checks the outputs: same class and shapes, all changed by tokens, the base's bits when they are off or gone."""
-    test_families.test_outputs_have_the_bases_class_and_shapes(row.base)
-    test_families.test_toggling_removing_and_injecting_again(row.base)
+    test_families.test_outputs_have_the_bases_class_and_shapes(row.base, "input")
+    test_families.test_toggling_removing_and_injecting_again(row.base, "input")
+
+
+def check_deep(row: Row, folder: Path) -> None:
+    """Checks the same with tokens for each layer, and with all gains and shifts that the family takes."""
+    test_families.test_outputs_have_the_bases_class_and_shapes(row.base, "deep")
+    test_families.test_toggling_removing_and_injecting_again(row.base, "deep")
 
 
 def check_train(row: Row, folder: Path) -> None:
@@ -187,7 +193,7 @@ def check_backbone(row: Row, folder: Path) -> None:
 
 def check_compile(row: Row, folder: Path) -> None:
     """Checks that torch.compile makes one graph of the model, with tokens on and off."""
-    test_families.test_compiles_as_one_graph(row.base)
+    test_families.test_compiles_as_one_graph(row.base, "input")
 
 
 def check_merge(row: Row, folder: Path) -> None:
@@ -257,7 +263,16 @@ Check = Callable[[Row, Path], None]
 CHECKS: dict[str, Check] = dict(
     zip(
         CAPABILITIES,
-        (check_inject, check_train, check_classify, check_backbone, check_compile, check_merge, check_onnx),
+        (
+            check_inject,
+            check_deep,
+            check_train,
+            check_classify,
+            check_backbone,
+            check_compile,
+            check_merge,
+            check_onnx,
+        ),
         strict=True,
     )
 )
