@@ -240,7 +240,7 @@ def test_a_missing_schema_version_is_an_error() -> None:
 @pytest.mark.parametrize("key", ["peft_type", "num_labels", "id2label", "trust_remote_code"])
 def test_unknown_keys_in_a_file_are_errors(key: str) -> None:
     with pytest.raises(ValueError, match=rf"missing keys \[\] and unknown keys \['{key}'\]"):
-        RobustnessTokenConfig.from_dict(config_dict(**{key: 1}))
+        RobustnessTokenConfig.from_dict({**config_dict(), key: 1})
 
 
 def test_the_packages_own_code_may_be_named() -> None:

@@ -176,7 +176,7 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
             base_model_class=base_class,
             base_model_fingerprint=base_fingerprint(base),
             num_robustness_tokens=num_robustness_tokens,
-            token_depth=depth,  # type: ignore[arg-type]  # the config refuses other texts
+            token_depth=depth,
             gains_and_shifts=list(gains_and_shifts),
             hidden_size=stack.hidden_size,
             initializer_range=initializer_range,

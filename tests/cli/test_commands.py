@@ -74,7 +74,7 @@ def test_a_launcher_trains_from_end_to_end(
 
     robtok.main(["info", str(tmp_path / "adapter")])
     info = capsys.readouterr().out
-    assert "3 of width 32" in info
+    assert "3 tokens of width 32 at the input" in info
     assert "0.03137" in info, "eps 8/255, in pixels"
 
 
@@ -170,6 +170,6 @@ def test_published_tokens_come_in_and_a_plain_model_goes_out(
     assert "3 tokens of width 32" in capsys.readouterr().out
 
     robtok.main(["merge", str(tmp_path / "adapter"), str(tmp_path / "plain")])
-    assert "can attack through them" in caplog.text, "merging warns that the file publishes them"
+    assert "can attack through it" in caplog.text, "merging warns that the file publishes them"
     plain = Dinov2WithRegistersModel.from_pretrained(tmp_path / "plain")
     torch.testing.assert_close(extract_tokens(plain, num_robustness_tokens=3), tokens[0], rtol=0, atol=0)

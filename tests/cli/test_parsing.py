@@ -198,10 +198,20 @@ def test_from_base_kwargs_are_from_bases_own() -> None:
     model_args, _, _ = parse_arguments([*REQUIRED, "--base_model_revision", "abc", "--num_robustness_tokens", "3"])
     assert model_args.from_base_kwargs() == {
         "num_robustness_tokens": 3,
+        "token_depth": 1,
+        "gains_and_shifts": [],
         "initializer_range": 0.01,
         "similarity_axis": "token",
         "revision": "abc",
     }
+
+
+@pytest.mark.parametrize(("word", "depth"), [("all", "all"), ("6", 6), ("deep", "deep")])
+def test_depth_gains_and_shifts_reach_from_base(word: str, depth: int | str) -> None:
+    words = ["--token_depth", word, "--gains_and_shifts", "norm", "bias"]
+    model_args, _, _ = parse_arguments([*REQUIRED, *words])
+    assert model_args.from_base_kwargs()["token_depth"] == depth, "from_base refuses what is no depth"
+    assert model_args.from_base_kwargs()["gains_and_shifts"] == ["norm", "bias"]
 
 
 def test_a_preset_sets_what_the_user_does_not() -> None:

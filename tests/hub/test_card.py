@@ -294,10 +294,13 @@ def test_every_setting_of_a_recipe_can_be_told_to_the_command_line() -> None:
         {"resize": "processor", "attack_through": "both", "seed": 7, "learning_rate": 0.05},
     ],
 )
-def test_the_recipe_of_the_card_is_a_file_for_robtok_train(changes: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("changed", [{}, {"token_depth": 12, "gains_and_shifts": ["norm", "bias"]}])
+def test_the_recipe_of_the_card_is_a_file_for_robtok_train(
+    changes: dict[str, Any], changed: dict[str, Any], tmp_path: Path
+) -> None:
     dataset = {"name": "user/pictures", "config": "small", "split": "train[:10%]", "num_images": 12}
     stored = config(
-        training=recipe(**changes) | {"dataset": dataset}, initializer_range=0.02, similarity_axis="feature"
+        training=recipe(**changes) | {"dataset": dataset}, initializer_range=0.02, similarity_axis="feature", **changed
     )
     card = render_card(stored, name="user/adapter")
     (written,) = blocks(card, "yaml")
@@ -314,6 +317,8 @@ def test_the_recipe_of_the_card_is_a_file_for_robtok_train(changes: dict[str, An
     assert model_args.from_base_kwargs() == {
         "revision": "0123456789abcdef",
         "num_robustness_tokens": 11,
+        "token_depth": changed.get("token_depth", 1),
+        "gains_and_shifts": changed.get("gains_and_shifts", []),
         "initializer_range": 0.02,
         "feature_view": "cls_and_patches",
         "similarity_axis": "feature",
