@@ -25,6 +25,7 @@ from ..models import (
 )
 from ..report import REPORT_FILE, RobustnessReport, headline
 from ..training import (
+    LOGITS_OBJECTIVES,
     PairsArguments,
     RobustnessTokenTrainer,
     RobustnessTokenTrainingArguments,
@@ -51,8 +52,14 @@ def train(
 ) -> None:
     finish_training_arguments(data_args, training_args)
     transformers.set_seed(training_args.seed)
-    model = RobustnessTokenModel.from_base(model_args.base_model, **model_args.from_base_kwargs())
-    trainer = RobustnessTokenTrainer(model, training_args, load_train_dataset(data_args), load_eval_dataset(data_args))
+    model = _new_model(model_args, training_args)
+    trainer = RobustnessTokenTrainer(
+        model,
+        training_args,
+        load_train_dataset(data_args),
+        load_eval_dataset(data_args),
+        head=None if model_args.head is None else load_head(model_args.head),
+    )
     if trainer.accelerator.is_main_process:
         model.print_trainable_parameters()
     result = trainer.train()
@@ -61,13 +68,30 @@ def train(
     trainer.accelerator.end_training()  # save_model has waited for the others
 
 
+def _new_model(
+    model_args: ModelArguments, training_args: RobustnessTokenTrainingArguments
+) -> RobustnessTokenModel | RobustnessTokenForImageClassification:
+    """Returns the base with new tokens; with its own head if the objective compares that head's predictions."""
+    with_head = training_args.objective in LOGITS_OBJECTIVES and model_args.head is None
+    model_class = RobustnessTokenForImageClassification if with_head else RobustnessTokenModel
+    return model_class.from_base(model_args.base_model, **model_args.from_base_kwargs())
+
+
+def _check_no_head(model_args: ModelArguments) -> None:
+    if model_args.head is not None:
+        raise ValueError(
+            "head has no meaning for adversarial pairs, which only the base's own head can push: unset it"
+        )
+
+
 def attack(
     model_args: ModelArguments,
     data_args: DataArguments,
     training_args: RobustnessTokenTrainingArguments,
     pairs_args: PairsArguments,
 ) -> None:
-    model = RobustnessTokenModel.from_base(model_args.base_model, **model_args.from_base_kwargs())
+    _check_no_head(model_args)
+    model = _new_model(model_args, training_args)
     pairs = make_adversarial_pairs(
         model,
         training_args,
@@ -101,7 +125,8 @@ def sweep(
         raise ValueError(
             "eval_dataset has no meaning for a sweep, which holds out num_eval_pairs of its pairs: leave it out"
         )
-    model = RobustnessTokenModel.from_base(model_args.base_model, **model_args.from_base_kwargs())
+    _check_no_head(model_args)
+    model = _new_model(model_args, training_args)
     rows = run_sweep(model, training_args, load_train_dataset(data_args), sweep_args)
     if process_state().is_main_process:
         print(to_csv(rows))

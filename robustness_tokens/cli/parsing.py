@@ -34,14 +34,14 @@ GROUPS = {
         *("num_images", "num_eval_pairs", "shuffle_buffer_size", "max_broken_images"),
     ),
     "attack": (
-        *("attack", "attack_through", "eps", "step_size", "num_attack_steps"),
+        *("attack", "attack_through", "eps", "eps_warmup_ratio", "step_size", "num_attack_steps"),
         *("task", "budget", "knowledge", "attacks", "eps_sweep", "num_steps", "num_restarts", "num_queries"),
         *("num_own_tokens", "diagnostics"),
     ),
     "optimisation": (
         *("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate"),
         *("lr_scheduler_type", "warmup_steps", "max_grad_norm", "seed"),
-        *("invariance_weight", "adversarial_weight", "head_distance_weight"),
+        *("invariance_weight", "adversarial_weight", "objective"),
         *("sweep_num_tokens", "sweep_learning_rates", "sweep_seeds"),
     ),
     "precision and speed": (
@@ -190,8 +190,15 @@ class ModelArguments:
     preset: str | None = field(
         default=None,
         metadata={
-            "help": "Recipe to start from: paper (by the base's family), dinov2, deit3, openclip, or adaptive; by "
+            "help": "Recipe to start from: paper (by the base's family), dinov2, deit3, openclip, or robust; by "
             "default none. Arguments that are given override it."
+        },
+    )
+    head: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder of a probe head whose predictions objective=distillation or cross_entropy compares; by "
+            "default the base's own classification head."
         },
     )
     num_robustness_tokens: int = field(
@@ -229,7 +236,7 @@ class ModelArguments:
     def from_base_kwargs(self) -> dict[str, Any]:
         """Returns the keyword arguments for `RobustnessTokenModel.from_base(model_args.base_model, ...)`."""
         kwargs = dataclasses.asdict(self)
-        del kwargs["base_model"], kwargs["preset"]
+        del kwargs["base_model"], kwargs["preset"], kwargs["head"]
         kwargs["revision"] = kwargs.pop("base_model_revision")
         kwargs["token_depth"] = int(self.token_depth) if self.token_depth.isdecimal() else self.token_depth
         return {name: value for name, value in kwargs.items() if value is not None}

@@ -63,7 +63,7 @@ PAIR_TYPES = {
 
 IMAGE_COLUMNS = ("image", "adversarial_image")
 
-ATTACK_ARGUMENTS = ("attack", "eps", "step_size", "num_attack_steps", "head_distance_weight")
+ATTACK_ARGUMENTS = ("attack", "eps", "step_size", "num_attack_steps", "objective")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,8 +107,8 @@ class PairsInfo:
             check_int(f"{INFO_FILE}: each side of image_size", side, 1)
         check_keys(f"{INFO_FILE}: attack", info.attack, set(ATTACK_ARGUMENTS))
         for name, value in info.attack.items():
-            if name == "attack":
-                check_text(f"{INFO_FILE}: attack.attack", value, MAX_NAME)
+            if name in ("attack", "objective"):
+                check_text(f"{INFO_FILE}: attack.{name}", value, MAX_NAME)
             elif value is not None:
                 check_number(f"{INFO_FILE}: attack.{name}", value)
         check_fingerprint(f"{INFO_FILE}: base_model_fingerprint", info.base_model_fingerprint)

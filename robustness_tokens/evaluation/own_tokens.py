@@ -20,15 +20,24 @@ from torch import Tensor
 from ..configuration import TOKENS, RobustnessTokenConfig
 from ..data import Images
 from ..hub import holds_adapter, load_adapter
-from ..models import RobustnessTokenModel, base_fingerprint, headless_model, remove_tokens
+from ..models import (
+    ProbedModel,
+    ProbeHead,
+    RobustnessTokenForImageClassification,
+    RobustnessTokenModel,
+    base_fingerprint,
+    headless_model,
+    remove_tokens,
+)
 from ..training import (
+    LOGITS_OBJECTIVES,
     RobustnessTokenTrainer,
     RobustnessTokenTrainingArguments,
     make_adversarial_pairs,
     max_pixel_difference,
     prepare_train_dataset,
 )
-from ..utils import MAX_NAME, check_parameters, process_state, share_from_main
+from ..utils import MAX_NAME, check_parameters, digest, process_state, share_from_main
 from .threat_models import EvaluatedModel
 
 
@@ -94,15 +103,21 @@ def train_own_tokens(
             'knowledge "own_tokens" trains tokens on the features of the base, which are not known: give feature_view '
             "or own_tokens, or leave the level out"
         )
-    base: Any = remove_tokens(copy.deepcopy(headless_model(model.base)))
     values = _recipe(model) | dict(overrides or {}) | {"disable_tqdm": disable_tqdm}
     recipe = RobustnessTokenTrainingArguments(
         **{**values, "output_dir": str(output_dir), "overwrite_output_dir": True}
     )
-    with _attacker(model, base, specs[0]) as attacker:
+    reads_logits = recipe.objective in LOGITS_OBJECTIVES
+    head = model.model.head if reads_logits and isinstance(model.model, ProbedModel) else None
+    attacked = model.base if reads_logits and head is None else headless_model(model.base)
+    base: Any = remove_tokens(copy.deepcopy(attacked))
+    new_attacker = functools.partial(_attacker, model, base, has_own_head=reads_logits and head is None)
+    with new_attacker(specs[0]) as attacker:
         processor = attacker.image_processor
     images = [prepare_train_dataset(dataset, args=recipe, image_processor=processor) for dataset in datasets]
-    folder = output_dir / _key(model, base, values, images, num_adversarial_pairs)
+    if head is not None or recipe.objective == "cross_entropy":
+        num_adversarial_pairs = None  # pairs are made through the base's own head, and hold no labels
+    folder = output_dir / _key(model, base, head, values, images, num_adversarial_pairs)
     prepared: dict[int, Any] = {}
     trained = []
     state = process_state()
@@ -121,14 +136,14 @@ def train_own_tokens(
                 # A fixed seed, so that the pairs do not depend on which sets are stored already.
                 seed = next(other.seed for other in specs if other.dataset == spec.dataset)
                 pairs_args = dataclasses.replace(args, output_dir=str(folder / f"pairs-{spec.dataset}"), seed=seed)
-                with _attacker(model, base, spec) as attacker:
+                with new_attacker(spec) as attacker:
                     prepared[spec.dataset] = make_adversarial_pairs(attacker, pairs_args, dataset, num_images=count)
         if hasattr(prepared[spec.dataset], "__len__"):  # each process needs a batch
             most = max(1, len(prepared[spec.dataset]) // state.num_processes)
             size = min(args.per_device_train_batch_size, most)
             args = dataclasses.replace(args, per_device_train_batch_size=size)
-        with _attacker(model, base, spec) as attacker:
-            trainer = RobustnessTokenTrainer(attacker, args, prepared[spec.dataset])
+        with new_attacker(spec) as attacker:
+            trainer = RobustnessTokenTrainer(attacker, args, prepared[spec.dataset], head=copy.deepcopy(head))
             trainer.train()
             trainer.save_model()
             tokens = {name: tensor.detach().clone() for name, tensor in attacker.injector.state.items()}
@@ -160,11 +175,14 @@ def _count_pairs(
 
 
 @contextmanager
-def _attacker(model: EvaluatedModel, base: Any, spec: OwnTokensSpec) -> Iterator[RobustnessTokenModel]:
+def _attacker(
+    model: EvaluatedModel, base: Any, spec: OwnTokensSpec, *, has_own_head: bool
+) -> Iterator[RobustnessTokenModel | RobustnessTokenForImageClassification]:
     """Yields the base with new tokens, and removes them afterwards."""
     with torch.random.fork_rng():
         torch.manual_seed(spec.seed)
-        attacker = RobustnessTokenModel.from_base(
+        model_class = RobustnessTokenForImageClassification if has_own_head else RobustnessTokenModel
+        attacker = model_class.from_base(
             base,
             num_robustness_tokens=spec.num_robustness_tokens,
             token_depth=model.token_depth,
@@ -198,6 +216,7 @@ def _recipe(model: EvaluatedModel) -> dict[str, Any]:
 def _key(
     model: EvaluatedModel,
     base: Any,
+    head: ProbeHead | None,
     values: Mapping[str, Any],
     images: Sequence[Images],
     num_adversarial_pairs: int | None,
@@ -205,6 +224,7 @@ def _key(
     """Returns a name for everything that the attacker's tokens depend on, except the spec."""
     content = {
         "base": base_fingerprint(base),
+        "head": None if head is None else digest(head.state_dict()),
         "features": [model.feature_view, model.similarity_axis],
         "token_depth": model.token_depth,
         "gains_and_shifts": model.gains_and_shifts,

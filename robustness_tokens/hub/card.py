@@ -56,7 +56,7 @@ _METRIC_TYPES = {
 RECIPE_ARGUMENTS = (
     *("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type"),
     *("warmup_steps", "max_grad_norm", "invariance_weight", "adversarial_weight", "attack", "attack_through", "eps"),
-    *("step_size", "num_attack_steps", "head_distance_weight", "image_size", "resize", "shuffle_buffer_size"),
+    *("step_size", "num_attack_steps", "eps_warmup_ratio", "objective", "image_size", "resize", "shuffle_buffer_size"),
     *("seed", "mixed_precision"),
 )
 

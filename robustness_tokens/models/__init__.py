@@ -14,6 +14,7 @@ from .heads import (
     ProbedModel,
     ProbeHead,
     SegmentationHead,
+    ZeroShotHead,
     base_of,
     load_head,
     resize_logits,

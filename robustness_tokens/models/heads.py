@@ -110,6 +110,39 @@ class ClassificationHead(ProbeHead):
         return logits
 
 
+class ZeroShotHead(ProbeHead):
+    """Compares image embeddings with text embeddings, one per class, as CLIP classifies without training.
+
+    It is made anew from text, not saved.
+
+    Args:
+        text_embeddings: (C, E) floating: the text tower's projected embedding of a prompt for each class.
+        logit_scale: Factor on the cosines; `model.logit_scale.exp()` of the two-tower model (CLIP: 100).
+
+    Source: Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", arXiv 2103.00020.
+    """
+
+    task = "classification"
+    ignore_index = -100
+
+    def __init__(self, text_embeddings: Tensor, logit_scale: float = 100.0) -> None:
+        if text_embeddings.dim() != 2 or not text_embeddings.is_floating_point():
+            raise ValueError(
+                f"text_embeddings must be (C, E) floating, one row per class, got {text_embeddings.dtype} of shape "
+                f"{tuple(text_embeddings.shape)}"
+            )
+        super().__init__(text_embeddings.shape[1], text_embeddings.shape[0])
+        self.weight: Tensor
+        self.register_buffer("weight", logit_scale * F.normalize(text_embeddings.detach().float(), dim=1))  # (C, E)
+
+    @staticmethod
+    def extract(base: PreTrainedModel, pixel_values: Tensor) -> Tensor:
+        return extract_features(base, pixel_values, feature_view="pooled").float()  # (B, E)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return F.linear(F.normalize(features, dim=1), self.weight)
+
+
 class SegmentationHead(ProbeHead):
     """Batch norm and a 1x1 convolution on the grid of patches, as in DINOv2 and the paper; F is D.
 
@@ -151,8 +184,10 @@ def save_head(head: ProbeHead, folder: str | os.PathLike[str]) -> None:
         folder: Created if needed; the two files are overwritten.
 
     Raises:
-        ValueError: If a weight is not finite. Nothing is written then.
+        ValueError: If a weight is not finite, or the head is a `ZeroShotHead`. Nothing is written then.
     """
+    if type(head) not in _HEAD_CLASSES.values():
+        raise ValueError(f"a {type(head).__name__} is not saved: keep its class names, and make it from text again")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in head.state_dict().items()}
     check_finite("refusing to save a head", tensors)
     path = Path(folder)

@@ -15,6 +15,7 @@ from ..attacks import DEFAULT_EPS, PAPER_NUM_STEPS, PAPER_STEP_SIZE_NORMALIZED, 
 from ..data import ATTACK_ARGUMENTS, ResizeMode
 from ..models import AUTO, MixedPrecision
 from ..utils import check_choice, check_int
+from .losses import LOGITS_OBJECTIVES, ObjectiveName
 
 
 AttackName = Literal["paper", "pgd"]
@@ -53,8 +54,25 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "dinov2": MappingProxyType({**_COMMON, "max_steps": 50, "feature_view": "cls_and_patches"}),
         "deit3": MappingProxyType({**_COMMON, "max_steps": 300, "feature_view": "cls_and_patches"}),
         "openclip": MappingProxyType({**_COMMON, "max_steps": 300, "feature_view": "pooled"}),
-        # The best of examples/quickstart/trade_off.py; eps and the number of tokens are left to the user.
-        "adaptive": MappingProxyType({"attack": "pgd", "attack_through": "both", "head_distance_weight": 4.0}),
+        # eps is left to the user.
+        "robust": MappingProxyType(
+            {
+                "num_robustness_tokens": 20,
+                "token_depth": "all",
+                "gains_and_shifts": ["norm", "bias", "patch_embedding"],
+                "objective": "distillation",
+                "invariance_weight": 0.5,
+                "attack": "pgd",
+                "attack_through": "tokens",
+                "num_attack_steps": 2,
+                "per_device_train_batch_size": 64,
+                "max_steps": 400,
+                "learning_rate": 1.5e-2,
+                "lr_scheduler_type": "cosine",
+                "warmup_steps": 40,
+                "mixed_precision": "bf16",
+            }
+        ),
     }
 )
 
@@ -102,11 +120,12 @@ class RobustnessTokenTrainingArguments:
     )
     invariance_weight: float = field(default=1.0, metadata={"help": "Weight of the loss on clean images."})
     adversarial_weight: float = field(default=1.0, metadata={"help": "Weight of the loss on attacked images."})
-    head_distance_weight: float = field(
-        default=None,  # type: ignore[assignment]
+    objective: ObjectiveName = field(
+        default=None,  # type: ignore[arg-type]
         metadata={
-            "help": "Weight of a second term in both losses and in attack=pgd: the squared relative distance between "
-            "the inputs of a linear head, [CLS, mean patch]; by default 0 (paper): the cosine alone."
+            "help": "What both losses lower and attack=pgd raises: cosine (paper, the default) of the features; "
+            "head_distance, between inputs of a linear head; distillation, from the base's own predictions (no "
+            "labels); cross_entropy, with labels. The last two need a head."
         },
     )
 
@@ -124,6 +143,9 @@ class RobustnessTokenTrainingArguments:
     eps: float | None = field(
         default=None,
         metadata={"help": "Budget of pgd in pixel units of [0, 1] images; by default 4/255. Not for attack=paper."},
+    )
+    eps_warmup_ratio: float = field(
+        default=0.0, metadata={"help": "Share of max_steps in which eps grows from 0 to its full size (pgd)."}
     )
     step_size: float | None = field(
         default=None,
@@ -218,7 +240,7 @@ class RobustnessTokenTrainingArguments:
         self.stated_attack = {name: value for name in ATTACK_ARGUMENTS if (value := getattr(self, name)) is not None}
         self.attack = self.stated_attack.get("attack", "paper")
         self.num_attack_steps = self.stated_attack.get("num_attack_steps", PAPER_NUM_STEPS)
-        self.head_distance_weight = self.stated_attack.get("head_distance_weight", 0.0)
+        self.objective = self.stated_attack.get("objective", "cosine")
         for name, kind in get_type_hints(type(self)).items():
             value, kinds = getattr(self, name), get_args(kind)
             if value is None and type(None) in kinds:
@@ -263,8 +285,20 @@ class RobustnessTokenTrainingArguments:
                 "invariance_weight and adversarial_weight must be finite, at least 0 and not both 0, "
                 f"got {self.invariance_weight} and {self.adversarial_weight}"
             )
-        if not 0 <= self.head_distance_weight < math.inf:
-            raise ValueError(f"head_distance_weight must be finite and at least 0, got {self.head_distance_weight}")
+        if not 0 <= self.eps_warmup_ratio <= 1:
+            raise ValueError(
+                f"eps_warmup_ratio must be from 0 to 1, a share of max_steps, got {self.eps_warmup_ratio}"
+            )
+        if self.attack == "paper":
+            if self.eps_warmup_ratio > 0:
+                raise ValueError(
+                    f'eps_warmup_ratio={self.eps_warmup_ratio:g} has no effect with attack="paper", whose budget is '
+                    'fixed: set attack="pgd", or leave it out'
+                )
+            if self.objective in LOGITS_OBJECTIVES:
+                raise ValueError(
+                    f'objective={self.objective!r} needs attack="pgd", which raises it; "paper" attacks features'
+                )
 
     @property
     def trackers(self) -> list[str]:
@@ -276,10 +310,14 @@ class RobustnessTokenTrainingArguments:
         """One entry per attack on an image: True if it goes through the tokens."""
         return {"base": (False,), "tokens": (True,), "both": (False, True)}[self.attack_through]
 
+    def eps_share(self, step: int) -> float:
+        """Returns the share of `eps` that the attack of a step uses."""
+        return min(1.0, (step + 1) / max(1.0, self.eps_warmup_ratio * self.max_steps))
+
     @property
     def schedule_depends_on_max_steps(self) -> bool:
-        """Tells whether the learning rate of a step depends on `max_steps`."""
-        return self.lr_scheduler_type in _SCHEDULES_TO_MAX_STEPS
+        """Tells whether the learning rate or the eps of a step depends on `max_steps`."""
+        return self.lr_scheduler_type in _SCHEDULES_TO_MAX_STEPS or self.eps_warmup_ratio > 0
 
     def recipe(self) -> dict[str, Any]:
         """Returns the arguments that determine the tokens, for its config: all but folders, logging and workers."""
@@ -313,7 +351,8 @@ def resolve_preset(name: str, model_type: str | None = None) -> dict[str, Any]:
 
     Args:
         name: `"dinov2"`, `"deit3"` or `"openclip"`; `"paper"`, which picks one of these by the base's family; or
-            `"adaptive"`, which attacks with and without the tokens, and also the input of a linear head.
+            `"robust"`, for tokens that hold against an attacker who knows them: tokens in each layer, gains and
+            shifts, attacked through, and distilled from the base's own predictions.
         model_type: `config.model_type` of the base, needed for `"paper"` alone. Every timm model counts as DeiT-III:
             name the preset for a timm copy of another family.
 

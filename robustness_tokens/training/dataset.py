@@ -68,7 +68,7 @@ def prepare_train_dataset(
     process_index: int = 0,
     num_processes: int = 1,
 ) -> Images:
-    """Prepares images without labels by `args`; shuffles a stream and splits it among the processes.
+    """Prepares images by `args`, with labels if the objective needs them; a stream is shuffled and split.
 
     `ValueError`, which names `argument`, if the dataset can't be used or has fewer batches than there are processes.
     """
@@ -76,9 +76,13 @@ def prepare_train_dataset(
         if args.resume_from_checkpoint is not None:
             raise ValueError("a stream can't be resumed at an exact position: load the dataset without streaming")
         dataset = dataset.shuffle(seed=args.seed, buffer_size=args.shuffle_buffer_size)
+    needs_labels = args.objective == "cross_entropy"
+    if needs_labels and isinstance(dataset, AdversarialPairs):
+        raise ValueError(f'{argument} holds pairs, which have no labels: objective="cross_entropy" needs images')
     images = prepare_images(
         dataset,
         argument=argument,
+        task="classification" if needs_labels else "features",
         resize=args.resize,
         image_size=args.image_size,
         image_processor=image_processor,
@@ -89,6 +93,10 @@ def prepare_train_dataset(
     )
     if images.num_images is None:
         return images
+    if needs_labels and "labels" not in (first := images.dataset[0]) and "images" in first:
+        raise ValueError(
+            f'{argument} has no labels, which objective="cross_entropy" needs: its items hold no "labels"'
+        )
     if (num_batches := math.ceil(images.num_images / args.per_device_train_batch_size)) < num_processes:
         raise ValueError(
             f"{argument} has {images.num_images} images, which fill {num_batches} of the "

@@ -98,19 +98,20 @@ def measure_held_out(
 def _measure_batch(training_step: TrainingStep, batch: dict[str, Any], *, device: torch.device) -> Tensor:
     args = training_step.args
     pixel_values = training_step.normalizer(batch["images"].to(device))
-    target = training_step.base_features(pixel_values)
-    rows = []
+    target, labels = training_step.base_outputs(pixel_values), batch.get("labels")
+    rows, baseline = [], torch.full((), torch.nan, device=device)
     for through_tokens in args.attack_routes:
         attacked = training_step.attacked(batch, target, step=_NOISE_STEP, through_tokens=through_tokens)
         losses = robustness_loss(
-            training_step.features,
+            training_step.outputs,
             pixel_values,
             attacked,
             target,
             invariance_weight=args.invariance_weight,
             adversarial_weight=args.adversarial_weight,
-            **training_step.agreement_options(pixel_values),
+            **training_step.objective_options(pixel_values, labels),
         )
-        baseline = training_step.cosine(training_step.base_features(attacked), target)
-        rows.append(torch.stack([losses.loss, losses.invariance, losses.adversarial, baseline]))
-    return torch.stack(rows).mean(dim=0)  # (4,)
+        rows.append(torch.stack([losses.loss, losses.invariance, losses.adversarial]))
+        if not through_tokens:
+            baseline = training_step.cosine(training_step.base_outputs(attacked), target)
+    return torch.cat([torch.stack(rows).mean(dim=0), baseline[None]])  # (4,)

@@ -1,31 +1,41 @@
-"""The training objective.
+"""The objectives: what training lowers on clean and on attacked images, and `attack="pgd"` raises.
 
-Shapes: B images, N sequence, D width.
+Shapes: B images, N sequence, D width, C classes. Outputs are features, (B, N, D) or (B, D), or logits, (B, C), or
+(B, P, C) for each of P patches.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypedDict, Unpack
+from typing import Literal, TypedDict, Unpack, get_args
 
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..attacks import cosine_similarity
 from ..configuration import SimilarityAxis
 from ..models import head_inputs
+from ..utils import check_choice
 
 
 METRICS = ("loss", "invariance_cosine", "adversarial_cosine", "baseline_cosine")
-"""The loss of a step, and the cosines of clean images, attacked images, and attacked images without tokens."""
+"""The loss of a step, and the cosines of its outputs with the base's clean ones: of clean images, of attacked images,
+and of attacked images without tokens (nan where the attack goes through the tokens alone)."""
+
+ObjectiveName = Literal["cosine", "head_distance", "distillation", "cross_entropy"]
+
+LOGITS_OBJECTIVES = ("distillation", "cross_entropy")
+"""Objectives of logits; the others are of features."""
 
 
-class AgreementOptions(TypedDict):
-    """Keyword arguments of [`agreement`]."""
+class ObjectiveOptions(TypedDict, total=False):
+    """Keyword arguments of [`objective_values`]."""
 
+    objective: ObjectiveName
     similarity_axis: SimilarityAxis
-    head_distance_weight: float
     num_patches: int
+    labels: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -33,7 +43,7 @@ class RobustnessLoss:
     """The losses of one batch, means over its images.
 
     Attributes:
-        loss: Scalar to minimise: minus the weighted sum of the two agreements, see [`agreement`].
+        loss: Scalar to minimise: the weighted sum of the objective on clean and on attacked images.
         invariance: cos(f([r, x]), f(x)), scalar without a gradient.
         adversarial: cos(f([r, x_adv]), f(x)), scalar without a gradient.
     """
@@ -44,66 +54,81 @@ class RobustnessLoss:
 
 
 def robustness_loss(
-    features: Callable[[Tensor], Tensor],
+    outputs: Callable[[Tensor], Tensor],
     pixel_values: Tensor,
     attacked: Tensor,
     target: Tensor,
     *,
-    similarity_axis: SimilarityAxis = "token",
     invariance_weight: float = 1.0,
     adversarial_weight: float = 1.0,
-    head_distance_weight: float = 0.0,
-    num_patches: int = 0,
+    **options: Unpack[ObjectiveOptions],
 ) -> RobustnessLoss:
-    """Computes the two losses of the paper, section 3.
+    """Computes an objective on clean and on attacked images; by default the two losses of the paper, section 3.
 
     Args:
-        features: (B, 3, H, W) pixel values -> (B, N, D) or (B, D), with the tokens active. Called with the
-            clean images, then with the attacked ones.
+        outputs: (B, 3, H, W) pixel values -> features (B, N, D) or (B, D), or logits (B, C), with the tokens active.
+            Called with the clean images, then with the attacked ones.
         pixel_values: (B, 3, H, W) normalised clean images.
         attacked: (B, 3, H, W) normalised attacked images.
-        target: Features of the clean images without tokens, (B, N, D) or (B, D).
-        similarity_axis: See `RobustnessTokenConfig`.
+        target: Outputs of the clean images without tokens, of the same shape.
         invariance_weight: Weight of the loss on clean images.
         adversarial_weight: Weight of the loss on attacked images.
-        head_distance_weight: Weight of [`head_distance`] beside the cosine; 0 (paper) leaves the cosine alone.
-        num_patches: P, the number of patches among the N tokens; needed if `head_distance_weight` is above 0.
+        options: `objective`, `similarity_axis`, `num_patches` and `labels` of [`objective_values`].
 
     Returns:
         The losses, with gradients to the tokens.
     """
-    options: AgreementOptions = {
-        "similarity_axis": similarity_axis,
-        "head_distance_weight": head_distance_weight,
-        "num_patches": num_patches,
-    }
-    clean_loss, invariance = agreement_loss(features(pixel_values), target, weight=invariance_weight, **options)
-    attacked_loss, adversarial = agreement_loss(features(attacked), target, weight=adversarial_weight, **options)
+    clean_loss, invariance = weighted_loss(outputs(pixel_values), target, weight=invariance_weight, **options)
+    attacked_loss, adversarial = weighted_loss(outputs(attacked), target, weight=adversarial_weight, **options)
     return RobustnessLoss(clean_loss + attacked_loss, invariance, adversarial)
 
 
-def agreement_loss(
-    features: Tensor, target: Tensor, *, weight: float | Tensor, **options: Unpack[AgreementOptions]
+def weighted_loss(
+    outputs: Tensor, target: Tensor, *, weight: float | Tensor, **options: Unpack[ObjectiveOptions]
 ) -> tuple[Tensor, Tensor]:
-    """Returns two scalars: minus the weighted mean [`agreement`], and the mean cosine without a gradient."""
-    loss = -weight * agreement(features, target, **options).mean()
-    cosine = cosine_similarity(features.detach(), target, similarity_axis=options["similarity_axis"])
-    return loss, cosine.mean()
+    """Returns two scalars: the weighted mean of the objective, and the mean cosine without a gradient."""
+    loss = weight * objective_values(outputs, target, **options).mean()
+    axis = options.get("similarity_axis", "token")
+    return loss, cosine_similarity(outputs.detach(), target, similarity_axis=axis).mean()
 
 
-def agreement(
-    features: Tensor,
+def objective_values(
+    outputs: Tensor,
     target: Tensor,
     *,
-    similarity_axis: SimilarityAxis,
-    head_distance_weight: float,
-    num_patches: int,
+    objective: ObjectiveName = "cosine",
+    similarity_axis: SimilarityAxis = "token",
+    num_patches: int = 0,
+    labels: Tensor | None = None,
 ) -> Tensor:
-    """Returns the cosine minus the weighted [`head_distance`], (B,): training raises it, `attack="pgd"` lowers it."""
-    cosine = cosine_similarity(features, target, similarity_axis=similarity_axis)
-    if head_distance_weight == 0:
-        return cosine
-    return cosine - head_distance_weight * head_distance(features, target, num_patches=num_patches)
+    """Returns how far outputs are from the base's clean ones, one number per image.
+
+    Args:
+        outputs: Features, or logits for `"distillation"` and `"cross_entropy"`.
+        target: The base's clean outputs, of the same shape.
+        objective: `"cosine"` (paper): minus the cosine. `"head_distance"`: see [`head_distance`]. `"distillation"`:
+            the Kullback-Leibler divergence from the base's clean prediction, in nats. `"cross_entropy"`: with labels.
+        similarity_axis: Axis of the cosine, see `RobustnessTokenConfig`.
+        num_patches: P, the number of patches among the N tokens; for `"head_distance"`.
+        labels: (B,) int64 classes; for `"cross_entropy"`.
+
+    Returns:
+        (B,) numbers, at least 0, but for the cosine.
+
+    Raises:
+        ValueError: If the objective is unknown, or `"cross_entropy"` has no labels.
+    """
+    if objective == "cosine":
+        return -cosine_similarity(outputs, target, similarity_axis=similarity_axis)
+    if objective == "head_distance":
+        return head_distance(outputs, target, num_patches=num_patches)
+    if objective == "distillation":
+        divergence = F.kl_div(outputs.log_softmax(-1), target.log_softmax(-1), log_target=True, reduction="none")
+        return divergence.sum(dim=-1).flatten(1).mean(dim=1) if divergence.dim() > 2 else divergence.sum(dim=-1)
+    check_choice("objective", objective, get_args(ObjectiveName))
+    if labels is None:
+        raise ValueError('objective="cross_entropy" needs labels, the classes of the images')
+    return F.cross_entropy(outputs, labels, reduction="none")
 
 
 def head_distance(features: Tensor, target: Tensor, *, num_patches: int) -> Tensor:

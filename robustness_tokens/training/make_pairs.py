@@ -285,14 +285,14 @@ def _attack_batch(
     device = normalizer.image_mean.device
     clean = to_pixels(batch["images"])  # (B, H, W, 3)
     images = to_images(clean).to(device)
-    target = training_step.base_features(normalizer(images))
+    target = training_step.base_outputs(normalizer(images))
     attacked = training_step.attack(images, target, step=info.step, index=batch["index"], through_tokens=False)
     if not attacked.isfinite().all():
         raise FloatingPointError(
             f"the base's features of the images {batch['index'].tolist()} are not finite: try mixed_precision='no'"
         )
     adversarial = round_to_budget(normalizer.inverse(attacked), clean, info.max_pixel_difference)
-    baseline = training_step.base_features(normalizer(to_images(adversarial).to(device)))
+    baseline = training_step.base_outputs(normalizer(to_images(adversarial).to(device)))
     cosine = cosine_similarity(baseline, target, similarity_axis=training_step.model.config.similarity_axis)  # (B,)
     return {
         "index": batch["index"].tolist(),

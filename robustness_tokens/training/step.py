@@ -1,4 +1,4 @@
-"""One optimiser step: attack the images, compare features, sum the gradient of the tokens.
+"""One optimiser step: attack the images, compare outputs, sum the gradient of the tokens.
 
 Shapes: B images of a batch, N sequence, D width.
 """
@@ -16,14 +16,18 @@ from torch import Tensor
 from ..attacks import cosine_similarity, example_generators, paper_attack, pgd_attack
 from ..data import Normalizer
 from ..models import (
+    ProbeHead,
+    RobustnessTokenForImageClassification,
     RobustnessTokenPreTrainedModel,
     computing_faster,
     count_patches,
+    headless_model,
     run_compiled,
     runs_in_half,
 )
+from ..utils import digest
 from .arguments import RobustnessTokenTrainingArguments
-from .losses import METRICS, AgreementOptions, agreement, agreement_loss
+from .losses import LOGITS_OBJECTIVES, METRICS, ObjectiveOptions, objective_values, weighted_loss
 
 
 class _NotFiniteError(Exception):
@@ -53,36 +57,80 @@ def check_trainable(model: RobustnessTokenPreTrainedModel) -> None:
 
 @dataclass(frozen=True, eq=False)
 class TrainingStep:
-    """Computes the features, attacks and losses of a training; `normalizer` maps images to pixel values."""
+    """Computes the outputs, attacks and losses of a training.
+
+    `normalizer` maps images to pixel values. `head` maps features to logits, for an objective of logits; None for the
+    base's own head. `ValueError` if the objective needs a head that is missing, or none.
+    """
 
     model: RobustnessTokenPreTrainedModel
     args: RobustnessTokenTrainingArguments
     normalizer: Normalizer
+    head: ProbeHead | None = None
 
-    def features(self, pixel_values: Tensor) -> Tensor:
-        """Returns the features that the tokens are trained on, as float32; in bf16 if asked for and available."""
+    def __post_init__(self) -> None:
+        objective = self.args.objective
+        if not self.reads_logits and self.head is not None:
+            raise ValueError(f"objective={objective!r} compares features and reads no head: leave head out")
+        if (
+            self.reads_logits
+            and self.head is None
+            and not isinstance(self.model, RobustnessTokenForImageClassification)
+        ):
+            raise ValueError(
+                f"objective={objective!r} compares predictions, but {type(self.model).__name__} has no head: load the "
+                "base as RobustnessTokenForImageClassification, or give head= (a probe head, or ZeroShotHead)"
+            )
+
+    @property
+    def reads_logits(self) -> bool:
+        """Tells whether the objective compares logits; otherwise it compares features."""
+        return self.args.objective in LOGITS_OBJECTIVES
+
+    def head_digest(self) -> str:
+        """Returns a digest of the weights of the head whose predictions are compared."""
+        if self.head is not None:
+            return digest(self.head.state_dict())
+        base = self.model.get_base_model()
+        inside = {id(tensor) for tensor in headless_model(base).parameters()}
+        return digest({name: tensor for name, tensor in base.named_parameters() if id(tensor) not in inside})
+
+    def outputs(self, pixel_values: Tensor) -> Tensor:
+        """Returns the features or logits that the objective compares, float32; in bf16 if asked for and available."""
         half_precision = runs_in_half(self.args.mixed_precision, device=pixel_values.device)
         with torch.autocast(pixel_values.device.type, dtype=torch.bfloat16, enabled=half_precision):
-            return self.model.get_features(pixel_values).float()
+            if not self.reads_logits:
+                return self.model.get_features(pixel_values).float()
+            if self.head is None:
+                logits: Tensor = self.model(pixel_values=pixel_values).logits
+            else:
+                logits = self.head(self.head.extract(self.model.get_base_model(), pixel_values))
+            logits = logits.float()
+        return logits.flatten(2).transpose(1, 2) if logits.dim() == 4 else logits  # (B, C, h, w) -> (B, P, C)
 
     @torch.no_grad()
-    def base_features(self, pixel_values: Tensor) -> Tensor:
-        """Returns f(x), the features without tokens and without a gradient."""
+    def base_outputs(self, pixel_values: Tensor) -> Tensor:
+        """Returns the outputs without tokens and without a gradient."""
         with self.model.disable_adapter():
-            return self.features(pixel_values)
+            return self.outputs(pixel_values)
 
-    def cosine(self, features: Tensor, target: Tensor) -> Tensor:
+    def cosine(self, outputs: Tensor, target: Tensor) -> Tensor:
         """Returns the mean cosine of a batch along the model's axis, scalar."""
-        return cosine_similarity(features, target, similarity_axis=self.model.config.similarity_axis).mean()
+        return cosine_similarity(outputs, target, similarity_axis=self.model.config.similarity_axis).mean()
 
-    def agreement_options(self, pixel_values: Tensor) -> AgreementOptions:
-        """Returns the options of [`agreement`] for the features of these images."""
-        weight = self.args.head_distance_weight
+    def objective_options(self, pixel_values: Tensor, labels: Tensor | None = None) -> ObjectiveOptions:
+        """Returns the options of [`objective_values`] for the outputs of these images."""
+        objective = self.args.objective
+        if objective == "cross_entropy" and labels is None:
+            raise ValueError('objective="cross_entropy" needs images with labels, got none')
         return {
+            "objective": objective,
             "similarity_axis": self.model.config.similarity_axis,
-            "head_distance_weight": weight,
             # Only the head distance needs the patches, and not every base can tell their number.
-            "num_patches": count_patches(self.model.get_base_model(), pixel_values) if weight > 0 else 0,
+            "num_patches": (
+                count_patches(self.model.get_base_model(), pixel_values) if objective == "head_distance" else 0
+            ),
+            "labels": None if labels is None else labels.to(pixel_values.device),
         }
 
     def computing_faster(self) -> AbstractContextManager[None]:
@@ -96,17 +144,28 @@ class TrainingStep:
             onednn=self.args.onednn,
         )
 
-    def attack(self, images: Tensor, target: Tensor, *, step: int, index: Tensor, through_tokens: bool) -> Tensor:
+    def attack(
+        self,
+        images: Tensor,
+        target: Tensor,
+        *,
+        step: int,
+        index: Tensor,
+        through_tokens: bool,
+        labels: Tensor | None = None,
+        eps_share: float = 1.0,
+    ) -> Tensor:
         """Attacks [0, 1] images; returns normalised pixel values. The noise depends on (seed, step, index) alone.
 
-        The attack pushes away from `target`, the features without tokens, except that `"paper"` through the tokens
-        pushes away from the clean features with tokens. If features are not finite, returns NaN: the reduced
-        loss is then NaN on every process, and all stop at the same step.
+        The attack raises the objective, so it pushes away from `target`, the outputs without tokens; except that
+        `"paper"` through the tokens pushes away from the clean features with tokens. `eps_share` of `eps` is used. If
+        outputs are not finite, returns NaN: the reduced loss is then NaN on every process, and all stop at the same
+        step.
         """
         args, normalizer, base = self.args, self.normalizer, self.model.get_base_model()
 
-        def features(pixel_values: Tensor) -> Tensor:
-            output = self.features(pixel_values)
+        def outputs(pixel_values: Tensor) -> Tensor:
+            output = self.outputs(pixel_values)
             if not output.isfinite().all():
                 raise _NotFiniteError
             return output
@@ -116,7 +175,7 @@ class TrainingStep:
             if args.attack == "paper":
                 assert args.step_size is not None, "the arguments set it for the paper's attack"
                 return paper_attack(
-                    features,
+                    outputs,
                     normalizer(images),
                     image_mean=normalizer.image_mean.flatten().tolist(),
                     image_std=normalizer.image_std.flatten().tolist(),
@@ -126,11 +185,12 @@ class TrainingStep:
                     generator=generators,
                 )
             assert args.eps is not None, "the arguments set it for pgd"
+            options = self.objective_options(images, labels)
             attacked = pgd_attack(
-                lambda x: -agreement(features(normalizer(x)), target, **self.agreement_options(images)),
+                lambda x: objective_values(outputs(normalizer(x)), target, **options),
                 images,
-                eps=args.eps,
-                step_size=args.step_size,
+                eps=eps_share * args.eps,
+                step_size=None if args.step_size is None else eps_share * args.step_size,
                 num_steps=args.num_attack_steps,
                 generator=generators,
             )
@@ -142,16 +202,25 @@ class TrainingStep:
         except _NotFiniteError:
             return torch.full_like(images, torch.nan)
 
-    def attacked(self, batch: Mapping[str, Tensor], target: Tensor, *, step: int, through_tokens: bool) -> Tensor:
+    def attacked(
+        self, batch: Mapping[str, Tensor], target: Tensor, *, step: int, through_tokens: bool, eps_share: float = 1.0
+    ) -> Tensor:
         """Returns the stored adversarial images of a batch, normalised, or attacks the images if it holds none."""
         if "adversarial_images" in batch:
             return self.normalizer(batch["adversarial_images"].to(target.device))
-        images = batch["images"].to(target.device)
-        return self.attack(images, target, step=step, index=batch["index"], through_tokens=through_tokens)
+        return self.attack(
+            batch["images"].to(target.device),
+            target,
+            step=step,
+            index=batch["index"],
+            through_tokens=through_tokens,
+            labels=batch.get("labels"),
+            eps_share=eps_share,
+        )
 
     def accumulate_gradient(
         self,
-        features: Callable[[Tensor], Tensor],
+        outputs: Callable[[Tensor], Tensor],
         batches: Sequence[Mapping[str, Tensor]],
         *,
         accelerator: Accelerator,
@@ -159,21 +228,24 @@ class TrainingStep:
     ) -> dict[str, float]:
         """Adds the gradient of the mean loss, over the images of all batches and processes, to the injector's `.grad`.
 
-        `features` is the model wrapped by `accelerator.prepare`: (B, 3, H, W) pixel values -> features. A batch is
-        `{"images": (B, 3, H, W) float in [0, 1], "index": (B,) int64}`; adversarial pairs also hold
-        `"adversarial_images"`, and `"baseline_cosine"` (B,) if it is known. Returns `loss` and the three cosines, each
-        a mean over the same images. `FloatingPointError`, on every process, if the loss or its gradient is not finite.
+        `outputs` is the model wrapped by `accelerator.prepare`: (B, 3, H, W) pixel values -> outputs. A batch is
+        `{"images": (B, 3, H, W) float in [0, 1], "index": (B,) int64}`, with `"labels"` (B,) int64 for the objective
+        `"cross_entropy"`; adversarial pairs also hold `"adversarial_images"`, and `"baseline_cosine"` (B,) if it is
+        known. Returns `loss` and the three cosines, each a mean over the same images. `FloatingPointError`, on every
+        process, if the loss or its gradient is not finite.
         """
         args, device = self.args, accelerator.device
         num_images = torch.tensor(float(sum(len(batch["images"]) for batch in batches)), device=device)
         num_images = accelerator.reduce(num_images, reduction="mean")
         totals = {name: torch.zeros((), device=device) for name in METRICS}
 
-        def add_gradient(pixel_values: Tensor, target: Tensor, *, weight: Tensor, is_last: bool) -> Tensor:
+        def add_gradient(
+            pixel_values: Tensor, target: Tensor, labels: Tensor | None, *, weight: Tensor, is_last: bool
+        ) -> Tensor:
             """Returns the mean cosine."""
-            with nullcontext() if is_last else accelerator.no_sync(features):
-                options = self.agreement_options(pixel_values)
-                loss, cosine = agreement_loss(features(pixel_values), target, weight=weight, **options)
+            with nullcontext() if is_last else accelerator.no_sync(outputs):
+                options = self.objective_options(pixel_values, labels)
+                loss, cosine = weighted_loss(outputs(pixel_values), target, weight=weight, **options)
                 loss.backward()  # accelerator.backward would divide by the launcher's accumulation steps
             totals["loss"] += loss.detach()
             return cosine
@@ -182,29 +254,37 @@ class TrainingStep:
             for batch in batches:
                 images, share = batch["images"].to(device), len(batch["images"]) / num_images
                 pixel_values = self.normalizer(images)
-                target = self.base_features(pixel_values)
+                target, labels = self.base_outputs(pixel_values), batch.get("labels")
                 # Clean and attacked images separately: together they would take twice the memory.
-                invariance = add_gradient(pixel_values, target, weight=args.invariance_weight * share, is_last=False)
+                weight = args.invariance_weight * share
+                invariance = add_gradient(pixel_values, target, labels, weight=weight, is_last=False)
                 totals["invariance_cosine"] += share * invariance
-                share = share / len(args.attack_routes)
+                share_of_route = share / len(args.attack_routes)
                 for through_tokens in args.attack_routes:
-                    attacked = self.attacked(batch, target, step=step, through_tokens=through_tokens)
+                    attacked = self.attacked(
+                        batch, target, step=step, through_tokens=through_tokens, eps_share=args.eps_share(step)
+                    )
                     adversarial = add_gradient(
                         attacked,
                         target,
-                        weight=args.adversarial_weight * share,
+                        labels,
+                        weight=args.adversarial_weight * share_of_route,
                         is_last=batch is batches[-1] and through_tokens == args.attack_routes[-1],
                     )
-                    baseline = (
+                    totals["adversarial_cosine"] += share_of_route * adversarial
+                    if through_tokens:
+                        continue
+                    totals["baseline_cosine"] += share * (
                         batch["baseline_cosine"].to(device).mean()
                         if "baseline_cosine" in batch
-                        else self.cosine(self.base_features(attacked), target)
+                        else self.cosine(self.base_outputs(attacked), target)
                     )
-                    totals["adversarial_cosine"] += share * adversarial
-                    totals["baseline_cosine"] += share * baseline
+        if all(args.attack_routes):
+            totals["baseline_cosine"].fill_(torch.nan)
         means = accelerator.reduce(torch.stack(list(totals.values())), reduction="mean")
         gradients = [tensor.grad for tensor in self.model.injector.parameters()]
-        if not (means.isfinite().all() and all(one is not None and one.isfinite().all() for one in gradients)):
+        compared = means[:-1]  # the baseline may be nan
+        if not (compared.isfinite().all() and all(one is not None and one.isfinite().all() for one in gradients)):
             raise FloatingPointError(f"the loss ({means[0].item():g}) or its gradient is not finite")
         return dict(zip(METRICS, means.tolist(), strict=True))
 
@@ -224,9 +304,9 @@ class LastGoodTokens:
     @torch.no_grad()
     def are_broken(self, pixel_values: Tensor, accelerator: Accelerator) -> bool:
         """Tells, the same on every process, whether the tokens break features that are finite without them."""
-        broken = not self._step.features(pixel_values).isfinite().all()
+        broken = not self._step.outputs(pixel_values).isfinite().all()
         if broken:
-            broken = bool(self._step.base_features(pixel_values).isfinite().all())
+            broken = bool(self._step.base_outputs(pixel_values).isfinite().all())
         return bool(accelerator.reduce(torch.tensor(float(broken), device=pixel_values.device)) > 0)
 
     @torch.no_grad()

@@ -19,7 +19,7 @@ from transformers.trainer_utils import TrainOutput
 
 from ..data import Normalizer
 from ..hub import holds_adapter, push_adapter
-from ..models import RobustnessTokenPreTrainedModel, check_patches, packed_once
+from ..models import ProbeHead, RobustnessTokenPreTrainedModel, check_patches, packed_once
 from ..utils import share_from_main
 from .accelerator import abandon_trackers, build_accelerator, finish_trackers, start_trackers
 from .arguments import RobustnessTokenTrainingArguments
@@ -52,15 +52,15 @@ from .step import LastGoodTokens, TrainingStep, check_trainable
 logger = logging.getLogger(__name__)
 
 
-class _Features(nn.Module):
-    """Wraps the features in a forward pass, so that DistributedDataParallel sums the gradients."""
+class _Outputs(nn.Module):
+    """Wraps the outputs in a forward pass, so that DistributedDataParallel sums the gradients."""
 
     def __init__(self, training_step: TrainingStep) -> None:
         super().__init__()
         self.training_step, self.model = training_step, training_step.model
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        return self.training_step.features(pixel_values)
+        return self.training_step.outputs(pixel_values)
 
 
 class RobustnessTokenTrainer:
@@ -80,11 +80,14 @@ class RobustnessTokenTrainer:
             stream; or `AdversarialPairs`, made by the attack of the training.
         callbacks: `TrainerCallback`s of transformers, called on every process; a decision (`TrainerControl`) on
             one process holds on all.
+        head: Head whose predictions the objectives `"distillation"` and `"cross_entropy"` compare: a probe head or a
+            [`ZeroShotHead`]. A `RobustnessTokenForImageClassification` has its own. It is frozen.
 
     Raises:
         ValueError: If `args.output_dir` can't be written to, holds another model, or holds an adapter or checkpoints
             while the run neither resumes from one of them nor sets `args.overwrite_output_dir`; if the dataset has no
-            image column; if the base can't divide its images into patches.
+            image column; if the base can't divide its images into patches; if the objective needs a head or labels
+            that are missing.
     """
 
     def __init__(
@@ -94,6 +97,8 @@ class RobustnessTokenTrainer:
         train_dataset: Any,
         eval_dataset: Any = None,
         callbacks: Sequence[TrainerCallback | type[TrainerCallback]] = (),
+        *,
+        head: ProbeHead | None = None,
     ) -> None:
         if not isinstance(model, RobustnessTokenPreTrainedModel):
             raise ValueError(
@@ -133,7 +138,9 @@ class RobustnessTokenTrainer:
         )
         self._previous_recipe: dict[str, Any] = {}  # of tokens that are trained further
         self.normalizer = Normalizer(model.config.image_mean, model.config.image_std).to(self.accelerator.device)
-        self.training_step = TrainingStep(model, args, self.normalizer)
+        if head is not None:
+            head = head.to(self.accelerator.device).eval().requires_grad_(False)
+        self.training_step = TrainingStep(model, args, self.normalizer, head)
         self.log_history: list[dict[str, float]] = []
         self.eval_history: list[dict[str, float]] = []
         self.state, self.control = TrainerState(), TrainerControl()
@@ -168,7 +175,7 @@ class RobustnessTokenTrainer:
         self._good_tokens = LastGoodTokens(self.training_step)
         with catch_sigterm() as termination, packed_once():
             try:
-                features, optimizer = accelerator.prepare(_Features(self.training_step), optimizer)
+                features, optimizer = accelerator.prepare(_Outputs(self.training_step), optimizer)
                 position = self._start(optimizer, scheduler)
                 start_trackers(accelerator, output_dir=self.output_dir, recipe=self._recipe())
                 self.model.train()
@@ -362,6 +369,8 @@ class RobustnessTokenTrainer:
         recipe = {**self.args.recipe(), "num_processes": self.accelerator.num_processes}
         if self._images.image_size is not None:
             recipe["image_size"] = self._images.image_size
+        if self.training_step.reads_logits:
+            recipe["head"] = self.training_step.head_digest()
         return recipe
 
     def _note_recipe(self, num_steps_done: int) -> None:

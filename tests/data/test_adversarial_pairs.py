@@ -105,7 +105,7 @@ def test_the_folder_holds_whole_shards_and_their_description(made: dict[str, Pat
         "eps": 4 / 255,
         "step_size": pytest.approx(5 / 255),
         "num_attack_steps": 2,
-        "head_distance_weight": 0.0,
+        "objective": "cosine",
     }
     assert (info["image_size"], info["num_images"], info["step"]) == ([SIDE, SIDE], NUM_IMAGES, 0)
     assert info["max_pixel_difference"] == 4
@@ -140,7 +140,7 @@ def test_pairs_are_what_a_training_makes_in_its_first_step(
     normalizer = Normalizer(model.config.image_mean or (), model.config.image_std or ())
     images, index = to_images(random_pixels()[:BATCH]), torch.arange(BATCH)
     step = TrainingStep(model, args, normalizer)
-    attacked = step.attack(images, step.base_features(normalizer(images)), step=0, index=index, through_tokens=False)
+    attacked = step.attack(images, step.base_outputs(normalizer(images)), step=0, index=index, through_tokens=False)
     pairs = load_adversarial_pairs(made[attack])
     expected = torch.stack([pairs[row]["adversarial_images"] for row in range(BATCH)])
     # The paper's images are on the grid as they come; pgd's are up to half a level off.
@@ -153,7 +153,7 @@ def test_the_baseline_is_the_cosine_of_the_stored_images(made: dict[str, Path], 
     normalizer = Normalizer(model.config.image_mean or (), model.config.image_std or ())
     for row in (0, 9):
         features = [
-            TrainingStep(model, arguments(made["pgd"], **PGD), normalizer).base_features(
+            TrainingStep(model, arguments(made["pgd"], **PGD), normalizer).base_outputs(
                 normalizer(pairs[row][key][None])
             )
             for key in ("images", "adversarial_images")
@@ -565,7 +565,7 @@ def test_the_baseline_is_along_the_axis_of_the_model(
     normalizer = Normalizer(pairs.info.image_mean, pairs.info.image_std)
     step = TrainingStep(model, args, normalizer)
     clean, attacked = (
-        step.base_features(normalizer(torch.stack([pairs[row][name] for row in range(NUM_IMAGES)])))
+        step.base_outputs(normalizer(torch.stack([pairs[row][name] for row in range(NUM_IMAGES)])))
         for name in ("images", "adversarial_images")
     )
     assert found == pytest.approx(

@@ -336,9 +336,9 @@ def test_each_process_has_a_batch_to_train_on(
     model: EvaluatedModel, dataset: list[dict[str, Tensor]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Trainer(RobustnessTokenTrainer):
-        def __init__(self, model: Any, args: Any, images: Any) -> None:
+        def __init__(self, model: Any, args: Any, images: Any, *, head: Any) -> None:
             sizes.append(args.per_device_train_batch_size)
-            super().__init__(model, args, images)
+            super().__init__(model, args, images, head=head)
 
     sizes: list[int] = []
     monkeypatch.setattr(own_tokens, "RobustnessTokenTrainer", Trainer)

@@ -32,11 +32,21 @@ from robustness_tokens.training.run_folder import to_csv
 from robustness_tokens.training.step import TrainingStep
 from robustness_tokens.training.sweep import CSV_FILE, SweepArguments, run_sweep
 from tests.support.bases import build_base
-from tests.support.training_runs import build_trainer, images, run_together, tokens_of
+from tests.support.training_runs import (
+    build_robust_trainer,
+    build_trainer,
+    images,
+    run_together,
+    state_of,
+    tokens_of,
+)
 
 
 # Twelve images in steps of eight: an epoch has one whole step. Five held out: three for one, two for the other.
 TOGETHER: dict[str, Any] = {"num_images": 12, "eval_images": 5, "eval_steps": 2, "max_steps": 4, "save_steps": 2}
+
+
+ROBUST_TOGETHER: dict[str, Any] = {"num_images": 12, "max_steps": 3, "eps_warmup_ratio": 0.5, "learning_rate": 1e-3}
 
 
 class StopOnTheLast(TrainerCallback):
@@ -78,6 +88,10 @@ def train_two(rank: int, folder: Path) -> None:
     stopped = build_trainer(folder / "stopped", callbacks=[StopOnTheLast(rank)], max_steps=9, num_images=12)
     found["stopped"] = stopped.train().global_step
 
+    robust = build_robust_trainer(folder / "robust-two", **ROBUST_TOGETHER)
+    robust.train()
+    save_file(state_of(robust), folder / f"robust-{rank}.safetensors")
+
     # Only the main process sees its folder, as on machines that share none.
     own = folder / f"resumed-{rank}"
     resumed = build_trainer(own, resume_from_checkpoint=str(folder / f"two-of-{rank}" / "checkpoint-2"), **TOGETHER)
@@ -95,6 +109,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     one.train()
     save_file({"tokens": tokens_of(one)}, folder / "tokens.safetensors")
     (folder / "found.json").write_text(json.dumps({"log": one.log_history, "eval": one.eval_history}))
+    robust = build_robust_trainer(folder / "robust", per_device_train_batch_size=8, **ROBUST_TOGETHER)
+    robust.train()
+    save_file(state_of(robust), folder / "robust.safetensors")
     (folder / "two-of-0").symlink_to(folder / "two", target_is_directory=True)
     run_together(2, train_two, folder)
     return folder
@@ -104,6 +121,16 @@ def read(folder: Path, rank: int | None = None) -> dict[str, Any]:
     name = "found.json" if rank is None else f"found-{rank}.json"
     content: dict[str, Any] = json.loads((folder / name).read_text(encoding="utf-8"))
     return content
+
+
+def test_the_robust_recipe_gives_the_same_on_both_and_what_one_process_gives(folder: Path) -> None:
+    one, *two = (load_file(folder / f"{name}.safetensors") for name in ("robust", "robust-0", "robust-1"))
+    for name, tensor in one.items():
+        assert torch.equal(two[0][name], two[1][name]), name
+        # Adam's steps are as long whatever the gradient, so a sign that rounding flips moves by the learning rate.
+        moved = (two[0][name] - tensor).abs()
+        assert moved.max() <= 2 * 3 * ROBUST_TOGETHER["learning_rate"], name
+        assert (moved < 1e-4).float().mean() > 0.95 or name.endswith("k_proj.shift"), name
 
 
 def tokens(folder: Path, name: str) -> Tensor:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from robustness_tokens.models.modeling import RobustnessTokenModel
+from robustness_tokens.models.modeling import RobustnessTokenForImageClassification, RobustnessTokenModel
 from robustness_tokens.training.arguments import RobustnessTokenTrainingArguments
 from robustness_tokens.training.trainer import RobustnessTokenTrainer
 from tests.support.bases import build_base
@@ -53,6 +53,27 @@ def build_trainer(
     args = RobustnessTokenTrainingArguments(output_dir=str(output_dir), **{**SETTINGS, **kwargs})
     held_out = images(eval_images, seed=5) if eval_images else None
     return RobustnessTokenTrainer(model, args, images(num_images), held_out, callbacks)
+
+
+ROBUST: dict[str, Any] = {"objective": "distillation", "attack_through": "tokens", "invariance_weight": 0.5}
+
+
+def build_robust_trainer(output_dir: Path, *, num_images: int = 8, **kwargs: Any) -> RobustnessTokenTrainer:
+    """As `--preset robust` trains: tokens of every layer, gains and shifts, distilled and attacked through."""
+    torch.set_num_threads(1)
+    torch.manual_seed(3)
+    model = RobustnessTokenForImageClassification.from_base(
+        build_base("dinov2", classifier=True),
+        num_robustness_tokens=NUM_TOKENS,
+        token_depth="all",
+        gains_and_shifts=["norm", "bias", "patch_embedding"],
+    )
+    args = RobustnessTokenTrainingArguments(output_dir=str(output_dir), **{**SETTINGS, **ROBUST, **kwargs})
+    return RobustnessTokenTrainer(model, args, images(num_images))
+
+
+def state_of(trainer: RobustnessTokenTrainer) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in trainer.model.injector.state.items()}
 
 
 def tokens_of(trainer: RobustnessTokenTrainer) -> Tensor:

@@ -1,9 +1,11 @@
+import math
+
 import pytest
 import torch
 from torch import Tensor
 
 from robustness_tokens.attacks.common import example_generators
-from robustness_tokens.training.losses import AgreementOptions, agreement, head_distance, robustness_loss
+from robustness_tokens.training.losses import head_distance, objective_values, robustness_loss
 
 
 # Two images of two tokens of width two; along tokens and along features the cosines differ.
@@ -103,13 +105,39 @@ def test_the_head_distance_is_that_of_cls_and_mean_patch_relative_to_what_they_w
 
 def test_the_head_distance_sees_what_the_cosine_along_the_tokens_does_not() -> None:
     target = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(0))
-    options = AgreementOptions(similarity_axis="token", head_distance_weight=0.5, num_patches=4)
-    assert agreement(2 * target, target, **options).tolist() == pytest.approx([0.5, 0.5])
-    options["head_distance_weight"] = 0.0
-    assert agreement(2 * target, target, **options).tolist() == pytest.approx([1, 1])
+    found = objective_values(2 * target, target, objective="head_distance", num_patches=4)
+    assert found.tolist() == pytest.approx([1, 1])
+    assert objective_values(2 * target, target).tolist() == pytest.approx([-1, -1])
 
 
-def test_the_loss_weighs_the_agreements_and_reports_the_cosines() -> None:
+def test_distillation_is_the_divergence_from_the_bases_prediction() -> None:
+    target = torch.tensor([[0.5, 0.5], [0.9, 0.1]]).log() + 3  # logits may be shifted
+    outputs = torch.tensor([[0.25, 0.75], [0.9, 0.1]]).log()
+    expected = 0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75)
+    found = objective_values(outputs, target, objective="distillation")
+    assert found.tolist() == pytest.approx([expected, 0], abs=1e-6)
+    of_patches = objective_values(
+        torch.stack([outputs[0], outputs[1]])[None],
+        torch.stack([target[0], target[1]])[None],
+        objective="distillation",
+    )
+    assert of_patches.tolist() == pytest.approx([expected / 2], abs=1e-6), "a mean over the patches"
+
+
+def test_the_cross_entropy_is_that_of_the_labels() -> None:
+    outputs = torch.tensor([[0.25, 0.75], [0.9, 0.1]]).log()
+    found = objective_values(outputs, outputs, objective="cross_entropy", labels=torch.tensor([0, 1]))
+    assert found.tolist() == pytest.approx([-math.log(0.25), -math.log(0.1)])
+    with pytest.raises(ValueError, match="needs labels"):
+        objective_values(outputs, outputs, objective="cross_entropy")
+
+
+def test_an_unknown_objective_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"objective must be one of .*'mse'"):
+        objective_values(torch.zeros(1, 2), torch.zeros(1, 2), objective="mse")  # type: ignore[arg-type]
+
+
+def test_the_loss_weighs_both_terms_and_reports_the_cosines() -> None:
     target = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(0))
     losses = robustness_loss(
         lambda x: x.mean() * target,
@@ -117,8 +145,8 @@ def test_the_loss_weighs_the_agreements_and_reports_the_cosines() -> None:
         torch.full((2, 3, 1, 1), 2.0),
         target,
         adversarial_weight=3,
-        head_distance_weight=0.5,
+        objective="head_distance",
         num_patches=4,
     )
-    assert losses.loss.item() == pytest.approx(-(1 + 3 * 0.5))
+    assert losses.loss.item() == pytest.approx(0 + 3 * 1)  # 1 and 2 times the target
     assert (losses.invariance.item(), losses.adversarial.item()) == pytest.approx((1, 1))

@@ -6,7 +6,7 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -21,6 +21,7 @@ from transformers import (
 
 from robustness_tokens import RobustnessTokenModel, RobustnessTokenTrainingArguments
 from robustness_tokens.cli.parsing import ModelArguments
+from robustness_tokens.configuration import GainsAndShifts
 from robustness_tokens.training.arguments import PRESETS, resolve_preset
 
 
@@ -57,12 +58,18 @@ def test_a_preset_is_the_published_recipe(name: str) -> None:
 
 
 def test_the_presets_are_the_three_families_and_our_own() -> None:
-    assert set(PRESETS) == {*PUBLISHED, "adaptive"}
+    assert set(PRESETS) == {*PUBLISHED, "robust"}
 
 
-def test_the_adaptive_preset_attacks_through_the_tokens_too_and_what_a_head_reads(tmp_path: Path) -> None:
-    args = RobustnessTokenTrainingArguments(output_dir=str(tmp_path), **resolve_preset("adaptive"))
-    assert (args.attack, args.attack_through, args.head_distance_weight) == ("pgd", "both", 4.0)
+def test_the_robust_preset_distils_through_tokens_of_every_layer(tmp_path: Path) -> None:
+    preset = resolve_preset("robust")
+    from_base = set(inspect.signature(RobustnessTokenModel.from_base).parameters)
+    assert set(preset) <= TRAINING_FIELDS | from_base
+    assert preset["token_depth"] == "all"
+    assert preset["gains_and_shifts"] == list(get_args(GainsAndShifts))
+    args = RobustnessTokenTrainingArguments(output_dir=str(tmp_path), **training_settings(preset))
+    assert (args.objective, args.attack, args.attack_through) == ("distillation", "pgd", "tokens")
+    assert resolve_preset("robust")["gains_and_shifts"] is not preset["gains_and_shifts"]
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

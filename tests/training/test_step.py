@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 
 from robustness_tokens.data.preprocessing import Normalizer
-from robustness_tokens.models.modeling import RobustnessTokenModel
+from robustness_tokens.models.modeling import RobustnessTokenForImageClassification
 from robustness_tokens.training.arguments import RobustnessTokenTrainingArguments
 from robustness_tokens.training.losses import robustness_loss
 from robustness_tokens.training.step import TrainingStep
@@ -18,37 +18,46 @@ from robustness_tokens.training.step import TrainingStep
     [
         {},
         {"invariance_weight": 0.5, "adversarial_weight": 2.0},
-        {"head_distance_weight": 4.0, "attack_through": "both"},
+        {"objective": "head_distance", "attack_through": "both"},
+        {"objective": "distillation", "attack": "pgd", "attack_through": "tokens"},
+        {"objective": "cross_entropy", "attack": "pgd"},
     ],
-    ids=["paper", "weighted", "head distance, both routes"],
+    ids=["paper", "weighted", "head distance, both routes", "distillation", "cross-entropy"],
 )
 def test_gradient_is_that_of_the_loss_on_all_images(
     make_base: Callable[..., Any], tmp_path: Path, settings: dict[str, Any]
 ) -> None:
-    model = RobustnessTokenModel.from_base(make_base("dinov2"), num_robustness_tokens=3)
+    model = RobustnessTokenForImageClassification.from_base(
+        make_base("dinov2", classifier=True),
+        num_robustness_tokens=3,
+        token_depth="all",
+        gains_and_shifts=["norm", "bias", "patch_embedding"],
+    )
     normalizer = Normalizer((0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
     args = RobustnessTokenTrainingArguments(output_dir=str(tmp_path), **settings)
     clean, attacked = torch.rand(2, 6, 3, 16, 16)
     # Stored pairs, so that both see the same attacked images.
+    labels = torch.arange(6) % 2
     batches = [
-        {"images": clean[i], "adversarial_images": attacked[i], "index": torch.arange(6)[i]}
+        {"images": clean[i], "adversarial_images": attacked[i], "index": torch.arange(6)[i], "labels": labels[i]}
         for i in (slice(0, 2), slice(2, 6))
     ]
     step = TrainingStep(model, args, normalizer)
-    metrics = step.accumulate_gradient(model.get_features, batches, accelerator=Accelerator(), step=0)
+    metrics = step.accumulate_gradient(step.outputs, batches, accelerator=Accelerator(), step=0)
     pixel_values = normalizer(clean)
     losses = robustness_loss(
-        model.get_features,
+        step.outputs,
         pixel_values,
         normalizer(attacked),
-        step.base_features(pixel_values),
+        step.base_outputs(pixel_values),
         invariance_weight=args.invariance_weight,
         adversarial_weight=args.adversarial_weight,
-        **step.agreement_options(pixel_values),
+        **step.objective_options(pixel_values, labels),
     )
-    (expected,) = torch.autograd.grad(losses.loss, model.robustness_tokens)
-    assert model.robustness_tokens.grad is not None
-    torch.testing.assert_close(model.robustness_tokens.grad, expected, rtol=1e-3, atol=1e-6)
+    state = model.injector.state
+    for tensor, expected in zip(state.values(), torch.autograd.grad(losses.loss, list(state.values())), strict=True):
+        assert tensor.grad is not None
+        torch.testing.assert_close(tensor.grad, expected, rtol=1e-3, atol=1e-5)
     assert metrics["loss"] == pytest.approx(losses.loss.item(), abs=1e-4)
     assert metrics["invariance_cosine"] == pytest.approx(losses.invariance.item(), abs=1e-4)
     assert metrics["adversarial_cosine"] == pytest.approx(losses.adversarial.item(), abs=1e-4)

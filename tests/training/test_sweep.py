@@ -152,7 +152,7 @@ def test_a_combination_ends_as_a_training_on_the_same_pairs(
     images, attacked = (
         trainer.normalizer(torch.stack([item[key] for item in items])) for key in ("images", "adversarial_images")
     )
-    target = trainer.training_step.base_features(images)
+    target = trainer.training_step.base_outputs(images)
     for pixel_values, measured in ((images, rows[3]["invariance_cosine"]), (attacked, rows[3]["adversarial_cosine"])):
         with torch.no_grad():
             features = trainer.model.get_features(pixel_values)
