@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from robustness_tokens.report.schema import Check, MeasuredImages, OlderReportError, pack_correct
 from robustness_tokens.report.writing import RobustnessReport
-from tests.support.reports import make_report, make_result
+from tests.support.reports import IMAGES, KEPT, MEASURED, make_report, make_result
 
 
 def test_a_report_comes_back_from_disk_as_it_was(tmp_path: Path) -> None:
@@ -86,7 +86,6 @@ def test_a_bad_result_is_refused(changes: dict[str, Any], message: str) -> None:
 
 
 CORRECT = torch.tensor([True, False, False, True, False, False, False, False, True, True])
-KEPT: dict[str, Any] = {"value": 0.4, "confidence_interval": None, "num_images": 10, "correct_bits": "kMA="}
 
 
 def test_the_first_image_is_the_highest_bit_of_the_first_byte() -> None:
@@ -146,14 +145,6 @@ def test_bits_of_many_images_stay_small(tmp_path: Path) -> None:
     assert len(kept) - len(without) < 20_000  # 8 kB for the rows, 168 bytes for a result
     report(50_000, num_results=300, keep=True).save(tmp_path)
     assert RobustnessReport.load(tmp_path).results[299].correct is not None
-
-
-IMAGES = MeasuredImages(rows=[4, 0, 2, 9, 5, 1, 3, 7, 8, 6], sha256="0123456789abcdef" * 4)
-MEASURED: dict[str, Any] = {
-    "dataset": {"name": "user/pictures", "split": "test", "num_images": 10},
-    "results": [make_result(**KEPT), make_result(**{**KEPT, "num_images": 4, "value": 0.5, "correct_bits": "kA=="})],
-    "images": IMAGES,
-}
 
 
 def test_images_and_bits_come_back_from_disk(tmp_path: Path) -> None:
