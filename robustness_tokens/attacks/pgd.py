@@ -1,4 +1,4 @@
-"""Projected gradient descent in the L-infinity ball, in pixel space.
+"""Projected gradient descent in the L-infinity ball, in pixel space, with or without momentum.
 
 Shapes: B images.
 """
@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .common import DEFAULT_EPS, Generators, Search, check_pixels, check_steps, draw_noise, input_gradient
 
@@ -30,6 +31,7 @@ def pgd_attack(
     num_steps: int = 20,
     num_restarts: int = 1,
     random_start: bool = True,
+    momentum: float = 0.0,
     stop_above: float = math.inf,
     generator: Generators = None,
 ) -> Tensor:
@@ -48,6 +50,9 @@ def pgd_attack(
         num_steps: Steps per restart, at least 1.
         num_restarts: Runs from fresh random starts, at least 1.
         random_start: Start uniformly in the ball, clipped to [0, 1], or else at the images themselves.
+        momentum: A step follows the signs of `momentum` times the previous direction plus the image's gradient divided
+            by its L1 norm. 0 is PGD; 1 with `step_size=eps / num_steps` and no random start is MI-FGSM, except that
+            the best iterate is returned, not the last.
         stop_above: An image is done once its objective exceeds this, and costs nothing more: with a margin as the
             objective, 0 stops at misclassification. Needs an [`Objective`], as this package's factories return.
         generator: Source of the random starts, on any device. A sequence holds one generator per image, so that an
@@ -61,6 +66,7 @@ def pgd_attack(
             is differentiable in the images.
 
     Source: Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks", ICLR 2018, arXiv 1706.06083.
+    Momentum: Dong et al., "Boosting Adversarial Attacks with Momentum", CVPR 2018, arXiv 1710.06081.
     """
     check_pixels("images", images)
     lowest, highest = images.aminmax()
@@ -76,6 +82,8 @@ def pgd_attack(
         raise ValueError(f"num_restarts must be at least 1, got {num_restarts}")
     if num_restarts > 1 and not random_start:
         raise ValueError(f"num_restarts={num_restarts} would repeat one run without random_start=True")
+    if not 0 <= momentum < math.inf:
+        raise ValueError(f"momentum must be a finite number of at least 0, got {momentum}")
     if step_size is None:
         step_size = pgd_step_size(eps, num_steps)
 
@@ -88,6 +96,7 @@ def pgd_attack(
             offset = eps * (2 * draw_noise(images, torch.rand, generator) - 1)
             iterate = torch.clamp(images + offset, lower, upper)
         iterate = iterate[search.rows]
+        direction = torch.zeros_like(iterate)
         for step in range(num_steps + 1):
             is_last = step == num_steps
             iterate = iterate.detach().requires_grad_(not is_last)
@@ -97,7 +106,20 @@ def pgd_attack(
             if not goes_on.any():
                 return search.best_images
             if not is_last:
-                step_sign = input_gradient(values.sum(), iterate, source="objective").sign()[goes_on]
-                iterate = iterate.detach()[goes_on] + step_size * step_sign
+                gradient = input_gradient(values.sum(), iterate, source="objective")[goes_on]
+                # Without momentum the norm does not matter, but dividing by it could round a gradient to zero.
+                direction = momentum * direction[goes_on] + _l1_normalized(gradient) if momentum else gradient
+                iterate = iterate.detach()[goes_on] + step_size * direction.sign()
                 iterate = torch.clamp(iterate, lower[search.rows], upper[search.rows])
     return search.best_images
+
+
+def _l1_normalized(gradient: Tensor) -> Tensor:
+    """Returns the gradient of each image, (R, ...), divided by its L1 norm; a gradient of zero stays zero."""
+    if not gradient.isfinite().all():
+        raise ValueError(
+            "objective has a gradient with respect to the images that is infinite, so momentum can't add it up: give "
+            "an objective with finite gradients, or momentum=0"
+        )
+    flat = gradient.reshape(len(gradient), -1)
+    return F.normalize(flat, p=1, dim=1, eps=torch.finfo(flat.dtype).tiny).view_as(gradient)

@@ -41,6 +41,7 @@ from .threat_models import AttackerView
 ObjectiveFn: TypeAlias = Callable[[Tensor], Tensor]
 ObjectiveKind: TypeAlias = Literal["cosine", "mse", "cross_entropy", "margin"]
 
+MI_FGSM_MOMENTUM = 1.0  # as published
 _MISCLASSIFIED = 1000.0  # more than any cross-entropy
 _WRONG_ABOVE = {"cross_entropy": _MISCLASSIFIED / 2, "margin": 0.0}  # a misclassified image has a higher objective
 
@@ -50,9 +51,9 @@ class Attack:
     """An attack and its hyper-parameters; parameters that the attack does not take stay `None`.
 
     Args:
-        name: One of `feature_cosine`, `feature_mse`, `cross_entropy`, `margin`, `single_step`, `apgd_cross_entropy`,
-            `apgd_targeted_dlr`, `auto_attack`, `square`, `uniform_noise`, `corner_noise`, `paper`,
-            `paper_cross_entropy`.
+        name: One of `feature_cosine`, `feature_mse`, `cross_entropy`, `margin`, `mi_fgsm`, `single_step`,
+            `apgd_cross_entropy`, `apgd_targeted_dlr`, `auto_attack`, `square`, `uniform_noise`, `corner_noise`,
+            `paper`, `paper_cross_entropy`.
         target: For a feature attack, the clean features to push away from: those of the `"base"` alone, or of the
             `"defended"` model with the attacker's tokens.
         num_steps: Gradient steps per restart.
@@ -96,6 +97,9 @@ class Attack:
             values |= {"eps_normalized": PAPER_EPS_NORMALIZED, "step_size_normalized": PAPER_STEP_SIZE_NORMALIZED}
         elif self.name == "single_step":
             values |= {"step_size": eps}
+        elif self.name == "mi_fgsm":
+            assert self.num_steps is not None
+            values |= {"step_size": eps / self.num_steps, "momentum": MI_FGSM_MOMENTUM}
         elif self.num_steps is not None and "step_size" in ATTACKS[self.name].parameters:
             values = {"step_size": pgd_step_size(eps, self.num_steps), **values}
         return values
@@ -256,6 +260,13 @@ def on_8bit_grid(images: Tensor) -> bool:
     return bool((levels - levels.round()).abs().max() < 1e-4)
 
 
+def _mi_fgsm(call: AttackCall) -> Tensor:
+    reported = call.attack.reported_parameters(call.eps)
+    step_size = reported["step_size"] or None  # at eps 0 there is none
+    attack = functools.partial(pgd_attack, step_size=step_size, momentum=reported["momentum"], random_start=False)
+    return call.maximize(attack, "cross_entropy")
+
+
 def _single_step(call: AttackCall) -> Tensor:
     objective = call.objective("cosine" if call.view.model.task == "features" else "cross_entropy")
     # From a random start, since a feature objective has no gradient at the clean image.
@@ -332,6 +343,7 @@ ATTACKS: Mapping[str, _Definition] = {
         run=lambda call: call.maximize(pgd_attack, "cross_entropy"), parameters=_PGD, tasks=_WITH_LABELS
     ),
     "margin": _Definition(run=lambda call: call.maximize(pgd_attack, "margin"), parameters=_PGD, tasks=_CLASSES),
+    "mi_fgsm": _Definition(run=_mi_fgsm, parameters=("num_steps",), tasks=_WITH_LABELS),
     "single_step": _Definition(run=_single_step),
     "apgd_cross_entropy": _Definition(
         run=lambda call: _apgd(call, "cross_entropy"),

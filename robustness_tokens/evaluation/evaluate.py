@@ -26,7 +26,7 @@ from .attack_suite import AttackBatch, on_8bit_grid
 from .cells import CellStore, measure_outcome, merge, model_settings, run_cells
 from .checks import run_checks
 from .figures import make_figures
-from .images import load_batches
+from .images import load_batches, measured_images
 from .measurements import Measurements, sweep_curves
 from .own_tokens import describe_training, initializer_range, own_tokens_specs, train_own_tokens
 from .plan import BUDGETS, apply_arguments, plan_cells
@@ -197,6 +197,7 @@ def evaluate_robustness(
             "split": images.description.get("split"),
             "num_images": len(rows),
         },
+        images=measured_images(batches, rows),
         budget=arguments.budget,
         seed=arguments.seed,
         results=results,

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..data import validate_images
-from ..utils import process_state
+from ..report import MeasuredImages
+from ..utils import digest, process_state
 from .attack_suite import AttackBatch
 from .threat_models import EvaluatedModel
 
@@ -26,6 +29,19 @@ def load_batches(
             items = [{**dataset[row], "index": row} for row in rows[start : start + batch_size]]
             batches[number] = _collate(items, model, ignore_index)
     return batches
+
+
+def measured_images(batches: Mapping[int, AttackBatch], rows: Sequence[int]) -> MeasuredImages:
+    """Returns the rows and the digest of all images and labels, which do not depend on batches and processes.
+
+    All processes call it, each with its own batches, by number, of the images in `rows`.
+    """
+    parts = []
+    for number, batch in batches.items():
+        columns = [batch.images, *([] if batch.labels is None else [batch.labels])]
+        parts.append((number, [digest(of_image) for of_image in zip(*columns, strict=True)]))
+    digests = [one for _, of_batch in sorted(gather_object(parts)) for one in of_batch]
+    return MeasuredImages(rows=list(rows), sha256=hashlib.sha256("".join(digests).encode()).hexdigest())
 
 
 def _collate(items: list[dict[str, Any]], model: EvaluatedModel, ignore_index: int) -> AttackBatch:

@@ -10,7 +10,15 @@ from typing import Any, get_args
 from torch import Tensor
 
 from ..configuration import TOKENS
-from ..report import PART_WORST_CASE, WORST_CASE, ReportedKnowledge, Result, TokensInPlace, is_sweep
+from ..report import (
+    PART_WORST_CASE,
+    WORST_CASE,
+    ReportedKnowledge,
+    Result,
+    TokensInPlace,
+    is_sweep,
+    pack_correct,
+)
 from .attack_suite import AttackBatch
 from .cells import Cell
 from .metrics import Outcome, summarize, worst_outcome
@@ -177,6 +185,7 @@ class Measurements:
                 tokens=tokens,
                 num_images=len(next(iter(outcome.values()))),
                 seed=self.seed,
+                correct_bits=pack_correct(outcome[f"{tokens}.correct"]) if metric == "accuracy" else None,
                 **rest,
             )
             for tokens in _tokens_of(outcome)

@@ -78,7 +78,7 @@ _SUITE: Mapping[Knowledge, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ..
     "base": (
         ("feature_cosine:base", "cross_entropy", "paper"),
         ("feature_mse:base", "margin", "apgd_cross_entropy"),
-        ("paper_cross_entropy", "apgd_targeted_dlr", "auto_attack"),
+        ("mi_fgsm", "paper_cross_entropy", "apgd_targeted_dlr", "auto_attack"),
     ),
     "own_tokens": (
         ("feature_cosine:base", "cross_entropy"),
@@ -88,7 +88,7 @@ _SUITE: Mapping[Knowledge, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ..
     "full": (
         ("feature_cosine:base", "feature_cosine:defended", "cross_entropy", "margin"),
         ("feature_mse:base", "apgd_cross_entropy", "apgd_targeted_dlr"),
-        ("feature_mse:defended", "auto_attack"),
+        ("feature_mse:defended", "mi_fgsm", "auto_attack"),
     ),
 }
 

@@ -9,7 +9,18 @@ from .plots import (
     plot_sweep,
     plot_training_curves,
 )
-from .schema import Check, Knowledge, Metric, OlderReportError, ReportedKnowledge, Result, Task, TokensInPlace
+from .schema import (
+    Check,
+    Knowledge,
+    MeasuredImages,
+    Metric,
+    OlderReportError,
+    ReportedKnowledge,
+    Result,
+    Task,
+    TokensInPlace,
+    pack_correct,
+)
 from .words import (
     ATTACKERS,
     METRICS,

@@ -11,7 +11,7 @@ from typing import Self
 from ..utils import MAX_JSON_BYTES, read_json, write_bytes, write_text
 from .html import FIGURES, render_report_html
 from .markdown import render_report_markdown
-from .schema import ReportContent
+from .schema import OlderReportError, ReportContent
 
 
 REPORT_FILE = "evaluation.json"
@@ -26,7 +26,8 @@ class RobustnessReport(ReportContent):
     """The results and checks of an evaluation.
 
     `results` are the numbers and `checks` say whether to trust them; `adapter`, `base_model`, `dataset`, `budget` and
-    `seed` are what they depend on. `figures` are PNG files by name, and `series` the numbers behind them.
+    `seed` are what they depend on. `images` tells which images were measured, and `correct` of an accuracy which of
+    them were correct. `figures` are PNG files by name, and `series` the numbers behind them.
 
     Raises:
         ValueError: If a value is of the wrong type, not finite, or out of range.
@@ -68,7 +69,7 @@ class RobustnessReport(ReportContent):
         """Reads the evaluation.json of a folder, without the figures.
 
         Raises:
-            OlderReportError: If an older package wrote it.
+            OlderReportError: If a package that is too old wrote it.
             ValueError: If it is missing or damaged, or of another schema.
         """
         path = Path(folder) / REPORT_FILE
@@ -76,5 +77,7 @@ class RobustnessReport(ReportContent):
             raise ValueError(f"{folder} holds no {REPORT_FILE}: write one with `robtok evaluate`")
         try:
             return cls.from_dict(read_json(path))
+        except OlderReportError as exc:
+            raise OlderReportError(f"{path}: {exc}") from exc
         except ValueError as exc:
             raise ValueError(f"{path}: {exc}") from exc

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 
-MAX_JSON_BYTES = 1 << 20
+MAX_JSON_BYTES = 4 << 20  # a report of the full budget on 50,000 images at three eps has 2.8 MB
 _MAX_JSON_DEPTH = 32
 # Lone surrogates, and characters that steer a terminal or the direction of a text (all but tab and line feed).
 _NOT_TEXT = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")

@@ -27,6 +27,26 @@ def test_pgd_is_as_strong_as_foolbox(eps: float) -> None:
     assert abs(robust_ours - robust_theirs) <= 0.01
 
 
+@pytest.mark.parametrize("eps", [4 / 255, 8 / 255, 16 / 255])
+def test_momentum_is_as_strong_as_foolbox(eps: float) -> None:
+    """Theirs adds up the signs of the gradients, not the gradients divided by their L1 norms."""
+    model, images, labels = trained_toy_classifier()
+    theirs = foolbox.attacks.MIFGSM(abs_stepsize=eps / 10, steps=10, momentum=1.0, random_start=False)
+    _, attacked, _ = theirs(foolbox.PyTorchModel(model, bounds=(0, 1), device="cpu"), images, labels, epsilons=eps)
+    ours = pgd_attack(
+        cross_entropy_objective(model, labels),
+        images,
+        eps=eps,
+        step_size=eps / 10,
+        num_steps=10,
+        momentum=1.0,
+        random_start=False,
+    )
+    clean, robust_theirs, robust_ours = (accuracy(model, x, labels) for x in (images, attacked, ours))
+    assert robust_theirs < clean - 0.05
+    assert abs(robust_ours - robust_theirs) <= 0.01
+
+
 def test_square_is_about_as_strong_as_the_authors() -> None:
     square = pytest.importorskip("pyautoattack.square")
     model, images, labels = trained_toy_classifier()

@@ -1,5 +1,5 @@
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -100,6 +100,7 @@ def test_random_start_is_uniform_in_the_ball_and_the_range() -> None:
     num_steps=st.integers(1, 4),
     num_restarts=st.integers(1, 2),
     random_start=st.booleans(),
+    momentum=st.sampled_from([0.0, 0.9, 1.0, 2.0]),
     contrast=st.sampled_from([0.0, 1.0, 100.0]),
     seed=st.integers(0, 2**31),
 )
@@ -109,6 +110,7 @@ def test_budget_and_range_are_never_exceeded(
     num_steps: int,
     num_restarts: int,
     random_start: bool,
+    momentum: float,
     contrast: float,
     seed: int,
 ) -> None:
@@ -122,6 +124,7 @@ def test_budget_and_range_are_never_exceeded(
         num_steps=num_steps,
         num_restarts=num_restarts if random_start else 1,
         random_start=random_start,
+        momentum=momentum,
         generator=seeded(seed),
     )
     assert (adversarial - images).abs().max() <= eps + 1e-6
@@ -262,6 +265,137 @@ def test_an_attack_on_images_that_are_all_done_is_over() -> None:
 def test_a_threshold_needs_an_objective_of_some_of_the_images(images: Tensor) -> None:
     with pytest.raises(ValueError, match=r"stop_above needs an objective .* got a function"):
         pgd_attack(bumpy_objective, images, stop_above=1e9)
+
+
+MI_FGSM: dict[str, Any] = {"momentum": 1.0, "random_start": False}
+
+
+def test_momentum_on_a_linear_objective_reaches_the_closed_form(images: Tensor, weight: Tensor) -> None:
+    adversarial = pgd_attack(linear_objective(weight), images, eps=EPS, step_size=EPS / 7, num_steps=7, **MI_FGSM)
+    torch.testing.assert_close(adversarial, (images + EPS * weight.sign()).clamp(0, 1), rtol=0, atol=1e-6)
+
+
+class Scripted(torch.autograd.Function):
+    """Scores images by their sum, with a gradient for each step that is given beforehand."""
+
+    gradients: Iterator[Tensor]
+
+    @staticmethod
+    def forward(ctx: Any, images: Tensor) -> Tensor:
+        return images.flatten(1).sum(dim=1)
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> Tensor:
+        return next(Scripted.gradients)
+
+
+def iterates(gradients: list[Tensor], images: Tensor, **settings: Any) -> list[Tensor]:
+    """Returns what PGD by steps of 0.01 asks for, where step t finds the gradient `gradients[t]`."""
+    asked: list[Tensor] = []
+
+    def objective(iterate: Tensor) -> Tensor:
+        asked.append(iterate.detach())
+        return Scripted.apply(iterate)
+
+    Scripted.gradients = iter(gradients)
+    pgd_attack(objective, images, eps=0.1, step_size=0.01, num_steps=len(gradients), random_start=False, **settings)
+    return asked
+
+
+def moves(gradients: list[Tensor], **settings: Any) -> list[list[float]]:
+    """Returns the steps of the first image, in units of the step size."""
+    asked = torch.stack(iterates(gradients, torch.full_like(gradients[0], 0.5), **settings))[:, 0]
+    return (asked.diff(dim=0) / 0.01).round(decimals=3).tolist()
+
+
+def test_momentum_averages_a_gradient_that_alternates() -> None:
+    # The first pixel alternates between 2 and -1 parts of the norm, the second is always positive.
+    one, other = torch.tensor([[2.0, 1.0]]) / 3, torch.tensor([[-1.0, 2.0]]) / 3
+    assert moves([one, other, one, other]) == [[1, 1], [-1, 1], [1, 1], [-1, 1]]
+    assert moves([one, other, one, other], momentum=1.0) == [[1, 1]] * 4
+    # Sums of the first pixel with half the momentum: 2, 0, 2, 0 thirds.
+    assert moves([one, other, one, other], momentum=0.5) == [[1, 1], [0, 1], [1, 1], [0, 1]]
+
+
+def test_momentum_counts_gradients_by_their_direction_not_their_size() -> None:
+    # By size the first gradient would win for good; by its L1 norm it is -1/4, 3/4, and then 1, 0 and 1, 0.
+    first, later = 1000 * torch.tensor([[-1.0, 3.0]]), torch.tensor([[1.0, 0.0]])
+    assert moves([first, later, later], momentum=1.0) == [[-1, 1], [1, 1], [1, 1]]
+    assert moves([first, 1e-30 * later, later], momentum=1.0) == [[-1, 1], [1, 1], [1, 1]]
+
+
+def test_momentum_norms_are_of_each_image() -> None:
+    images = torch.full((2, 2), 0.5)
+    gradients = [torch.tensor([[-1.0, 3.0], [100.0, -300.0]]), torch.tensor([[1.0, 0.0], [0.0, 1e-3]])]
+    steps = torch.stack(iterates(gradients, images, momentum=1.0)).diff(dim=0) / 0.01
+    torch.testing.assert_close(steps, torch.tensor([[[-1.0, 1], [1, -1]], [[1.0, 1], [1, 1]]]))
+
+
+def test_momentum_begins_anew_with_each_restart() -> None:
+    images = torch.full((1, 2), 0.5)
+    asked: list[Tensor] = []
+
+    def objective(iterate: Tensor) -> Tensor:
+        asked.append(iterate.detach())
+        return Scripted.apply(iterate)
+
+    one, other = torch.tensor([[1.0, 1.0]]), torch.tensor([[-1.0, 1.0]])
+    Scripted.gradients = iter([one, one, other, other])
+    pgd_attack(objective, images, eps=0.5, step_size=1e-4, num_steps=2, num_restarts=2, momentum=1.0)
+    last = (asked[5] - asked[3]) / 1e-4
+    torch.testing.assert_close(last, torch.tensor([[-2.0, 2.0]]), rtol=0, atol=0.01)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_iterates_are_those_of_the_published_algorithm(images: Tensor, dtype: torch.dtype, momentum: float) -> None:
+    # Dividing by its norm would lose so small or so large a gradient: without momentum it is not divided.
+    for scale in (1.0, *((1e-42, 1e36) if momentum == 0 else ())):
+        asked: list[Tensor] = []
+
+        def objective(iterate: Tensor, scale: float = scale, asked: list[Tensor] = asked) -> Tensor:
+            asked.append(iterate.detach())
+            return scale * bumpy_objective(iterate)
+
+        pgd_attack(objective, images.to(dtype), eps=EPS, num_steps=6, random_start=False, momentum=momentum)
+        iterate = images.to(dtype)
+        lower, upper = (iterate - EPS).clamp(min=0), (iterate + EPS).clamp(max=1)
+        sums = torch.zeros_like(iterate)
+        for found in asked:
+            assert torch.equal(found, iterate)
+            iterate.requires_grad_()
+            (gradient,) = torch.autograd.grad(scale * bumpy_objective(iterate).sum(), iterate)
+            if momentum:
+                sums = momentum * sums + gradient / gradient.abs().sum(dim=(1, 2, 3), keepdim=True)
+            direction = sums if momentum else gradient
+            iterate = torch.clamp(iterate.detach() + 2.5 * EPS / 6 * direction.sign(), lower, upper)
+
+
+def test_momentum_and_zero_gradients_make_no_nan(weight: Tensor, images: Tensor) -> None:
+    alive = torch.tensor([1.0, 0.0, 1.0, 1.0])
+    adversarial = pgd_attack(
+        lambda x: alive * linear_objective(weight)(x), images, eps=EPS, step_size=EPS / 5, num_steps=5, **MI_FGSM
+    )
+    expected = (images + EPS * weight.sign()).clamp(0, 1)
+    expected[1] = images[1]
+    torch.testing.assert_close(adversarial, expected, rtol=0, atol=1e-6)
+    zero, one = torch.zeros(1, 2), torch.tensor([[1.0, -1.0]])
+    assert moves([zero, one, zero], momentum=1.0) == [[0, 0], [1, -1], [1, -1]]
+
+
+def test_what_goes_on_with_momentum_is_attacked_as_it_would_be_alone() -> None:
+    images = random_images(6, 3, 5, 5)
+
+    def score(iterate: Tensor, offsets: Tensor) -> Tensor:
+        return bumpy_objective(iterate) + offsets
+
+    # The images at odd places are done after a few steps, one by one.
+    offsets = torch.tensor([-1000.0, 70, -1000, 75, -1000, 80])
+    settings: dict[str, Any] = {"eps": EPS, "num_steps": 8, "stop_above": 90.0, **MI_FGSM}
+    together = pgd_attack(Objective(score, offsets), images, **settings)
+    for row in range(6):
+        alone = pgd_attack(Objective(score, offsets[row : row + 1]), images[row : row + 1], **settings)
+        assert torch.equal(together[row : row + 1], alone)
 
 
 def test_zero_gradient_of_one_image_leaves_the_others_their_attack(weight: Tensor, images: Tensor) -> None:
@@ -409,6 +543,9 @@ def test_bad_images_are_refused(bad: Tensor, message: str) -> None:
         ({"num_steps": 0}, "num_steps must be at least 1, got 0"),
         ({"num_restarts": 0}, "num_restarts must be at least 1, got 0"),
         ({"num_restarts": 2, "random_start": False}, "num_restarts=2 would repeat one run"),
+        ({"momentum": -0.1}, "momentum must be a finite number of at least 0, got -0.1"),
+        ({"momentum": math.nan}, "momentum must be .* got nan"),
+        ({"momentum": math.inf}, "momentum must be .* got inf"),
         ({"generator": [torch.Generator()]}, "generator must hold one generator per image, 4, got 1"),
         ({"generator": []}, "generator must hold one generator per image, 4, got 0"),
     ],
@@ -437,6 +574,12 @@ def test_bad_arguments_are_refused(images: Tensor, arguments: dict[str, Any], me
 def test_bad_objectives_are_refused(images: Tensor, objective: Callable[[Tensor], Tensor], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         pgd_attack(objective, images)
+
+
+def test_an_infinite_gradient_has_no_direction_to_add_up(images: Tensor) -> None:
+    images[2, 0, 0, 0] = 0
+    with pytest.raises(ValueError, match=r"gradient .* that is infinite"):
+        pgd_attack(lambda x: x.flatten(1).sqrt().sum(dim=1), images, **MI_FGSM)
 
 
 def test_eps_in_8_bit_units_is_refused() -> None:

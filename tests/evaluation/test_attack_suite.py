@@ -158,7 +158,7 @@ def change_logits(monkeypatch: pytest.MonkeyPatch, change: Callable[[Tensor], Te
     monkeypatch.setattr(EvaluatedModel, "logits", logits)
 
 
-@pytest.mark.parametrize(("name", "effort"), [("cross_entropy", 20), ("margin", 20), ("square", 200)])
+@pytest.mark.parametrize(("name", "effort"), [("cross_entropy", 20), ("margin", 20), ("mi_fgsm", 20), ("square", 200)])
 def test_an_attack_on_the_model_itself_ends_with_a_misclassification(
     name: str, effort: int, model: EvaluatedModel, batch: AttackBatch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -183,7 +183,7 @@ def test_an_attack_on_the_model_itself_ends_with_a_misclassification(
     assert few < all_of_them
 
 
-@pytest.mark.parametrize("name", ["cross_entropy", "margin"])
+@pytest.mark.parametrize("name", ["cross_entropy", "margin", "mi_fgsm"])
 def test_what_only_the_attacks_precision_gets_wrong_is_attacked_on(
     name: str, model: EvaluatedModel, batch: AttackBatch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -299,8 +299,43 @@ def test_attacks_by_name_take_their_target_after_a_colon() -> None:
         build_attack("bim", BUDGETS["quick"])
 
 
+def test_momentum_is_of_the_full_budget_against_who_knows_the_base() -> None:
+    runs = {
+        (knowledge, budget)
+        for knowledge in ("none", "base", "own_tokens", "full")
+        for budget in ("quick", "standard", "full")
+        if "mi_fgsm" in {attack.name for attack in select_attacks(None, BUDGETS[budget], knowledge)}
+    }
+    assert runs == {("base", "full"), ("full", "full")}
+
+
+@pytest.mark.parametrize("num_steps", [1, 4])
+def test_mi_fgsm_is_as_published(num_steps: int, model: EvaluatedModel, batch: AttackBatch) -> None:
+    (view,) = attacker_views("base", model)
+    attack = build_attack("mi_fgsm", dataclasses.replace(BUDGETS["full"], num_steps=num_steps))
+    assert attack.parameters() == {"num_steps": num_steps}
+    assert batch.labels is not None
+    objective = cross_entropy_objective(partial(model.logits, tokens=None), batch.labels)
+    best, best_values = batch.images, objective(batch.images).detach()
+    iterate, sums = batch.images, torch.zeros_like(batch.images)
+    for _ in range(num_steps):
+        iterate = iterate.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(objective(iterate).sum(), iterate)
+        sums = sums + gradient / gradient.abs().sum(dim=(1, 2, 3), keepdim=True)
+        iterate = (iterate + EPS / num_steps * sums.sign()).detach().clamp(0, 1)
+        values = objective(iterate).detach()
+        best = torch.where((values > best_values)[:, None, None, None], iterate, best)
+        best_values = torch.maximum(values, best_values)
+    found = run_attack(attack, view, batch, eps=EPS, seed=0)
+    # The attack computes faster, by other roundings, so a pixel whose gradients cancel may take another sign.
+    assert (found - best).abs().gt(1e-6).double().mean() < 0.01
+    assert torch.equal(run_attack(attack, view, batch, eps=0.0, seed=0), batch.images)
+    assert torch.equal(found, run_attack(attack, view, batch, eps=EPS, seed=1)), "nothing is random"
+
+
 def test_reports_name_the_steps_that_follow_from_eps() -> None:
     assert small("margin").reported_parameters(0.1) == {"num_steps": 4, "num_restarts": 1, "step_size": 0.0625}
     assert small("margin", step_size=0.01).reported_parameters(0.1)["step_size"] == 0.01
     assert small("single_step").reported_parameters(0.1) == {"step_size": 0.1}
+    assert small("mi_fgsm").reported_parameters(0.1) == {"num_steps": 4, "step_size": 0.025, "momentum": 1.0}
     assert small("paper").reported_parameters(2 / 255)["eps_normalized"] == 8 / 255

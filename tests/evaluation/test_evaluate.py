@@ -20,6 +20,7 @@ from robustness_tokens import (
     RobustnessTokenTrainingArguments,
     evaluate_robustness,
 )
+from robustness_tokens.data import choose_rows
 from robustness_tokens.evaluation import cells as cells_module
 from robustness_tokens.evaluation import evaluate
 from robustness_tokens.evaluation.arguments import EvaluationArguments
@@ -141,6 +142,66 @@ def test_clean_numbers_are_the_models_own(
         "zero",
         "mean",
     }
+
+
+def test_the_report_tells_which_images_were_correct(
+    report: RobustnessReport, classifier: RobustnessTokenForImageClassification, images: Images
+) -> None:
+    assert report.images is not None
+    assert report.images.rows == choose_rows(NUM_IMAGES, NUM_IMAGES, seed=0)
+    (without,) = pick(report.results, knowledge=None, tokens="none", metric="accuracy")
+    assert without.correct is not None
+    assert [row for row, right in zip(report.images.rows, without.correct, strict=True) if not right] == [9]
+    evaluated = EvaluatedModel(classifier)
+    with torch.no_grad():
+        correct = evaluated.logits(images.images, evaluated.tokens).argmax(dim=1) == torch.tensor(images.labels)
+    (trained,) = pick(report.results, knowledge=None, tokens="trained", metric="accuracy")
+    assert trained.correct is not None
+    assert trained.correct.tolist() == correct[report.images.rows].tolist()
+    for result in report.results:
+        assert (result.correct is not None) == (result.metric == "accuracy")
+
+
+def test_the_bits_of_a_worst_case_are_those_of_its_attacks(report: RobustnessReport) -> None:
+    def worst(**wanted: Any) -> Tensor:
+        chosen = pick(report.results, metric="accuracy", tokens="trained", **wanted)
+        return torch.stack([result.correct for result in chosen if result.correct is not None]).all(dim=0)
+
+    for level in ("none", "base", "own_tokens", "full"):
+        at_eps: dict[str, Any] = {"knowledge": level, "eps": EPS, "series": None}
+        (whole,) = pick(report.results, metric="accuracy", tokens="trained", attack="worst_case", **at_eps)
+        assert whole.correct is not None
+        names = {result.attack for result in pick(report.results, **at_eps)} - {"worst_case", "worst_case_of_part"}
+        each = torch.stack([worst(attack=name, **at_eps) for name in names]).all(dim=0)
+        assert whole.correct.tolist() == (each & worst(knowledge=None)).tolist()
+    swept = pick(report.results, metric="accuracy", tokens="trained", series="sweep", eps=0.0, knowledge="full")
+    assert [result.correct.tolist() for result in swept if result.correct is not None] == [
+        worst(knowledge=None)[: swept[0].num_images].tolist()
+    ]
+
+
+def test_reports_on_the_same_images_say_so(
+    report: RobustnessReport, classifier: RobustnessTokenForImageClassification, images: Images
+) -> None:
+    small: dict[str, Any] = {"attacks": ["cross_entropy"], "knowledge": ["full"], "eps_sweep": [], "num_steps": 1}
+    assert run(classifier, images, batch_size=3, **small).images == report.images
+    other_order = run(classifier, images, seed=1, **small).images
+    assert report.images is not None
+    assert other_order is not None
+    assert sorted(other_order.rows) == sorted(report.images.rows)
+    assert other_order.sha256 != report.images.sha256
+    relabelled, repainted = Images([*images.labels[1:], 0]), Images(images.labels)  # type: ignore[index]
+    repainted.images[3, 0, 0, 0] = 1 - repainted.images[3, 0, 0, 0]
+    for changed in (relabelled, repainted):
+        found = run(classifier, changed, **small).images
+        assert found is not None
+        assert found.rows == report.images.rows
+        assert found.sha256 != report.images.sha256
+    without_labels = run(
+        classifier, images, task="features", knowledge=["full"], eps_sweep=[], attacks=["feature_mse"]
+    )
+    assert without_labels.images is not None
+    assert without_labels.images.rows == report.images.rows
 
 
 def test_eps_zero_equals_clean_exactly(
@@ -423,6 +484,8 @@ def test_segmentation_by_a_probe() -> None:
     worst = pick(report.results, knowledge="full_worst_case", metric="mean_image_miou", series=None)
     each = pick(report.results, tokens="trained", metric="mean_image_miou", eps=EPS, series=None)
     assert worst[0].value <= min(result.value for result in each)
+    assert all(result.correct is None for result in report.results), "an image has no bit"
+    assert report.images is not None
     assert not report.base_has_own_head
 
 

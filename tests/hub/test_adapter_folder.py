@@ -211,7 +211,7 @@ def test_a_base_name_that_is_a_repo_id(name: str) -> None:
         (b"[" * 100_000, "not valid JSON"),
         (b"[1]", "must hold a JSON object, got list"),
         (b"null", "must hold a JSON object, got NoneType"),
-        (b" " * (1 << 20) + b"{}", r"has 1,048,578 bytes, expected at most 1,048,576"),
+        (b" " * (4 << 20) + b"{}", r"has 4,194,306 bytes, expected at most 4,194,304"),
     ],
 )
 def test_read_json_refuses(tmp_path: Path, content: bytes, message: str) -> None:

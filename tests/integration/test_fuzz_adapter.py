@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 
 from tests.support.adapter_fuzzer import damaged_json, damaged_safetensors
-from tests.support.reports import make_report
+from tests.support.reports import MEASURED, make_report
 
 
 @pytest.fixture
 def fuzzed(adapter_folder: Path, base_folders: dict[str, Path], tmp_path: Path) -> Path:
     """A folder with a whole adapter, report included, and its base."""
-    make_report().save(adapter_folder)
+    make_report(**MEASURED).save(adapter_folder)
     shutil.copytree(base_folders["dinov2"], tmp_path / "base")
     return tmp_path
 

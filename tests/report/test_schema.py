@@ -1,3 +1,5 @@
+import base64
+import dataclasses
 import json
 import math
 from collections.abc import Callable
@@ -5,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from robustness_tokens.report.schema import Check
+from robustness_tokens.report.schema import Check, MeasuredImages, OlderReportError, pack_correct
 from robustness_tokens.report.writing import RobustnessReport
-from tests.support.reports import make_report, make_result
+from tests.support.reports import IMAGES, KEPT, MEASURED, make_report, make_result
 
 
 def test_a_report_comes_back_from_disk_as_it_was(tmp_path: Path) -> None:
@@ -31,8 +36,8 @@ def test_exactly_these_files_are_written(tmp_path: Path) -> None:
 def test_a_report_that_can_not_be_read_back_is_not_written(tmp_path: Path) -> None:
     make_report().save(tmp_path)
     before = (tmp_path / "evaluation.json").read_bytes()
-    too_large = make_report(series={"x": [0.123456789] * 100_000})
-    with pytest.raises(ValueError, match="expected at most 1,048,576"):
+    too_large = make_report(series={"x": [0.123456789] * 400_000})
+    with pytest.raises(ValueError, match="expected at most 4,194,304"):
         too_large.save(tmp_path)
     assert (tmp_path / "evaluation.json").read_bytes() == before
 
@@ -80,6 +85,134 @@ def test_a_bad_result_is_refused(changes: dict[str, Any], message: str) -> None:
         make_result(**changes)
 
 
+CORRECT = torch.tensor([True, False, False, True, False, False, False, False, True, True])
+
+
+def test_the_first_image_is_the_highest_bit_of_the_first_byte() -> None:
+    assert pack_correct(CORRECT) == base64.b64encode(bytes([0b10010000, 0b11000000])).decode() == KEPT["correct_bits"]
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=70))
+def test_a_result_tells_which_images_were_correct(values: list[bool]) -> None:
+    correct = torch.tensor(values)
+    changes = {"num_images": len(values), "value": sum(values) / len(values), "confidence_interval": None}
+    result = make_result(**changes, correct_bits=pack_correct(correct))
+    assert result.correct is not None
+    assert (result.correct.dtype, result.correct.tolist()) == (torch.bool, values)
+    assert make_result(**changes).correct is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"correct_bits": "kMA"}, "correct_bits must be base64 of 2 bytes, .* 10 images .* got 'kMA'"),
+        ({"correct_bits": "kMAA"}, "correct_bits must be base64 of 2 bytes"),  # three bytes
+        ({"correct_bits": "kA=="}, "correct_bits must be base64 of 2 bytes"),  # one byte
+        ({"correct_bits": ""}, "correct_bits must be base64"),
+        ({"correct_bits": "kM-="}, "correct_bits must be base64"),
+        ({"correct_bits": "k=A="}, "correct_bits must be base64"),
+        ({"correct_bits": "kM =\n"}, "correct_bits must be base64"),
+        ({"correct_bits": "kM\u00c4="}, "correct_bits must be base64"),
+        ({"correct_bits": "kMB="}, "correct_bits must be base64"),  # bits that no byte holds
+        ({"correct_bits": "kOA="}, "correct_bits must be base64 .* and zeros after them"),  # an eleventh image
+        ({"correct_bits": 5}, "correct_bits must be base64"),
+        ({"correct_bits": [True] * 10}, "correct_bits must be base64"),
+        ({"num_images": 11, "value": 4 / 11, "correct_bits": "kMA=" * 5000}, "correct_bits must be base64"),
+        ({"num_images": 2**62}, "correct_bits must be base64 of 576,460,752,303,423,488 bytes"),
+        ({"correct_bits": "kIA="}, "correct_bits tell that 3 of 10 images are correct, expected the share 0.4"),
+        ({"value": 0.4001}, "correct_bits tell that 4 of 10 images are correct, expected the share 0.4001"),
+        ({"metric": "cosine"}, "correct_bits belong to the metric accuracy, got cosine"),
+        ({"metric": "miou", "task": "segmentation"}, "correct_bits belong to the metric accuracy, got miou"),
+    ],
+)
+def test_bits_that_do_not_fit_are_refused(changes: dict[str, Any], message: str) -> None:
+    assert make_result(**KEPT).correct is not None
+    with pytest.raises(ValueError, match=message):
+        make_result(**{**KEPT, **changes})
+
+
+def test_bits_of_many_images_stay_small(tmp_path: Path) -> None:
+    def report(num_images: int, *, num_results: int, keep: bool) -> RobustnessReport:
+        correct = torch.arange(num_images) % 3 > 0
+        shared = {"value": int(correct.sum()) / num_images, "confidence_interval": None, "num_images": num_images}
+        return make_report(
+            dataset={"name": "x", "split": None, "num_images": num_images},
+            images=MeasuredImages(rows=list(range(num_images)), sha256="0" * 64) if keep else None,
+            results=[make_result(**shared, correct_bits=pack_correct(correct) if keep else None)] * num_results,
+        )
+
+    without, kept = (report(1000, num_results=60, keep=keep).to_json_string() for keep in (False, True))
+    assert len(kept) - len(without) < 20_000  # 8 kB for the rows, 168 bytes for a result
+    report(50_000, num_results=300, keep=True).save(tmp_path)
+    assert RobustnessReport.load(tmp_path).results[299].correct is not None
+
+
+def test_images_and_bits_come_back_from_disk(tmp_path: Path) -> None:
+    report = make_report(**MEASURED)
+    report.save(tmp_path)
+    loaded = RobustnessReport.load(tmp_path)
+    assert loaded == report
+    assert loaded.images == IMAGES
+    assert loaded.results[0].correct is not None
+    assert torch.equal(loaded.results[0].correct, CORRECT)
+
+
+def test_pages_do_not_show_the_bits(tmp_path: Path) -> None:
+    results = [dataclasses.replace(result, correct_bits=None) for result in MEASURED["results"]]
+    for number, report in enumerate((make_report(**MEASURED), make_report(**{**MEASURED, "results": results}))):
+        dataclasses.replace(report, images=None if number else IMAGES).save(tmp_path / str(number))
+    for file in ("evaluation.md", "report.html"):
+        assert (tmp_path / "0" / file).read_text() == (tmp_path / "1" / file).read_text()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rows": (1, 2)}, "rows must be a list"),
+        ({"rows": [1, -1]}, r"rows\[1\] must be a whole number"),
+        ({"rows": [1, True]}, r"rows\[1\] must be a whole number"),
+        ({"rows": [3, 1, 3]}, "rows must hold each row once, got 3 more than once"),
+        ({"sha256": "0" * 63}, "sha256 must be 64 hexadecimal digits"),
+        ({"sha256": "G" * 64}, "sha256 must be 64 hexadecimal digits"),
+        ({"sha256": None}, "sha256 must be 64 hexadecimal digits"),
+    ],
+)
+def test_bad_images_are_refused(changes: dict[str, Any], message: str) -> None:
+    values: dict[str, Any] = {"rows": [1, 2], "sha256": "0" * 64}
+    assert MeasuredImages(**values).rows == [1, 2]
+    with pytest.raises(ValueError, match=message):
+        MeasuredImages(**{**values, **changes})
+
+
+def as_version_2(content: dict[str, Any]) -> dict[str, Any]:
+    del content["images"]
+    for result in content["results"]:
+        del result["correct_bits"]
+    return {**content, "schema_version": 2}
+
+
+def test_a_report_of_schema_2_has_no_images_and_no_bits(tmp_path: Path) -> None:
+    (tmp_path / "evaluation.json").write_text(json.dumps(as_version_2(make_report(**MEASURED).to_dict())))
+    loaded = RobustnessReport.load(tmp_path)
+    assert loaded.images is None
+    assert [result.correct for result in loaded.results] == [None, None]
+    assert loaded.schema_version == 3
+    assert [result.value for result in loaded.results] == [0.4, 0.5]
+    loaded.save(tmp_path)
+    assert RobustnessReport.load(tmp_path) == loaded
+
+
+def test_the_report_of_the_example_card_is_of_a_schema_that_is_read() -> None:
+    report = RobustnessReport.load(Path(__file__).parents[2] / "examples" / "quickstart" / "card")
+    assert report.dataset["num_images"] == 200
+
+
+def test_a_report_that_is_too_old_is_told_apart(tmp_path: Path) -> None:
+    (tmp_path / "evaluation.json").write_text('{"schema_version": 1, "a_key_of_the_past": 1}')
+    with pytest.raises(OlderReportError, match=r"evaluation\.json: the report has schema_version 1"):
+        RobustnessReport.load(tmp_path)
+
+
 def test_a_cosine_may_round_beyond_one() -> None:
     assert make_result(metric="cosine", value=1.0000002, confidence_interval=(0.9, 1.0000003)).value > 1
 
@@ -107,8 +240,14 @@ CHECK = Check(number=2, name="grey box", passed=None, value="", explanation="")
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"schema_version": 3}, "schema_version 3, this package reads up to 2: pip install"),
-        ({"schema_version": 1}, "schema_version 1, of an older package, .* evaluate again"),
+        ({"schema_version": 4}, "schema_version 4, this package reads up to 3: pip install"),
+        ({"schema_version": 1}, "schema_version 1, of an older package, this one reads 2 to 3: evaluate again"),
+        ({"images": {"rows": [0], "sha256": "0" * 64}}, "images must be MeasuredImages or None, got"),
+        ({"images": IMAGES}, "images must have a row for each of the dataset's 500 images, got 10"),
+        (
+            {**MEASURED, "results": [make_result()]},
+            r"results\[0\] is on 500 images, expected at most the dataset's 10",
+        ),
         ({"own_tokens": []}, "own_tokens must be a dictionary"),
         ({"own_tokens": {"recipe": {"a": {}}}}, r"own_tokens\['recipe'\]\['a'\] must be a text"),
         ({"own_tokens": {"recipe": 1}}, r"own_tokens\['recipe'\] must be a dictionary"),
@@ -151,6 +290,10 @@ def without(key: str) -> Callable[[dict[str, Any]], object]:
         (lambda c: c["results"][0].update(confidence_interval={}), r"results\[0\]: confidence_interval"),
         (lambda c: c.update(results={}), "results must be a list"),
         (lambda c: c.update(results=[5]), r"results\[0\] must be a dictionary"),
+        (lambda c: c["results"][0].update(correct_bits="kMA="), r"results\[0\]: correct_bits must be base64"),
+        (lambda c: c.update(images={"rows": []}), r"images has missing keys \['sha256'\] and unknown keys \[\]"),
+        (lambda c: c.update(images={"rows": [0.5], "sha256": "0" * 64}), r"images: rows\[0\] must be a whole number"),
+        (lambda c: c.update(images=[]), "images must be a dictionary"),
         (lambda c: c["checks"][0].update(color="red"), r"checks\[0\] has missing keys \[\] and unknown keys"),
         (lambda c: c.update(checks=None), "checks must be a list"),
     ],
@@ -173,7 +316,7 @@ def test_a_damaged_file_is_refused_with_its_name(
         ("[]", "must hold a JSON object"),
         ("{", "not valid JSON"),
         ("[" * 100_000, "not valid JSON"),
-        (" " * (1 << 20) + "{}", "expected at most 1,048,576"),
+        (" " * (4 << 20) + "{}", "expected at most 4,194,304"),
         ('{"schema_version": NaN}', "schema_version must be"),
     ],
 )

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from robustness_tokens.report import Check, Result, RobustnessReport
+from robustness_tokens.report import Check, MeasuredImages, Result, RobustnessReport
 
 
 def make_result(**changes: Any) -> Result:
@@ -40,6 +40,16 @@ def make_report(**changes: Any) -> RobustnessReport:
         "seconds": 12.5,
     }
     return RobustnessReport(**{**values, **changes})
+
+
+# Ten images, of which the first, the fourth and the last two are correct.
+KEPT: dict[str, Any] = {"value": 0.4, "confidence_interval": None, "num_images": 10, "correct_bits": "kMA="}
+IMAGES = MeasuredImages(rows=[4, 0, 2, 9, 5, 1, 3, 7, 8, 6], sha256="0123456789abcdef" * 4)
+MEASURED: dict[str, Any] = {
+    "dataset": {"name": "user/pictures", "split": "test", "num_images": 10},
+    "images": IMAGES,
+    "results": [make_result(**KEPT), make_result(**{**KEPT, "num_images": 4, "value": 0.5, "correct_bits": "kA=="})],
+}
 
 
 HOSTILE = [

@@ -201,8 +201,8 @@ def nested(depth: int) -> Any:
     ("callbacks", "message"),
     [
         (
-            ["x" * 2**20],
-            r"would have 1,048,\d+ bytes, 1,048,\d+ of them for 'callbacks', and at most 1,048,576 can be read",
+            ["x" * 2**22],
+            r"would have 4,194,\d+ bytes, 4,194,\d+ of them for 'callbacks', and at most 4,194,304 can be read",
         ),
         (nested(40), "nested more than 32 deep"),
         ("\x07", "characters that are no text"),
