@@ -203,6 +203,8 @@ def _recipe(
         "similarity_axis": config.similarity_axis,
         **{key: training.get(key) for key in RECIPE_ARGUMENTS},
     }
+    if settings["eps_warmup_ratio"] == 0:
+        settings["eps_warmup_ratio"] = None  # the default
     if settings["resize"] == "processor":
         settings["image_size"] = None  # the processor decides it
     lists = {

@@ -94,9 +94,7 @@ def prepare_train_dataset(
     if images.num_images is None:
         return images
     if needs_labels and "labels" not in (first := images.dataset[0]) and "images" in first:
-        raise ValueError(
-            f'{argument} has no labels, which objective="cross_entropy" needs: its items hold no "labels"'
-        )
+        raise ValueError(f'{argument} has no "labels" in its items, which objective="cross_entropy" needs')
     if (num_batches := math.ceil(images.num_images / args.per_device_train_batch_size)) < num_processes:
         raise ValueError(
             f"{argument} has {images.num_images} images, which fill {num_batches} of the "

@@ -17,6 +17,7 @@ from robustness_tokens import (
     load_head,
     save_head,
 )
+from robustness_tokens.configuration import GainsAndShifts
 from robustness_tokens.models.heads import ClassificationHead, ProbedModel, SegmentationHead
 from robustness_tokens.training.step import TrainingStep
 from tests.support.bases import HIDDEN_SIZE, build_base
@@ -24,7 +25,7 @@ from tests.support.families import FAMILIES, text_inputs
 from tests.support.training_runs import SETTINGS, build_robust_trainer, images, state_of
 
 
-KINDS = ("norm", "bias", "patch_embedding")
+KINDS: tuple[GainsAndShifts, ...] = ("norm", "bias", "patch_embedding")
 
 
 def labelled(count: int) -> list[dict[str, Any]]:
@@ -60,12 +61,8 @@ def test_every_objective_goes_down_and_moves_all_that_is_learned(objective: str,
 
 
 def test_a_killed_robust_run_resumes_with_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings: dict[str, Any] = {
-        "max_steps": 6,
-        "save_steps": 1,
-        "lr_scheduler_type": "cosine",
-        "eps_warmup_ratio": 0.5,
-    }
+    settings: dict[str, Any] = {"max_steps": 6, "save_steps": 1}
+    settings |= {"lr_scheduler_type": "cosine", "eps_warmup_ratio": 0.5}
     whole = build_robust_trainer(tmp_path / "whole", **settings)
     whole.train()
     real = TrainingStep.accumulate_gradient
