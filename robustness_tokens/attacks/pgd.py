@@ -33,14 +33,15 @@ def pgd_attack(
     random_start: bool = True,
     momentum: float = 0.0,
     stop_above: float = math.inf,
+    keep_best: bool = True,
     generator: Generators = None,
 ) -> Tensor:
     """Returns adversarial images that maximise an objective within `eps` of the originals.
 
-    Each image keeps its iterate with the highest objective over all steps of all restarts, the last one included.
-    One restart costs `num_steps` gradients and `num_steps + 1` evaluations of the objective, less what `stop_above`
-    saves. Models are used as they are: put them in eval mode first. Gradients are taken with respect to the images
-    alone and no `.grad` is touched.
+    Each image keeps its iterate with the highest objective over all steps of all restarts, the last one included,
+    unless `keep_best` is False. One restart costs `num_steps` gradients and `num_steps + 1` evaluations of the
+    objective, less what `stop_above` saves. Models are used as they are: put them in eval mode first. Gradients are
+    taken with respect to the images alone and no `.grad` is touched.
 
     Args:
         objective: Maps images (B, ...) to one number per image (B,), which is maximised. Normalisation belongs in it.
@@ -55,6 +56,8 @@ def pgd_attack(
             the best iterate is returned, not the last.
         stop_above: An image is done once its objective exceeds this, and costs nothing more: with a margin as the
             objective, 0 stops at misclassification. Needs an [`Objective`], as this package's factories return.
+        keep_best: False returns the last iterate, as adversarial training does, and saves the last evaluation. It
+            allows neither restarts nor `stop_above`.
         generator: Source of the random starts, on any device. A sequence holds one generator per image, so that an
             image's noise doesn't depend on how images are batched. `None` is torch's default generator.
 
@@ -82,6 +85,11 @@ def pgd_attack(
         raise ValueError(f"num_restarts must be at least 1, got {num_restarts}")
     if num_restarts > 1 and not random_start:
         raise ValueError(f"num_restarts={num_restarts} would repeat one run without random_start=True")
+    if not keep_best and (num_restarts > 1 or stop_above < math.inf):
+        raise ValueError(
+            "keep_best=False returns the last iterate, without restarts and stop_above, got "
+            f"num_restarts={num_restarts} and stop_above={stop_above:g}: leave them out"
+        )
     if not 0 <= momentum < math.inf:
         raise ValueError(f"momentum must be a finite number of at least 0, got {momentum}")
     if step_size is None:
@@ -97,7 +105,7 @@ def pgd_attack(
             iterate = torch.clamp(images + offset, lower, upper)
         iterate = iterate[search.rows]
         direction = torch.zeros_like(iterate)
-        for step in range(num_steps + 1):
+        for step in range(num_steps + keep_best):
             is_last = step == num_steps
             iterate = iterate.detach().requires_grad_(not is_last)
             with torch.set_grad_enabled(not is_last):
@@ -111,7 +119,7 @@ def pgd_attack(
                 direction = momentum * direction[goes_on] + _l1_normalized(gradient) if momentum else gradient
                 iterate = iterate.detach()[goes_on] + step_size * direction.sign()
                 iterate = torch.clamp(iterate, lower[search.rows], upper[search.rows])
-    return search.best_images
+    return search.best_images if keep_best else iterate
 
 
 def _l1_normalized(gradient: Tensor) -> Tensor:

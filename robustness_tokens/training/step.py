@@ -192,6 +192,7 @@ class TrainingStep:
                 eps=eps_share * args.eps,
                 step_size=None if args.step_size is None else eps_share * args.step_size,
                 num_steps=args.num_attack_steps,
+                keep_best=False,  # the loss is computed on the attacked images anyway
                 generator=generators,
             )
             return normalizer(attacked)

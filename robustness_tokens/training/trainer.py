@@ -6,8 +6,9 @@ Shapes: B images of a batch, N sequence, D width.
 from __future__ import annotations
 
 import logging
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -61,6 +62,12 @@ class _Outputs(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         return self.training_step.outputs(pixel_values)
+
+
+def _in_words(metrics: Mapping[str, float]) -> str:
+    clean, attacked, baseline = (metrics[f"{name}_cosine"] for name in ("invariance", "adversarial", "baseline"))
+    without = "" if math.isnan(baseline) else f" (without tokens {baseline:.3f})"
+    return f"loss {metrics['loss']:.3f}, cosine clean {clean:.3f}, attacked {attacked:.3f}{without}"
 
 
 class RobustnessTokenTrainer:
@@ -261,11 +268,7 @@ class RobustnessTokenTrainer:
                 state.global_step += 1
                 state.epoch = position[0] + (position[1] / num_batches if num_batches else 0)
                 total_loss += metrics["loss"]
-                progress_bar.set_postfix_str(
-                    f"cosine clean {metrics['invariance_cosine']:.3f}, attacked {metrics['adversarial_cosine']:.3f} "
-                    f"(without tokens {metrics['baseline_cosine']:.3f})",
-                    refresh=False,
-                )
+                progress_bar.set_postfix_str(_in_words(metrics), refresh=False)
                 progress_bar.update()
                 self._notify("on_step_end")
                 terminated = agree(self.control, termination.requested, accelerator)

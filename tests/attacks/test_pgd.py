@@ -157,6 +157,24 @@ def test_first_iterate_is_kept_where_every_step_is_worse() -> None:
     assert torch.equal(adversarial, images)
 
 
+def test_the_last_iterate_is_returned_where_asked_and_costs_an_evaluation_less() -> None:
+    images = torch.full((1, 1), 0.5)
+    calls: list[Tensor] = []
+
+    def objective(candidates: Tensor) -> Tensor:
+        calls.append(candidates.detach())
+        return -(candidates - 0.6).abs().sum(dim=1)
+
+    options: dict[str, Any] = {"eps": 0.3, "step_size": 0.15, "num_steps": 3, "random_start": False}
+    last = pgd_attack(objective, images, keep_best=False, **options)
+    torch.testing.assert_close(last, torch.tensor([[0.65]]))  # 0.5, 0.65, 0.5, 0.65
+    assert len(calls) == 3
+    assert not last.requires_grad
+    for wrong in ({"num_restarts": 2, "random_start": True}, {"stop_above": 0.0}):
+        with pytest.raises(ValueError, match="keep_best=False returns the last iterate"):
+            pgd_attack(objective, images, keep_best=False, **{**options, **wrong})
+
+
 def test_best_iterate_is_chosen_per_image() -> None:
     images = torch.full((2, 1), 0.5)
     # Image 0 climbs on; image 1 would overshoot its maximum at once.

@@ -824,8 +824,8 @@ def test_every_step_takes_the_fewest_forwards(make_trainer: TrainerFactory) -> N
         lambda module, args, kwargs: sizes.append(len(kwargs["pixel_values"])), with_kwargs=True
     )
     trainer.train()
-    # The target; the clean images; three attack steps and their end; the attacked images; the baseline.
-    in_a_step = [4] * 8
+    # The target; the clean images; three attack steps; the attacked images; the baseline.
+    in_a_step = [4] * 7
     assert sizes == [*in_a_step, 4], "and once, at the end of the run, clean images with the tokens that are kept"
 
 
@@ -836,9 +836,9 @@ def test_clean_images_go_through_once_for_all_attacks(make_trainer: TrainerFacto
         lambda *_: with_tokens.append(trainer.model.injector.enabled)
     )
     trainer.train()
-    # The target; the clean images; twice four of an attack and the attacked images, the baseline of the attack on the
+    # The target; the clean images; twice three of an attack and the attacked images, the baseline of the attack on the
     # base; the end of the run.
-    assert with_tokens == [False, True, *[False] * 4, True, False, *[True] * 4, True, True]
+    assert with_tokens == [False, True, *[False] * 3, True, False, *[True] * 3, True, True]
 
 
 # Precision
