@@ -1,9 +1,10 @@
-"""Time of a forward pass with robustness tokens, against the base alone and against native register tokens.
+"""Time of a forward pass with an adapter, against the base alone and against native register tokens.
 
     python benchmarks/overhead.py
 
-DINOv2-S/14 at 224 px with 10 tokens and random weights. The three models run in turn, round after round, so that
-whatever else the machine does hits all alike; what is printed are ratios of the rounds, median and quartiles.
+DINOv2-S/14 at 224 px with 10 tokens and random weights: tokens at the input, tokens for each layer, and these with all
+gains and shifts. The models run in turn, round after round, so that whatever else the machine does hits all alike; what
+is printed are ratios of the rounds, median and quartiles.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from typing import Any
 import torch
 from transformers import Dinov2Config, Dinov2Model, Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
-from robustness_tokens import inject_tokens
+from robustness_tokens import RobustnessTokenModel
+from robustness_tokens.data import build_image_processor
 
 
 def main() -> None:
@@ -33,13 +35,26 @@ def main() -> None:
     torch.manual_seed(0)
     small: dict[str, Any] = {"hidden_size": 384, "num_attention_heads": 6, "image_size": 518, "patch_size": 14}
     base = Dinov2Model(Dinov2Config(**small)).eval()
-    tokens = Dinov2Model(Dinov2Config(**small)).eval()
-    tokens.load_state_dict(base.state_dict())
-    inject_tokens(tokens, torch.randn(args.num_tokens, 384))
+
+    def adapted(**kwargs: Any) -> RobustnessTokenModel:
+        copy = Dinov2Model(Dinov2Config(**small)).eval()
+        copy.load_state_dict(base.state_dict())
+        processor = build_image_processor(image_size=224)
+        return RobustnessTokenModel.from_base(
+            copy, num_robustness_tokens=args.num_tokens, image_processor=processor, **kwargs
+        )
+
     registers = Dinov2WithRegistersModel(
         Dinov2WithRegistersConfig(num_register_tokens=args.num_tokens, **small)
     ).eval()
-    models = {"base": base, "tokens": tokens, "registers": registers}
+    everything = ["norm", "bias", "patch_embedding"]
+    models = {
+        "base": base,
+        "tokens": adapted(),
+        "registers": registers,
+        "deep tokens": adapted(token_depth="all"),
+        "deep tokens, gains and shifts": adapted(token_depth="all", gains_and_shifts=everything),
+    }
     pixel_values = torch.randn(args.batch_size, 3, 224, 224)
 
     def seconds(forward: Callable[..., object]) -> float:
@@ -51,18 +66,19 @@ def main() -> None:
     with torch.inference_mode():
         for _ in range(args.rounds + 2):  # the first two warm up
             # Each model is the first of a round as often as the others: what runs after a pause runs slower.
-            order = list(models)[len(rounds) % 3 :] + list(models)[: len(rounds) % 3]
+            first = len(rounds) % len(models)
+            order = list(models)[first:] + list(models)[:first]
             rounds.append({name: seconds(models[name]) for name in order})
     result = {
-        f"tokens / {other}": statistics.quantiles([r["tokens"] / r[other] for r in rounds[2:]], n=4)
-        for other in ("base", "registers")
+        f"{name} / {other}": statistics.quantiles([r[name] / r[other] for r in rounds[2:]], n=4)
+        for name, other in [("tokens", "registers"), *((name, "base") for name in models if name != "base")]
     }
     sequence = 257
     print(f"DINOv2-S/14, 224 px, batch {args.batch_size}, {args.num_tokens} tokens, {args.rounds} interleaved rounds")
-    print(f"{'time of a forward pass':<24}{'median':>8}   quartiles")
+    print(f"{'time of a forward pass':<40}{'median':>8}   quartiles")
     for name, (low, median, high) in result.items():
-        print(f"{name:<24}{median:>8.3f}   {low:.3f} to {high:.3f}")
-    print(f"longer sequence alone   {(sequence + args.num_tokens) / sequence:>8.3f}")
+        print(f"{name:<40}{median:>8.3f}   {low:.3f} to {high:.3f}")
+    print(f"{'longer sequence alone':<40}{(sequence + args.num_tokens) / sequence:>8.3f}")
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps({"arguments": {**vars(args), "output": str(args.output)}, "ratios": result}))
 
