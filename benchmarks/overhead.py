@@ -3,8 +3,8 @@
     python benchmarks/overhead.py
 
 DINOv2-S/14 at 224 px with 10 tokens and random weights: tokens at the input, tokens for each layer, and these with all
-gains and shifts. The models run in turn, round after round, so that whatever else the machine does hits all alike; what
-is printed are ratios of the rounds, median and quartiles.
+gains and shifts. The models run in turn, round after round, so that whatever else the machine does hits all alike.
+Printed are ratios of the rounds, median and quartiles.
 """
 
 from __future__ import annotations

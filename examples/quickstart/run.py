@@ -121,9 +121,7 @@ def print_table(reports: dict[str, RobustnessReport]) -> None:
     first = next(iter(reports.values()))
     num_images = first.dataset["num_images"]
     print(f"\nAccuracy on {num_images:,} held-out test images [95%]; L-inf, eps {255 * EPS:g}/255 in pixels,")
-    print(
-        "worst case of each attacker's attacks. Own tokens against the robust adapter are trained for a fifth of its"
-    )
+    print("worst case of each attacker's attacks. The robust adapter's attacker trains own tokens for a fifth of its")
     print("steps.")
     print(f"{'the attacker':<34}" + "".join(f"{name:>24}" for name in ("without tokens", *reports)))
     for knowledge in (None, "none", "base", "own_tokens", "full", "full_worst_case"):

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..attacks import DEFAULT_EPS
 from ..configuration import TOKENS, TokenState
@@ -226,16 +227,24 @@ def _folder(output_dir: str | os.PathLike[str] | None) -> Iterator[Path]:
 def reported_tokens(model: EvaluatedModel, *, seed: int) -> dict[str, TokenState | None]:
     """Returns the tokens to measure clean and grey-box images with, by name; `None` for the base alone.
 
-    If untrained, zero or averaged tokens defend as well as the trained ones, the defence was not learned. Untrained
-    and zero tokens have no gains and shifts, averaged ones keep the trained ones.
+    If untrained, random, zero or averaged tokens defend as well as the trained ones, the defence was not learned.
+    Untrained and zero tokens have no gains and shifts, averaged ones keep the trained ones. Random is all that was
+    learned in random directions, with the trained norm of each token, and of each tensor of gains and shifts.
     """
     state = model.tokens
     trained = state[TOKENS]
-    noise = torch.randn(trained.shape, generator=torch.Generator().manual_seed(seed)).to(trained)
+    # Another seed than a training's, whose first tokens would be the same random numbers.
+    generator = torch.Generator().manual_seed(seed + 2**40)
+    noise = torch.randn(trained.shape, generator=generator).to(trained)
+    random = {name: torch.randn(tensor.shape, generator=generator).to(tensor) for name, tensor in state.items()}
+    random = {name: tensor * (state[name].norm() / tensor.norm()) for name, tensor in random.items()} | {
+        TOKENS: F.normalize(noise, dim=-1) * trained.norm(dim=-1, keepdim=True)
+    }
     return {
         "trained": state,
         "none": None,
         "untrained": {TOKENS: noise * initializer_range(model)},
+        "random": random,
         "zero": {TOKENS: torch.zeros_like(trained)},
         "mean": state | {TOKENS: trained.mean(dim=-2, keepdim=True).expand_as(trained).contiguous()},
     }

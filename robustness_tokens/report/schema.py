@@ -36,7 +36,7 @@ _ADDED = {"images", "correct_bits"}  # keys that version 2 does not have
 
 Task = Literal["features", "classification", "segmentation"]
 Metric = Literal["cosine", "accuracy", "miou", "mean_image_miou"]
-TokensInPlace = Literal["none", "trained", "untrained", "zero", "mean"]
+TokensInPlace = Literal["none", "trained", "untrained", "random", "zero", "mean"]
 Knowledge = Literal["none", "base", "own_tokens", "full"]
 ReportedKnowledge = Literal[Knowledge, "full_worst_case"]
 """`"full_worst_case"` is the worst case over the attacks of all levels."""

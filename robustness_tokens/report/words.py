@@ -34,10 +34,11 @@ TOKENS = {
     "none": "without tokens",
     "trained": "with tokens",
     "untrained": "untrained tokens",
+    "random": "random tokens of the same norm",
     "zero": "zero tokens",
     "mean": "mean of the tokens",
 }
-BASELINES = ("untrained", "zero", "mean")
+BASELINES = ("untrained", "random", "zero", "mean")
 
 WORST_CASE = "worst_case"
 PART_WORST_CASE = "worst_case_of_part"  # over some of a level's attacks, which attack_parameters name

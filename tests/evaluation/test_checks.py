@@ -259,7 +259,7 @@ def test_the_verdict_on_what_was_measured(
     assert (check.passed, value in check.value) == (passed, True), check.value
 
 
-ALL_TOKENS = ("none", "trained", "untrained", "zero", "mean")
+ALL_TOKENS = ("none", "trained", "untrained", "random", "zero", "mean")
 
 
 def found_results(checked: Measurements, **wanted: Any) -> dict[str, float]:

@@ -20,11 +20,13 @@ from robustness_tokens import (
     RobustnessTokenTrainingArguments,
     evaluate_robustness,
 )
+from robustness_tokens.configuration import TOKENS
 from robustness_tokens.data import choose_rows
 from robustness_tokens.evaluation import cells as cells_module
 from robustness_tokens.evaluation import evaluate
 from robustness_tokens.evaluation.arguments import EvaluationArguments
 from robustness_tokens.evaluation.attack_suite import Attack
+from robustness_tokens.evaluation.evaluate import reported_tokens
 from robustness_tokens.evaluation.plan import BUDGETS, Budget
 from robustness_tokens.evaluation.threat_models import EvaluatedModel
 from robustness_tokens.models.heads import ProbedModel, SegmentationHead
@@ -139,6 +141,7 @@ def test_clean_numbers_are_the_models_own(
         "trained",
         "none",
         "untrained",
+        "random",
         "zero",
         "mean",
     }
@@ -612,3 +615,27 @@ def test_an_unknown_attack_is_refused_before_anything_is_computed(
 def test_labels_must_be_there(classifier: RobustnessTokenForImageClassification) -> None:
     with pytest.raises(ValueError, match="dataset has no labels"):
         run(classifier, Images(None))
+
+
+def test_random_tokens_have_the_norm_of_the_trained_ones_and_other_directions() -> None:
+    model = RobustnessTokenForImageClassification.from_base(
+        build_base("dinov2", classifier=True),
+        num_robustness_tokens=3,
+        token_depth="all",
+        gains_and_shifts=["norm", "bias"],
+        initializer_range=1.0,
+    )
+    with torch.no_grad():
+        for parameter in model.injector.parameters():
+            parameter.add_(torch.randn(parameter.shape))
+    evaluated = EvaluatedModel(model)
+    trained, random = evaluated.tokens, reported_tokens(evaluated, seed=0)["random"]
+    assert random is not None
+    assert random.keys() == trained.keys()
+    torch.testing.assert_close(random[TOKENS].norm(dim=-1), trained[TOKENS].norm(dim=-1))
+    for name, tensor in trained.items():
+        assert random[name].norm().item() == pytest.approx(tensor.norm().item(), rel=1e-5)
+        assert torch.cosine_similarity(random[name].flatten(), tensor.flatten(), dim=0).abs() < 0.6, name
+    again = reported_tokens(evaluated, seed=0)["random"]
+    assert again is not None
+    assert all(torch.equal(tensor, random[name]) for name, tensor in again.items())
