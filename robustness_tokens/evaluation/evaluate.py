@@ -234,7 +234,7 @@ def reported_tokens(model: EvaluatedModel, *, seed: int) -> dict[str, TokenState
     state = model.tokens
     trained = state[TOKENS]
     # Another seed than a training's, whose first tokens would be the same random numbers.
-    generator = torch.Generator().manual_seed(seed + 2**40)
+    generator = torch.Generator().manual_seed(~seed)
     noise = torch.randn(trained.shape, generator=generator).to(trained)
     random = {name: torch.randn(tensor.shape, generator=generator).to(tensor) for name, tensor in state.items()}
     random = {name: tensor * (state[name].norm() / tensor.norm()) for name, tensor in random.items()} | {
