@@ -36,7 +36,7 @@ GROUPS = {
     "attack": (
         *("attack", "attack_through", "eps", "eps_warmup_ratio", "step_size", "num_attack_steps"),
         *("task", "budget", "knowledge", "attacks", "eps_sweep", "num_steps", "num_restarts", "num_queries"),
-        *("num_own_tokens", "diagnostics"),
+        *("num_own_tokens", "own_tokens_steps", "diagnostics"),
     ),
     "optimisation": (
         *("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate"),

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 from ..configuration import FeatureView
 from ..models import MixedPrecision
 from ..report import Knowledge, Task
-from ..utils import check_choice
+from ..utils import check_choice, check_int
 from .attack_suite import find_definition
 
 
@@ -72,6 +72,12 @@ class EvaluationArguments:
     num_own_tokens: int | None = field(
         default=None, metadata={"help": "Sets of tokens that the attacker trains; by default the budget's."}
     )
+    own_tokens_steps: int | None = field(
+        default=None,
+        metadata={
+            "help": "Optimiser steps of each training of own tokens; by default as many as the adapter's training had."
+        },
+    )
     diagnostics: bool = field(
         default=True,
         metadata={"help": "Run the attacks that only checks need: more steps, more restarts, one step, unbounded."},
@@ -118,6 +124,8 @@ class EvaluationArguments:
         for attack in self.attacks or ():
             if isinstance(attack, str):
                 find_definition(attack)
+        if self.own_tokens_steps is not None:
+            check_int("own_tokens_steps", self.own_tokens_steps, 1)
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
 

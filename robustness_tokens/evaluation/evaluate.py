@@ -29,7 +29,7 @@ from .checks import run_checks
 from .figures import make_figures
 from .images import load_batches, measured_images
 from .measurements import Measurements, sweep_curves
-from .own_tokens import describe_training, initializer_range, own_tokens_specs, train_own_tokens
+from .own_tokens import describe_training, initializer_range, own_tokens_specs, shortened, train_own_tokens
 from .plan import BUDGETS, apply_arguments, plan_cells
 from .threat_models import EvaluatedModel, attacker_views
 
@@ -111,6 +111,7 @@ def evaluate_robustness(
             training: dict[str, dict[str, Any]] = {}
             if "own_tokens" in arguments.knowledge and own_tokens is None:
                 theirs = [images.dataset] if attacker_datasets is None else attacker_datasets
+                changes = shortened(evaluated.recipe, arguments.own_tokens_steps) | dict(own_tokens_overrides or {})
                 trained = train_own_tokens(
                     evaluated,
                     own_tokens_specs(
@@ -122,12 +123,12 @@ def evaluate_robustness(
                     theirs,
                     folder / "own_tokens",
                     num_adversarial_pairs=budget.num_adversarial_pairs,
-                    overrides=own_tokens_overrides,
+                    overrides=changes,
                     disable_tqdm=arguments.disable_tqdm,
                 )
                 own_tokens = [own.tokens for own in trained]
                 training = describe_training(
-                    evaluated, trained, overrides=own_tokens_overrides, on_evaluated=attacker_datasets is None
+                    evaluated, trained, overrides=changes, on_evaluated=attacker_datasets is None
                 )
             other = None
             if surrogate is not None:

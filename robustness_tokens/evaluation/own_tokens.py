@@ -81,6 +81,16 @@ def own_tokens_specs(
     ]
 
 
+def shortened(recipe: Mapping[str, Any], num_steps: int | None) -> dict[str, int]:
+    """Returns the overrides for other numbers of steps, with the same share of warm-up; none for None."""
+    if num_steps is None:
+        return {}
+    args = RobustnessTokenTrainingArguments(output_dir="")
+    before = recipe.get("max_steps", args.max_steps)
+    warmup = recipe.get("warmup_steps", args.warmup_steps)
+    return {"max_steps": num_steps, "warmup_steps": math.ceil(warmup * num_steps / before)}
+
+
 def train_own_tokens(
     model: EvaluatedModel,
     specs: Sequence[OwnTokensSpec],

@@ -13,6 +13,7 @@ from transformers import ViTImageProcessor
 
 from robustness_tokens import (
     Normalizer,
+    RobustnessTokenForImageClassification,
     RobustnessTokenModel,
     RobustnessTokenTrainer,
     RobustnessTokenTrainingArguments,
@@ -26,6 +27,7 @@ from robustness_tokens.evaluation.own_tokens import (
     OwnTokensSpec,
     describe_training,
     own_tokens_specs,
+    shortened,
     train_own_tokens,
 )
 from robustness_tokens.evaluation.threat_models import EvaluatedModel
@@ -330,6 +332,43 @@ def test_a_second_run_attacks_the_images_of_the_first(
     later = train_own_tokens(model, specs, [dataset], tmp_path / "b", num_adversarial_pairs=3, disable_tqdm=True)
     for one, other in zip(at_once, later, strict=True):
         assert torch.equal(one.tokens[TOKENS], other.tokens[TOKENS])
+
+
+@pytest.mark.parametrize(
+    ("recipe", "steps", "expected"),
+    [
+        ({"max_steps": 400, "warmup_steps": 40}, 80, {"max_steps": 80, "warmup_steps": 8}),
+        ({"max_steps": 400, "warmup_steps": 1}, 80, {"max_steps": 80, "warmup_steps": 1}),
+        ({}, 5, {"max_steps": 5, "warmup_steps": 0}),
+        ({"max_steps": 400}, None, {}),
+    ],
+)
+def test_a_shorter_training_keeps_the_share_of_its_warm_up(
+    recipe: dict[str, Any], steps: int | None, expected: dict[str, int]
+) -> None:
+    assert shortened(recipe, steps) == expected
+
+
+def test_the_attacker_of_a_robust_adapter_trains_tokens_gains_and_shifts(
+    dataset: list[dict[str, Tensor]], tmp_path: Path
+) -> None:
+    defended = RobustnessTokenForImageClassification.from_base(
+        build_base("dinov2", classifier=True), num_robustness_tokens=4, token_depth="all", gains_and_shifts=["norm"]
+    )
+    defended.config.training = {"objective": "distillation", "attack": "pgd", "eps": 0.1, "attack_through": "tokens"}
+    defended.config.training |= {"max_steps": 10, "num_attack_steps": 1, "step_size": 0.1}
+    evaluated = EvaluatedModel(defended)
+    specs = [OwnTokensSpec(seed=5, num_robustness_tokens=2)]
+    changes = shortened(evaluated.recipe, 2)
+    (own,) = train_own_tokens(evaluated, specs, [dataset], tmp_path, overrides=changes, disable_tqdm=True)
+    assert own.tokens.keys() == evaluated.tokens.keys()
+    assert own.tokens[TOKENS].shape == (2, 2, HIDDEN_SIZE)
+    assert own.tokens["norm1.gain"].abs().max() > 0
+    assert own.training["objective"] == "distillation"
+    described = describe_training(evaluated, [own], overrides=changes)
+    assert described["own_tokens_0"]["max_steps"] == 2
+    (again,) = train_own_tokens(evaluated, specs, [dataset], tmp_path, overrides=changes, disable_tqdm=True)
+    assert all(torch.equal(tensor, again.tokens[name]) for name, tensor in own.tokens.items())
 
 
 def test_each_process_has_a_batch_to_train_on(
