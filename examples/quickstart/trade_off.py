@@ -1,7 +1,7 @@
 """Searches for the recipe of `--preset robust`: trains in many ways, and attacks each by who knows all.
 
-    python examples/quickstart/trade_off.py --source FOLDER   # of the 60,000 images of Debian's dataset-fashion-mnist
-    python examples/quickstart/trade_off.py                   # the 4,000 images of the quickstart
+    python examples/quickstart/prepare_data.py --all --output outputs/fashion-mnist
+    python examples/quickstart/trade_off.py --data outputs/fashion-mnist
 
 Each way differs from the preset by what WAYS says. It is trained on the quickstart's base and attacked through what it
 learned (white box) and through the base alone (grey box), by PGD on the margin. The attacked images are the last ones
@@ -19,17 +19,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
-import torch
 import transformers
-from fashion_mnist import load_split
 from matplotlib.figure import Figure
-from torch import Tensor
-from torch.utils.data import Dataset, Subset
 
 from robustness_tokens import (
-    ImageDataset,
-    ImageTransform,
     RobustnessTokenForImageClassification,
     RobustnessTokenTrainer,
     RobustnessTokenTrainingArguments,
@@ -93,41 +88,20 @@ COLUMNS = (
 )
 
 
-class FashionMnist(Dataset[dict[str, Any]]):
-    """The 60,000 training images: `{"images": (3, 28, 28) float in [0, 1], "labels": int}`."""
-
-    def __init__(self, source: Path) -> None:
-        self.pixels, self.labels = load_split("train", source)
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, row: int) -> dict[str, Any]:
-        image: Tensor = torch.from_numpy(self.pixels[row].astype(np.float32) / 255)
-        return {"images": image.expand(3, -1, -1), "labels": int(self.labels[row])}
-
-
-def training_images(source: Path | None) -> Dataset[dict[str, Any]]:
-    """Returns the original training images, or those of the quickstart."""
-    if source is not None:
-        return FashionMnist(source)
-    return ImageDataset(load_image_dataset(HERE / "data"), ImageTransform(image_size=28), with_labels=True)
-
-
-def measure(way: str, images: Dataset[dict[str, Any]], *, seed: int, num_images: int) -> dict[str, Any]:
+def measure(way: str, images: datasets.Dataset, *, seed: int, num_images: int) -> dict[str, Any]:
     """Trains in one way; returns accuracies on clean and on attacked images."""
     start = time.perf_counter()
     transformers.set_seed(seed)
     settings = {**resolve_preset("robust"), **COMMON, "eps": EPS[0], **WAYS[way]}
     of_the_model = {name: settings.pop(name) for name in _OF_THE_MODEL}
     model = RobustnessTokenForImageClassification.from_base(HERE / "base", **of_the_model)
-    num_training = len(images) - num_images  # type: ignore[arg-type]  # torch's Dataset leaves __len__ to subclasses
+    num_training = len(images) - num_images
     with tempfile.TemporaryDirectory() as folder:
         args = RobustnessTokenTrainingArguments(output_dir=folder, seed=seed, **settings)
-        RobustnessTokenTrainer(model, args, Subset(images, range(num_training))).train()
+        RobustnessTokenTrainer(model, args, images.select(range(num_training))).train()
     report = evaluate_robustness(
         model,
-        Subset(images, range(num_training, num_training + num_images)),
+        images.select(range(num_training, len(images))),
         task="classification",
         knowledge=("base", "full"),
         attacks=("margin",),
@@ -196,7 +170,7 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("outputs/trade_off"))
-    parser.add_argument("--source", type=Path, help="folder with the four files of Fashion-MNIST")
+    parser.add_argument("--data", type=Path, default=HERE / "data", help="folder with the images as parquet")
     parser.add_argument(
         "--num_images", type=int, default=500, help="number of images to attack, held out from training"
     )
@@ -209,8 +183,8 @@ def main() -> None:
     if file.exists():
         with file.open(newline="", encoding="utf-8") as stream:
             rows = list(csv.DictReader(stream))
-    images = training_images(args.source)
-    num_training = len(images) - args.num_images  # type: ignore[arg-type]
+    images = load_image_dataset(args.data)
+    num_training = len(images) - args.num_images
     for seed in args.seeds:
         for way in args.ways:
             wanted = (way, seed, args.num_images, num_training)
