@@ -125,7 +125,8 @@ class RobustnessTokenConfig(PreTrainedConfig):
         self._check_transformers_keys()
         self.base_model_fingerprint = self.base_model_fingerprint or {}
         self.training = self.training or {}
-        self.gains_and_shifts = list(self.gains_and_shifts or [])
+        kinds: Any = self.gains_and_shifts  # in Python perhaps a tuple
+        self.gains_and_shifts = list(kinds or ()) if kinds is None or isinstance(kinds, tuple) else kinds
         if any(getattr(self, name) != default for name, default in _SCHEMA_2_DEFAULTS.items()):
             self.schema_version = SCHEMA_VERSION
         super().__post_init__(**kwargs)
@@ -141,7 +142,8 @@ class RobustnessTokenConfig(PreTrainedConfig):
     def in_words(self) -> str:
         """What the adapter learned, such as `"10 tokens of width 384 at the input"`."""
         where = "at the input" if self.token_depth == 1 else f"for each of the first {self.token_depth} layers"
-        parts = [f"{self.num_robustness_tokens} tokens of width {self.hidden_size} {where}"]
+        count = "1 token" if self.num_robustness_tokens == 1 else f"{self.num_robustness_tokens} tokens"
+        parts = [f"{count} of width {self.hidden_size} {where}"]
         if self.gains_and_shifts:
             parts.append(f"gains and shifts ({', '.join(self.gains_and_shifts)})")
         return " and ".join(parts if self.num_robustness_tokens else parts[1:])
@@ -225,7 +227,7 @@ def check_gains_and_shifts(kinds: Any) -> None:
     for kind in kinds:
         check_choice("gains_and_shifts", kind, get_args(GainsAndShifts))
     if len(set(kinds)) < len(kinds):
-        raise ValueError(f"gains_and_shifts must name each kind once, got {kinds!r}")
+        raise ValueError(f"gains_and_shifts must name each kind once, got {kinds!r:.200}")
 
 
 def check_same_base(

@@ -79,9 +79,7 @@ def _new_model(
 
 def _check_no_head(model_args: ModelArguments) -> None:
     if model_args.head is not None:
-        raise ValueError(
-            "head has no meaning for adversarial pairs, which only the base's own head can push: unset it"
-        )
+        raise ValueError("head can't be used for pairs, which are made through the base's own head: leave it out")
 
 
 def attack(
@@ -155,10 +153,16 @@ def evaluate(args: EvaluationCommandArguments, *, adapter: str) -> RobustnessRep
     return report
 
 
+def _is_classifier(adapter: str) -> bool:
+    """Tells whether an adapter was trained as a classifier."""
+    return RobustnessTokenForImageClassification.__name__ in (load_adapter(adapter).config.architectures or ())
+
+
 def _load_model(
     adapter: str, args: EvaluationCommandArguments, *, head: str | None, base_model: str | None = None
 ) -> nn.Module:
-    with_own_head = args.task == "classification" and head is None
+    classifies = args.task == "classification" or (args.task is None and _is_classifier(adapter))
+    with_own_head = classifies and head is None
     model_class = RobustnessTokenForImageClassification if with_own_head else RobustnessTokenModel
     model = model_class.from_pretrained(adapter, base_model=base_model, attn_implementation=args.attn_implementation)
     model.to(process_state().device)
@@ -179,7 +183,11 @@ def info(adapter: str, revision: str | None = None, subfolder: str = "") -> None
         "learned": config.in_words,
         "size": f"{sum(file.stat().st_size for file in loaded.folder.iterdir() if file.is_file()):,} bytes",
         "parameters": f"{sum(tensor.numel() for tensor in loaded.state.values()):,}",
-        "token norm": f"{torch.linalg.vector_norm(loaded.tokens, dim=-1).mean():.3f} on average",
+        "token norm": (
+            f"{torch.linalg.vector_norm(loaded.tokens, dim=-1).mean():.3f} on average"
+            if loaded.tokens.numel()
+            else "-"
+        ),
         "features": f"{config.feature_view}, cosine along the {config.similarity_axis} axis",
         "normalisation": f"mean {config.image_mean}, std {config.image_std}",
     }

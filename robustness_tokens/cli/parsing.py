@@ -212,7 +212,7 @@ class ModelArguments:
         default_factory=list,
         metadata={
             "help": "What to learn beside the tokens, as differences to the base: norm (gains and shifts of LayerNorm "
-            "and LayerScale), bias (of linear layers), patch_embedding; by default nothing (paper)."
+            "and LayerScale), bias (of linear layers), patch_embedding; none, the default, for nothing (paper)."
         },
     )
     initializer_range: float = field(default=0.01, metadata={"help": "Standard deviation of the new tokens."})
@@ -238,6 +238,8 @@ class ModelArguments:
         kwargs = dataclasses.asdict(self)
         del kwargs["base_model"], kwargs["preset"], kwargs["head"]
         kwargs["revision"] = kwargs.pop("base_model_revision")
+        if self.gains_and_shifts == ["none"]:
+            kwargs["gains_and_shifts"] = []
         kwargs["token_depth"] = int(self.token_depth) if self.token_depth.isdecimal() else self.token_depth
         return {name: value for name, value in kwargs.items() if value is not None}
 

@@ -36,6 +36,7 @@ from ..utils import (
     check_keys,
     check_number,
     check_numbers,
+    check_pattern,
     check_text,
     flush_to_disk,
     read_json,
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
     import datasets  # imported where it is used: that takes a second
 
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 INFO_FILE = "adversarial_pairs.json"
 PAIRS_STEP = 0
 """Step in the seed of the pairs' noise, (seed, step, index); they serve every training step."""
@@ -66,6 +67,23 @@ IMAGE_COLUMNS = ("image", "adversarial_image")
 ATTACK_ARGUMENTS = ("attack", "eps", "step_size", "num_attack_steps", "objective")
 
 
+def _upgrade(values: Any) -> Any:
+    """Returns the content of schema 1 as schema 2; `ValueError` if its attack exists no more."""
+    attack = values.get("attack") if isinstance(values, dict) and values.get("schema_version") == 1 else None
+    if not isinstance(attack, dict) or "head_distance_weight" not in attack:
+        return values
+    if attack["head_distance_weight"] != 0:
+        raise ValueError(
+            f"{INFO_FILE}: these pairs were made by an older package with head_distance_weight="
+            f"{attack['head_distance_weight']!r:.50}, which objective='head_distance' replaces: make them again"
+        )
+    attack = {
+        **{name: value for name, value in attack.items() if name != "head_distance_weight"},
+        "objective": "cosine",
+    }
+    return {**values, "attack": attack, "head": None, "schema_version": SCHEMA_VERSION}
+
+
 @dataclass(frozen=True, kw_only=True)
 class PairsInfo:
     """The content of `adversarial_pairs.json`; base, features and statistics as in `RobustnessTokenConfig`."""
@@ -81,6 +99,7 @@ class PairsInfo:
     image_mean: list[float]
     image_std: list[float]
     attack: dict[str, Any]  # arguments by their names in RobustnessTokenTrainingArguments
+    head: str | None  # digest of the head whose predictions were attacked; None for an attack on features
     max_pixel_difference: int  # budget in 8-bit levels, which no pixel of a pair exceeds
     seed: int
     step: int  # the noise comes from (seed, step, index)
@@ -95,6 +114,7 @@ class PairsInfo:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PairsInfo:
         """Reads strictly: `ValueError` for missing or unknown keys, a wrong value or a newer schema."""
+        values = _upgrade(values)
         check_keys(INFO_FILE, values, {field.name for field in dataclasses.fields(cls)}, schema=SCHEMA_VERSION)
         info = cls(**values)
         for name in ("max_pixel_difference", "num_images", "images_per_shard", "batch_size"):
@@ -112,6 +132,8 @@ class PairsInfo:
             elif value is not None:
                 check_number(f"{INFO_FILE}: attack.{name}", value)
         check_fingerprint(f"{INFO_FILE}: base_model_fingerprint", info.base_model_fingerprint)
+        if info.head is not None:
+            check_pattern(f"{INFO_FILE}: head", info.head, r"[0-9a-f]{64}", "a sha256 or null")
         check_dict(f"{INFO_FILE}: dataset", info.dataset)
         return info
 

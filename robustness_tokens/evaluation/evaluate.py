@@ -229,8 +229,8 @@ def reported_tokens(model: EvaluatedModel, *, seed: int) -> dict[str, TokenState
     """Returns the tokens to measure clean and grey-box images with, by name; `None` for the base alone.
 
     If untrained, random, zero or averaged tokens defend as well as the trained ones, the defence was not learned.
-    Untrained and zero tokens have no gains and shifts, averaged ones keep the trained ones. Random is all that was
-    learned in random directions, with the trained norm of each token, and of each tensor of gains and shifts.
+    Untrained and zero tokens have no gains and shifts, averaged ones keep the trained ones. Random has the norms of
+    what was learned, per token and per tensor of gains and shifts, in random directions.
     """
     state = model.tokens
     trained = state[TOKENS]
@@ -286,6 +286,7 @@ def _settings(
     return {
         "model": model_settings(model),
         "defended_tokens": digest(model.tokens),
+        "initializer_range": initializer_range(model),  # of the untrained tokens
         "images": [sha for _, sha in sorted(parts)],
         "ignore_index": [arguments.ignore_index],
         "batch_size": arguments.batch_size,

@@ -22,10 +22,10 @@ from ..data import Images
 from ..hub import holds_adapter, load_adapter
 from ..models import (
     ProbedModel,
-    ProbeHead,
     RobustnessTokenForImageClassification,
     RobustnessTokenModel,
     base_fingerprint,
+    head_digest,
     headless_model,
     remove_tokens,
 )
@@ -37,7 +37,7 @@ from ..training import (
     max_pixel_difference,
     prepare_train_dataset,
 )
-from ..utils import MAX_NAME, check_parameters, digest, process_state, share_from_main
+from ..utils import MAX_NAME, check_parameters, process_state, share_from_main
 from .threat_models import EvaluatedModel
 
 
@@ -85,10 +85,9 @@ def shortened(recipe: Mapping[str, Any], num_steps: int | None) -> dict[str, int
     """Returns the overrides for other numbers of steps, with the same share of warm-up; none for None."""
     if num_steps is None:
         return {}
-    args = RobustnessTokenTrainingArguments(output_dir="")
-    before = recipe.get("max_steps", args.max_steps)
-    warmup = recipe.get("warmup_steps", args.warmup_steps)
-    return {"max_steps": num_steps, "warmup_steps": math.ceil(warmup * num_steps / before)}
+    known = {name: recipe[name] for name in ("max_steps", "warmup_steps", "lr_scheduler_type") if name in recipe}
+    args = RobustnessTokenTrainingArguments(output_dir="", **known)
+    return {"max_steps": num_steps, "warmup_steps": math.ceil(args.warmup_steps * num_steps / args.max_steps)}
 
 
 def train_own_tokens(
@@ -119,15 +118,27 @@ def train_own_tokens(
     )
     reads_logits = recipe.objective in LOGITS_OBJECTIVES
     head = model.model.head if reads_logits and isinstance(model.model, ProbedModel) else None
+    if reads_logits and head is None and isinstance(model.adapter, RobustnessTokenModel):
+        raise ValueError(
+            f"the adapter was trained by objective={recipe.objective!r}, and own tokens need its head too: load it as "
+            "RobustnessTokenForImageClassification (--task classification), put a probe head on it (--head), or leave "
+            "the level 'own_tokens' out"
+        )
     attacked = model.base if reads_logits and head is None else headless_model(model.base)
     base: Any = remove_tokens(copy.deepcopy(attacked))
     new_attacker = functools.partial(_attacker, model, base, has_own_head=reads_logits and head is None)
     with new_attacker(specs[0]) as attacker:
-        processor = attacker.image_processor
+        processor, names = attacker.image_processor, attacker.injector.state.keys()
+    if names != model.tokens.keys():
+        raise ValueError(
+            f"the model has only a part of its gains and shifts, {sorted(model.tokens)}, and own tokens are trained "
+            f"with whole kinds, {sorted(names)}: give own_tokens, or leave the level out"
+        )
     images = [prepare_train_dataset(dataset, args=recipe, image_processor=processor) for dataset in datasets]
-    if head is not None or recipe.objective == "cross_entropy":
-        num_adversarial_pairs = None  # pairs are made through the base's own head, and hold no labels
-    folder = output_dir / _key(model, base, head, values, images, num_adversarial_pairs)
+    if head is not None or recipe.objective == "cross_entropy" or recipe.eps_warmup_ratio > 0:
+        num_adversarial_pairs = None  # pairs are made through the base's own head, at full eps, and hold no labels
+    compared = head_digest(base, head) if reads_logits else None
+    folder = output_dir / _key(model, base, compared, values, images, num_adversarial_pairs)
     prepared: dict[int, Any] = {}
     trained = []
     state = process_state()
@@ -226,7 +237,7 @@ def _recipe(model: EvaluatedModel) -> dict[str, Any]:
 def _key(
     model: EvaluatedModel,
     base: Any,
-    head: ProbeHead | None,
+    head: str | None,
     values: Mapping[str, Any],
     images: Sequence[Images],
     num_adversarial_pairs: int | None,
@@ -234,7 +245,7 @@ def _key(
     """Returns a name for everything that the attacker's tokens depend on, except the spec."""
     content = {
         "base": base_fingerprint(base),
-        "head": None if head is None else digest(head.state_dict()),
+        "head": head,
         "features": [model.feature_view, model.similarity_axis],
         "token_depth": model.token_depth,
         "gains_and_shifts": model.gains_and_shifts,
@@ -285,6 +296,8 @@ def describe_training(
         if recipe.get("previous"):
             found["earlier_training"], theirs["earlier_training"] = False, True
         both = {name: (value, own.training.get(name, value)) for name, value in expected.items()}
+        if "head" in recipe:
+            both["head"] = (recipe["head"], own.training.get("head"))
         if "num_processes" in expected:
             both["images_per_step"] = (_batch_size({**own.training, **expected}), _batch_size(own.training))
         for name, (before, now) in both.items():

@@ -23,6 +23,7 @@ from ..models import (
     RobustnessTokenPreTrainedModel,
     computing_faster,
     default_feature_view,
+    depth_of,
     extract_features,
     find_injector,
     find_layer_stack,
@@ -94,8 +95,7 @@ class EvaluatedModel:
     @property
     def token_depth(self) -> int:
         """The number of layers with tokens of their own."""
-        tokens = self.injector.robustness_tokens
-        return len(tokens) if tokens.dim() == 3 else 1
+        return depth_of(self.injector.robustness_tokens)
 
     @property
     def gains_and_shifts(self) -> list[GainsAndShifts]:

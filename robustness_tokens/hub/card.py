@@ -203,6 +203,8 @@ def _recipe(
         "similarity_axis": config.similarity_axis,
         **{key: training.get(key) for key in RECIPE_ARGUMENTS},
     }
+    if training.get("head_of_base") is False:
+        settings["head"] = "HEAD"  # the folder of a probe head, which the adapter does not hold
     if settings["eps_warmup_ratio"] == 0:
         settings["eps_warmup_ratio"] = None  # the default
     if settings["resize"] == "processor":

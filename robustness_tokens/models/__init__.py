@@ -16,11 +16,13 @@ from .heads import (
     SegmentationHead,
     ZeroShotHead,
     base_of,
+    check_head,
+    head_digest,
     load_head,
     resize_logits,
     save_head,
 )
-from .injection import as_state, find_injector, remove_tokens, tokens_in
+from .injection import as_state, depth_of, find_injector, remove_tokens, tokens_in
 from .layer_stack import base_fingerprint, find_layer_stack, headless_model
 from .merging import extract_tokens
 from .modeling import (

@@ -6,6 +6,7 @@ Shapes: B images, P patches in a grid of h rows and w columns, D width, F what a
 from __future__ import annotations
 
 import json
+import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -27,6 +28,7 @@ from ..utils import (
     check_finite,
     check_int,
     check_keys,
+    digest,
     read_json,
     read_tensors,
     write_bytes,
@@ -34,7 +36,7 @@ from ..utils import (
 )
 from .features import count_patches, extract_features, head_inputs, patch_grid
 from .injection import find_injector, tokens_in
-from .layer_stack import check_base
+from .layer_stack import check_base, headless_model
 from .modeling import RobustnessTokenPreTrainedModel
 
 
@@ -126,10 +128,15 @@ class ZeroShotHead(ProbeHead):
     ignore_index = -100
 
     def __init__(self, text_embeddings: Tensor, logit_scale: float = 100.0) -> None:
+        logit_scale = float(torch.as_tensor(logit_scale).detach())  # a model's parameter would bring its graph
         if text_embeddings.dim() != 2 or not text_embeddings.is_floating_point():
             raise ValueError(
                 f"text_embeddings must be (C, E) floating, one row per class, got {text_embeddings.dtype} of shape "
                 f"{tuple(text_embeddings.shape)}"
+            )
+        if not (text_embeddings.isfinite().all() and text_embeddings.any(dim=1).all() and 0 < logit_scale < math.inf):
+            raise ValueError(
+                "text_embeddings must be finite rows that are not zero, and logit_scale finite and above 0"
             )
         super().__init__(text_embeddings.shape[1], text_embeddings.shape[0])
         self.weight: Tensor
@@ -271,14 +278,7 @@ class ProbedModel(nn.Module):
         self.model = model
         base = base_of(model)
         for one in heads:
-            if one.base_model_fingerprint and not ignore_base_mismatch:
-                check_base(
-                    base,
-                    one.base_model_fingerprint,
-                    expected_name="the head's own base",
-                    made=f"the {one.task} head was trained on",
-                    fix="train a head on this base",
-                )
+            check_head(one, base, ignore_base_mismatch=ignore_base_mismatch)
             one.to(base.device).requires_grad_(False)
         self.head, self.base_head, self.task = head, base_head, head.task
         self.eval()
@@ -298,6 +298,30 @@ class ProbedModel(nn.Module):
     def train(self, mode: bool = True) -> Self:
         """Ignores `mode` and stays in eval mode: the batch norm's statistics must not change."""
         return super().train(False)
+
+
+def check_head(head: ProbeHead, base: PreTrainedModel, *, ignore_base_mismatch: bool = False) -> None:
+    """Raises `ValueError` unless this is a head that was trained on this base, or on an unknown one."""
+    if not isinstance(head, ProbeHead):
+        raise ValueError(f"head is a {type(head).__name__}, expected a probe head or a ZeroShotHead")
+    if head.base_model_fingerprint and not ignore_base_mismatch:
+        check_base(
+            base,
+            head.base_model_fingerprint,
+            expected_name="the head's own base",
+            made=f"the {head.task} head was trained on",
+            fix="train a head on this base",
+        )
+
+
+def head_digest(base: PreTrainedModel, head: ProbeHead | None) -> str:
+    """Returns a digest of a head's weights; None means the base's own head."""
+    if head is not None:
+        return digest(head.state_dict())
+    inside = {id(tensor) for tensor in headless_model(base).parameters()}
+    own = {name: tensor for name, tensor in base.named_parameters() if id(tensor) not in inside}
+    # timm's wrapper has its head inside, so all weights count.
+    return digest(own or dict(base.named_parameters()))
 
 
 def resize_logits(logits: Tensor, size: torch.Size) -> Tensor:

@@ -44,7 +44,7 @@ class TokenInjector(nn.Module):
         return {name: self.get_parameter(_attribute(name)) for name in self.names}
 
     def active(self, name: str) -> Tensor | None:
-        """Returns a tensor of the state that is used now; None if it is off or has no such tensor."""
+        """Returns a tensor of the state in use; None while the injector is off, or if the state has no such tensor."""
         if not self.enabled:
             return None
         if self._borrowed is not None:
@@ -74,8 +74,7 @@ class TokenInjector(nn.Module):
 
     def attach(self, model: nn.Module, stack: LayerStack) -> None:
         """Registers the hooks on the stack's layers, and on the modules that have gains and shifts."""
-        tokens = self.state[TOKENS]
-        depth = len(tokens) if tokens.dim() == 3 else 1
+        depth = depth_of(self.state[TOKENS])
         for found in find_adapted_modules(model, stack):
             if not any(name in self.names for name in found.shapes):
                 continue
@@ -111,9 +110,9 @@ class TokenInjector(nn.Module):
             raise ValueError(
                 f"robustness tokens need a sequence (B, N, D) before the first layer, got {tuple(hidden_states.shape)}"
             )
+        if layer >= depth_of(tokens):
+            return hidden_states
         if tokens.dim() == 3:
-            if layer >= len(tokens):
-                return hidden_states
             tokens = tokens[layer]
         if layer > 0:
             hidden_states = hidden_states[:, len(tokens) :]
@@ -129,7 +128,8 @@ class TokenInjector(nn.Module):
         """Returns `output * (1 + gain) + shift`, each over the last dimension."""
         gain, shift = self.active(f"{name}.gain"), self.active(f"{name}.shift")
         if gain is not None:
-            output = output * (1 + gain[layer]).to(output.device, output.dtype)
+            # In float32: a small gain would be lost where 1 + gain is rounded to half precision.
+            output = (output * (1 + gain[layer]).to(output.device)).to(output.dtype)
         return output if shift is None else output + shift[layer].to(output.device, output.dtype)
 
     def add_patches(self, module: nn.Module, args: Any, output: Tensor, *, name: str, layer: int) -> Tensor:
@@ -175,6 +175,11 @@ class TokenInjector(nn.Module):
         return (args[0][:, self.num_active_tokens :], *args[1:])
 
 
+def depth_of(tokens: Tensor) -> int:
+    """Returns the number of layers that tokens, (K, D) or (depth, K, D), belong to."""
+    return len(tokens) if tokens.dim() == 3 else 1
+
+
 def as_state(tokens: Tensor | TokenState) -> dict[str, Tensor]:
     """Returns tokens, given alone or with gains and shifts, as a state."""
     state = {TOKENS: tokens} if isinstance(tokens, Tensor) else dict(tokens)
@@ -203,9 +208,9 @@ def check_state(model: nn.Module, config: RobustnessTokenConfig, state: TokenSta
     names = {TOKENS}.union(*(found.shapes for found in wanted))
     if names != state.keys():
         raise ValueError(
-            f"{name} has missing tensors {sorted(names - state.keys())}, unknown tensors "
-            f"{sorted(state.keys() - names)} for {type(model).__name__}, gains_and_shifts={config.gains_and_shifts}: "
-            "it is damaged, or belongs to another base"
+            f"{name} has missing tensors {sorted(names - state.keys())} and unknown tensors "
+            f"{sorted(state.keys() - names)}, by gains_and_shifts={config.gains_and_shifts} and the modules of "
+            f"{type(model).__name__}: it is damaged, or belongs to another base"
         )
 
 
@@ -229,7 +234,7 @@ def _check_shapes(model: nn.Module, stack: LayerStack, state: TokenState) -> Non
             f"robustness tokens must have shape (K, {stack.hidden_size}) or (depth, K, {stack.hidden_size}) for "
             f"{name}, got {tuple(tokens.shape)}: they belong to a base of another width"
         )
-    check_depth(model, stack, len(tokens) if tokens.dim() == 3 else 1)
+    check_depth(model, stack, depth_of(tokens))
     shapes = {key: shape for found in find_adapted_modules(model, stack) for key, shape in found.shapes.items()}
     for key, tensor in state.items():
         if key != TOKENS and tensor.shape != shapes.get(key):
@@ -268,7 +273,8 @@ def active_injector(model: nn.Module, *, to: str) -> TokenInjector:
 def tokens_in(model: nn.Module, tokens: Tensor | TokenState | None) -> Iterator[None]:
     """Runs a model with another state, or without tokens, gains and shifts if None is given; contexts nest.
 
-    The state may have any number of tokens, fewer layers with tokens, and fewer gains and shifts; it gets no gradient.
+    The state may have another number of tokens, tokens in fewer layers, and fewer gains and shifts than the model's.
+    No gradient flows to it.
     A model without tokens accepts only None, which changes nothing.
     """
     injector = find_injector(model)
@@ -288,7 +294,12 @@ def tokens_in(model: nn.Module, tokens: Tensor | TokenState | None) -> Iterator[
 
 def _to_borrow(state: TokenState, injector: TokenInjector) -> dict[str, Tensor]:
     own = injector.state
-    depth, largest = (len(one) if one.dim() == 3 else 1 for one in (state[TOKENS], own[TOKENS]))
+    for name in state.keys() & own.keys():
+        given, expected = tuple(state[name].shape), tuple(own[name].shape)
+        fits = len(given) in (2, 3) and given[-1] == expected[-1] if name == TOKENS else given == expected
+        if not fits:
+            raise ValueError(f"{name!r} has shape {given}, in the model it has {expected}: it belongs to another base")
+    depth, largest = depth_of(state[TOKENS]), depth_of(own[TOKENS])
     if depth > largest or not state.keys() <= own.keys():
         raise ValueError(
             f"the model has hooks for tokens in {largest} layers, {sorted(own)}; got a state with tokens in {depth} "

@@ -57,16 +57,18 @@ def merge(model: PreTrainedModel, *, image_size: int | None = None) -> PreTraine
     state = active_injector(model, to="merge").active_state
     tokens, gains_and_shifts = state.pop(TOKENS).detach(), state
     name = type(model).__name__
-    if tokens.dim() == 3:
+    if tokens.dim() == 3 and tokens.shape[1] > 0:
         raise ValueError(
             f"tokens in the first {len(tokens)} layers can't be merged, since registers enter before the first layer "
             f"and stay to the last: {_ALTERNATIVES}"
         )
-    if gains_and_shifts:
+    if gains_and_shifts or tokens.numel() == 0:
         model = copy.deepcopy(model)
         fold(model, find_layer_stack(model), gains_and_shifts)
-    if len(tokens) == 0:
-        plain = remove_tokens(model)
+    if tokens.numel() == 0:
+        if image_size is not None:
+            _check_image_size(image_size, model)  # the positions stay, and are resampled as before
+        plain = remove_tokens(model).requires_grad_(True)
         plain.config.name_or_path = ""
     elif name in _TIMM_WRAPPERS:
         plain = _merge_timm(model, tokens, image_size)

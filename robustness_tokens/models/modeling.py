@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 import torch
 from huggingface_hub import CommitInfo
@@ -25,6 +25,7 @@ from ..configuration import (
     RobustnessTokenConfig,
     SimilarityAxis,
     TokenState,
+    check_gains_and_shifts,
 )
 from ..data import with_normalization
 from ..hub import (
@@ -154,7 +155,9 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
             base_class = headless_class_name(name, revision, base_kwargs)
             base = cls._load_base(name, base_class, revision, base_kwargs)
         stack = find_layer_stack(base)
-        depth = len(stack.layers) if token_depth == "all" else token_depth
+        depth: Any = len(stack.layers) if token_depth == "all" else token_depth
+        if isinstance(depth, str):
+            raise ValueError(f'token_depth must be a number of layers or "all", got {depth!r}')
         if image_processor is None:
             image_processor = processor_of(base, name, revision=revision, base_kwargs=base_kwargs)
         if image_mean is not None or image_std is not None:
@@ -177,7 +180,7 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
             base_model_fingerprint=base_fingerprint(base),
             num_robustness_tokens=num_robustness_tokens,
             token_depth=depth,
-            gains_and_shifts=list(gains_and_shifts),
+            gains_and_shifts=_in_order(gains_and_shifts),
             hidden_size=stack.hidden_size,
             initializer_range=initializer_range,
             feature_view=feature_view or default_feature_view(base),
@@ -365,7 +368,7 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
         base_model_id: str | None = None,
         **push_kwargs: Any,
     ) -> None:
-        """Writes the adapter: config.json, model.safetensors (only the tokens), preprocessor_config.json, README.md.
+        """Writes the adapter: config.json, model.safetensors (what was learned), preprocessor_config.json, README.md.
 
         Overwrites an adapter in the folder, and deletes an evaluation.json that was measured with other tokens.
 
@@ -502,6 +505,14 @@ def inject_tokens(
     injector = attach_tokens(model, {name: tensor.to(device) for name, tensor in state.items()})
     injector.requires_grad_(False)
     return model
+
+
+def _in_order(kinds: Sequence[GainsAndShifts]) -> list[GainsAndShifts]:
+    """Returns kinds of gains and shifts in one order, so that equal adapters have equal configs."""
+    if isinstance(kinds, str):
+        raise ValueError(f"gains_and_shifts must be a list, such as ['norm'], got {kinds!r}")
+    check_gains_and_shifts(list(kinds))
+    return [kind for kind in get_args(GainsAndShifts) if kind in kinds]
 
 
 def _absolute_if_folder(name: str) -> str:

@@ -114,7 +114,7 @@ class Result:
     def correct(self) -> Tensor | None:
         """Tells for each image whether it was correct, (num_images,) bool; `None` if the report doesn't tell.
 
-        For an attack on the images that earlier ones left, "correct" means after all of them, as the value does.
+        If an attack ran only on images that earlier ones had left correct, this counts all of them, as the value does.
         """
         return None if self.correct_bits is None else _unpack_correct(self.correct_bits, self.num_images)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,6 +18,8 @@ from ..models import AUTO, MixedPrecision
 from ..utils import check_choice, check_int
 from .losses import LOGITS_OBJECTIVES, ObjectiveName
 
+
+logger = logging.getLogger(__name__)
 
 AttackName = Literal["paper", "pgd"]
 AttackThrough = Literal["base", "tokens", "both"]
@@ -124,9 +127,9 @@ class RobustnessTokenTrainingArguments:
     objective: ObjectiveName = field(
         default=None,  # type: ignore[arg-type]
         metadata={
-            "help": "What both losses lower and attack=pgd raises: cosine (paper, the default) of the features; "
-            "head_distance, between inputs of a linear head; distillation, from the base's own predictions (no "
-            "labels); cross_entropy, with labels. The last two need a head."
+            "help": "Distance from the base's clean outputs that both losses lower and attack=pgd raises: cosine "
+            "(minus the cosine of the features; paper, the default); head_distance, between inputs of a linear head; "
+            "distillation, between predictions (no labels); cross_entropy, with labels. The last two need a head."
         },
     )
 
@@ -256,6 +259,13 @@ class RobustnessTokenTrainingArguments:
                 f'warmup_steps={self.warmup_steps} has no effect with lr_scheduler_type="constant": '
                 'set lr_scheduler_type="constant_with_warmup", or leave it out'
             )
+        if self.warmup_steps >= self.max_steps > 1:
+            logger.warning(
+                "warmup_steps=%d is no less than max_steps=%d, so the learning rate never reaches %g",
+                self.warmup_steps,
+                self.max_steps,
+                self.learning_rate,
+            )
         if self.resize == "processor" and self.image_size is not None:
             raise ValueError(
                 f'image_size={self.image_size} has no effect with resize="processor", which takes the size of '
@@ -352,8 +362,8 @@ def resolve_preset(name: str, model_type: str | None = None) -> dict[str, Any]:
 
     Args:
         name: `"dinov2"`, `"deit3"` or `"openclip"`; `"paper"`, which picks one of these by the base's family; or
-            `"robust"`, for tokens that hold against an attacker who knows them: tokens in each layer, gains and
-            shifts, attacked through, and distilled from the base's own predictions.
+            `"robust"`, trained to resist an attacker who knows all: tokens in each layer, gains and shifts, attacked
+            through, and distilled from the base's own predictions.
         model_type: `config.model_type` of the base, needed for `"paper"` alone. Every timm model counts as DeiT-III:
             name the preset for a timm copy of another family.
 

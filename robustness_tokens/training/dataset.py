@@ -179,6 +179,11 @@ def adopt_pairs_arguments(info: PairsInfo, args: RobustnessTokenTrainingArgument
             f"attack_through={args.attack_through!r} does not fit adversarial pairs, made through the base: "
             "leave it out, or train on images, which are attacked in every step"
         )
+    if args.eps_warmup_ratio > 0:
+        raise ValueError(
+            f"eps_warmup_ratio={args.eps_warmup_ratio:g} does not fit adversarial pairs, which have one eps for all "
+            "steps: leave it out, or train on images"
+        )
     for name, value in args.stated_attack.items():
         if not _agree(value, info.attack[name]):
             raise ValueError(

@@ -98,7 +98,8 @@ def measure_held_out(
 def _measure_batch(training_step: TrainingStep, batch: dict[str, Any], *, device: torch.device) -> Tensor:
     args = training_step.args
     pixel_values = training_step.normalizer(batch["images"].to(device))
-    target, labels = training_step.base_outputs(pixel_values), batch.get("labels")
+    target = training_step.base_outputs(pixel_values)
+    labels = training_step.labels_of(batch, target)
     rows, baseline = [], torch.full((), torch.nan, device=device)
     for through_tokens in args.attack_routes:
         attacked = training_step.attacked(batch, target, step=_NOISE_STEP, through_tokens=through_tokens)

@@ -113,7 +113,7 @@ def objective_values(
         labels: (B,) int64 classes; for `"cross_entropy"`.
 
     Returns:
-        (B,) numbers, at least 0, but for the cosine.
+        (B,) numbers; at least 0, except for the cosine (-1 to 1).
 
     Raises:
         ValueError: If the objective is unknown, or `"cross_entropy"` has no labels.

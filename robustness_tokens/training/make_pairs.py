@@ -38,10 +38,11 @@ from ..data import (
     to_pixels,
     write_shard,
 )
-from ..models import MixedPrecision, RobustnessTokenPreTrainedModel, check_patches, runs_in_half
+from ..models import MixedPrecision, RobustnessTokenPreTrainedModel, check_patches, head_digest, runs_in_half
 from ..utils import PROCESS_GROUP, __version__, check_int, read_json, share_from_main, write_text
 from .arguments import RobustnessTokenTrainingArguments
 from .dataset import prepare_train_dataset
+from .losses import LOGITS_OBJECTIVES
 from .step import TrainingStep
 
 
@@ -107,7 +108,12 @@ def make_adversarial_pairs(
     PairsArguments(num_images=num_images, images_per_shard=images_per_shard)
     if args.attack_through != "base":
         raise ValueError(
-            f"attack_through={args.attack_through!r}, expected 'base': pairs serve any tokens, so leave it out"
+            f"attack_through={args.attack_through!r}, expected 'base', since pairs serve any tokens: set it to 'base'"
+        )
+    if args.objective == "cross_entropy" or args.eps_warmup_ratio > 0:
+        raise ValueError(
+            f"objective={args.objective!r} and eps_warmup_ratio={args.eps_warmup_ratio:g}: pairs have no labels and "
+            "one eps for all steps, so choose another objective, and leave eps_warmup_ratio out"
         )
     accelerator = Accelerator(kwargs_handlers=[PROCESS_GROUP])
     images = prepare_train_dataset(dataset, args=args, image_processor=model.image_processor)
@@ -180,6 +186,7 @@ def _describe(
         image_mean=list(config.image_mean),
         image_std=list(config.image_std),
         attack={name: recipe[name] for name in ATTACK_ARGUMENTS},
+        head=head_digest(model.get_base_model(), None) if args.objective in LOGITS_OBJECTIVES else None,
         max_pixel_difference=max_pixel_difference(args, config.image_std),
         seed=args.seed,
         step=PAIRS_STEP,

@@ -19,13 +19,13 @@ from ..models import (
     ProbeHead,
     RobustnessTokenForImageClassification,
     RobustnessTokenPreTrainedModel,
+    check_head,
     computing_faster,
     count_patches,
-    headless_model,
+    head_digest,
     run_compiled,
     runs_in_half,
 )
-from ..utils import digest
 from .arguments import RobustnessTokenTrainingArguments
 from .losses import LOGITS_OBJECTIVES, METRICS, ObjectiveOptions, objective_values, weighted_loss
 
@@ -60,7 +60,7 @@ class TrainingStep:
     """Computes the outputs, attacks and losses of a training.
 
     `normalizer` maps images to pixel values. `head` maps features to logits, for an objective of logits; None for the
-    base's own head. `ValueError` if the objective needs a head that is missing, or none.
+    base's own head. `ValueError` if the objective needs a head and has none, or is given one that it does not read.
     """
 
     model: RobustnessTokenPreTrainedModel
@@ -70,6 +70,10 @@ class TrainingStep:
 
     def __post_init__(self) -> None:
         objective = self.args.objective
+        if self.head is not None:
+            check_head(self.head, self.model.get_base_model())
+            if objective == "cross_entropy" and self.head.task != "classification":
+                raise ValueError(f"objective='cross_entropy' needs a head for classification, got {self.head.task}")
         if not self.reads_logits and self.head is not None:
             raise ValueError(f"objective={objective!r} compares features and reads no head: leave head out")
         if (
@@ -89,11 +93,20 @@ class TrainingStep:
 
     def head_digest(self) -> str:
         """Returns a digest of the weights of the head whose predictions are compared."""
-        if self.head is not None:
-            return digest(self.head.state_dict())
-        base = self.model.get_base_model()
-        inside = {id(tensor) for tensor in headless_model(base).parameters()}
-        return digest({name: tensor for name, tensor in base.named_parameters() if id(tensor) not in inside})
+        return head_digest(self.model.get_base_model(), self.head)
+
+    def labels_of(self, batch: Mapping[str, Tensor], target: Tensor) -> Tensor | None:
+        """Returns the labels of a batch for the objective "cross_entropy", checked; None for the others."""
+        if self.args.objective != "cross_entropy":
+            return None
+        labels, classes = batch.get("labels"), target.shape[-1]
+        if labels is None:
+            raise ValueError('objective="cross_entropy" needs images with labels, got none')
+        if not 0 <= labels.min() <= labels.max() < classes:
+            raise ValueError(
+                f"labels go from {labels.min()} to {labels.max()}, expected classes of the head, 0 to {classes - 1}"
+            )
+        return labels.to(target.device)
 
     def outputs(self, pixel_values: Tensor) -> Tensor:
         """Returns the features or logits that the objective compares, float32; in bf16 if asked for and available."""
@@ -121,8 +134,6 @@ class TrainingStep:
     def objective_options(self, pixel_values: Tensor, labels: Tensor | None = None) -> ObjectiveOptions:
         """Returns the options of [`objective_values`] for the outputs of these images."""
         objective = self.args.objective
-        if objective == "cross_entropy" and labels is None:
-            raise ValueError('objective="cross_entropy" needs images with labels, got none')
         return {
             "objective": objective,
             "similarity_axis": self.model.config.similarity_axis,
@@ -130,7 +141,7 @@ class TrainingStep:
             "num_patches": (
                 count_patches(self.model.get_base_model(), pixel_values) if objective == "head_distance" else 0
             ),
-            "labels": None if labels is None else labels.to(pixel_values.device),
+            "labels": labels,
         }
 
     def computing_faster(self) -> AbstractContextManager[None]:
@@ -215,7 +226,7 @@ class TrainingStep:
             step=step,
             index=batch["index"],
             through_tokens=through_tokens,
-            labels=batch.get("labels"),
+            labels=self.labels_of(batch, target),
             eps_share=eps_share,
         )
 
@@ -255,7 +266,8 @@ class TrainingStep:
             for batch in batches:
                 images, share = batch["images"].to(device), len(batch["images"]) / num_images
                 pixel_values = self.normalizer(images)
-                target, labels = self.base_outputs(pixel_values), batch.get("labels")
+                target = self.base_outputs(pixel_values)
+                labels = self.labels_of(batch, target)
                 # Clean and attacked images separately: together they would take twice the memory.
                 weight = args.invariance_weight * share
                 invariance = add_gradient(pixel_values, target, labels, weight=weight, is_last=False)

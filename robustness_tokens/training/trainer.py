@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, get_scheduler
 from transformers.trainer_utils import TrainOutput
 
-from ..data import Normalizer
+from ..data import AdversarialPairs, Normalizer
 from ..hub import holds_adapter, push_adapter
 from ..models import ProbeHead, RobustnessTokenPreTrainedModel, check_patches, packed_once
 from ..utils import share_from_main
@@ -148,6 +148,12 @@ class RobustnessTokenTrainer:
         if head is not None:
             head = head.to(self.accelerator.device).eval().requires_grad_(False)
         self.training_step = TrainingStep(model, args, self.normalizer, head)
+        made_with = train_dataset.info.head if isinstance(train_dataset, AdversarialPairs) else None
+        if made_with is not None and made_with != self.training_step.head_digest():
+            raise ValueError(
+                "train_dataset holds pairs that were made through another head than the one to train with: make them "
+                "again, or load the base with the head of the pairs"
+            )
         self.log_history: list[dict[str, float]] = []
         self.eval_history: list[dict[str, float]] = []
         self.state, self.control = TrainerState(), TrainerControl()
@@ -374,6 +380,7 @@ class RobustnessTokenTrainer:
             recipe["image_size"] = self._images.image_size
         if self.training_step.reads_logits:
             recipe["head"] = self.training_step.head_digest()
+            recipe["head_of_base"] = self.training_step.head is None
         return recipe
 
     def _note_recipe(self, num_steps_done: int) -> None:

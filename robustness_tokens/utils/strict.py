@@ -144,6 +144,9 @@ def read_tensors(
             f"{path} has {size:,} bytes, expected at most {largest:,} for {_describe(expected)} as {config_file} says"
         )
     try:
+        with path.open("rb") as file:
+            if (header := int.from_bytes(file.read(8), "little")) > _MAX_HEADER_BYTES:
+                raise ValueError(f"its header has {header:,} bytes, expected at most {_MAX_HEADER_BYTES:,}")
         tensors = load_file(path)
     except (SafetensorError, ValueError, KeyError, OverflowError) as exc:
         raise ValueError(f"{path} is not a valid safetensors file, so it is damaged (load it again): {exc}") from exc
@@ -165,7 +168,7 @@ def check_finite(what: str, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _describe(tensors: Mapping[str, Tensor]) -> str:
-    kinds = (f"{name!r} ({tensor.dtype} of shape {tuple(tensor.shape)})" for name, tensor in sorted(tensors.items()))
+    kinds = [f"{name!r} ({tensor.dtype} of shape {tuple(tensor.shape)})" for name, tensor in sorted(tensors.items())]
     return ", ".join(kinds) or "no tensors"
 
 

@@ -429,7 +429,7 @@ def test_a_pair_over_its_budget_is_damage(made: dict[str, Path]) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        ({"schema_version": 2}, "reads up to 1"),
+        ({"schema_version": 3}, "reads up to 2"),
         ({"schema_version": "1"}, "whole number"),
         ({"extra": 1}, "unknown keys \\['extra'\\]"),
         ({"seed": ...}, "missing keys \\['seed'\\]"),
@@ -714,3 +714,19 @@ def test_no_pairs_are_not_pushed(model: RobustnessTokenModel, tmp_path: Path) ->
 def test_a_base_that_nobody_else_has_needs_a_name(made: dict[str, Path]) -> None:
     with pytest.raises(ValueError, match="pass base_model_id="):
         push_adversarial_pairs(made["pgd"], "alice/pairs")
+
+
+def test_pairs_of_schema_1_are_read_where_their_attack_still_exists(made: dict[str, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(made["pgd"], tmp_path / "pairs"))
+    values = json.loads((folder / INFO_FILE).read_text(encoding="utf-8"))
+    del values["head"], values["attack"]["objective"]
+    values["schema_version"] = 1
+    for weight in (0.0, 4.0):
+        values["attack"]["head_distance_weight"] = weight
+        (folder / INFO_FILE).write_text(json.dumps(values), encoding="utf-8")
+        if weight == 0:
+            info = load_adversarial_pairs(folder).info
+            assert (info.attack["objective"], info.head, info.schema_version) == ("cosine", None, 2)
+        else:
+            with pytest.raises(ValueError, match=r"made by an older package with head_distance_weight=4\.0.*again"):
+                load_adversarial_pairs(folder)

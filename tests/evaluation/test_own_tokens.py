@@ -337,8 +337,16 @@ def test_a_second_run_attacks_the_images_of_the_first(
 @pytest.mark.parametrize(
     ("recipe", "steps", "expected"),
     [
-        ({"max_steps": 400, "warmup_steps": 40}, 80, {"max_steps": 80, "warmup_steps": 8}),
-        ({"max_steps": 400, "warmup_steps": 1}, 80, {"max_steps": 80, "warmup_steps": 1}),
+        (
+            {"max_steps": 400, "warmup_steps": 40, "lr_scheduler_type": "cosine"},
+            80,
+            {"max_steps": 80, "warmup_steps": 8},
+        ),
+        (
+            {"max_steps": 400, "warmup_steps": 1, "lr_scheduler_type": "cosine"},
+            80,
+            {"max_steps": 80, "warmup_steps": 1},
+        ),
         ({}, 5, {"max_steps": 5, "warmup_steps": 0}),
         ({"max_steps": 400}, None, {}),
     ],
@@ -369,6 +377,29 @@ def test_the_attacker_of_a_robust_adapter_trains_tokens_gains_and_shifts(
     assert described["own_tokens_0"]["max_steps"] == 2
     (again,) = train_own_tokens(evaluated, specs, [dataset], tmp_path, overrides=changes, disable_tqdm=True)
     assert all(torch.equal(tensor, again.tokens[name]) for name, tensor in own.tokens.items())
+
+
+def test_own_tokens_are_bound_to_the_head_that_they_are_distilled_from(
+    dataset: list[dict[str, Tensor]], tmp_path: Path
+) -> None:
+    training = {"objective": "distillation", "attack": "pgd", "eps": 0.1, "attack_through": "tokens", "max_steps": 1}
+    specs = [OwnTokensSpec(seed=5, num_robustness_tokens=2)]
+    for _ in range(2):
+        defended = RobustnessTokenForImageClassification.from_base(build_base("dinov2", classifier=True))
+        defended.config.training = training
+        with torch.no_grad():
+            defended.get_base_model().classifier.bias.normal_()  # type: ignore[operator, union-attr]
+        train_own_tokens(EvaluatedModel(defended), specs, [dataset], tmp_path, disable_tqdm=True)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_own_tokens_of_a_distilled_adapter_need_its_head(dataset: list[dict[str, Tensor]], tmp_path: Path) -> None:
+    defended = RobustnessTokenModel.from_base(build_base("dinov2"))
+    defended.config.training = {"objective": "distillation", "attack": "pgd"}
+    with pytest.raises(ValueError, match="own tokens need its head too"):
+        train_own_tokens(
+            EvaluatedModel(defended), [OwnTokensSpec(seed=5, num_robustness_tokens=2)], [dataset], tmp_path
+        )
 
 
 def test_each_process_has_a_batch_to_train_on(

@@ -284,6 +284,15 @@ def test_a_huge_file_is_refused_before_it_is_read(adapter_folder: Path) -> None:
         read_both(adapter_folder)
 
 
+def test_a_huge_header_is_refused_before_it_is_read(adapter_folder: Path) -> None:
+    edit_config(adapter_folder, schema_version=2, token_depth=1, gains_and_shifts=["norm"])
+    tensors = {"robustness_tokens": torch.zeros(3, 32)}
+    tensors |= {f"n{number:07}.gain": torch.zeros(0) for number in range(3000)}
+    save_file(tensors, adapter_folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"its header has .* bytes, expected at most 65,536"):
+        read_both(adapter_folder)
+
+
 def test_huge_numbers_in_the_config_allocate_nothing(adapter_folder: Path) -> None:
     edit_config(adapter_folder, num_robustness_tokens=2**20, hidden_size=2**20)
     with pytest.raises(ValueError, match=r"shape \(1048576, 1048576\)\) as config.json says"):

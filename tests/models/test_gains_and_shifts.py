@@ -257,3 +257,65 @@ def test_borrowed_tensors_get_no_gradient() -> None:
     }
     with tokens_in(model, state):
         assert not model(images).last_hidden_state.requires_grad
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["dinov2", "timm_deit3", "timm_eva"])
+def test_borrowed_tokens_of_the_input_enter_there_alone(name: str) -> None:
+    case, other = make_case(name), make_case(name)
+    tokens = torch.randn(4, HIDDEN_SIZE)
+    attach_tokens(case.model, torch.randn(2, 3, HIDDEN_SIZE))
+    attach_tokens(other.model, tokens)
+    for given in (tokens, tokens[None]):
+        with tokens_in(case.model, given):
+            assert torch.equal(case.run()[0], other.run()[0])
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ({TOKENS: torch.zeros(3, 16)}, r"'robustness_tokens' has shape \(3, 16\), in the model it has \(2, 3, 32\)"),
+        ({TOKENS: torch.zeros(32)}, r"has shape \(32,\)"),
+        ({TOKENS: torch.zeros(3, 32), "norm1.gain": torch.zeros(2, 1)}, r"'norm1.gain' has shape \(2, 1\)"),
+        ({TOKENS: torch.zeros(3, 32), "norm1.gain": torch.zeros(1, 32)}, r"'norm1.gain' has shape \(1, 32\)"),
+        ({"norm1.gain": torch.zeros(2, 32)}, "needs 'robustness_tokens'"),
+    ],
+)
+def test_what_does_not_fit_is_not_borrowed(state: dict[str, Tensor], message: str) -> None:
+    model, images = deep_model(), torch.randn(1, 3, 32, 32)
+    expected = model(images).last_hidden_state
+    with pytest.raises(ValueError, match=message), tokens_in(model, state):
+        pass
+    assert torch.equal(model(images).last_hidden_state, expected)
+
+
+@torch.no_grad()
+def test_small_gains_count_in_half_precision() -> None:
+    base, images = build_base("dinov2").bfloat16(), torch.randn(1, 3, 32, 32).bfloat16()
+    before = base(images).last_hidden_state
+    gains = {"layer_scale1.gain": torch.full((2, 32), 0.003), "norm1.gain": torch.full((2, 32), 0.003)}
+    inject_tokens(base, {TOKENS: torch.zeros(0, 32), **gains})
+    assert not torch.equal(base(images).last_hidden_state, before)
+
+
+def test_gains_and_shifts_without_tokens_merge_at_any_depth_and_leave_the_model_alone() -> None:
+    model, images = deep_model(num_robustness_tokens=0), torch.randn(1, 3, 32, 32)
+    expected = model(images).last_hidden_state
+    plain = model.merge_and_unload()
+    torch.testing.assert_close(plain(images).last_hidden_state, expected, rtol=1e-4, atol=1e-4)
+    assert all(parameter.requires_grad for parameter in plain.parameters())
+    with tokens_in(model, torch.zeros(0, 32)):
+        assert find_injector(model.merge_and_unload()) is None
+    assert torch.equal(model(images).last_hidden_state, expected)
+    with pytest.raises(ValueError, match="image_size must be a multiple of the patch size"):
+        model.merge_and_unload(image_size=13)
+
+
+def test_kinds_have_one_order() -> None:
+    first, second = (
+        RobustnessTokenModel.from_base(build_base("dinov2"), gains_and_shifts=kinds).config.gains_and_shifts  # type: ignore[arg-type]
+        for kinds in (["bias", "norm"], ("norm", "bias"))
+    )
+    assert first == second == ["norm", "bias"]
+    with pytest.raises(ValueError, match="must be a list, such as"):
+        RobustnessTokenModel.from_base(build_base("dinov2"), gains_and_shifts="norm")  # type: ignore[arg-type]

@@ -1,5 +1,6 @@
 """Trains tokens of every layer, gains and shifts by each objective, with the heads and labels that they need."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,15 @@ from robustness_tokens import (
     RobustnessTokenModel,
     RobustnessTokenTrainer,
     RobustnessTokenTrainingArguments,
+    SweepArguments,
     ZeroShotHead,
     load_head,
+    make_adversarial_pairs,
+    run_sweep,
     save_head,
 )
 from robustness_tokens.configuration import GainsAndShifts
-from robustness_tokens.models.heads import ClassificationHead, ProbedModel, SegmentationHead
+from robustness_tokens.models.heads import ClassificationHead, ProbedModel, SegmentationHead, head_digest
 from robustness_tokens.training.step import TrainingStep
 from tests.support.bases import HIDDEN_SIZE, build_base
 from tests.support.families import FAMILIES, text_inputs
@@ -196,3 +200,75 @@ def test_the_baseline_is_unknown_where_only_the_tokens_are_attacked(tmp_path: Pa
     trainer.train()
     assert all(row["baseline_cosine"] != row["baseline_cosine"] for row in trainer.log_history)
     assert all(row["adversarial_cosine"] == row["adversarial_cosine"] for row in trainer.log_history)
+
+
+def foreign_head() -> ClassificationHead:
+    return ClassificationHead(2 * HIDDEN_SIZE, 4, base_model_fingerprint={"bfloat16": "0" * 64, "float16": "0" * 64})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"head": foreign_head()}, "classification head was trained on the head's own base"),
+        ({"head": torch.nn.Linear(64, 4)}, "head is a Linear, expected a probe head"),
+        ({"head": SegmentationHead(HIDDEN_SIZE, 4), "objective": "cross_entropy"}, "head for classification"),
+    ],
+)
+def test_a_head_that_does_not_belong_here_is_refused(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(tmp_path, classifier=False, dataset=labelled(8), **{"objective": "distillation", **settings})
+
+
+@pytest.mark.parametrize("label", [-100, -1, 999])
+def test_labels_that_are_no_classes_are_refused(label: int, tmp_path: Path) -> None:
+    dataset = [{**item, "labels": label} for item in images(8)]
+    with pytest.raises(ValueError, match=f"labels go from {label} to {label}, expected classes of the head, 0 to"):
+        make(tmp_path, dataset=dataset, objective="cross_entropy", max_steps=1).train()
+
+
+@pytest.mark.parametrize("name", ["timm_deit3_classifier", "vit_classifier", "dinov2_classifier"])
+def test_the_digest_of_a_head_is_that_of_its_weights(name: str) -> None:
+    base = FAMILIES[name].build()
+    before = head_digest(base, None)
+    assert head_digest(base, None) == before
+    with torch.no_grad():
+        next(p for n, p in base.named_parameters() if n.endswith(("classifier.weight", "head.weight"))).add_(1)
+    assert head_digest(base, None) != before
+
+
+def test_pairs_are_bound_to_the_head_that_was_attacked(tmp_path: Path) -> None:
+    model = build_robust_trainer(tmp_path / "x").model
+    settings: dict[str, Any] = {**SETTINGS, "objective": "distillation"}
+    pairs_args = RobustnessTokenTrainingArguments(output_dir=str(tmp_path / "pairs"), **settings)
+    pairs = make_adversarial_pairs(model, pairs_args, images(8))
+    assert pairs.info.head == head_digest(model.get_base_model(), None)
+    run = RobustnessTokenTrainingArguments(output_dir=str(tmp_path / "run"), max_steps=1, **settings)
+    RobustnessTokenTrainer(model, run, pairs).train()
+    with torch.no_grad():
+        model.get_base_model().classifier.weight.add_(1)  # type: ignore[operator, union-attr]
+    with pytest.raises(ValueError, match="pairs that were made through another head"):
+        RobustnessTokenTrainer(model, dataclasses.replace(run, overwrite_output_dir=True), pairs)
+    with pytest.raises(ValueError, match=r"made differently .*head"):
+        make_adversarial_pairs(model, pairs_args, images(8))
+    with pytest.raises(ValueError, match=r"eps_warmup_ratio=0\.5 does not fit adversarial pairs"):
+        make(tmp_path / "y", dataset=pairs, objective="distillation", attack_through="base", eps_warmup_ratio=0.5)
+    with pytest.raises(ValueError, match="pairs have no labels"):
+        make_adversarial_pairs(model, dataclasses.replace(pairs_args, objective="cross_entropy"), images(8))
+
+
+def test_a_sweep_distils_from_the_bases_head(tmp_path: Path) -> None:
+    model = RobustnessTokenForImageClassification.from_base(build_base("dinov2", classifier=True))
+    args = RobustnessTokenTrainingArguments(
+        output_dir=str(tmp_path), max_steps=2, objective="distillation", **SETTINGS
+    )
+    grid = SweepArguments(sweep_num_tokens=[1, 2], sweep_seeds=[0], num_eval_pairs=2)
+    assert [row["num_robustness_tokens"] for row in run_sweep(model, args, images(12), grid)] == [1, 2]
+
+
+def test_a_zero_shot_head_takes_the_scale_of_a_model() -> None:
+    scale = torch.nn.Parameter(torch.tensor(2.0))
+    head = ZeroShotHead(torch.randn(3, 8), scale.exp())  # type: ignore[arg-type]  # a tensor with a graph
+    assert not head.weight.requires_grad
+    for text, factor in ((torch.zeros(2, 8), 1.0), (torch.full((2, 8), torch.nan), 1.0), (torch.randn(2, 8), 0.0)):
+        with pytest.raises(ValueError, match="text_embeddings must be finite rows"):
+            ZeroShotHead(text, factor)
