@@ -2,7 +2,7 @@
 
 from .arguments import PAPER, RobustnessTokenTrainingArguments, resolve_preset
 from .dataset import prepare_train_dataset
-from .losses import LOGITS_OBJECTIVES, robustness_loss
+from .losses import LOGITS_OBJECTIVES, head_distance, robustness_loss
 from .make_pairs import PairsArguments, make_adversarial_pairs, max_pixel_difference
 from .run_folder import LOG_FILE, read_log, to_csv
 from .sweep import SweepArguments, run_sweep
