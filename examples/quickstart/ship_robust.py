@@ -5,8 +5,8 @@
         --split "train[:58000]" --eps 16/255 --save_steps 100 --save_total_limit 2 \\
         --output_dir outputs/robust --resume_from_checkpoint True      # the same line again resumes a stopped run
     robtok evaluate outputs/robust --dataset outputs/fashion-mnist --dataset_name Fashion-MNIST \\
-        --task classification --attacker_dataset outputs/fashion-mnist --attacker_split "train[:58000]" --own_tokens_steps 100 \\
-        --output_dir outputs/robust
+        --task classification --attacker_dataset outputs/fashion-mnist --attacker_split "train[:58000]" \\
+        --own_tokens_steps 100 --output_dir outputs/robust
     python examples/quickstart/ship_robust.py outputs/robust
 """
 
