@@ -1,11 +1,11 @@
-"""Takes over a trained adapter as `examples/quickstart/robust-adapter/`, with its report and card.
+r"""Takes over a trained adapter as `examples/quickstart/robust-adapter/`, with its report and card.
 
     python examples/quickstart/prepare_data.py --all --output outputs/fashion-mnist
-    robtok train --preset robust --base_model examples/quickstart/base --dataset outputs/fashion-mnist \\
-        --split "train[:58000]" --eps 16/255 --save_steps 100 --save_total_limit 2 \\
+    robtok train --preset robust --base_model examples/quickstart/base --dataset outputs/fashion-mnist \
+        --split "train[:58000]" --eps 16/255 --save_steps 100 --save_total_limit 2 \
         --output_dir outputs/robust --resume_from_checkpoint True      # the same line again resumes a stopped run
-    robtok evaluate outputs/robust --dataset outputs/fashion-mnist --dataset_name Fashion-MNIST \\
-        --task classification --attacker_dataset outputs/fashion-mnist --attacker_split "train[:58000]" \\
+    robtok evaluate outputs/robust --dataset outputs/fashion-mnist --dataset_name Fashion-MNIST \
+        --task classification --attacker_dataset outputs/fashion-mnist --attacker_split "train[:58000]" \
         --own_tokens_steps 100 --output_dir outputs/robust
     python examples/quickstart/ship_robust.py outputs/robust
 """
