@@ -1,4 +1,4 @@
-r"""Takes over a trained adapter as `examples/quickstart/robust-adapter/`, with its report and card.
+r"""Copies a trained adapter to `examples/quickstart/robust-adapter/`, with its report and card.
 
     python examples/quickstart/prepare_data.py --all --output outputs/fashion-mnist
     robtok train --preset robust --base_model examples/quickstart/base --dataset outputs/fashion-mnist \

@@ -1,4 +1,4 @@
-"""Searches for the recipe of `--preset robust`: trains in many ways, and attacks each by who knows all.
+"""Compares variants of `--preset robust`: trains each, and attacks it in the white box and in the grey box.
 
     python examples/quickstart/prepare_data.py --all --output outputs/fashion-mnist
     python examples/quickstart/trade_off.py --data outputs/fashion-mnist

@@ -126,7 +126,7 @@ def _l1_normalized(gradient: Tensor) -> Tensor:
     """Returns the gradient of each image, (R, ...), divided by its L1 norm; a gradient of zero stays zero."""
     if not gradient.isfinite().all():
         raise ValueError(
-            "objective has a gradient with respect to the images that is infinite, so momentum can't add it up: give "
+            "objective has a gradient with respect to the images that is not finite, which momentum can't use: give "
             "an objective with finite gradients, or momentum=0"
         )
     flat = gradient.reshape(len(gradient), -1)

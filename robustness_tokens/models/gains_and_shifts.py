@@ -1,8 +1,9 @@
-"""Gains and shifts beside the tokens: small differences to the norms, biases and patch embedding of a frozen base.
+"""Gains and shifts beside the tokens: differences to the norms, biases and patch embedding of a frozen base.
 
-Hooks add them to the outputs of the base's modules, whose weights stay as they are:
-a norm or a LayerScale gives `y * (1 + gain) + shift`, a linear layer `y + shift`, the patch embedding `y` plus what it
-computes with other weights. Differences of all layers are stacked in one tensor: L layers, D width.
+Hooks add them to the outputs of the base's modules, whose weights stay as they are: a norm gives
+`y * (1 + gain) + shift` (no shift if it has no bias), a LayerScale `y * (1 + gain)`, a linear layer `y + shift`, the
+patch embedding `y` plus what it computes with the differences of its weight and bias. Differences of all layers are
+stacked in one tensor: L layers, D width.
 """
 
 from __future__ import annotations

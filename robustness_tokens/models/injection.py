@@ -65,7 +65,7 @@ class TokenInjector(nn.Module):
     def set_enabled(self, enabled: bool, *, borrowed: TokenState | None = None) -> None:
         """Turns the injector on or off; on with its own state or with a borrowed one.
 
-        While it is off, outputs are bit-equal to the base's.
+        While it is off, outputs are bit-identical to the base's.
         """
         before = self.num_active_tokens
         self.enabled, self._borrowed = enabled, borrowed
@@ -102,7 +102,7 @@ class TokenInjector(nn.Module):
                 module.register_forward_pre_hook(self.pad_attention_mask, with_kwargs=True)
 
     def _put(self, hidden_states: Tensor, layer: int) -> Tensor:
-        """Puts a layer's tokens in front: (B, N, D) to (B, K + N, D); those of the layer before leave."""
+        """Puts a layer's tokens in front, and drops those of the previous layer: (B, N, D) to (B, K + N, D)."""
         tokens = self.active(TOKENS)
         if tokens is None:
             return hidden_states

@@ -101,7 +101,7 @@ def objective_values(
     num_patches: int = 0,
     labels: Tensor | None = None,
 ) -> Tensor:
-    """Returns how far outputs are from the base's clean ones, one number per image.
+    """Returns the objective, one number per image: a distance from the base's clean outputs, or the cross-entropy.
 
     Args:
         outputs: Features, or logits for `"distillation"` and `"cross_entropy"`.
@@ -134,8 +134,8 @@ def objective_values(
 def head_distance(features: Tensor, target: Tensor, *, num_patches: int) -> Tensor:
     """Returns the squared distance between the inputs of a linear head, relative to the target's squared length, (B,).
 
-    The cosine along the tokens hardly sees it: scaling a feature, or shifting it equally in all tokens, costs little
-    there but changes the classes.
+    It sees what the cosine along the tokens does not: a feature that is scaled by a positive factor in all tokens
+    keeps its cosine, but can change the class.
     """
     found, expected = head_inputs(features, num_patches), head_inputs(target, num_patches)  # (B, 2 D) or (B, D)
     return (found - expected).square().sum(dim=1) / expected.square().sum(dim=1)

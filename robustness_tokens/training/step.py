@@ -42,7 +42,7 @@ def check_trainable(model: RobustnessTokenPreTrainedModel) -> None:
     for tensor in model.injector.parameters():
         if tensor.dtype != torch.float32:
             raise ValueError(
-                f"the tokens are {tensor.dtype}, expected torch.float32, whatever the dtype of the base: "
+                f"the tokens are {tensor.dtype}, and they, gains and shifts must be torch.float32 for any base: "
                 "call model.injector.float() before train()"
             )
         if not tensor.requires_grad:
@@ -168,8 +168,9 @@ class TrainingStep:
     ) -> Tensor:
         """Attacks [0, 1] images; returns normalised pixel values. The noise depends on (seed, step, index) alone.
 
-        The attack raises the objective, so it pushes away from `target`, the outputs without tokens; except that
-        `"paper"` through the tokens pushes away from the clean features with tokens. `eps_share` of `eps` is used. If
+        `"pgd"` raises the objective: it pushes away from `target`, the outputs without tokens, or from the labels.
+        `"paper"` pushes away from `target`, or through the tokens from the clean features with tokens. The budget is
+        `eps_share` of `eps`. If
         outputs are not finite, returns NaN: the reduced loss is then NaN on every process, and all stop at the same
         step.
         """
@@ -254,7 +255,7 @@ class TrainingStep:
         def add_gradient(
             pixel_values: Tensor, target: Tensor, labels: Tensor | None, *, weight: Tensor, is_last: bool
         ) -> Tensor:
-            """Returns the mean cosine."""
+            """Adds the gradient of a weighted loss to `.grad`; returns the mean cosine."""
             with nullcontext() if is_last else accelerator.no_sync(outputs):
                 options = self.objective_options(pixel_values, labels)
                 loss, cosine = weighted_loss(outputs(pixel_values), target, weight=weight, **options)
