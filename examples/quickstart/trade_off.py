@@ -36,7 +36,6 @@ from robustness_tokens import (
 
 HERE = Path(__file__).parent
 EPS = (16 / 255, 8 / 255)  # pixel units of [0, 1] images; the first is trained with
-ALL = ["norm", "bias", "patch_embedding"]
 COMMON = {"max_steps": 200, "warmup_steps": 20}
 # By name: the differences from the preset and from COMMON.
 WAYS: dict[str, dict[str, Any]] = {

@@ -16,10 +16,9 @@ trained on.
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
-import io
 import json
+import statistics
 import tempfile
 import time
 from collections.abc import Iterable, Mapping
@@ -54,7 +53,7 @@ from robustness_tokens import (
 from robustness_tokens.attacks import example_generators
 from robustness_tokens.data import collate_images, load_image_processor, processor_image_size
 from robustness_tokens.hub import load_adapter
-from robustness_tokens.training import head_distance
+from robustness_tokens.training import head_distance, to_csv
 from robustness_tokens.utils import read_json, write_bytes, write_text
 
 
@@ -287,7 +286,7 @@ def measure(row: str, tokens: Any, held_out: HeldOut, progress: Progress) -> Non
             if tokens is not None:
                 remove_tokens(held_out.base)
         progress.note("measured", row, {condition.name: result})
-        means = ", ".join(f"{key} {mean(values):.4f}" for key, values in result.items())
+        means = ", ".join(f"{key} {statistics.fmean(values):.4f}" for key, values in result.items())
         print(f"{row}, {condition.name}: {means} ({time.perf_counter() - start:.0f} s)", flush=True)
 
 
@@ -295,11 +294,6 @@ def random_tokens(tokens: Tensor, *, seed: int) -> Tensor:
     """Returns tokens in random directions, each of the norm of the given one."""
     noise = torch.randn(tokens.shape, generator=torch.Generator().manual_seed(~seed))  # no training starts from these
     return F.normalize(noise, dim=-1) * tokens.norm(dim=-1, keepdim=True)
-
-
-def mean(values: Iterable[float]) -> float:
-    values = list(values)
-    return sum(values) / len(values)
 
 
 def table(progress: Mapping[str, Any], rows: Iterable[str] = ROWS) -> list[dict[str, Any]]:
@@ -314,17 +308,9 @@ def table(progress: Mapping[str, Any], rows: Iterable[str] = ROWS) -> list[dict[
         for condition in CONDITIONS:
             for metric in ("cosine", "distance"):
                 values = progress["measured"][row].get(condition.name, {}).get(metric)
-                cells[f"{condition.name}: {metric}"] = "" if values is None else round(mean(values), 4)
+                cells[f"{condition.name}: {metric}"] = "" if values is None else round(statistics.fmean(values), 4)
         result.append(cells)
     return result
-
-
-def render_csv(rows: list[dict[str, Any]]) -> str:
-    file = io.StringIO()
-    writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return file.getvalue()
 
 
 def render_markdown(rows: list[dict[str, Any]]) -> str:
@@ -373,7 +359,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     for row in ROWS:
         if row in tokens:
             measure(row, tokens[row], held_out, progress)
-            write_text(args.output / "table.csv", render_csv(table(progress.content)))
+            write_text(args.output / "table.csv", to_csv(table(progress.content)))
     return table(progress.content)
 
 

@@ -8,7 +8,7 @@ stacked in one tensor: L layers, D width.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -33,23 +33,20 @@ class AdaptedModule:
     shapes: dict[str, tuple[int, ...]]  # by the tensors' names, such as {"norm1.gain": (L, D), "norm1.shift": (L, D)}
 
 
-def find_adapted_modules(
-    model: nn.Module, stack: LayerStack, kinds: Iterable[str] = get_args(GainsAndShifts)
-) -> list[AdaptedModule]:
-    """Returns the modules of these kinds that a base has, in its order."""
-    wanted = set(kinds)
-    return [found for found in _all_adapted_modules(model, stack) if found.kind in wanted]
+def find_adapted_modules(model: nn.Module, stack: LayerStack) -> list[AdaptedModule]:
+    """Returns all modules of a base that can have gains and shifts, in its order."""
+    return list(_adapted_modules(model, stack))
 
 
-def check_adapted_modules(model: nn.Module, stack: LayerStack, kinds: Iterable[str]) -> list[AdaptedModule]:
-    """Returns the modules as [`find_adapted_modules`] does; `ValueError` for a kind that the base lacks."""
-    found = find_adapted_modules(model, stack, kinds)
-    held = [kind for kind in get_args(GainsAndShifts) if find_adapted_modules(model, stack, [kind])]
+def check_adapted_modules(model: nn.Module, stack: LayerStack, kinds: Collection[str]) -> list[AdaptedModule]:
+    """Returns the modules of these kinds; `ValueError` for a kind that the base lacks."""
+    found = find_adapted_modules(model, stack)
+    held = [kind for kind in get_args(GainsAndShifts) if any(module.kind == kind for module in found)]
     if missing := [kind for kind in kinds if kind not in held]:
         raise ValueError(
             f"{type(model).__name__} has no modules for gains_and_shifts={missing}: choose among {held} for this base"
         )
-    return found
+    return [module for module in found if module.kind in kinds]
 
 
 def kinds_of(model: nn.Module, stack: LayerStack, names: Iterable[str]) -> list[GainsAndShifts]:
@@ -60,7 +57,7 @@ def kinds_of(model: nn.Module, stack: LayerStack, names: Iterable[str]) -> list[
     return [kind for kind in get_args(GainsAndShifts) if kind in found]
 
 
-def _all_adapted_modules(model: nn.Module, stack: LayerStack) -> Iterator[AdaptedModule]:
+def _adapted_modules(model: nn.Module, stack: LayerStack) -> Iterator[AdaptedModule]:
     layers = list(stack.layers)
     for name, module in layers[0].named_modules():
         own = dict(module.named_parameters(recurse=False))

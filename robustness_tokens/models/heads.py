@@ -115,7 +115,7 @@ class ClassificationHead(ProbeHead):
 class ZeroShotHead(ProbeHead):
     """Compares image embeddings with text embeddings, one per class, as CLIP classifies without training.
 
-    It is made anew from text, not saved.
+    It is not saved: make it from text again.
 
     Args:
         text_embeddings: (C, E) floating: the text tower's projected embedding of a prompt for each class.

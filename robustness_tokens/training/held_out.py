@@ -102,7 +102,9 @@ def _measure_batch(training_step: TrainingStep, batch: dict[str, Any], *, device
     labels = training_step.labels_of(batch, target)
     rows, baseline = [], torch.full((), torch.nan, device=device)
     for through_tokens in args.attack_routes:
-        attacked = training_step.attacked(batch, target, step=_NOISE_STEP, through_tokens=through_tokens)
+        attacked = training_step.attacked(
+            batch, target, labels=labels, step=_NOISE_STEP, through_tokens=through_tokens
+        )
         losses = robustness_loss(
             training_step.outputs,
             pixel_values,

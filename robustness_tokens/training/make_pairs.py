@@ -38,12 +38,11 @@ from ..data import (
     to_pixels,
     write_shard,
 )
-from ..models import MixedPrecision, RobustnessTokenPreTrainedModel, check_patches, head_digest, runs_in_half
+from ..models import MixedPrecision, RobustnessTokenPreTrainedModel, check_patches, runs_in_half
 from ..utils import PROCESS_GROUP, __version__, check_int, read_json, share_from_main, write_text
 from .arguments import RobustnessTokenTrainingArguments
 from .dataset import prepare_train_dataset
-from .losses import LOGITS_OBJECTIVES
-from .step import TrainingStep
+from .step import TrainingStep, head_settings
 
 
 _ROUNDING = 1e-3  # in 8-bit levels: 255 * (4 / 255) need not be 4
@@ -186,7 +185,7 @@ def _describe(
         image_mean=list(config.image_mean),
         image_std=list(config.image_std),
         attack={name: recipe[name] for name in ATTACK_ARGUMENTS},
-        head=head_digest(model.get_base_model(), None) if args.objective in LOGITS_OBJECTIVES else None,
+        head=head_settings(args, model.get_base_model(), None).get("head"),
         max_pixel_difference=max_pixel_difference(args, config.image_std),
         seed=args.seed,
         step=PAIRS_STEP,

@@ -5,13 +5,16 @@ Shapes: B images of a batch, N sequence, D width.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from ..attacks import cosine_similarity, example_generators, paper_attack, pgd_attack
 from ..data import Normalizer
@@ -55,6 +58,18 @@ def check_trainable(model: RobustnessTokenPreTrainedModel) -> None:
         )
 
 
+def head_settings(
+    args: RobustnessTokenTrainingArguments, base: PreTrainedModel, head: ProbeHead | None
+) -> dict[str, Any]:
+    """Returns what a recipe says of the head that the objective reads, None for the base's own: its digest, and whose.
+
+    Nothing for an objective that compares features.
+    """
+    if args.objective not in LOGITS_OBJECTIVES:
+        return {}
+    return {"head": head_digest(base, head), "head_of_base": head is None}
+
+
 @dataclass(frozen=True, eq=False)
 class TrainingStep:
     """Computes the outputs, attacks and losses of a training.
@@ -91,9 +106,10 @@ class TrainingStep:
         """Tells whether the objective compares logits; otherwise it compares features."""
         return self.args.objective in LOGITS_OBJECTIVES
 
-    def head_digest(self) -> str:
-        """Returns a digest of the weights of the head whose predictions are compared."""
-        return head_digest(self.model.get_base_model(), self.head)
+    @functools.cached_property
+    def head_settings(self) -> dict[str, Any]:
+        """What a recipe says of the head, see [`head_settings`]; the head is frozen."""
+        return head_settings(self.args, self.model.get_base_model(), self.head)
 
     def labels_of(self, batch: Mapping[str, Tensor], target: Tensor) -> Tensor | None:
         """Returns the labels of a batch for the objective "cross_entropy", checked; None for the others."""
@@ -216,7 +232,14 @@ class TrainingStep:
             return torch.full_like(images, torch.nan)
 
     def attacked(
-        self, batch: Mapping[str, Tensor], target: Tensor, *, step: int, through_tokens: bool, eps_share: float = 1.0
+        self,
+        batch: Mapping[str, Tensor],
+        target: Tensor,
+        *,
+        labels: Tensor | None,
+        step: int,
+        through_tokens: bool,
+        eps_share: float = 1.0,
     ) -> Tensor:
         """Returns the stored adversarial images of a batch, normalised, or attacks the images if it holds none."""
         if "adversarial_images" in batch:
@@ -227,7 +250,7 @@ class TrainingStep:
             step=step,
             index=batch["index"],
             through_tokens=through_tokens,
-            labels=self.labels_of(batch, target),
+            labels=labels,
             eps_share=eps_share,
         )
 
@@ -276,7 +299,12 @@ class TrainingStep:
                 share_of_route = share / len(args.attack_routes)
                 for through_tokens in args.attack_routes:
                     attacked = self.attacked(
-                        batch, target, step=step, through_tokens=through_tokens, eps_share=args.eps_share(step)
+                        batch,
+                        target,
+                        labels=labels,
+                        step=step,
+                        through_tokens=through_tokens,
+                        eps_share=args.eps_share(step),
                     )
                     adversarial = add_gradient(
                         attacked,

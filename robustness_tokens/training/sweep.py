@@ -20,16 +20,16 @@ import torch
 from ..configuration import RobustnessTokenConfig
 from ..data import AdversarialPairs, prepare_images
 from ..hub import holds_adapter, load_adapter
-from ..models import RobustnessTokenPreTrainedModel, head_digest
+from ..models import RobustnessTokenPreTrainedModel
 from ..report import plot_sweep
 from ..utils import check_int, check_number, share_from_main, write_bytes, write_text
 from .accelerator import build_accelerator
 from .arguments import RobustnessTokenTrainingArguments
 from .checkpoints import list_checkpoints
 from .dataset import take_pairs
-from .losses import LOGITS_OBJECTIVES
 from .make_pairs import make_adversarial_pairs
 from .run_folder import EVAL_LOG_COLUMNS, EVAL_LOG_FILE, LOG_FILE, read_log, to_csv
+from .step import head_settings
 from .trainer import RobustnessTokenTrainer
 
 
@@ -136,8 +136,7 @@ def run_sweep(
     images = prepare_images(train_pairs)
     known = {"image_size": images.image_size, "dataset": images.description, "num_steps_done": args.max_steps}
     recipe = {**args.recipe(), **known, "num_processes": accelerator.num_processes}
-    if args.objective in LOGITS_OBJECTIVES:
-        recipe |= {"head": head_digest(model.get_base_model(), None), "head_of_base": True}
+    recipe |= head_settings(args, model.get_base_model(), None)
     template, model_class, image_processor, base = model.config, type(model), model.image_processor, model.unload()
     grid_values = itertools.product(grid.sweep_num_tokens, grid.sweep_learning_rates, grid.sweep_seeds)
     members = {folder / _folder_name(*values): values for values in grid_values}

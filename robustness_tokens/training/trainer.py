@@ -149,7 +149,7 @@ class RobustnessTokenTrainer:
             head = head.to(self.accelerator.device).eval().requires_grad_(False)
         self.training_step = TrainingStep(model, args, self.normalizer, head)
         made_with = train_dataset.info.head if isinstance(train_dataset, AdversarialPairs) else None
-        if made_with is not None and made_with != self.training_step.head_digest():
+        if made_with is not None and made_with != self.training_step.head_settings.get("head"):
             raise ValueError(
                 "train_dataset holds pairs that were made through another head than the one to train with: make them "
                 "again, or load the base with the head of the pairs"
@@ -376,11 +376,9 @@ class RobustnessTokenTrainer:
     def _recipe(self) -> dict[str, Any]:
         """Returns the recipe of the arguments, with the number of processes and the size of the images."""
         recipe = {**self.args.recipe(), "num_processes": self.accelerator.num_processes}
+        recipe |= self.training_step.head_settings
         if self._images.image_size is not None:
             recipe["image_size"] = self._images.image_size
-        if self.training_step.reads_logits:
-            recipe["head"] = self.training_step.head_digest()
-            recipe["head_of_base"] = self.training_step.head is None
         return recipe
 
     def _note_recipe(self, num_steps_done: int) -> None:

@@ -168,7 +168,7 @@ def check_finite(what: str, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _describe(tensors: Mapping[str, Tensor]) -> str:
-    kinds = [f"{name!r} ({tensor.dtype} of shape {tuple(tensor.shape)})" for name, tensor in sorted(tensors.items())]
+    kinds = (f"{name!r} ({tensor.dtype} of shape {tuple(tensor.shape)})" for name, tensor in sorted(tensors.items()))
     return ", ".join(kinds) or "no tensors"
 
 
