@@ -36,7 +36,7 @@ their own; and its gains and shifts by name, such as `"norm1.gain"`, (L, D) for 
 
 FeatureView = Literal["cls_and_patches", "cls", "patches", "pooled"]
 SimilarityAxis = Literal["token", "feature"]
-GainsAndShifts = Literal["norm", "bias", "patch_embedding"]
+GainsAndShifts = Literal["norm", "linear", "bias", "patch_embedding"]
 
 # `register_for_auto_class` writes this code beside an adapter; a config may name no other. Only transformers runs it,
 # with trust_remote_code=True and as long as the package is not imported.
@@ -87,8 +87,8 @@ class RobustnessTokenConfig(PreTrainedConfig):
         num_robustness_tokens (`int`): K, the number of tokens of a layer; 0 only with gains and shifts.
         token_depth (`int`): Number of first layers that have tokens of their own (paper: 1, the input alone).
         gains_and_shifts (`list[str]`): What is learned beside the tokens, as differences to the base: `"norm"` (gains
-            and shifts of LayerNorm and LayerScale in the layers), `"bias"` (shifts of linear layers),
-            `"patch_embedding"` (its weight and bias); empty for tokens alone (paper).
+            and shifts of LayerNorm and LayerScale in the layers), `"linear"` (gains of linear layers), `"bias"`
+            (shifts of linear layers), `"patch_embedding"` (its weight and bias); empty for tokens alone (paper).
         hidden_size (`int`): D, the width of the base.
         initializer_range (`float`): Standard deviation of the tokens before training (paper: 0.01).
         feature_view (`str`): Features to train on: `"cls_and_patches"` (paper), `"cls"`, `"patches"`, `"pooled"`.

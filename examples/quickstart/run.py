@@ -37,6 +37,7 @@ from robustness_tokens import (
 from robustness_tokens.data import collate_images
 from robustness_tokens.evaluation import training_figures
 from robustness_tokens.report import ATTACKERS
+from robustness_tokens.training import split_settings
 
 
 HERE = Path(__file__).parent
@@ -53,16 +54,15 @@ PAPER: dict[str, Any] = {
     "mixed_precision": "bf16",
 }
 ROBUST = {**resolve_preset("robust"), "max_steps": 60, "warmup_steps": 6}
-_OF_THE_MODEL = ("num_robustness_tokens", "token_depth", "gains_and_shifts")
 
 
 def train(output_dir: Path, **settings: Any) -> RobustnessTokenForImageClassification:
     """Trains an adapter on the embedded base and saves it."""
     transformers.set_seed(0)
-    of_the_model = {name: settings.pop(name) for name in _OF_THE_MODEL if name in settings}
+    of_the_model, of_the_training = split_settings(settings)
     model = RobustnessTokenForImageClassification.from_base(HERE / "base", **of_the_model)
     args = RobustnessTokenTrainingArguments(
-        output_dir=str(output_dir), overwrite_output_dir=True, eps=EPS, seed=0, **settings
+        output_dir=str(output_dir), overwrite_output_dir=True, eps=EPS, seed=0, **of_the_training
     )
     trainer = RobustnessTokenTrainer(model, args, load_image_dataset(HERE / "data"))
     trainer.train()

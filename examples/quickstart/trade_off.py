@@ -32,6 +32,7 @@ from robustness_tokens import (
     load_image_dataset,
     resolve_preset,
 )
+from robustness_tokens.training import split_settings
 
 
 HERE = Path(__file__).parent
@@ -82,7 +83,6 @@ WAYS: dict[str, dict[str, Any]] = {
     "60 tokens": {"num_robustness_tokens": 60},
     "5 tokens": {"num_robustness_tokens": 5},
 }
-_OF_THE_MODEL = ("num_robustness_tokens", "token_depth", "gains_and_shifts")
 COLUMNS = (
     *("way", "parameters", "clean", "grey_box", "white_box", "white_box_8", "clean_base", "white_box_base"),
     *("num_training_images", "num_images", "seed", "seconds"),
@@ -93,12 +93,12 @@ def measure(way: str, images: datasets.Dataset, *, seed: int, num_images: int) -
     """Trains in one way; returns accuracies on clean and on attacked images."""
     start = time.perf_counter()
     transformers.set_seed(seed)
-    settings = {**resolve_preset("robust"), **COMMON, "eps": EPS[0], **WAYS[way]}
-    of_the_model = {name: settings.pop(name) for name in _OF_THE_MODEL}
+    preset = resolve_preset("robust")
+    of_the_model, of_the_training = split_settings({**preset, **COMMON, "eps": EPS[0], **WAYS[way]})
     model = RobustnessTokenForImageClassification.from_base(HERE / "base", **of_the_model)
     num_training = len(images) - num_images
     with tempfile.TemporaryDirectory() as folder:
-        args = RobustnessTokenTrainingArguments(output_dir=folder, seed=seed, **settings)
+        args = RobustnessTokenTrainingArguments(output_dir=folder, seed=seed, **of_the_training)
         RobustnessTokenTrainer(model, args, images.select(range(num_training))).train()
     report = evaluate_robustness(
         model,

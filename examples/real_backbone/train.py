@@ -53,7 +53,7 @@ from robustness_tokens import (
 from robustness_tokens.attacks import example_generators
 from robustness_tokens.data import collate_images, load_image_processor, processor_image_size
 from robustness_tokens.hub import load_adapter
-from robustness_tokens.training import head_distance, to_csv
+from robustness_tokens.training import head_distance, split_settings, to_csv
 from robustness_tokens.utils import read_json, write_bytes, write_text
 
 
@@ -78,7 +78,6 @@ RECIPES: dict[str, dict[str, Any]] = {
     GAINS: {**OURS, "num_robustness_tokens": 0, "token_depth": 1},
 }
 BATCH_SIZE = 8  # of the attacks; the range of the paper's attack depends on the batch
-_OF_THE_TRAINER = {field.name for field in dataclasses.fields(RobustnessTokenTrainingArguments)}
 _PROBE_STEPS = 3  # to find how long a step takes; the first one is slower
 
 
@@ -161,14 +160,14 @@ def train(name: str, images: Any, base: Path, folder: Path, settings: Settings, 
 def trained(recipe: Mapping[str, Any], images: Any, base: Path, folder: Path) -> RobustnessTokenTrainer:
     """Trains new tokens, gains and shifts, from the last checkpoint in `folder` if there is one."""
     transformers.set_seed(recipe["seed"])
-    of_the_model = {key: value for key, value in recipe.items() if key not in _OF_THE_TRAINER}
+    of_the_model, of_the_training = split_settings(recipe)
     model = RobustnessTokenModel.from_base(base, **of_the_model)
     args = RobustnessTokenTrainingArguments(
         output_dir=str(folder),
         resume_from_checkpoint=True,
         save_steps=max(1, recipe["max_steps"] // 20),
         save_total_limit=1,
-        **{key: value for key, value in recipe.items() if key in _OF_THE_TRAINER},
+        **of_the_training,
     )
     trainer = RobustnessTokenTrainer(model, args, images)
     trainer.train()

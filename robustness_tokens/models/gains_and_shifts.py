@@ -1,9 +1,9 @@
 """Gains and shifts beside the tokens: differences to the norms, biases and patch embedding of a frozen base.
 
 Hooks add them to the outputs of the base's modules, whose weights stay as they are: a norm gives
-`y * (1 + gain) + shift` (no shift if it has no bias), a LayerScale `y * (1 + gain)`, a linear layer `y + shift`, the
-patch embedding `y` plus what it computes with the differences of its weight and bias. Differences of all layers are
-stacked in one tensor: L layers, D width.
+`y * (1 + gain) + shift` (no shift if it has no bias), a LayerScale `y * (1 + gain)`, a linear layer that has a bias
+`y * (1 + gain) + shift`, the patch embedding `y` plus what it computes with the differences of its weight and bias.
+Differences of all layers are stacked in one tensor: L layers, D width.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ PATCH_EMBEDDING = "patch_embedding"
 
 @dataclass(frozen=True)
 class AdaptedModule:
-    """A module of the base, the same in each layer, and the tensors that change its output."""
+    """A module of the base, the same in each layer, and the tensors of one kind that change its output."""
 
     name: str  # inside the layer, such as "norm1"
     kind: GainsAndShifts
@@ -62,8 +62,11 @@ def _adapted_modules(model: nn.Module, stack: LayerStack) -> Iterator[AdaptedMod
     for name, module in layers[0].named_modules():
         own = dict(module.named_parameters(recurse=False))
         modules = tuple(layer.get_submodule(name) for layer in layers)
+        # Some of timm's attentions read the weight of a linear layer without a bias and never call it.
         if isinstance(module, nn.Linear) and module.bias is not None:
-            yield AdaptedModule(name, "bias", modules, {f"{name}.shift": (len(layers), module.out_features)})
+            shape = (len(layers), module.out_features)
+            yield AdaptedModule(name, "linear", modules, {f"{name}.gain": shape})
+            yield AdaptedModule(name, "bias", modules, {f"{name}.shift": shape})
         elif own and not list(module.children()) and all(parameter.dim() == 1 for parameter in own.values()):
             # LayerNorm, RMSNorm and LayerScale of any library.
             width = next(iter(own.values())).shape[0]
@@ -92,15 +95,13 @@ def apply_patch_embedding(module: Any, pixel_values: Tensor, weight: Tensor, bia
 def fold(model: nn.Module, stack: LayerStack, tensors: Mapping[str, Tensor]) -> None:
     """Writes gains and shifts into a model's own weights, which then compute what the hooks did, up to rounding."""
     for found in find_adapted_modules(model, stack):
-        for layer, module in enumerate(found.modules):
-            if found.kind == "patch_embedding":
-                for name in ("weight", "bias"):
-                    if (difference := tensors.get(f"{found.name}.{name}")) is not None:
-                        module.get_parameter(name).add_(difference)
-                continue
-            gain, shift = tensors.get(f"{found.name}.gain"), tensors.get(f"{found.name}.shift")
-            if gain is not None:
-                for parameter in module.parameters(recurse=False):
-                    parameter.mul_(1 + gain[layer].to(parameter.device))
-            if shift is not None:
-                module.get_parameter("bias").add_(shift[layer].to(module.get_parameter("bias").device))
+        for key in (key for key in found.shapes if key in tensors):  # gains before shifts
+            *_, part = key.rpartition(".")
+            for layer, module in enumerate(found.modules):
+                difference = tensors[key] if found.kind == "patch_embedding" else tensors[key][layer]
+                difference = difference.to(next(module.parameters()).device)
+                if part == "gain":
+                    for parameter in module.parameters(recurse=False):
+                        parameter.mul_((1 + difference).view(-1, *[1] * (parameter.dim() - 1)))
+                else:
+                    module.get_parameter("bias" if part == "shift" else part).add_(difference)

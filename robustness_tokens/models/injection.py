@@ -75,9 +75,9 @@ class TokenInjector(nn.Module):
     def attach(self, model: nn.Module, stack: LayerStack) -> None:
         """Registers the hooks on the stack's layers, and on the modules that have gains and shifts."""
         depth = depth_of(self.state[TOKENS])
-        for found in find_adapted_modules(model, stack):
-            if not any(name in self.names for name in found.shapes):
-                continue
+        adapted = find_adapted_modules(model, stack)
+        used = [found for found in adapted if not found.shapes.keys().isdisjoint(self.names)]
+        for found in {found.name: found for found in used}.values():  # one hook for all kinds of a module
             for layer, module in enumerate(found.modules):
                 change = self.add_patches if found.kind == "patch_embedding" else self.scale_and_shift
                 module.register_forward_hook(functools.partial(change, name=found.name, layer=layer))
@@ -128,8 +128,8 @@ class TokenInjector(nn.Module):
         """Returns `output * (1 + gain) + shift`, each over the last dimension."""
         gain, shift = self.active(f"{name}.gain"), self.active(f"{name}.shift")
         if gain is not None:
-            # In float32: a small gain would be lost where 1 + gain is rounded to half precision.
-            output = (output * (1 + gain[layer]).to(output.device)).to(output.dtype)
+            # Not output * (1 + gain): a small gain would be lost where 1 + gain is rounded to half precision.
+            output = torch.addcmul(output, output, gain[layer].to(output.device, output.dtype))
         return output if shift is None else output + shift[layer].to(output.device, output.dtype)
 
     def add_patches(self, module: nn.Module, args: Any, output: Tensor, *, name: str, layer: int) -> Tensor:

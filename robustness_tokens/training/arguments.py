@@ -369,7 +369,7 @@ def resolve_preset(name: str, model_type: str | None = None) -> dict[str, Any]:
 
     Returns:
         A new dict by argument name: fields of `RobustnessTokenTrainingArguments`, and the arguments of
-        `RobustnessTokenModel.from_base` that the preset sets.
+        `RobustnessTokenModel.from_base` that the preset sets. [`split_settings`] tells them apart.
 
     Raises:
         ValueError: If there is no such preset, or `"paper"` has no recipe for the family.
@@ -384,3 +384,17 @@ def resolve_preset(name: str, model_type: str | None = None) -> dict[str, Any]:
     if name not in PRESETS:
         raise ValueError(f"preset must be one of {[PAPER, *PRESETS]}, got {name!r}")
     return {argument: list(value) if isinstance(value, list) else value for argument, value in PRESETS[name].items()}
+
+
+def split_settings(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Splits settings, such as a preset's, into the arguments of `from_base` and those of the training.
+
+    Args:
+        settings: By argument name, see [`resolve_preset`].
+
+    Returns:
+        The arguments of `RobustnessTokenModel.from_base`, and the fields of `RobustnessTokenTrainingArguments`.
+    """
+    fields = RobustnessTokenTrainingArguments.__dataclass_fields__
+    of_the_model = {name: value for name, value in settings.items() if name not in fields}
+    return of_the_model, {name: value for name, value in settings.items() if name in fields}

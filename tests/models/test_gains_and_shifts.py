@@ -3,7 +3,7 @@
 import copy
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from robustness_tokens import RobustnessTokenModel, inject_tokens
-from robustness_tokens.configuration import TOKENS
+from robustness_tokens.configuration import TOKENS, GainsAndShifts
 from robustness_tokens.models.gains_and_shifts import find_adapted_modules, fold, kinds_of
 from robustness_tokens.models.injection import attach_tokens, find_injector, remove_tokens, tokens_in
 from robustness_tokens.models.layer_stack import find_layer_stack
@@ -21,7 +21,7 @@ from tests.support.bases import build_base
 from tests.support.families import BASES, FAMILIES, HIDDEN_SIZE
 
 
-ALL_KINDS = ("norm", "bias", "patch_embedding")
+ALL_KINDS = get_args(GainsAndShifts)
 
 
 def deep_model(**kwargs: Any) -> RobustnessTokenModel:
@@ -79,16 +79,17 @@ def test_every_gain_and_shift_changes_the_output(name: str) -> None:
 
 def test_what_a_family_has() -> None:
     names = {
-        "dinov2": ({"norm", "bias", "patch_embedding"}, "layer_scale1.gain"),
-        "timm_deit3": ({"norm", "bias", "patch_embedding"}, "attn.qkv.shift"),
-        "aimv2": ({"norm", "patch_embedding"}, "rms_norm1.gain"),
+        "dinov2": (set(ALL_KINDS), "layer_scale1.gain", "norm"),
+        "timm_deit3": (set(ALL_KINDS), "attn.qkv.shift", "bias"),
+        "vit": (set(ALL_KINDS), "mlp.fc1.gain", "linear"),
+        "aimv2": ({"norm", "patch_embedding"}, "rms_norm1.gain", "norm"),
     }
-    for name, (kinds, tensor) in names.items():
+    for name, (kinds, tensor, kind) in names.items():
         model = FAMILIES[name].build()
         found = find_adapted_modules(model, find_layer_stack(model))
         assert {module.kind for module in found} == kinds
         assert any(tensor in module.shapes for module in found)
-        assert kinds_of(model, find_layer_stack(model), [tensor]) == ["bias" if "qkv" in tensor else "norm"]
+        assert kinds_of(model, find_layer_stack(model), [tensor]) == [kind]
 
 
 @pytest.mark.parametrize(
@@ -111,9 +112,7 @@ def test_what_a_base_lacks_is_refused_and_leaves_it_alone(family: str, settings:
 
 def test_new_gains_and_shifts_change_nothing() -> None:
     plain = RobustnessTokenModel.from_base(build_base("dinov2"), num_robustness_tokens=3)
-    model = RobustnessTokenModel.from_base(
-        build_base("dinov2"), num_robustness_tokens=3, gains_and_shifts=["norm", "bias", "patch_embedding"]
-    )
+    model = RobustnessTokenModel.from_base(build_base("dinov2"), num_robustness_tokens=3, gains_and_shifts=ALL_KINDS)
     with torch.no_grad():
         model.robustness_tokens.copy_(plain.robustness_tokens)
         images = torch.randn(2, 3, 32, 32)
@@ -131,6 +130,7 @@ def test_an_adapter_comes_back_bit_equal(tmp_path: Path) -> None:
     stored = load_file(tmp_path / "model.safetensors")
     assert stored[TOKENS].shape == (2, 3, 32)
     assert stored["norm1.gain"].shape == (2, 32)
+    assert stored["mlp.fc1.gain"].shape == stored["mlp.fc1.shift"].shape == (2, 64)
     assert stored["patch_embedding.weight"].shape == (32, 3, *stored["patch_embedding.weight"].shape[2:])
     assert stored.keys() == model.injector.state.keys()
     loaded = RobustnessTokenModel.from_pretrained(tmp_path, base_model=build_base("dinov2"))
@@ -172,7 +172,7 @@ def test_damaged_gains_and_shifts_are_refused(damage: Any, message: str, load: A
     assert find_injector(base) is None
 
 
-@pytest.mark.parametrize("kinds", [["norm"], ["norm", "bias"], []])
+@pytest.mark.parametrize("kinds", [["norm"], ["norm", "linear", "bias"], []])
 def test_a_file_holds_just_the_kinds_of_its_config(kinds: list[str], tmp_path: Path) -> None:
     deep_model().save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())

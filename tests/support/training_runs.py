@@ -66,7 +66,7 @@ def build_robust_trainer(output_dir: Path, *, num_images: int = 8, **kwargs: Any
         build_base("dinov2", classifier=True),
         num_robustness_tokens=NUM_TOKENS,
         token_depth="all",
-        gains_and_shifts=["norm", "bias", "patch_embedding"],
+        gains_and_shifts=["norm", "linear", "bias", "patch_embedding"],
     )
     args = RobustnessTokenTrainingArguments(output_dir=str(output_dir), **{**SETTINGS, **ROBUST, **kwargs})
     return RobustnessTokenTrainer(model, args, images(num_images))

@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ from tests.support.families import FAMILIES, text_inputs
 from tests.support.training_runs import SETTINGS, build_robust_trainer, images, state_of
 
 
-KINDS: tuple[GainsAndShifts, ...] = ("norm", "bias", "patch_embedding")
+KINDS: tuple[GainsAndShifts, ...] = get_args(GainsAndShifts)
 
 
 def labelled(count: int) -> list[dict[str, Any]]:

@@ -31,7 +31,7 @@ def test_gradient_is_that_of_the_loss_on_all_images(
         make_base("dinov2", classifier=True),
         num_robustness_tokens=3,
         token_depth="all",
-        gains_and_shifts=["norm", "bias", "patch_embedding"],
+        gains_and_shifts=["norm", "linear", "bias", "patch_embedding"],
     )
     normalizer = Normalizer((0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
     args = RobustnessTokenTrainingArguments(output_dir=str(tmp_path), **settings)
