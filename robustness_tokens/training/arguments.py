@@ -60,19 +60,19 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         # eps is left to the user.
         "robust": MappingProxyType(
             {
-                "num_robustness_tokens": 20,
+                "num_robustness_tokens": 8,
                 "token_depth": "all",
-                "gains_and_shifts": ["norm", "bias", "patch_embedding"],
+                "gains_and_shifts": ["norm", "linear", "bias", "patch_embedding"],
                 "objective": "distillation",
                 "attack": "pgd",
                 "attack_through": "tokens",
                 "num_attack_steps": 2,
                 "eps_warmup_ratio": 0.25,
                 "per_device_train_batch_size": 64,
-                "max_steps": 1000,
+                "max_steps": 2000,
                 "learning_rate": 1e-2,
                 "lr_scheduler_type": "cosine",
-                "warmup_steps": 100,
+                "warmup_steps": 200,
                 "max_grad_norm": 1.0,  # without it, a long training at this learning rate can collapse
                 "mixed_precision": "bf16",
             }
