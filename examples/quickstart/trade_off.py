@@ -4,22 +4,28 @@
     python examples/quickstart/trade_off.py --data outputs/fashion-mnist
 
 Each way differs from the preset by what WAYS says. It is trained on the quickstart's base and attacked through what it
-learned (white box) and through the base alone (grey box), by PGD on the margin. The attacked images are the last ones
-of the training split, held out from training; the test split stays untouched to evaluate the choice. Writes
-`trade_off.csv` and `trade_off.png`; rows that the CSV holds are not run again, so a stopped search goes on.
+learned (white box) and through the base alone (grey box). The attacked images are among the last 2,000 of the training
+split, held out from training; `--test` attacks the test split instead, to measure a choice after it was made:
+
+    python examples/quickstart/trade_off.py --data outputs/fashion-mnist --output outputs/proof --max_steps 2000 \
+        --ways robust "gains and shifts alone" "tokens alone" "head distance" \
+        --test --num_images 1000 --attacks auto_attack
+
+Writes `trade_off.csv` and `trade_off.png`, and keeps the adapters and finished attacks, so the same command continues
+a stopped run. Rows of other settings stay in the CSV and are not drawn.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-import tempfile
+import hashlib
+import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import transformers
 from matplotlib.figure import Figure
@@ -28,17 +34,19 @@ from robustness_tokens import (
     RobustnessTokenForImageClassification,
     RobustnessTokenTrainer,
     RobustnessTokenTrainingArguments,
+    __version__,
     evaluate_robustness,
     load_image_dataset,
     resolve_preset,
 )
-from robustness_tokens.training import split_settings
+from robustness_tokens.training import split_settings, to_csv
+from robustness_tokens.utils import write_text
 
 
-HERE = Path(__file__).parent
+BASE = Path(__file__).parent / "base"
 EPS = (16 / 255, 8 / 255)  # pixel units of [0, 1] images; the first is trained with
-COMMON = {"max_steps": 200, "warmup_steps": 20}
-# By name: the differences from the preset and from COMMON.
+NUM_HELD_OUT = 2000
+# By name: the differences from the preset and from `--max_steps`.
 WAYS: dict[str, dict[str, Any]] = {
     "robust": {},
     "gains and shifts alone": {"num_robustness_tokens": 0, "token_depth": 1},
@@ -68,9 +76,9 @@ WAYS: dict[str, dict[str, Any]] = {
         "gains_and_shifts": ["norm", "patch_embedding"],
     },
     "labels": {"objective": "cross_entropy"},
-    "100 steps": {"max_steps": 100, "warmup_steps": 10},
-    "400 steps": {"max_steps": 400, "warmup_steps": 40},
-    "800 steps": {"max_steps": 800, "warmup_steps": 80},
+    "100 steps": {"max_steps": 100},
+    "400 steps": {"max_steps": 400},
+    "800 steps": {"max_steps": 800},
     "1 attack step": {"num_attack_steps": 1},
     "4 attack steps": {"num_attack_steps": 4},
     "no eps ramp": {"eps_warmup_ratio": 0.0},
@@ -85,57 +93,115 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 COLUMNS = (
     *("way", "parameters", "clean", "grey_box", "white_box", "white_box_8", "clean_base", "white_box_base"),
-    *("num_training_images", "num_images", "seed", "seconds"),
+    *("max_steps", "seed", "attacked", "num_images", "settings", "seconds"),
 )
 
 
-def measure(way: str, images: datasets.Dataset, *, seed: int, num_images: int) -> dict[str, Any]:
-    """Trains in one way; returns accuracies on clean and on attacked images."""
-    start = time.perf_counter()
-    transformers.set_seed(seed)
-    preset = resolve_preset("robust")
-    of_the_model, of_the_training = split_settings({**preset, **COMMON, "eps": EPS[0], **WAYS[way]})
-    model = RobustnessTokenForImageClassification.from_base(HERE / "base", **of_the_model)
-    num_training = len(images) - num_images
-    with tempfile.TemporaryDirectory() as folder:
-        args = RobustnessTokenTrainingArguments(output_dir=folder, seed=seed, **of_the_training)
-        RobustnessTokenTrainer(model, args, images.select(range(num_training))).train()
-    report = evaluate_robustness(
-        model,
-        images.select(range(num_training, len(images))),
-        task="classification",
-        knowledge=("base", "full"),
-        attacks=("margin",),
-        eps=EPS,
-        eps_sweep=(),
-        num_images=num_images,
-        num_steps=20,
-        diagnostics=False,
-        attack_precision="bf16",
-        batch_size=100,
-    )
+class Comparison:
+    """Trains and measures ways on the same images.
 
-    def accuracy(knowledge: str | None, eps: float | None = None, tokens: str = "trained") -> float:
-        attack = None if knowledge is None else "margin"
-        wanted = ("accuracy", tokens, knowledge, attack)
-        found = [r for r in report.results if (r.metric, r.tokens, r.knowledge, r.attack) == wanted]
-        (value,) = (r.value for r in found if eps in (None, r.eps))
-        return value
+    Args:
+        data: Folder with the images.
+        output: Folder for the adapters and the CSV.
+        max_steps: Optimiser steps of each way, unless the way says otherwise.
+        attacks: Names of the attacks.
+        num_images: Number of images to attack.
+        test: Attack images of the test split, not those held out from the training split.
+    """
 
-    return {
-        "way": way,
-        "parameters": model.num_parameters(only_trainable=True),
-        "clean": accuracy(None),
-        "grey_box": accuracy("base", EPS[0]),
-        "white_box": accuracy("full", EPS[0]),
-        "white_box_8": accuracy("full", EPS[1]),
-        "clean_base": accuracy(None, tokens="none"),
-        "white_box_base": accuracy("base", EPS[0], tokens="none"),
-        "num_training_images": num_training,
-        "num_images": num_images,
-        "seed": seed,
-        "seconds": round(time.perf_counter() - start),
-    }
+    def __init__(
+        self, data: Path, output: Path, *, max_steps: int, attacks: Sequence[str], num_images: int, test: bool
+    ) -> None:
+        self.output, self.max_steps = output, max_steps
+        images = load_image_dataset(data)
+        num_training = len(images) - NUM_HELD_OUT
+        self.training_images = images.select(range(num_training))
+        self.attacked_images = (
+            load_image_dataset(data, split="test") if test else images.select(range(num_training, len(images)))
+        )
+        self.measured: dict[str, Any] = {
+            "attacks": list(attacks),
+            "num_images": num_images,
+            "attacked": "test" if test else "held out",
+        }
+
+    def settings(self, way: str, seed: int) -> dict[str, Any]:
+        """Returns what the training of a way depends on, besides the images."""
+        settings = {**resolve_preset("robust"), "max_steps": self.max_steps, "eps": EPS[0], "seed": seed, **WAYS[way]}
+        return {**settings, "warmup_steps": settings["max_steps"] // 10}
+
+    def key(self, way: str, seed: int) -> str:
+        """Returns a digest of all that a row depends on."""
+        images = [self.training_images._fingerprint, self.attacked_images._fingerprint]
+        return _digest([self.settings(way, seed), self.measured, images, __version__])
+
+    def train(self, way: str, seed: int) -> Path:
+        """Trains in one way, from the last checkpoint if there is one; returns the folder of the adapter."""
+        settings = self.settings(way, seed)
+        folder = self.output / f"{way.replace(' ', '_').replace(',', '')}-seed{seed}-{_digest(settings)}"
+        if not (folder / "config.json").exists():
+            transformers.set_seed(seed)
+            of_the_model, of_the_training = split_settings(settings)
+            model = RobustnessTokenForImageClassification.from_base(BASE, **of_the_model)
+            args = RobustnessTokenTrainingArguments(
+                output_dir=str(folder),
+                save_steps=100,
+                save_total_limit=1,
+                resume_from_checkpoint=True,
+                **of_the_training,
+            )
+            trainer = RobustnessTokenTrainer(model, args, self.training_images)
+            trainer.train()
+            trainer.save_model()
+        return folder
+
+    def measure(self, way: str, seed: int) -> dict[str, Any]:
+        """Trains in one way; returns accuracies on clean and on attacked images."""
+        start = time.perf_counter()
+        folder = self.train(way, seed)
+        model = RobustnessTokenForImageClassification.from_pretrained(folder, base_model=BASE)
+        report = evaluate_robustness(
+            model,
+            self.attacked_images,
+            task="classification",
+            knowledge=("base", "full"),
+            attacks=self.measured["attacks"],
+            eps=EPS,
+            eps_sweep=(),
+            num_images=self.measured["num_images"],
+            num_steps=20,
+            diagnostics=False,
+            attack_precision="bf16",
+            batch_size=100,
+            output_dir=str(folder),
+        )
+
+        def accuracy(knowledge: str | None, eps: float | None = None, tokens: str = "trained") -> float:
+            wanted = (tokens, knowledge, None if knowledge is None else "worst_case")
+            found = [r for r in report.results if (r.tokens, r.knowledge, r.attack) == wanted]
+            (value,) = (r.value for r in found if r.metric == "accuracy" and eps in (None, r.eps))
+            return value
+
+        return {
+            "way": way,
+            "parameters": model.num_parameters(only_trainable=True),
+            "clean": accuracy(None),
+            "grey_box": accuracy("base", EPS[0]),
+            "white_box": accuracy("full", EPS[0]),
+            "white_box_8": accuracy("full", EPS[1]),
+            "clean_base": accuracy(None, tokens="none"),
+            "white_box_base": accuracy("base", EPS[0], tokens="none"),
+            "max_steps": self.settings(way, seed)["max_steps"],
+            "seed": seed,
+            "attacked": f"{self.measured['attacked']}: {' '.join(self.measured['attacks'])}",
+            "num_images": self.measured["num_images"],
+            "settings": self.key(way, seed),
+            "seconds": round(time.perf_counter() - start),
+        }
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -171,35 +237,36 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("outputs/trade_off"))
-    parser.add_argument("--data", type=Path, default=HERE / "data", help="folder with the images as parquet")
-    parser.add_argument(
-        "--num_images", type=int, default=500, help="number of images to attack, held out from training"
-    )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--data", type=Path, required=True, help="folder with the images as parquet")
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--max_steps", type=int, default=200, help="optimiser steps of ways that do not name theirs")
+    parser.add_argument("--attacks", nargs="+", default=["margin"])
+    parser.add_argument("--num_images", type=int, default=500, help="number of images to attack")
+    parser.add_argument("--test", action="store_true", help="attack the test split")
     args = parser.parse_args()
+    comparison = Comparison(
+        args.data,
+        args.output,
+        max_steps=args.max_steps,
+        attacks=args.attacks,
+        num_images=args.num_images,
+        test=args.test,
+    )
     args.output.mkdir(parents=True, exist_ok=True)
     file = args.output / "trade_off.csv"
     rows: list[dict[str, Any]] = []
     if file.exists():
         with file.open(newline="", encoding="utf-8") as stream:
             rows = list(csv.DictReader(stream))
-    images = load_image_dataset(args.data)
-    num_training = len(images) - args.num_images
-    for seed in args.seeds:
-        for way in args.ways:
-            wanted = (way, seed, args.num_images, num_training)
-            found = [(r["way"], int(r["seed"]), int(r["num_images"]), int(r["num_training_images"])) for r in rows]
-            if wanted in found:
-                continue
-            rows.append(measure(way, images, seed=seed, num_images=args.num_images))
+    wanted = [(way, seed, comparison.key(way, seed)) for seed in args.seeds for way in args.ways]
+    for way, seed, key in wanted:
+        if key not in {row["settings"] for row in rows}:
+            rows.append(comparison.measure(way, seed))
             print(rows[-1], flush=True)
-            with file.open("w", newline="", encoding="utf-8") as stream:
-                writer = csv.DictWriter(stream, COLUMNS)
-                writer.writeheader()
-                writer.writerows(rows)
-    rows = [row for row in rows if int(row["num_images"]) == args.num_images]
-    draw(rows, args.output / "trade_off.png")
+            write_text(file, to_csv(rows, COLUMNS))
+    keys = {key for *_, key in wanted}
+    draw([row for row in rows if row["settings"] in keys], args.output / "trade_off.png")
     print(f"wrote {file} and trade_off.png beside it")
 
 

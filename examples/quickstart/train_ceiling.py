@@ -63,7 +63,7 @@ class AdversarialTrainer(Trainer):
         attacked = pgd_attack(
             lambda x: losses(x, labels),
             images,
-            eps=share * recipe.eps,
+            eps=share * (recipe.eps or 0.0),
             num_steps=recipe.num_attack_steps,
             keep_best=False,
         )
