@@ -15,12 +15,13 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from transformers import Dinov2Config, Dinov2Model, Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
 from robustness_tokens import RobustnessTokenModel
+from robustness_tokens.configuration import GainsAndShifts
 from robustness_tokens.data import build_image_processor
 
 
@@ -47,7 +48,7 @@ def main() -> None:
     registers = Dinov2WithRegistersModel(
         Dinov2WithRegistersConfig(num_register_tokens=args.num_tokens, **small)
     ).eval()
-    everything = ["norm", "bias", "patch_embedding"]
+    everything = list(get_args(GainsAndShifts))
     models = {
         "base": base,
         "tokens": adapted(),

@@ -12,6 +12,7 @@ The table gives accuracies on test images.
 from __future__ import annotations
 
 import argparse
+from fractions import Fraction
 from pathlib import Path
 
 import datasets
@@ -120,10 +121,11 @@ def main() -> None:
     parser.add_argument("--num_training_images", type=int, default=10_000, help="to make the heads from")
     parser.add_argument("--num_images", type=int, default=200, help="number of test images to attack")
     parser.add_argument("--attacks", nargs="+", default=["apgd_cross_entropy", "apgd_targeted_dlr"])
-    parser.add_argument("--eps", type=float, nargs="+", default=[8 / 255, 16 / 255], help="in pixels")
+    parser.add_argument("--eps", type=Fraction, nargs="+", default=["8/255", "16/255"], help="in pixels")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
+    all_eps = [float(Fraction(eps)) for eps in args.eps]
     images = grouped(load_image_dataset(args.data)).shuffle(seed=args.seed).select(range(args.num_training_images))
     test_images = grouped(load_image_dataset(args.data, split="test"))
     model = RobustnessTokenModel.from_pretrained(args.adapter, base_model=BASE).eval()
@@ -137,7 +139,7 @@ def main() -> None:
 
     print(f"\nAccuracy on {args.num_images} test images in {len(GROUPS)} new classes; L-inf, eps in pixels,")
     print(f"attacker who knows all, worst case of {', '.join(args.attacks)}")
-    columns = ["clean", *(f"{255 * eps:g}/255" for eps in args.eps)]
+    columns = ["clean", *(f"{255 * eps:g}/255" for eps in all_eps)]
     print(f"{'head':<36}" + "".join(f"{column:>10}" for column in columns))
     for name, heads in (("linear", linear), ("nearest neighbours", neighbours)):
         report = evaluate_robustness(
@@ -145,7 +147,7 @@ def main() -> None:
             test_images,
             knowledge=("base", "full"),
             attacks=args.attacks,
-            eps=args.eps,
+            eps=all_eps,
             eps_sweep=(),
             budget="full",
             num_images=args.num_images,
@@ -154,7 +156,7 @@ def main() -> None:
             disable_tqdm=True,
         )
         for tokens, knowledge in (("none", "base"), ("trained", "full")):
-            values = [accuracy(report, tokens, None), *(accuracy(report, tokens, knowledge, eps) for eps in args.eps)]
+            values = [accuracy(report, tokens, None), *(accuracy(report, tokens, knowledge, eps) for eps in all_eps)]
             label = f"{name}, {'without' if tokens == 'none' else 'with'} tokens"
             print(f"{label:<36}" + "".join(f"{value:>10.3f}" for value in values), flush=True)
 

@@ -149,7 +149,7 @@ def main() -> None:
         "robust": evaluate(
             robust,
             robust_adapter,
-            own_tokens_overrides={"max_steps": ROBUST["max_steps"] // 5, "warmup_steps": 1},
+            own_tokens_steps=ROBUST["max_steps"] // 5,
             diagnostics=False,
             eps_sweep=(),
         ),

@@ -47,34 +47,31 @@ BASE = Path(__file__).parent / "base"
 EPS = (16 / 255, 8 / 255)  # pixel units of [0, 1] images; the first is trained with
 NUM_HELD_OUT = 2000
 # By name: the differences from the preset and from `--max_steps`.
+TOKENS_ALONE: dict[str, Any] = {"num_robustness_tokens": 20, "gains_and_shifts": [], "invariance_weight": 0.25}
+WITHOUT_TOKENS: dict[str, Any] = {"num_robustness_tokens": 0, "token_depth": 1}
 WAYS: dict[str, dict[str, Any]] = {
     "robust": {},
-    "gains and shifts alone": {"num_robustness_tokens": 0, "token_depth": 1},
-    "tokens alone": {"gains_and_shifts": []},
-    "tokens alone, 3 layers": {"gains_and_shifts": [], "token_depth": 3},
-    "tokens alone, input": {"gains_and_shifts": [], "token_depth": 1},
+    "gains and shifts alone": WITHOUT_TOKENS,
+    "tokens alone": TOKENS_ALONE,
+    "tokens alone, 3 layers": {**TOKENS_ALONE, "token_depth": 3},
+    "tokens alone, input": {**TOKENS_ALONE, "token_depth": 1},
     "the paper's losses": {
-        "gains_and_shifts": [],
+        "num_robustness_tokens": 10,
         "token_depth": 1,
+        "gains_and_shifts": [],
         "objective": "cosine",
-        "invariance_weight": 1.0,
         "attack_through": "base",
     },
     "head distance": {"objective": "head_distance"},
-    "head distance, gains and shifts alone": {
-        "objective": "head_distance",
-        "num_robustness_tokens": 0,
-        "token_depth": 1,
-    },
-    "head distance, tokens alone": {"objective": "head_distance", "gains_and_shifts": []},
-    "norm alone": {"num_robustness_tokens": 0, "token_depth": 1, "gains_and_shifts": ["norm"]},
-    "bias alone": {"num_robustness_tokens": 0, "token_depth": 1, "gains_and_shifts": ["bias"]},
-    "patch embedding alone": {"num_robustness_tokens": 0, "token_depth": 1, "gains_and_shifts": ["patch_embedding"]},
-    "norm and patch embedding": {
-        "num_robustness_tokens": 0,
-        "token_depth": 1,
-        "gains_and_shifts": ["norm", "patch_embedding"],
-    },
+    "head distance, gains and shifts alone": {"objective": "head_distance", **WITHOUT_TOKENS},
+    "head distance, tokens alone": {"objective": "head_distance", **TOKENS_ALONE},
+    "norm alone": {**WITHOUT_TOKENS, "gains_and_shifts": ["norm"]},
+    "linear alone": {**WITHOUT_TOKENS, "gains_and_shifts": ["linear"]},
+    "bias alone": {**WITHOUT_TOKENS, "gains_and_shifts": ["bias"]},
+    "patch embedding alone": {**WITHOUT_TOKENS, "gains_and_shifts": ["patch_embedding"]},
+    "norm and patch embedding": {**WITHOUT_TOKENS, "gains_and_shifts": ["norm", "patch_embedding"]},
+    "without linear": {"gains_and_shifts": ["norm", "bias", "patch_embedding"]},
+    "20 tokens": {"num_robustness_tokens": 20},
     "labels": {"objective": "cross_entropy"},
     "100 steps": {"max_steps": 100},
     "400 steps": {"max_steps": 400},
@@ -88,12 +85,18 @@ WAYS: dict[str, dict[str, Any]] = {
     "clean weight 2": {"invariance_weight": 2.0},
     "learning rate 5e-3": {"learning_rate": 5e-3},
     "learning rate 2e-2": {"learning_rate": 2e-2},
-    "60 tokens": {"num_robustness_tokens": 60},
-    "5 tokens": {"num_robustness_tokens": 5},
+}
+# The panels of the figure that show one number of the recipe: its column, and the ways.
+LEVERS = {
+    "tokens alone: layers with tokens": (
+        "token_depth",
+        ("tokens alone, input", "tokens alone, 3 layers", "tokens alone"),
+    ),
+    "robust: optimiser steps": ("max_steps", ("100 steps", "robust", "400 steps", "800 steps")),
 }
 COLUMNS = (
     *("way", "parameters", "clean", "grey_box", "white_box", "white_box_8", "clean_base", "white_box_base"),
-    *("max_steps", "seed", "attacked", "num_images", "settings", "seconds"),
+    *("token_depth", "max_steps", "seed", "attacked", "num_images", "settings", "seconds"),
 )
 
 
@@ -191,6 +194,7 @@ class Comparison:
             "white_box_8": accuracy("full", EPS[1]),
             "clean_base": accuracy(None, tokens="none"),
             "white_box_base": accuracy("base", EPS[0], tokens="none"),
+            "token_depth": model.config.token_depth,
             "max_steps": self.settings(way, seed)["max_steps"],
             "seed": seed,
             "attacked": f"{self.measured['attacked']}: {' '.join(self.measured['attacks'])}",
@@ -205,32 +209,39 @@ def _digest(value: Any) -> str:
 
 
 def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Plots accuracy under attack against clean accuracy, with a number per way; averages over seeds."""
+    """Plots white-box accuracy against the numbers of LEVERS and against clean accuracy; averages over seeds."""
     ways = list(dict.fromkeys(row["way"] for row in rows))
-    panels = (("grey_box", "grey box: knows the base"), ("white_box", "white box: knows all"))
-    figure = Figure(figsize=(8.4, 5.4), layout="constrained")
-    all_axes = figure.subplots(1, 2, sharex=True, sharey=True)
-    for axes, (key, title) in zip(all_axes, panels, strict=True):
-        numbers: dict[tuple[float, float], list[str]] = {}  # several ways may end at the same point
-        for number, way in enumerate(ways, start=1):
-            of_way = [row for row in rows if row["way"] == way]
-            clean, attacked = (float(np.mean([float(row[name]) for row in of_way])) for name in ("clean", key))
-            axes.plot(clean, attacked, "o", color="#1b4965", markersize=5, label=f"{number}  {way}")
-            numbers.setdefault((round(clean, 3), round(attacked, 3)), []).append(str(number))
-        for point, there in numbers.items():
-            # Place a longer label away from those of its neighbours.
-            place: dict[str, Any] = {"xytext": (4, 4)}
-            if len(there) > 1:
-                place = {"xytext": (-4, -5), "ha": "right", "va": "top"}
-            axes.annotate(", ".join(there), point, textcoords="offset points", fontsize=9, **place)
+
+    def mean(way: str, column: str) -> float:
+        return float(np.mean([float(row[column]) for row in rows if row["way"] == way]))
+
+    figure = Figure(figsize=(11, 6), layout="constrained")
+    all_axes = figure.subplots(1, 3, sharey=True, width_ratios=(1, 1, 2))
+    for axes, (title, (column, members)) in zip(all_axes, LEVERS.items(), strict=False):
+        points = sorted((mean(way, column), mean(way, "white_box")) for way in members if way in ways)
+        axes.plot(*zip(*points, strict=True) if points else ((), ()), "o-", color="#1b4965", markersize=5)
         axes.set_title(title, loc="left", fontsize=10)
-        axes.set_xlabel("accuracy on clean images")
+        axes.set_xticks([x for x, _ in points], [f"{x:g}" for x, _ in points])
+    axes = all_axes[-1]
+    numbers: dict[tuple[float, float], list[str]] = {}  # several ways may end at the same point
+    for number, way in enumerate(ways, start=1):
+        clean, attacked = mean(way, "clean"), mean(way, "white_box")
+        axes.plot(clean, attacked, "o", color="#1b4965", markersize=5, label=f"{number}  {way}")
+        numbers.setdefault((round(clean, 3), round(attacked, 3)), []).append(str(number))
+    for point, there in numbers.items():
+        # Place a longer label away from those of its neighbours.
+        place: dict[str, Any] = {"xytext": (4, 4)}
+        if len(there) > 1:
+            place = {"xytext": (-4, -5), "ha": "right", "va": "top"}
+        axes.annotate(", ".join(there), point, textcoords="offset points", fontsize=9, **place)
+    axes.set_title("all ways: accuracy on clean images", loc="left", fontsize=10)
+    for axes in all_axes:
         axes.margins(0.12)
         axes.grid(alpha=0.3)
-    all_axes[0].set_ylabel(f"accuracy under attack, eps {255 * EPS[0]:g}/255 in pixels")
+    all_axes[0].set_ylabel(f"accuracy in the white box, eps {255 * EPS[0]:g}/255 in pixels")
     all_axes[0].set_ylim(bottom=0)
-    handles, labels = all_axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, frameon=False, loc="outside lower center", ncols=3, fontsize=8, handlelength=0)
+    handles, labels = all_axes[-1].get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, loc="outside lower center", ncols=4, fontsize=8, handlelength=0)
     figure.savefig(path, dpi=150)
 
 

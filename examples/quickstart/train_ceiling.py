@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +150,7 @@ def main() -> None:
     parser.add_argument("--learning_rates", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3])
     parser.add_argument("--search_steps", type=int, default=200, help="of each training that tries a learning rate")
     parser.add_argument("--max_steps", type=int, default=resolve_preset("robust")["max_steps"])
-    parser.add_argument("--eps", type=float, default=16 / 255, help="pixel units of [0, 1] images")
+    parser.add_argument("--eps", type=Fraction, default="16/255", help="pixel units of [0, 1] images")
     parser.add_argument("--num_images", type=int, default=500, help="number of held-out images to attack")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -163,12 +164,12 @@ def main() -> None:
 
     def run(max_steps: int, learning_rate: float) -> float:
         settings = {**preset, "max_steps": max_steps, "warmup_steps": max_steps // 10}
-        settings |= {"learning_rate": learning_rate, "eps": args.eps, "seed": args.seed}
+        settings |= {"learning_rate": learning_rate, "eps": float(args.eps), "seed": args.seed}
         folder = args.output / f"{max_steps}_steps_{learning_rate:g}"
         train(settings, images.select(range(num_training)), folder)
         file = folder / "accuracies.json"
         if not file.exists():
-            measured = accuracies(folder, held_out, eps=args.eps, num_images=args.num_images)
+            measured = accuracies(folder, held_out, eps=float(args.eps), num_images=args.num_images)
             write_text(file, json.dumps({**measured, "num_images": args.num_images}, indent=2) + "\n")
         measured = read_json(file)
         print(f"{folder}: clean {measured['clean']:.3f}, white box {measured['white_box']:.3f}", flush=True)
