@@ -73,7 +73,7 @@ OURS = {
 }
 RECIPES: dict[str, dict[str, Any]] = {
     PAPER: {**resolve_preset("dinov2"), "mixed_precision": "bf16"},
-    DEEP: {**OURS, "gains_and_shifts": [], "learning_rate": 5e-3},
+    DEEP: {**OURS, "num_robustness_tokens": 20, "gains_and_shifts": [], "learning_rate": 5e-3},
     BOTH: OURS,
     GAINS: {**OURS, "num_robustness_tokens": 0, "token_depth": 1},
 }

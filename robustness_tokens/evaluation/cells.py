@@ -95,6 +95,7 @@ class CellStore:
     """Stores finished cells as files, each complete or absent; stores nothing if the folder is `None`.
 
     `settings` are shared by all cells of an evaluation; cells that were measured with other settings are not found.
+    A batch of a cell that is not finished is stored by its number, as `batch`, until the cell is.
     """
 
     def __init__(self, folder: Path | None, settings: Mapping[str, Any]) -> None:
@@ -102,13 +103,15 @@ class CellStore:
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
 
-    def load(self, cell: Cell, remaining: Tensor | None = None) -> dict[str, Tensor] | None:
+    def load(
+        self, cell: Cell, remaining: Tensor | None = None, *, batch: int | None = None
+    ) -> dict[str, Tensor] | None:
         """Returns the stored outcome of a cell, or `None`; `ValueError` if the file holds another cell.
 
         `remaining` is the (n,) bool mask of the images to attack, if not all. A damaged file, which a crash or a full
         disk may leave, counts as missing and is logged.
         """
-        path, key = self._locate(cell, remaining)
+        path, key = self._locate(cell, remaining, batch)
         if path is None or not path.is_file():
             return None
         try:
@@ -118,25 +121,40 @@ class CellStore:
             if metadata.get("digest") != _digest(outcome):
                 raise ValueError("its digest does not match its numbers")
         except (SafetensorError, ValueError, KeyError, OverflowError) as exc:
-            if process_state().is_main_process:
+            if batch is not None or process_state().is_main_process:
                 logger.warning("%s is damaged, so it is measured again and replaced: %s", path, exc)
             return None
         if metadata.get("key") != key:
             raise ValueError(f"{path} was measured with other settings than its name tells: delete it")
         return outcome
 
-    def save(self, cell: Cell, outcome: Mapping[str, Tensor], remaining: Tensor | None = None) -> None:
-        """Stores an outcome; only the main process calls it."""
-        path, key = self._locate(cell, remaining)
+    def save(
+        self,
+        cell: Cell,
+        outcome: Mapping[str, Tensor],
+        remaining: Tensor | None = None,
+        *,
+        batch: int | None = None,
+    ) -> None:
+        """Stores an outcome; of a cell only the main process, of a batch the one that attacked it."""
+        path, key = self._locate(cell, remaining, batch)
         if path is not None:
             metadata = {"key": key, "digest": _digest(outcome)}
             write_bytes(path, save({k: v.contiguous() for k, v in outcome.items()}, metadata=metadata))
 
-    def _locate(self, cell: Cell, remaining: Tensor | None) -> tuple[Path | None, str]:
+    def remove(self, cell: Cell, remaining: Tensor | None, *, batch: int) -> None:
+        """Removes the outcome of a batch, once that of its cell is stored."""
+        path, _ = self._locate(cell, remaining, batch)
+        if path is not None:
+            path.unlink(missing_ok=True)
+
+    def _locate(self, cell: Cell, remaining: Tensor | None, batch: int | None) -> tuple[Path | None, str]:
         """Returns the file of a cell, `None` without a folder, and the settings that it must hold as its key."""
         settings = {"format": FORMAT, **self.settings, **cell.settings()}
         if remaining is not None:
             settings["remaining"] = digest([remaining])
+        if batch is not None:
+            settings["batch"] = batch
         key = json.dumps(settings, sort_keys=True)
         sha = hashlib.sha256(key.encode()).hexdigest()[:16]
         return (None if self.folder is None else self.folder / f"{cell.name}-{sha}.safetensors"), key
@@ -196,7 +214,7 @@ def run_cells(
             progress_bar.set_postfix_str(cell.name, refresh=True)
             cost = cell.cost if remaining is None else int(cell.cost * remaining.sum()) // cell.num_images
             progress_bar.total -= cell.cost - cost
-            begun_at, parts = progress_bar.n, []
+            begun_at, parts, lefts = progress_bar.n, [], {}
             for number, batch in batches.items():
                 first = number * batch_size
                 count = min(len(batch.images), cell.num_images - first)
@@ -204,14 +222,19 @@ def run_cells(
                     continue
                 rows = slice(first, first + count)
                 unchanged = {name: value[rows] for name, value in clean.items()}
-                left = None if remaining is None else remaining[rows]
-                outcome = _run_batch(cell, model, batch.first(count), measured_with, unchanged, left, seed=seed)
+                left = lefts[number] = None if remaining is None else remaining[rows]
+                outcome = store.load(cell, left, batch=number)
+                if outcome is None:
+                    outcome = _run_batch(cell, model, batch.first(count), measured_with, unchanged, left, seed=seed)
+                    store.save(cell, outcome, left, batch=number)
                 parts.append((number, outcome))
                 # The other processes do as much at the same time.
                 progress_bar.update(cost * count * state.num_processes // cell.num_images)
             progress_bar.update(begun_at + cost - progress_bar.n)
             outcome = merge(gather_object(parts))
             share_from_main(functools.partial(store.save, cell, outcome, remaining), state)
+            for number, left in lefts.items():
+                store.remove(cell, left, batch=number)
             outcomes.append(outcome)
     return outcomes
 

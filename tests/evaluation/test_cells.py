@@ -210,6 +210,44 @@ def test_an_attack_on_what_is_left_leaves_the_same_worst_case(classifier: Evalua
     assert len(list(tmp_path.iterdir())) == len(files) + 1
 
 
+@pytest.mark.parametrize("remaining_only", [False, True])
+def test_a_stopped_cell_goes_on_with_the_next_batch(
+    classifier: EvaluatedModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, remaining_only: bool
+) -> None:
+    batches, tokens = labelled_batches(classifier, 6), {"trained": classifier.tokens}
+    clean = merge([(row, measure_outcome(classifier, one, one.images, tokens)) for row, one in batches.items()])
+    attack = Attack(name="margin", num_steps=3, num_restarts=1)
+    chosen = Cell(
+        series="suite",
+        view=attacker_views("full", classifier)[0],
+        attack=attack,
+        eps=0.1,
+        num_images=6,
+        remaining_only=remaining_only,
+    )
+    settings: dict[str, Any] = {"batch_size": 2, "seed": 0, "disable_tqdm": True}
+    (whole,) = run_cells([chosen], classifier, batches, tokens, clean, store=CellStore(None, {}), **settings)
+    attacked: list[int] = []
+    real = cells.run_attack
+
+    def stop_at_the_last(attack: Attack, view: AttackerView, batch: AttackBatch, **kwargs: Any) -> torch.Tensor:
+        if attacked == [0 if not remaining_only else 1, 2]:
+            raise KeyboardInterrupt
+        attacked.append(int(batch.index[0]))
+        return real(attack, view, batch, **kwargs)
+
+    monkeypatch.setattr(cells, "run_attack", stop_at_the_last)
+    with pytest.raises(KeyboardInterrupt):
+        run_cells([chosen], classifier, batches, tokens, clean, store=CellStore(tmp_path, {}), **settings)
+    assert len(list(tmp_path.iterdir())) == 2
+    attacked.clear()
+    (again,) = run_cells([chosen], classifier, batches, tokens, clean, store=CellStore(tmp_path, {}), **settings)
+    assert attacked == [4]
+    assert again.keys() == whole.keys()
+    assert all(torch.equal(again[name], value) for name, value in whole.items())
+    assert len(list(tmp_path.iterdir())) == 1, "the batches of a finished cell are removed"
+
+
 def test_nothing_is_attacked_where_nothing_is_left(
     classifier: EvaluatedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
