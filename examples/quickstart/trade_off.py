@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import transformers
 from matplotlib.figure import Figure
 
@@ -39,6 +40,7 @@ from robustness_tokens import (
     load_image_dataset,
     resolve_preset,
 )
+from robustness_tokens.models import random_state
 from robustness_tokens.training import split_settings, to_csv
 from robustness_tokens.utils import write_text
 
@@ -49,6 +51,7 @@ NUM_HELD_OUT = 2000
 # By name: the differences from the preset and from `--max_steps`.
 TOKENS_ALONE: dict[str, Any] = {"num_robustness_tokens": 20, "gains_and_shifts": [], "invariance_weight": 0.25}
 WITHOUT_TOKENS: dict[str, Any] = {"num_robustness_tokens": 0, "token_depth": 1}
+ADAPTER_FILES = ("config.json", "model.safetensors")
 WAYS: dict[str, dict[str, Any]] = {
     "robust": {},
     "gains and shifts alone": WITHOUT_TOKENS,
@@ -85,6 +88,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "clean weight 2": {"invariance_weight": 2.0},
     "learning rate 5e-3": {"learning_rate": 5e-3},
     "learning rate 2e-2": {"learning_rate": 2e-2},
+    "random, with the norms of robust": {},
 }
 # The panels of the figure that show one number of the recipe: its column, and the ways.
 LEVERS = {
@@ -133,16 +137,27 @@ class Comparison:
         settings = {**resolve_preset("robust"), "max_steps": self.max_steps, "eps": EPS[0], "seed": seed, **WAYS[way]}
         return {**settings, "warmup_steps": settings["max_steps"] // 10}
 
-    def key(self, way: str, seed: int) -> str:
+    def key(self, way: str, seed: int, adapter: Path | None) -> str:
         """Returns a digest of all that a row depends on."""
         images = [self.training_images._fingerprint, self.attacked_images._fingerprint]
-        return _digest([self.settings(way, seed), self.measured, images, __version__])
+        trained: Any = self.settings(way, seed)
+        if adapter is not None:  # its config tells its base by digests
+            trained = [hashlib.sha256((adapter / file).read_bytes()).hexdigest() for file in ADAPTER_FILES]
+        return _digest([way, trained, self.measured, images, __version__])
 
     def train(self, way: str, seed: int) -> Path:
         """Trains in one way, from the last checkpoint if there is one; returns the folder of the adapter."""
         settings = self.settings(way, seed)
         folder = self.output / f"{way.replace(' ', '_').replace(',', '')}-seed{seed}-{_digest(settings)}"
-        if not (folder / "config.json").exists():
+        if (folder / "config.json").exists():
+            return folder
+        if way.startswith("random"):
+            model = RobustnessTokenForImageClassification.from_pretrained(self.train("robust", seed), base_model=BASE)
+            with torch.no_grad():
+                for name, tensor in random_state(model.injector.state, seed=~seed).items():
+                    model.injector.state[name].copy_(tensor)
+            model.save_pretrained(folder)
+        else:
             transformers.set_seed(seed)
             of_the_model, of_the_training = split_settings(settings)
             model = RobustnessTokenForImageClassification.from_base(BASE, **of_the_model)
@@ -158,11 +173,13 @@ class Comparison:
             trainer.save_model()
         return folder
 
-    def measure(self, way: str, seed: int) -> dict[str, Any]:
-        """Trains in one way; returns accuracies on clean and on attacked images."""
+    def measure(self, way: str, seed: int, adapter: Path | None) -> dict[str, Any]:
+        """Returns a row: accuracies on clean and on attacked images, of an adapter or, if it is None, of a way."""
         start = time.perf_counter()
-        folder = self.train(way, seed)
-        model = RobustnessTokenForImageClassification.from_pretrained(folder, base_model=BASE)
+        folder = adapter or self.train(way, seed)
+        model = RobustnessTokenForImageClassification.from_pretrained(
+            folder, base_model=BASE if adapter is None else None
+        )
         report = evaluate_robustness(
             model,
             self.attacked_images,
@@ -195,11 +212,11 @@ class Comparison:
             "clean_base": accuracy(None, tokens="none"),
             "white_box_base": accuracy("base", EPS[0], tokens="none"),
             "token_depth": model.config.token_depth,
-            "max_steps": self.settings(way, seed)["max_steps"],
+            "max_steps": (model.config.training or {}).get("max_steps", ""),
             "seed": seed,
             "attacked": f"{self.measured['attacked']}: {' '.join(self.measured['attacks'])}",
             "num_images": self.measured["num_images"],
-            "settings": self.key(way, seed),
+            "settings": self.key(way, seed, adapter),
             "seconds": round(time.perf_counter() - start),
         }
 
@@ -249,7 +266,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("outputs/trade_off"))
     parser.add_argument("--data", type=Path, required=True, help="folder with the images as parquet")
-    parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
+    parser.add_argument("--ways", nargs="*", choices=list(WAYS), default=list(WAYS))
+    parser.add_argument(
+        "--adapters", nargs="+", default=[], metavar="NAME=FOLDER", help="adapters to measure beside the ways"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--max_steps", type=int, default=200, help="optimiser steps of ways that do not name theirs")
     parser.add_argument("--attacks", nargs="+", default=["margin"])
@@ -270,13 +290,14 @@ def main() -> None:
     if file.exists():
         with file.open(newline="", encoding="utf-8") as stream:
             rows = list(csv.DictReader(stream))
-    wanted = [(way, seed, comparison.key(way, seed)) for seed in args.seeds for way in args.ways]
-    for way, seed, key in wanted:
+    wanted: list[tuple[str, int, Path | None]] = [(way, seed, None) for seed in args.seeds for way in args.ways]
+    wanted += [(name, 0, Path(folder)) for name, _, folder in (word.partition("=") for word in args.adapters)]
+    keys = [comparison.key(*one) for one in wanted]
+    for one, key in zip(wanted, keys, strict=True):
         if key not in {row["settings"] for row in rows}:
-            rows.append(comparison.measure(way, seed))
+            rows.append(comparison.measure(*one))
             print(rows[-1], flush=True)
             write_text(file, to_csv(rows, COLUMNS))
-    keys = {key for *_, key in wanted}
     draw([row for row in rows if row["settings"] in keys], args.output / "trade_off.png")
     print(f"wrote {file} and trade_off.png beside it")
 

@@ -30,7 +30,6 @@ import torch
 import transformers
 from safetensors.torch import load, save
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import AutoModel, PreTrainedModel
 
 from robustness_tokens import (
@@ -53,6 +52,7 @@ from robustness_tokens import (
 from robustness_tokens.attacks import example_generators
 from robustness_tokens.data import collate_images, load_image_processor, processor_image_size
 from robustness_tokens.hub import load_adapter
+from robustness_tokens.models import random_state
 from robustness_tokens.training import head_distance, split_settings, to_csv
 from robustness_tokens.utils import read_json, write_bytes, write_text
 
@@ -289,12 +289,6 @@ def measure(row: str, tokens: Any, held_out: HeldOut, progress: Progress) -> Non
         print(f"{row}, {condition.name}: {means} ({time.perf_counter() - start:.0f} s)", flush=True)
 
 
-def random_tokens(tokens: Tensor, *, seed: int) -> Tensor:
-    """Returns tokens in random directions, each of the norm of the given one."""
-    noise = torch.randn(tokens.shape, generator=torch.Generator().manual_seed(~seed))  # no training starts from these
-    return F.normalize(noise, dim=-1) * tokens.norm(dim=-1, keepdim=True)
-
-
 def table(progress: Mapping[str, Any], rows: Iterable[str] = ROWS) -> list[dict[str, Any]]:
     """Returns one dictionary per measured row: its parameters, its training, and the means over the images."""
     result = []
@@ -335,8 +329,8 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
         train(name, training_images, base_folder, folders[name], settings, progress)
 
     tokens: dict[str, Any] = {NONE: None, **{name: folders[name] for name in RECIPES}}
-    tokens[RANDOM] = random_tokens(load_adapter(folders[DEEP]).state["robustness_tokens"], seed=settings.seed)
-    progress.note("trained", RANDOM, {"parameters": tokens[RANDOM].numel()})
+    tokens[RANDOM] = random_state(load_adapter(folders[DEEP]).state, seed=~settings.seed)  # no training starts there
+    progress.note("trained", RANDOM, {"parameters": sum(tensor.numel() for tensor in tokens[RANDOM].values())})
     if args.released_tokens is not None:
         model = import_published_tokens(args.released_tokens, base_folder, folders[RELEASED], overwrite=True)
         progress.note("trained", RELEASED, {"parameters": model.num_parameters(only_trainable=True)})

@@ -14,12 +14,11 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..attacks import DEFAULT_EPS
 from ..configuration import TOKENS, TokenState
 from ..data import Normalizer, choose_rows, prepare_images
-from ..models import ProbedModel, as_state
+from ..models import ProbedModel, as_state, random_state
 from ..report import RobustnessReport
 from ..utils import __version__, digest, process_state
 from .arguments import EvaluationArguments, override_arguments
@@ -235,17 +234,12 @@ def reported_tokens(model: EvaluatedModel, *, seed: int) -> dict[str, TokenState
     state = model.tokens
     trained = state[TOKENS]
     # Another seed than a training's, whose first tokens would be the same random numbers.
-    generator = torch.Generator().manual_seed(~seed)
-    noise = torch.randn(trained.shape, generator=generator).to(trained)
-    random = {name: torch.randn(tensor.shape, generator=generator).to(tensor) for name, tensor in state.items()}
-    random = {name: tensor * (state[name].norm() / tensor.norm()) for name, tensor in random.items()} | {
-        TOKENS: F.normalize(noise, dim=-1) * trained.norm(dim=-1, keepdim=True)
-    }
+    noise = torch.randn(trained.shape, generator=torch.Generator().manual_seed(~seed)).to(trained)
     return {
         "trained": state,
         "none": None,
         "untrained": {TOKENS: noise * initializer_range(model)},
-        "random": random,
+        "random": random_state(state, seed=~seed),
         "zero": {TOKENS: torch.zeros_like(trained)},
         "mean": state | {TOKENS: trained.mean(dim=-2, keepdim=True).expand_as(trained).contiguous()},
     }

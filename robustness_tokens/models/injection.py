@@ -200,6 +200,15 @@ def new_state(model: nn.Module, config: RobustnessTokenConfig) -> dict[str, Tens
     return state
 
 
+def random_state(state: TokenState, *, seed: int) -> dict[str, Tensor]:
+    """Returns a state of random directions, with the norm of each token, and of each tensor of gains and shifts."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = {name: torch.randn(tensor.shape, generator=generator).to(tensor) for name, tensor in state.items()}
+    norms = {name: torch.linalg.vector_norm(tensor) for name, tensor in state.items()}
+    random = {name: tensor * (norms[name] / tensor.norm()) for name, tensor in noise.items() if name != TOKENS}
+    return {TOKENS: F.normalize(noise[TOKENS], dim=-1) * state[TOKENS].norm(dim=-1, keepdim=True), **random}
+
+
 def check_state(model: nn.Module, config: RobustnessTokenConfig, state: TokenState, *, name: str) -> None:
     """Raises `ValueError` unless a state holds just the tensors that a config says, in the shapes of the base."""
     stack = find_layer_stack(model)

@@ -344,7 +344,7 @@ def test_what_is_finished_is_not_run_again(
     monkeypatch.setattr(cells_module, "run_attack", counted)
     with pytest.raises(KeyboardInterrupt):
         run(classifier, images, output_dir=tmp_path)
-    assert len(list((tmp_path / "cells").iterdir())) == 2  # of three batches each
+    assert len(list((tmp_path / "cells").iterdir())) == 3  # two attacks on three batches each, and one batch
     resumed = run(classifier, images, output_dir=tmp_path)
     first = len(count)
     again = run(classifier, images, output_dir=tmp_path)

@@ -214,7 +214,7 @@ def test_train_measures_every_row_once(
         "released dinov2_small tokens": 3 * WIDTH,
         "the paper's recipe": 10 * WIDTH,
         "deep tokens": 20 * 2 * WIDTH,
-        "deep tokens, gains and shifts": 20 * 2 * WIDTH + by_name["gains and shifts"]["parameters"],
+        "deep tokens, gains and shifts": 8 * 2 * WIDTH + by_name["gains and shifts"]["parameters"],
         "gains and shifts": by_name["gains and shifts"]["parameters"],
     }
     assert by_name["deep tokens"]["steps"] == 1
@@ -228,14 +228,6 @@ def test_train_measures_every_row_once(
     assert capsys.readouterr().out == ""
     with pytest.raises(ValueError, match=r"results of other settings.*choose another --output"):
         run("--seed", "1")
-
-
-def test_random_tokens_have_the_norm_of_each_token() -> None:
-    random_tokens = runpy.run_path(str(EXAMPLE / "train.py"))["random_tokens"]
-    tokens = torch.rand(2, 3, 8) * torch.tensor([1.0, 10.0])[:, None, None]
-    found = random_tokens(tokens, seed=0)
-    torch.testing.assert_close(found.norm(dim=-1), tokens.norm(dim=-1))
-    assert torch.nn.functional.cosine_similarity(found, tokens, dim=-1).abs().max() < 0.95
 
 
 @pytest.mark.slow
