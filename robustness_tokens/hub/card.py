@@ -169,6 +169,7 @@ def render_card(
         headline=None if report is None else headline(report),
         report=report,
         table=None if report is None or not (leading := main_results(report)) else results_table(leading),
+        own_tokens_steps=None if report is None else _own_tokens_steps(report),
         evaluate_command=None if report is None else _evaluate_command(report, name, subfolder, images),
         training=training,
         is_public=is_public or str(training.get("secrecy")).startswith("none"),
@@ -226,6 +227,15 @@ def _setting(value: str | int | float) -> str | int | float:
     if isinstance(value, float) and 0 < value < 1 and value == round(255 * value) / 255:
         return f"{round(255 * value)}/255"
     return plain(value) if isinstance(value, str) else value
+
+
+def _own_tokens_steps(report: RobustnessReport) -> tuple[int, int] | None:
+    """Returns the fewest optimiser steps of the attacker's own tokens, and the recipe's, where they differ."""
+    recipe = report.own_tokens.get("recipe", {}).get("max_steps")
+    if type(recipe) is not int:
+        return None
+    fewest = min(kind["max_steps"] for kind in report.own_tokens.values() if type(kind.get("max_steps")) is int)
+    return None if fewest == recipe else (fewest, recipe)
 
 
 def _evaluate_command(report: RobustnessReport, name: str, subfolder: str, images: str | None) -> str:

@@ -122,6 +122,22 @@ def test_the_model_index_holds_clean_grey_and_white_box_of_the_main_metric() -> 
     assert found == [("accuracy", 0.9, 0.0), ("accuracy", 0.4, 16 / 255), ("accuracy", 0.1, 16 / 255)]
 
 
+@pytest.mark.parametrize(
+    ("own_tokens", "said"),
+    [
+        ({"recipe": {"max_steps": 50}, "own_tokens_0": {"max_steps": 20}, "own_tokens_1": {"max_steps": 10}}, True),
+        ({"recipe": {"max_steps": 50}, "own_tokens_0": {"num_images": 8}}, False),
+        ({"recipe": {"max_steps": "50"}, "own_tokens_0": {"max_steps": 10}}, False),
+        ({"own_tokens_0": {"max_steps": 10}}, False),
+        ({}, False),
+    ],
+)
+def test_shorter_trainings_of_own_tokens_are_said(own_tokens: dict[str, Any], said: bool) -> None:
+    card = render_card(config(), name="user/adapter", report=make_report(own_tokens=own_tokens))
+    assert ("\nThe attacker trained own tokens for 10 steps; the recipe has 50.\n" in card) is said
+    assert ("own tokens for" in card) is said
+
+
 def test_without_worst_cases_the_strongest_attack_stands_for_them() -> None:
     attacks = [make_result(value=value, attack=name) for value, name in ((0.3, "square"), (0.25, "pgd"))]
     report = make_report(results=[*attacks, make_result(value=0.2, eps=32 / 255)])
