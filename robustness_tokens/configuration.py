@@ -87,8 +87,8 @@ class RobustnessTokenConfig(PreTrainedConfig):
         num_robustness_tokens (`int`): K, the number of tokens of a layer; 0 only with gains and shifts.
         token_depth (`int`): Number of first layers that have tokens of their own (paper: 1, the input alone).
         gains_and_shifts (`list[str]`): What is learned beside the tokens, as differences to the base: `"norm"` (gains
-            and shifts of LayerNorm and LayerScale in the layers), `"linear"` (gains of linear layers), `"bias"`
-            (shifts of linear layers), `"patch_embedding"` (its weight and bias); empty for tokens alone (paper).
+            and shifts of LayerNorm and LayerScale in the layers), `"linear"` (gains of linear layers that have a
+            bias), `"bias"` (their shifts), `"patch_embedding"` (its weight and bias); empty for tokens alone (paper).
         hidden_size (`int`): D, the width of the base.
         initializer_range (`float`): Standard deviation of the tokens before training (paper: 0.01).
         feature_view (`str`): Features to train on: `"cls_and_patches"` (paper), `"cls"`, `"patches"`, `"pooled"`.

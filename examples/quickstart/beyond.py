@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from measuring import BASE
 from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
 from torch import Tensor
 from torch.nn import functional as F
@@ -30,7 +31,6 @@ from robustness_tokens import (
 from robustness_tokens.data import choose_rows, collate_images
 
 
-BASE = Path(__file__).parent / "base"
 # Norm, and its eps: pixel units of [0, 1] images for L-inf, the length of the change of a 28 x 28 x 3 image for L2.
 BALLS = (
     ("Linf", 16 / 255),
@@ -62,7 +62,6 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
-    torch.manual_seed(args.seed)
     model = RobustnessTokenForImageClassification.from_pretrained(args.adapter, base_model=BASE).eval()
     assert model.config.image_mean is not None
     assert model.config.image_std is not None
@@ -81,6 +80,7 @@ def main() -> None:
 
     @torch.no_grad()
     def accuracy(change: Callable[[Tensor, Tensor], Tensor]) -> float:
+        torch.manual_seed(args.seed)  # the same noise with and without tokens
         hits = [logits(change(images, labels)).argmax(dim=1) == labels for images, labels in batches]
         return torch.cat(hits).float().mean().item()
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import datasets
 import torch
+from measuring import BASE, accuracy, load_training_images
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -25,7 +26,6 @@ from robustness_tokens import (
     ImageTransform,
     Normalizer,
     ProbedModel,
-    RobustnessReport,
     RobustnessTokenModel,
     evaluate_robustness,
     load_image_dataset,
@@ -35,7 +35,6 @@ from robustness_tokens.data import collate_images
 from robustness_tokens.models import ClassificationHead, ProbeHead, base_of, tokens_in
 
 
-BASE = Path(__file__).parent / "base"
 GROUPS = {
     "top": ("T-shirt/top", "Pullover", "Coat", "Shirt"),
     "trouser": ("Trouser",),
@@ -106,14 +105,6 @@ def nearest_neighbours(model: RobustnessTokenModel, images: datasets.Dataset) ->
     return NearestNeighbours(torch.cat(features), torch.cat(labels), len(GROUPS))
 
 
-def accuracy(report: RobustnessReport, tokens: str, knowledge: str | None, eps: float | None = None) -> float:
-    """Returns the accuracy on clean images, or the worst case over the attacks of a level of knowledge."""
-    wanted = ("accuracy", tokens, knowledge, None if knowledge is None else "worst_case")
-    found = [r for r in report.results if (r.metric, r.tokens, r.knowledge, r.attack) == wanted]
-    (value,) = (result.value for result in found if eps in (None, result.eps))
-    return value
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("adapter", type=Path)
@@ -126,7 +117,9 @@ def main() -> None:
     args = parser.parse_args()
 
     all_eps = [float(Fraction(eps)) for eps in args.eps]
-    images = grouped(load_image_dataset(args.data)).shuffle(seed=args.seed).select(range(args.num_training_images))
+    images, _ = load_training_images(args.data)
+    images = grouped(images).shuffle(seed=args.seed)
+    images = images.select(range(min(args.num_training_images, len(images))))
     test_images = grouped(load_image_dataset(args.data, split="test"))
     model = RobustnessTokenModel.from_pretrained(args.adapter, base_model=BASE).eval()
     linear, neighbours = [], []
@@ -152,11 +145,12 @@ def main() -> None:
             budget="full",
             num_images=args.num_images,
             diagnostics=False,
-            attack_precision="bf16",
+            attack_precision="no",
             disable_tqdm=True,
         )
         for tokens, knowledge in (("none", "base"), ("trained", "full")):
-            values = [accuracy(report, tokens, None), *(accuracy(report, tokens, knowledge, eps) for eps in all_eps)]
+            values = [accuracy(report, tokens=tokens)]
+            values += [accuracy(report, tokens=tokens, knowledge=knowledge, eps=eps) for eps in all_eps]
             label = f"{name}, {'without' if tokens == 'none' else 'with'} tokens"
             print(f"{label:<36}" + "".join(f"{value:>10.3f}" for value in values), flush=True)
 

@@ -21,6 +21,7 @@ from typing import Any
 
 import datasets
 import torch
+from measuring import BASE, accuracy, fingerprints, load_training_images
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoImageProcessor, Trainer, TrainingArguments
@@ -34,17 +35,12 @@ from robustness_tokens import (
     RobustnessTokenForImageClassification,
     RobustnessTokenTrainingArguments,
     evaluate_robustness,
-    load_image_dataset,
     pgd_attack,
     resolve_preset,
 )
 from robustness_tokens.data import collate_images
 from robustness_tokens.training import split_settings
 from robustness_tokens.utils import read_json, write_text
-
-
-BASE = Path(__file__).parent / "base"
-NUM_HELD_OUT = 2000
 
 
 class AdversarialTrainer(Trainer):
@@ -60,7 +56,7 @@ class AdversarialTrainer(Trainer):
             logits = model(pixel_values=self.normalizer(images)).logits.float()
             return F.cross_entropy(logits, labels, reduction="none")
 
-        share = min(1.0, (self.state.global_step + 1) / (recipe.eps_warmup_ratio * recipe.max_steps))
+        share = recipe.eps_share(self.state.global_step)
         attacked = pgd_attack(
             lambda x: losses(x, labels),
             images,
@@ -75,7 +71,8 @@ class AdversarialTrainer(Trainer):
 
 def train(settings: dict[str, Any], images: datasets.Dataset, folder: Path) -> None:
     """Trains in `folder/checkpoints` and writes `model/` and `adapter/`, unless they are there."""
-    described, file = {**settings, "num_training_images": len(images)}, folder / "settings.json"
+    trained_on = fingerprints(images, BASE / "model.safetensors")
+    described, file = {**settings, "trained_on": trained_on}, folder / "settings.json"
     if file.exists() and (found := read_json(file)) != described:
         raise SystemExit(f"error: {folder} was trained with {found}, not {described}: choose another --output")
     folder.mkdir(parents=True, exist_ok=True)
@@ -120,7 +117,7 @@ def train(settings: dict[str, Any], images: datasets.Dataset, folder: Path) -> N
     same.save_pretrained(folder / "adapter")
 
 
-def accuracies(folder: Path, images: datasets.Dataset, *, eps: float, num_images: int) -> dict[str, float]:
+def attack(folder: Path, images: datasets.Dataset, *, eps: float, num_images: int) -> dict[str, float]:
     """Returns the accuracy of a trained classifier on clean images, and under PGD on the margin."""
     model = RobustnessTokenForImageClassification.from_pretrained(folder / "adapter")
     report = evaluate_robustness(
@@ -136,11 +133,8 @@ def accuracies(folder: Path, images: datasets.Dataset, *, eps: float, num_images
         diagnostics=False,
         attack_precision="bf16",
     )
-    return {
-        ("clean" if result.knowledge is None else "white_box"): result.value
-        for result in report.results
-        if result.metric == "accuracy" and result.tokens == "trained"
-    }
+    white_box = accuracy(report, knowledge="full")
+    return {"clean": accuracy(report), "white_box": white_box, "num_images": num_images}
 
 
 def main() -> None:
@@ -155,9 +149,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
-    images = load_image_dataset(args.data)
-    num_training = len(images) - NUM_HELD_OUT
-    held_out = images.select(range(num_training, len(images)))
+    images, held_out = load_training_images(args.data)
     _, preset = split_settings(resolve_preset("robust"))
     # Labels instead of the base's predictions; the attack goes through the model itself in any case.
     preset = {name: value for name, value in preset.items() if name not in ("objective", "attack_through")}
@@ -166,12 +158,12 @@ def main() -> None:
         settings = {**preset, "max_steps": max_steps, "warmup_steps": max_steps // 10}
         settings |= {"learning_rate": learning_rate, "eps": float(args.eps), "seed": args.seed}
         folder = args.output / f"{max_steps}_steps_{learning_rate:g}"
-        train(settings, images.select(range(num_training)), folder)
+        train(settings, images, folder)
         file = folder / "accuracies.json"
-        if not file.exists():
-            measured = accuracies(folder, held_out, eps=float(args.eps), num_images=args.num_images)
-            write_text(file, json.dumps({**measured, "num_images": args.num_images}, indent=2) + "\n")
-        measured = read_json(file)
+        measured = read_json(file) if file.exists() else {}
+        if measured.get("num_images") != args.num_images:
+            measured = attack(folder, held_out, eps=float(args.eps), num_images=args.num_images)
+            write_text(file, json.dumps(measured, indent=2) + "\n")
         print(f"{folder}: clean {measured['clean']:.3f}, white box {measured['white_box']:.3f}", flush=True)
         return float(measured["white_box"])
 

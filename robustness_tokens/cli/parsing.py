@@ -212,8 +212,8 @@ class ModelArguments:
         default_factory=list,
         metadata={
             "help": "What to learn beside the tokens, as differences to the base: norm (gains and shifts of LayerNorm "
-            "and LayerScale), linear (gains of linear layers), bias (their shifts), patch_embedding; none, the "
-            "default, for nothing (paper)."
+            "and LayerScale), linear (gains of linear layers that have a bias), bias (their shifts), "
+            "patch_embedding; none, the default, for nothing (paper)."
         },
     )
     initializer_range: float = field(default=0.01, metadata={"help": "Standard deviation of the new tokens."})

@@ -29,7 +29,7 @@ from .threat_models import AttackerView, EvaluatedModel
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 6
+FORMAT = 7
 """Version of the file format; other versions are ignored."""
 
 Series = Literal["suite", "published", "sweep", "steps", "restarts", "single_step", "unbounded"]
@@ -95,7 +95,7 @@ class CellStore:
     """Stores finished cells as files, each complete or absent; stores nothing if the folder is `None`.
 
     `settings` are shared by all cells of an evaluation; cells that were measured with other settings are not found.
-    A batch of a cell that is not finished is stored by its number, as `batch`, until the cell is.
+    Batches of an unfinished cell are stored too, by number, and removed when it is finished.
     """
 
     def __init__(self, folder: Path | None, settings: Mapping[str, Any]) -> None:
@@ -120,6 +120,8 @@ class CellStore:
                 outcome = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
             if metadata.get("digest") != _digest(outcome):
                 raise ValueError("its digest does not match its numbers")
+        except FileNotFoundError:  # removed by another evaluation in this folder
+            return None
         except (SafetensorError, ValueError, KeyError, OverflowError) as exc:
             if batch is not None or process_state().is_main_process:
                 logger.warning("%s is damaged, so it is measured again and replaced: %s", path, exc)
@@ -226,7 +228,7 @@ def run_cells(
                 outcome = store.load(cell, left, batch=number)
                 if outcome is None:
                     outcome = _run_batch(cell, model, batch.first(count), measured_with, unchanged, left, seed=seed)
-                    store.save(cell, outcome, left, batch=number)
+                    _save_batch(store, cell, outcome, left, number)
                 parts.append((number, outcome))
                 # The other processes do as much at the same time.
                 progress_bar.update(cost * count * state.num_processes // cell.num_images)
@@ -237,6 +239,14 @@ def run_cells(
                 store.remove(cell, left, batch=number)
             outcomes.append(outcome)
     return outcomes
+
+
+def _save_batch(store: CellStore, cell: Cell, outcome: Outcome, remaining: Tensor | None, number: int) -> None:
+    """Stores a batch, which only saves time: an error that one process meets alone must not stop it here."""
+    try:
+        store.save(cell, outcome, remaining, batch=number)
+    except OSError as exc:
+        logger.warning("batch %d of %s is not stored, so a stopped run repeats it: %s", number, cell.name, exc)
 
 
 def _run_batch(

@@ -157,7 +157,7 @@ def evaluate_robustness(
             tokens = reported_tokens(evaluated, seed=arguments.seed)
             store = CellStore(
                 None if arguments.output_dir is None else folder / "cells",
-                _settings(evaluated, batches, arguments),
+                _settings(evaluated, batches, tokens, arguments),
             )
             parts = [(row, measure_outcome(evaluated, one, one.images, tokens)) for row, one in batches.items()]
             clean = merge(gather_object(parts))
@@ -268,7 +268,10 @@ def _count_classes(model: EvaluatedModel, batches: Mapping[int, AttackBatch]) ->
 
 
 def _settings(
-    model: EvaluatedModel, batches: Mapping[int, AttackBatch], arguments: EvaluationArguments
+    model: EvaluatedModel,
+    batches: Mapping[int, AttackBatch],
+    tokens: Mapping[str, TokenState | None],
+    arguments: EvaluationArguments,
 ) -> dict[str, Any]:
     """Returns the settings on which the outcome of every cell depends, as JSON values."""
     parts = gather_object(  # a process may have no batch
@@ -279,8 +282,7 @@ def _settings(
     )
     return {
         "model": model_settings(model),
-        "defended_tokens": digest(model.tokens),
-        "initializer_range": initializer_range(model),  # of the untrained tokens
+        "measured_with": {name: None if state is None else digest(state) for name, state in tokens.items()},
         "images": [sha for _, sha in sorted(parts)],
         "ignore_index": [arguments.ignore_index],
         "batch_size": arguments.batch_size,

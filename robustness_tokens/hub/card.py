@@ -230,12 +230,12 @@ def _setting(value: str | int | float) -> str | int | float:
 
 
 def _own_tokens_steps(report: RobustnessReport) -> tuple[int, int] | None:
-    """Returns the fewest optimiser steps of the attacker's own tokens, and the recipe's, where they differ."""
+    """Returns the fewest optimiser steps of the attacker's own tokens, and the recipe's, if these are more."""
     recipe = report.own_tokens.get("recipe", {}).get("max_steps")
     if type(recipe) is not int:
         return None
     fewest = min(kind["max_steps"] for kind in report.own_tokens.values() if type(kind.get("max_steps")) is int)
-    return None if fewest == recipe else (fewest, recipe)
+    return (fewest, recipe) if fewest < recipe else None
 
 
 def _evaluate_command(report: RobustnessReport, name: str, subfolder: str, images: str | None) -> str:

@@ -1,4 +1,4 @@
-"""Gains and shifts beside the tokens: differences to the norms, biases and patch embedding of a frozen base.
+"""Gains and shifts beside the tokens: differences to the norms, linear layers and patch embedding of a frozen base.
 
 Hooks add them to the outputs of the base's modules, whose weights stay as they are: a norm gives
 `y * (1 + gain) + shift` (no shift if it has no bias), a LayerScale `y * (1 + gain)`, a linear layer that has a bias
@@ -99,7 +99,8 @@ def fold(model: nn.Module, stack: LayerStack, tensors: Mapping[str, Tensor]) -> 
             *_, part = key.rpartition(".")
             for layer, module in enumerate(found.modules):
                 difference = tensors[key] if found.kind == "patch_embedding" else tensors[key][layer]
-                difference = difference.to(next(module.parameters()).device)
+                # In float32, since 1 + a small gain is 1 in half precision.
+                difference = difference.to(next(module.parameters()).device, torch.float32)
                 if part == "gain":
                     for parameter in module.parameters(recurse=False):
                         parameter.mul_((1 + difference).view(-1, *[1] * (parameter.dim() - 1)))

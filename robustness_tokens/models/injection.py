@@ -201,12 +201,11 @@ def new_state(model: nn.Module, config: RobustnessTokenConfig) -> dict[str, Tens
 
 
 def random_state(state: TokenState, *, seed: int) -> dict[str, Tensor]:
-    """Returns a state of random directions, with the norm of each token, and of each tensor of gains and shifts."""
+    """Returns random tensors: each token, and each gain or shift of all layers, has the norm of the given one."""
     generator = torch.Generator().manual_seed(seed)
-    noise = {name: torch.randn(tensor.shape, generator=generator).to(tensor) for name, tensor in state.items()}
-    norms = {name: torch.linalg.vector_norm(tensor) for name, tensor in state.items()}
-    random = {name: tensor * (norms[name] / tensor.norm()) for name, tensor in noise.items() if name != TOKENS}
-    return {TOKENS: F.normalize(noise[TOKENS], dim=-1) * state[TOKENS].norm(dim=-1, keepdim=True), **random}
+    noise = {name: torch.randn(state[name].shape, generator=generator).to(state[name]) for name in sorted(state)}
+    random = {name: tensor * (state[name].norm() / tensor.norm()) for name, tensor in noise.items()}
+    return random | {TOKENS: F.normalize(noise[TOKENS], dim=-1) * state[TOKENS].norm(dim=-1, keepdim=True)}
 
 
 def check_state(model: nn.Module, config: RobustnessTokenConfig, state: TokenState, *, name: str) -> None:

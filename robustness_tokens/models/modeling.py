@@ -119,8 +119,8 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
             num_robustness_tokens: K, at least 1 (paper: 10), or 0 for gains and shifts alone.
             token_depth: Number of first layers that get K tokens of their own, or `"all"` (paper: 1, the input alone).
             gains_and_shifts: What is learned beside the tokens, as differences to the base: `"norm"` (gains and shifts
-                of LayerNorm and LayerScale in the layers), `"linear"` (gains of linear layers), `"bias"` (shifts of
-                linear layers), `"patch_embedding"` (its weight and bias); by default nothing (paper).
+                of LayerNorm and LayerScale in the layers), `"linear"` (gains of linear layers that have a bias),
+                `"bias"` (their shifts), `"patch_embedding"` (its weight and bias); by default nothing (paper).
             initializer_range: Standard deviation of the new tokens, at least 0 (paper: 0.01).
             feature_view: `"cls_and_patches"`, `"cls"`, `"patches"` or `"pooled"`, see [`extract_features`]; by default
                 the paper's for the family.

@@ -37,18 +37,30 @@ def run(script: str, *words: str | Path) -> str:
 
 
 def test_the_search_goes_on_where_it_stopped(data: Path, tmp_path: Path) -> None:
-    words = ("--data", data, "--output", tmp_path, "--max_steps", "2", "--num_images", "10", "--ways")
+    words = ("--data", data, "--output", tmp_path, "--max_steps", "2", "--num_images", "10", "--variants")
     run("trade_off.py", *words, "norm alone")
     first = (tmp_path / "trade_off.csv").read_text()
     printed = run("trade_off.py", *words, "norm alone", "bias alone")
     rows = list(csv.DictReader((tmp_path / "trade_off.csv").read_text().splitlines()))
     assert (tmp_path / "trade_off.csv").read_text().startswith(first)
-    assert [row["way"] for row in rows] == ["norm alone", "bias alone"]
-    assert printed.count("'way'") == 1, "a finished row is not measured again"
+    assert [row["variant"] for row in rows] == ["norm alone", "bias alone"]
+    assert printed.count("'variant'") == 1, "a finished row is not measured again"
     assert len({row["settings"] for row in rows}) == 2
     assert (tmp_path / "trade_off.png").stat().st_size > 10_000
-    run("trade_off.py", *words, "norm alone", "--num_images", "12")
-    assert len((tmp_path / "trade_off.csv").read_text().splitlines()) == 4, "other settings, another row"
+    folder = next(tmp_path.glob("norm_alone-*"))
+    run("trade_off.py", *words, "norm alone", "--num_images", "12", "--adapters", f"the same={folder}")
+    rows = list(csv.DictReader((tmp_path / "trade_off.csv").read_text().splitlines()))
+    assert [row["variant"] for row in rows] == ["norm alone", "bias alone", "norm alone", "the same"]
+    assert rows[2]["white_box"] == rows[3]["white_box"]
+    (tmp_path / "trade_off.csv").write_text("way,clean\nnorm alone,0.9\n")
+    with pytest.raises(AssertionError, match="has other columns"):
+        run("trade_off.py", *words, "norm alone")
+
+
+@pytest.mark.parametrize("word", ["other", "other=nowhere", "robust=examples/quickstart/robust-adapter"])
+def test_what_is_no_other_adapter_is_refused(word: str, data: Path, tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="expected a new name"):
+        run("trade_off.py", "--data", data, "--output", tmp_path, "--variants", "--adapters", word)
 
 
 def test_the_ceiling_is_trained_at_the_best_learning_rate(data: Path, tmp_path: Path) -> None:
@@ -81,4 +93,10 @@ def test_what_lies_beyond_the_training_is_measured(data: Path) -> None:
     printed = run("beyond.py", QUICKSTART / "robust-adapter", "--data", data, "--num_images", "10", "--num_steps", "2")
     rows = re.findall(r"^(.{40}) +([\d.]+) +([\d.]+)$", printed, re.MULTILINE)
     assert len(rows) == 15
+    clean = [float(value) for value in rows[0][1:]]
     assert all(0 <= float(value) <= 1 for _, *values in rows for value in values)
+    attacked = [row for row in rows if row[0].startswith(("L-inf", "L2"))]
+    assert len(attacked) == 7
+    for _, *values in attacked:
+        assert all(float(value) <= before for value, before in zip(values, clean, strict=True))
+    assert float(rows[-1][1]) < clean[0], "APGD changes classes of the base even in two steps"

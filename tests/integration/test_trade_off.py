@@ -9,20 +9,21 @@ from matplotlib.figure import Figure
 SCRIPT = Path(__file__).parents[2] / "examples" / "quickstart" / "trade_off.py"
 
 
-def test_the_trade_off_averages_the_seeds_of_a_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_trade_off_averages_the_seeds_of_a_variant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(SCRIPT.parent)
     saved: list[Any] = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, path, dpi: saved.append(figure))
     rows: list[dict[str, Any]] = [
         {
-            "way": "tokens alone",
+            "variant": "tokens alone",
             "token_depth": "6",
             "max_steps": "200",
             "clean": "0.9",
             "white_box": "0.1",
         },  # of a CSV
-        {"way": "tokens alone", "token_depth": 6, "max_steps": 200, "clean": 0.8, "white_box": 0.3},
-        {"way": "400 steps", "token_depth": 6, "max_steps": 400, "clean": 0.7, "white_box": 0.3},
-        {"way": "robust", "token_depth": 6, "max_steps": 200, "clean": 0.7, "white_box": 0.3},
+        {"variant": "tokens alone", "token_depth": 6, "max_steps": 200, "clean": 0.8, "white_box": 0.3},
+        {"variant": "400 steps", "token_depth": 6, "max_steps": 400, "clean": 0.7, "white_box": 0.3},
+        {"variant": "robust", "token_depth": 6, "max_steps": 200, "clean": 0.7, "white_box": 0.3},
     ]
     runpy.run_path(str(SCRIPT))["draw"](rows, tmp_path / "x.png")
     depth, steps, clean = saved[0].axes

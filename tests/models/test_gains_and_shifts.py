@@ -13,7 +13,7 @@ from torch import Tensor
 from robustness_tokens import RobustnessTokenModel, inject_tokens
 from robustness_tokens.configuration import TOKENS, GainsAndShifts
 from robustness_tokens.models.gains_and_shifts import find_adapted_modules, fold, kinds_of
-from robustness_tokens.models.injection import attach_tokens, find_injector, remove_tokens, tokens_in
+from robustness_tokens.models.injection import attach_tokens, find_injector, random_state, remove_tokens, tokens_in
 from robustness_tokens.models.layer_stack import find_layer_stack
 from robustness_tokens.models.merging import merge
 from tests.integration.test_families import assert_close, deep_state, make_case
@@ -296,6 +296,30 @@ def test_small_gains_count_in_half_precision() -> None:
     gains = {"layer_scale1.gain": torch.full((2, 32), 0.003), "norm1.gain": torch.full((2, 32), 0.003)}
     inject_tokens(base, {TOKENS: torch.zeros(0, 32), **gains})
     assert not torch.equal(base(images).last_hidden_state, before)
+
+
+@torch.no_grad()
+def test_small_gains_of_an_adapter_in_half_precision_merge() -> None:
+    model = RobustnessTokenModel.from_base(build_base("dinov2"), num_robustness_tokens=0, gains_and_shifts=ALL_KINDS)
+    for name, tensor in model.injector.state.items():
+        tensor.fill_(0.003 if name.endswith(".gain") else 0)
+    images = torch.randn(1, 3, 32, 32).bfloat16()
+    model.bfloat16()
+    with model.disable_adapter():
+        before = model(images).last_hidden_state
+    assert not torch.equal(model.merge_and_unload()(images).last_hidden_state, before)
+
+
+def test_random_states_have_the_norms_of_the_given_one_whatever_its_order() -> None:
+    state = {name: tensor.detach() for name, tensor in deep_model().injector.state.items()}
+    random, reversed_ = random_state(state, seed=5), random_state(dict(reversed(state.items())), seed=5)
+    assert random.keys() == state.keys()
+    torch.testing.assert_close(random[TOKENS].norm(dim=-1), state[TOKENS].norm(dim=-1))
+    for name, tensor in random.items():
+        assert torch.equal(tensor, reversed_[name])
+        torch.testing.assert_close(tensor.norm(), state[name].norm())
+        assert not torch.allclose(tensor, state[name])
+    assert not torch.equal(random_state(state, seed=2)[TOKENS], random[TOKENS])
 
 
 def test_gains_and_shifts_without_tokens_merge_at_any_depth_and_leave_the_model_alone() -> None:
