@@ -6,7 +6,7 @@ r"""Copies a trained adapter to `examples/quickstart/robust-adapter/`, with its 
         --output_dir outputs/robust --resume_from_checkpoint True      # the same line again resumes a stopped run
     robtok evaluate outputs/robust --dataset outputs/fashion-mnist --dataset_name Fashion-MNIST \
         --task classification --attacker_dataset outputs/fashion-mnist --attacker_split "train[:58000]" \
-        --own_tokens_steps 100 --output_dir outputs/robust
+        --own_tokens_steps 400 --output_dir outputs/robust
     python examples/quickstart/ship_robust.py outputs/robust
 """
 
