@@ -123,6 +123,7 @@ class Comparison:
         self.output, self.max_steps = output, max_steps
         self.training_images, held_out = load_training_images(data)
         self.attacked_images = load_image_dataset(data, split="test") if test else held_out
+        self.attacked = "test" if test else "held out"
         self.trained_on = fingerprints(self.training_images, BASE / "model.safetensors")
         self.measured: dict[str, Any] = {
             "attacks": list(attacks),
@@ -209,7 +210,7 @@ class Comparison:
             "token_depth": model.config.token_depth,
             "max_steps": (model.config.training or {}).get("max_steps", ""),
             "seed": seed,
-            "attacked": f"{report.dataset['split']}: {' '.join(self.measured['attacks'])}",
+            "attacked": f"{self.attacked}: {' '.join(self.measured['attacks'])}",
             "num_images": self.measured["num_images"],
             "settings": self.key(variant, seed, adapter),
             "seconds": round(time.perf_counter() - start),
