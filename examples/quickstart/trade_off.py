@@ -47,7 +47,7 @@ from robustness_tokens.utils import write_text
 
 
 EPS = (16 / 255, 8 / 255)  # pixel units of [0, 1] images; the first is trained with
-# Tokens alone do best with more tokens and less weight on clean images.
+# More tokens than the preset, and less weight on clean images.
 TOKENS_ALONE: dict[str, Any] = {"num_robustness_tokens": 20, "gains_and_shifts": [], "invariance_weight": 0.25}
 WITHOUT_TOKENS: dict[str, Any] = {"num_robustness_tokens": 0, "token_depth": 1}
 RANDOM = "random, with the norms of robust"
