@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from measuring import BASE
+from measuring import BASE, normalizer_of
 from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
 from torch import Tensor
 from torch.nn import functional as F
@@ -24,7 +24,6 @@ from torchvision.transforms.v2 import functional as transforms
 from robustness_tokens import (
     ImageDataset,
     ImageTransform,
-    Normalizer,
     RobustnessTokenForImageClassification,
     load_image_dataset,
 )
@@ -63,9 +62,7 @@ def main() -> None:
     args = parser.parse_args()
 
     model = RobustnessTokenForImageClassification.from_pretrained(args.adapter, base_model=BASE).eval()
-    assert model.config.image_mean is not None
-    assert model.config.image_std is not None
-    normalizer = Normalizer(model.config.image_mean, model.config.image_std)
+    normalizer = normalizer_of(model)
     test_set = ImageDataset(
         load_image_dataset(args.data, split="test"), ImageTransform(image_size=28), with_labels=True
     )

@@ -1,4 +1,4 @@
-"""What the scripts that train on all of Fashion-MNIST share: images that are held out, and reading a report."""
+"""What the scripts that train on all of Fashion-MNIST share: held-out images, a normalizer, and reading a report."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from pathlib import Path
 
 import datasets
 
-from robustness_tokens import RobustnessReport, load_image_dataset
+from robustness_tokens import Normalizer, RobustnessReport, load_image_dataset
+from robustness_tokens.models import RobustnessTokenPreTrainedModel
 
 
 BASE = Path(__file__).parent / "base"
@@ -29,6 +30,13 @@ def load_training_images(folder: Path) -> tuple[datasets.Dataset, datasets.Datas
 def fingerprints(*parts: datasets.Dataset | Path) -> list[str]:
     """Returns what identifies datasets, by their fingerprints, and files, by their sha256."""
     return [hashlib.sha256(p.read_bytes()).hexdigest() if isinstance(p, Path) else p._fingerprint for p in parts]
+
+
+def normalizer_of(model: RobustnessTokenPreTrainedModel) -> Normalizer:
+    """Returns the map from [0, 1] images to pixel values that an adapter was trained with."""
+    assert model.config.image_mean is not None
+    assert model.config.image_std is not None
+    return Normalizer(model.config.image_mean, model.config.image_std)
 
 
 def accuracy(

@@ -17,14 +17,13 @@ from pathlib import Path
 
 import datasets
 import torch
-from measuring import BASE, accuracy, load_training_images
+from measuring import BASE, accuracy, load_training_images, normalizer_of
 from torch import Tensor
 from torch.nn import functional as F
 
 from robustness_tokens import (
     ImageDataset,
     ImageTransform,
-    Normalizer,
     ProbedModel,
     RobustnessTokenModel,
     evaluate_robustness,
@@ -93,9 +92,7 @@ def grouped(images: datasets.Dataset) -> datasets.Dataset:
 @torch.no_grad()
 def nearest_neighbours(model: RobustnessTokenModel, images: datasets.Dataset) -> NearestNeighbours:
     """Makes the head from the features of images, with or without tokens as the model is now."""
-    assert model.config.image_mean is not None
-    assert model.config.image_std is not None
-    normalizer = Normalizer(model.config.image_mean, model.config.image_std)
+    normalizer = normalizer_of(model)
     dataset = ImageDataset(images, ImageTransform(image_size=28), with_labels=True)
     features, labels = [], []
     for start in range(0, len(dataset), 500):
@@ -112,11 +109,13 @@ def main() -> None:
     parser.add_argument("--num_training_images", type=int, default=10_000, help="to make the heads from")
     parser.add_argument("--num_images", type=int, default=200, help="number of test images to attack")
     parser.add_argument("--attacks", nargs="+", default=["apgd_cross_entropy", "apgd_targeted_dlr"])
-    parser.add_argument("--eps", type=Fraction, nargs="+", default=["8/255", "16/255"], help="in pixels")
+    parser.add_argument(
+        "--eps", type=Fraction, nargs="+", default=[Fraction(8, 255), Fraction(16, 255)], help="in pixels"
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
-    all_eps = [float(Fraction(eps)) for eps in args.eps]
+    all_eps = [float(eps) for eps in args.eps]
     images, _ = load_training_images(args.data)
     images = grouped(images).shuffle(seed=args.seed)
     images = images.select(range(min(args.num_training_images, len(images))))

@@ -186,9 +186,8 @@ class TrainingStep:
 
         `"pgd"` raises the objective: it pushes away from `target`, the outputs without tokens, or from the labels.
         `"paper"` pushes away from `target`, or through the tokens from the clean features with tokens. The budget is
-        `eps_share` of `eps`. If
-        outputs are not finite, returns NaN: the reduced loss is then NaN on every process, and all stop at the same
-        step.
+        `eps_share` of `eps`. If outputs are not finite, returns NaN: the reduced loss is then NaN on every process,
+        and all stop at the same step.
         """
         args, normalizer, base = self.args, self.normalizer, self.model.get_base_model()
 

@@ -176,9 +176,16 @@ def labelled_batches(model: EvaluatedModel, count: int) -> dict[int, AttackBatch
     }
 
 
+def clean_outcome(
+    model: EvaluatedModel, batches: dict[int, AttackBatch], tokens: dict[str, Any]
+) -> dict[str, torch.Tensor]:
+    """Returns the outcome on all images before any attack."""
+    return merge([(row, measure_outcome(model, one, one.images, tokens)) for row, one in batches.items()])
+
+
 def test_an_attack_on_what_is_left_leaves_the_same_worst_case(classifier: EvaluatedModel, tmp_path: Path) -> None:
     batches, tokens = labelled_batches(classifier, 8), {"trained": classifier.tokens}
-    clean = merge([(row, measure_outcome(classifier, one, one.images, tokens)) for row, one in batches.items()])
+    clean = clean_outcome(classifier, batches, tokens)
     (full,) = attacker_views("full", classifier)
     first, second = (
         Cell(series="suite", view=full, attack=Attack(name=name, num_steps=3, num_restarts=1), eps=0.004, num_images=8)
@@ -215,7 +222,7 @@ def test_a_stopped_cell_goes_on_with_the_next_batch(
     classifier: EvaluatedModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, remaining_only: bool
 ) -> None:
     batches, tokens = labelled_batches(classifier, 6), {"trained": classifier.tokens}
-    clean = merge([(row, measure_outcome(classifier, one, one.images, tokens)) for row, one in batches.items()])
+    clean = clean_outcome(classifier, batches, tokens)
     attack = Attack(name="margin", num_steps=3, num_restarts=1)
     chosen = Cell(
         series="suite",
@@ -252,7 +259,7 @@ def test_nothing_is_attacked_where_nothing_is_left(
     classifier: EvaluatedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batches, tokens = labelled_batches(classifier, 4), {"trained": classifier.tokens}
-    clean = merge([(row, measure_outcome(classifier, one, one.images, tokens)) for row, one in batches.items()])
+    clean = clean_outcome(classifier, batches, tokens)
     clean["trained.correct"][:] = False
     monkeypatch.setattr(cells, "run_attack", None)
     attack = Attack(name="margin", num_steps=3, num_restarts=1)
