@@ -22,6 +22,7 @@ from .utils import (
     check_pattern,
     check_schema,
     check_text,
+    digest,
     json_values,
 )
 
@@ -33,6 +34,12 @@ TOKENS = "robustness_tokens"
 TokenState = Mapping[str, Tensor]
 """What an adapter learned: its tokens under `TOKENS`, (K, D), or (depth, K, D) where several layers have tokens of
 their own; and its gains and shifts by name, such as `"norm1.gain"`, (L, D) for L layers."""
+
+
+def state_digest(state: TokenState) -> str:
+    """Returns the sha256 of what an adapter learned, as its file holds it: a report names what it measured by this."""
+    return digest({name: tensor.detach().float() for name, tensor in state.items()})
+
 
 FeatureView = Literal["cls_and_patches", "cls", "patches", "pooled"]
 SimilarityAxis = Literal["token", "feature"]

@@ -15,7 +15,7 @@ from torch import nn
 
 from ..data import load_image_dataset, processor_image_size
 from ..evaluation import evaluate_robustness, training_figures
-from ..hub import load_adapter, push_adapter, push_adversarial_pairs, to_eval_results
+from ..hub import check_no_other_adapter, load_adapter, push_adapter, push_adversarial_pairs, to_eval_results
 from ..models import (
     ProbedModel,
     RobustnessTokenForImageClassification,
@@ -138,8 +138,10 @@ def evaluate(args: EvaluationCommandArguments, *, adapter: str) -> RobustnessRep
     attacker_datasets = None
     if args.attacker_dataset is not None:
         attacker_datasets = [load_image_dataset(args.attacker_dataset, split=args.attacker_split)]
+    model = _load_model(adapter, args, head=args.head, base_model=args.base_model)
+    check_no_other_adapter(Path(args.output_dir), load_adapter(adapter).state)
     report = evaluate_robustness(
-        _load_model(adapter, args, head=args.head, base_model=args.base_model),
+        model,
         load_image_dataset(args.dataset, name=args.dataset_config, split=args.split),
         dataclasses.replace(args, dataset_name=name, task=args.task if args.head is None else None),
         attacker_datasets=attacker_datasets,
@@ -196,7 +198,10 @@ def info(adapter: str, revision: str | None = None, subfolder: str = "") -> None
     print(f"{'training':<15}" + ("" if config.training else "none: the tokens are untrained"))
     for name, value in (config.training or {}).items():
         print(f"  {name:<29}{value}")
-    if (report := loaded.report) is not None:
+    report = loaded.report
+    if report is None and (loaded.folder / REPORT_FILE).exists():
+        print(f"{'evaluation':<15}of another adapter, or by an older package: evaluate again")
+    if report is not None:
         print(f"{'evaluation':<15}" + (headline(report) or f"{len(report.results)} results"))
         for result in to_eval_results(report):
             print(f"  {result.metric_name}: {result.metric_value:.4g}")

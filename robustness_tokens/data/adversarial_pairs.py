@@ -48,7 +48,8 @@ if TYPE_CHECKING:
     import datasets  # imported where it is used: that takes a second
 
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
+_ADDED = {"base_digest", "images_digest"}  # keys that older versions don't have
 INFO_FILE = "adversarial_pairs.json"
 PAIRS_STEP = 0
 """Step in the seed of the pairs' noise, (seed, step, index); they serve every training step."""
@@ -81,7 +82,7 @@ def _upgrade(values: Any) -> Any:
         **{name: value for name, value in attack.items() if name != "head_distance_weight"},
         "objective": "cosine",
     }
-    return {**values, "attack": attack, "head": None, "schema_version": SCHEMA_VERSION}
+    return {**values, "attack": attack, "head": None, "schema_version": 2}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +95,7 @@ class PairsInfo:
     base_model_revision: str | None
     base_model_class: str
     base_model_fingerprint: dict[str, str]
+    base_digest: str | None = None  # sha256 of all of the base; None in pairs of schema 1 or 2
     feature_view: str
     similarity_axis: str
     image_mean: list[float]
@@ -108,6 +110,7 @@ class PairsInfo:
     resize: str  # as in ImageTransform
     image_size: list[int]  # height and width in pixels
     dataset: dict[str, Any]  # origin of the images
+    images_digest: str | None = None  # sha256 of all images; None if unknown
     num_images: int  # images to attack; broken ones have no pair
     images_per_shard: int
 
@@ -115,8 +118,9 @@ class PairsInfo:
     def from_dict(cls, values: Mapping[str, Any]) -> PairsInfo:
         """Reads strictly: `ValueError` for missing or unknown keys, a wrong value or a newer schema."""
         values = _upgrade(values)
-        check_keys(INFO_FILE, values, {field.name for field in dataclasses.fields(cls)}, schema=SCHEMA_VERSION)
-        info = cls(**values)
+        names = {field.name for field in dataclasses.fields(cls)}
+        check_keys(INFO_FILE, values, names - _ADDED, optional=_ADDED, schema=SCHEMA_VERSION)
+        info = cls(**{**values, "schema_version": SCHEMA_VERSION})
         for name in ("max_pixel_difference", "num_images", "images_per_shard", "batch_size"):
             check_int(f"{INFO_FILE}: {name}", values[name], 1)
         check_numbers(f"{INFO_FILE}: image_mean", info.image_mean)
@@ -132,8 +136,9 @@ class PairsInfo:
             elif value is not None:
                 check_number(f"{INFO_FILE}: attack.{name}", value)
         check_fingerprint(f"{INFO_FILE}: base_model_fingerprint", info.base_model_fingerprint)
-        if info.head is not None:
-            check_pattern(f"{INFO_FILE}: head", info.head, r"[0-9a-f]{64}", "a sha256 or null")
+        for name in ("head", *_ADDED):
+            if (sha256 := getattr(info, name)) is not None:
+                check_pattern(f"{INFO_FILE}: {name}", sha256, r"[0-9a-f]{64}", "a sha256 or null")
         check_dict(f"{INFO_FILE}: dataset", info.dataset)
         return info
 

@@ -127,6 +127,11 @@ class ImageDataset(_PictureDataset, Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self._read(self._rows[int(index)], int(index))
 
+    @property
+    def fingerprint(self) -> str:
+        """The fingerprint that `datasets` gives to the rows, of the columns that are read."""
+        return str(self._rows._fingerprint)
+
 
 class IterableImageDataset(_PictureDataset, IterableDataset[dict[str, Any]]):
     """Images of a stream, with the arguments and items of `ImageDataset`.
@@ -237,6 +242,10 @@ class SegmentationDataset(ImageDataset):
         self._mask_column = find_image_column(dataset, mask_column_name, argument="mask_column_name")
         self._masks = dataset.with_format(None).select_columns([self._mask_column])
         self._size, self._reduce = (image_size, image_size), do_reduce_labels
+
+    @property
+    def fingerprint(self) -> str:
+        return f"{super().fingerprint} {self._masks._fingerprint} {self._reduce}"
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         mask: Image.Image | None = self._masks[int(index)][self._mask_column]

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import torch
 from PIL import Image
 from torch.utils.data import Dataset, IterableDataset
+from tqdm.auto import tqdm
 from transformers.image_processing_utils import BaseImageProcessor
 
 from ..utils import digest
 from .adversarial_pairs import AdversarialPairs
-from .image_datasets import ImageDataset, IterableImageDataset, SegmentationDataset, TensorImageDataset, choose_rows
+from .image_datasets import ImageDataset, IterableImageDataset, SegmentationDataset, TensorImageDataset
 from .image_processors import processor_image_size
 from .preprocessing import ImageTransform, ResizeMode
 
@@ -21,7 +26,7 @@ from .preprocessing import ImageTransform, ResizeMode
 # datasets itself drops the namespace of a Hub id.
 _HUB_FILE = re.compile(r"hf://datasets/(?P<name>[^@]+)@(?P<commit>[0-9a-f]{40})/")
 
-_NUM_DIGESTED = 64
+_NUM_READ_TWICE = 16  # images, to notice a random transform
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,13 +75,30 @@ class Images:
 
     @cached_property
     def identity(self) -> str | None:
-        """Fingerprint of a `datasets` dataset, or a digest of some images of another; `None` for a stream."""
-        if isinstance(fingerprint := getattr(self.source, "_fingerprint", None), str):
-            return fingerprint
+        """A sha256 of all images and labels; `None` if they can't be known: a stream, or others at each reading.
+
+        For a `datasets` dataset, of the rows' fingerprint and of the preprocessing; for ready images, all are read.
+        """
+        if isinstance(self.source, AdversarialPairs):
+            return self.source.digest()
+        if isinstance(self.dataset, ImageDataset):
+            transform: Any = self.dataset.transform  # an ImageTransform, see prepare_images
+            content = json.dumps([self.dataset.fingerprint, transform.settings], sort_keys=True)
+            return hashlib.sha256(content.encode()).hexdigest()
         if self.num_images is None:
             return None
-        items = map(self.dataset.__getitem__, choose_rows(self.num_images, _NUM_DIGESTED, seed=0))
-        return digest(item["images"] for item in items if "images" in item)
+        sha = hashlib.sha256()
+        for row in tqdm(range(self.num_images), desc="Reading all images, to tell them from others", delay=5):
+            found = _digest_item(self.dataset[row])
+            if row < _NUM_READ_TWICE and _digest_item(self.dataset[row]) != found:
+                return None
+            sha.update(found.encode())
+        return sha.hexdigest()
+
+
+def _digest_item(item: Mapping[str, Any]) -> str:
+    """Returns a digest of a ready image and of its label, which is a tensor or a number; a broken image has none."""
+    return digest({key: torch.as_tensor(item[key]) for key in ("images", "labels") if key in item})
 
 
 def prepare_images(

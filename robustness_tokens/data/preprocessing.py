@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -130,6 +130,16 @@ class ImageTransform:
         self.resize = resize
         self.image_size = image_size
         self.image_processor = image_processor
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the images depend on besides the pictures, as JSON values."""
+        processor = self.image_processor
+        return {
+            "resize": self.resize,
+            "image_size": self.image_size,
+            "image_processor": None if processor is None else processor.to_json_string(),
+        }
 
     def __call__(self, image: Image.Image) -> Tensor:
         """Transforms a picture of any mode and size to an image, (3, H, W) float32 in [0, 1].

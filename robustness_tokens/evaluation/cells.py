@@ -76,19 +76,8 @@ class Cell:
             "eps": self.eps,
             "num_images": self.num_images,
             "remaining_only": self.remaining_only,
-            "surrogate": model_settings(self.view.model) if self.view.is_surrogate else None,
+            "surrogate": self.view.model.identity if self.view.is_surrogate else None,
         }
-
-
-def model_settings(model: EvaluatedModel) -> dict[str, Any]:
-    """Returns what identifies a model and how it is attacked, as JSON values."""
-    return {
-        "weights": digest([value for _, value in sorted(model.model.state_dict().items())]),
-        "normalizer": repr(model.normalizer.image_mean.tolist() + model.normalizer.image_std.tolist()),
-        "task": model.task,
-        "features": [model.feature_view, model.similarity_axis],
-        "attack_precision": model.attack_precision,
-    }
 
 
 class CellStore:

@@ -12,18 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 
 from ..attacks import DEFAULT_EPS
-from ..configuration import TOKENS, TokenState
+from ..configuration import TOKENS, TokenState, state_digest
 from ..data import Normalizer, choose_rows, prepare_images
 from ..models import ProbedModel, as_state, random_state
 from ..report import RobustnessReport
 from ..utils import __version__, digest, process_state
 from .arguments import EvaluationArguments, override_arguments
 from .attack_suite import AttackBatch, on_8bit_grid
-from .cells import CellStore, measure_outcome, merge, model_settings, run_cells
+from .cells import CellStore, measure_outcome, merge, run_cells
 from .checks import run_checks
 from .figures import make_figures
 from .images import load_batches, measured_images
@@ -191,6 +192,7 @@ def evaluate_robustness(
     return RobustnessReport(
         package_version=__version__,
         adapter=getattr(evaluated.adapter, "name_or_path", "") or type(model).__name__,
+        adapter_digest=state_digest(evaluated.tokens),
         base_model=base_model or type(model).__name__,
         base_model_revision=None if config is None else config.base_model_revision,
         dataset={
@@ -281,11 +283,11 @@ def _settings(
         ]
     )
     return {
-        "model": model_settings(model),
+        "model": model.identity,
         "measured_with": {name: None if state is None else digest(state) for name, state in tokens.items()},
         "images": [sha for _, sha in sorted(parts)],
         "ignore_index": [arguments.ignore_index],
         "batch_size": arguments.batch_size,
         "seed": arguments.seed,
-        "package_version": __version__,
+        "versions": {"package": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
     }

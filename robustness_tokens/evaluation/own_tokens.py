@@ -8,6 +8,7 @@ import functools
 import hashlib
 import json
 import math
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,18 +16,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 
 from ..configuration import TOKENS, RobustnessTokenConfig
 from ..data import Images
-from ..hub import holds_adapter, load_adapter
+from ..hub import is_adapter, load_adapter
 from ..models import (
     ProbedModel,
     RobustnessTokenForImageClassification,
     RobustnessTokenModel,
-    base_fingerprint,
     head_digest,
     headless_model,
+    model_digest,
     remove_tokens,
 )
 from ..training import (
@@ -37,7 +39,7 @@ from ..training import (
     max_pixel_difference,
     prepare_train_dataset,
 )
-from ..utils import MAX_NAME, check_parameters, process_state, share_from_main
+from ..utils import MAX_NAME, __version__, check_parameters, process_state, share_from_main
 from .threat_models import EvaluatedModel
 
 
@@ -138,10 +140,11 @@ def train_own_tokens(
     if head is not None or recipe.objective == "cross_entropy" or recipe.eps_warmup_ratio > 0:
         num_adversarial_pairs = None  # pairs are made through the base's own head, at full eps, and hold no labels
     compared = head_digest(base, head) if reads_logits else None
-    folder = output_dir / _key(model, base, compared, values, images, num_adversarial_pairs)
+    state = process_state()
+    key = functools.partial(_key, model, base, compared, values, images, num_adversarial_pairs)
+    folder = output_dir / share_from_main(key, state)
     prepared: dict[int, Any] = {}
     trained = []
-    state = process_state()
     for spec in specs:
         run = folder / f"seed-{spec.seed}-tokens-{spec.num_robustness_tokens}-dataset-{spec.dataset}"
         # A process may see a file that another doesn't see yet, and would train alone.
@@ -174,7 +177,7 @@ def train_own_tokens(
 
 def _read_run(folder: Path) -> OwnTokens | None:
     """Returns a finished run, or `None`; its adapter is written last."""
-    if not holds_adapter(folder):
+    if not is_adapter(folder):
         return None
     adapter = load_adapter(folder)
     return OwnTokens(tokens=adapter.state, training=dict(adapter.config.training or {}))
@@ -244,7 +247,7 @@ def _key(
 ) -> str:
     """Returns a name for everything that the attacker's tokens depend on, except the spec."""
     content = {
-        "base": base_fingerprint(base),
+        "base": model_digest(base),
         "head": head,
         "features": [model.feature_view, model.similarity_axis],
         "token_depth": model.token_depth,
@@ -252,8 +255,10 @@ def _key(
         "initializer_range": initializer_range(model),
         "normalizer": repr(model.normalizer.image_mean.tolist() + model.normalizer.image_std.tolist()),
         "arguments": {key: value for key, value in values.items() if key not in ("seed", "disable_tqdm")},
-        "datasets": [[one.description, one.identity] for one in images],
+        # Images that nothing identifies are trained on anew each time.
+        "datasets": [one.identity or uuid.uuid4().hex for one in images],
         "pairs": num_adversarial_pairs,
+        "versions": [__version__, torch.__version__, transformers.__version__],
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 

@@ -28,6 +28,7 @@ from ..models import (
     find_injector,
     find_layer_stack,
     kinds_of,
+    model_digest,
     resize_logits,
     runs_in_half,
     tokens_in,
@@ -91,6 +92,17 @@ class EvaluatedModel:
     def tokens(self) -> dict[str, Tensor]:
         """The tokens in the model, with their gains and shifts: the secret of the defence."""
         return {name: tensor.detach() for name, tensor in self.injector.state.items()}
+
+    @functools.cached_property
+    def identity(self) -> dict[str, Any]:
+        """What identifies the model and how it is attacked, as JSON values."""
+        return {
+            "model": model_digest(self.model),
+            "normalizer": repr(self.normalizer.image_mean.tolist() + self.normalizer.image_std.tolist()),
+            "task": self.task,
+            "features": [self.feature_view, self.similarity_axis],
+            "attack_precision": self.attack_precision,
+        }
 
     @property
     def token_depth(self) -> int:

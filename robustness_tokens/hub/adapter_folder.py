@@ -8,23 +8,23 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import safetensors
 import torch
 from huggingface_hub import snapshot_download, try_to_load_from_cache
 from huggingface_hub.utils import HFValidationError, LocalEntryNotFoundError, validate_repo_id
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 from transformers import BaseImageProcessor
 
-from ..configuration import TOKENS, RobustnessTokenConfig, TokenState
+from ..configuration import TOKENS, RobustnessTokenConfig, TokenState, state_digest
 from ..data import read_image_processor
-from ..report import FIGURE_FILES, HTML_FILE, MARKDOWN_FILE, REPORT_FILE, OlderReportError, RobustnessReport
+from ..report import REPORT_FILE, OlderReportError, RobustnessReport
 from ..utils import check_finite, flush_to_disk, has_cache_hash, read_json, read_tensors, replacing
 
 
@@ -34,8 +34,6 @@ CONFIG_FILE = "config.json"
 TOKENS_FILE = "model.safetensors"
 PROCESSOR_FILE = "preprocessor_config.json"
 CARD_FILE = "README.md"
-# The report for people; not pushed.
-RENDERED_FILES = (MARKDOWN_FILE, HTML_FILE, *FIGURE_FILES)
 ADAPTER_FILES = (CONFIG_FILE, TOKENS_FILE, PROCESSOR_FILE, CARD_FILE, REPORT_FILE)
 
 # Names of gains and shifts; whether a base has them, and in which shape, is checked where they are put into it.
@@ -64,8 +62,8 @@ class Adapter:
 
     @cached_property
     def report(self) -> RobustnessReport | None:
-        """Its evaluation.json, None if there is none; `ValueError` if it is damaged."""
-        return read_report(self.folder)
+        """Its evaluation.json, None if there is none or it measured another adapter; `ValueError` if it is damaged."""
+        return report_of(self.folder, self.state)
 
 
 def load_adapter(
@@ -137,7 +135,11 @@ def _download(repo_id: str, files: Iterable[str], *, revision: str | None, **opt
 
 def _check_files(folder: Path, files: Iterable[str], name: str) -> None:
     if missing := [file for file in files if not (folder / file).is_file()]:
-        raise ValueError(f"{name} is not a robustness-token adapter: it has no {' and no '.join(missing)}")
+        was_stopped = CONFIG_FILE in missing and (folder / TOKENS_FILE).exists()
+        raise ValueError(
+            f"{name} is not a robustness-token adapter: it has no {' and no '.join(missing)}"
+            + (" (perhaps a save was stopped: save again)" if was_stopped else "")
+        )
 
 
 def read_config(folder: Path) -> RobustnessTokenConfig:
@@ -203,46 +205,60 @@ def read_report(folder: Path) -> RobustnessReport | None:
 
 
 def report_of(folder: Path, state: TokenState) -> RobustnessReport | None:
-    """Reads the report in a folder if it was measured with this state; `ValueError` if it is damaged."""
-    return read_report(folder) if _holds_state(folder / TOKENS_FILE, state) else None
+    """Reads the report in a folder; None, with a warning, if it measured another state; `ValueError` if damaged."""
+    report = read_report(folder)
+    if report is not None and report.adapter_digest != state_digest(state):
+        logger.warning(
+            "%s is ignored: it measured another adapter than this one, or an older package wrote it: evaluate again "
+            "with `robtok evaluate`",
+            folder / REPORT_FILE,
+        )
+        return None
+    return report
 
 
-def remove_report(folder: Path) -> None:
-    """Deletes a report that was measured with other tokens."""
-    for file in (REPORT_FILE, *RENDERED_FILES):
-        (folder / file).unlink(missing_ok=True)
+def check_no_other_adapter(folder: Path, state: TokenState) -> None:
+    """Raises `ValueError` if a folder holds another adapter than this state, beside which a report would be wrong."""
+    if is_adapter(folder) and state_digest(load_adapter(folder).state) != state_digest(state):
+        raise ValueError(
+            f"output_dir {str(folder)!r} holds another adapter than the evaluated one: its report would be taken for "
+            "that one's; choose another output_dir"
+        )
 
 
-def write_state(folder: Path, state: TokenState) -> None:
-    """Writes a state as float32, readable by its owner alone; `OSError` leaves the previous file unchanged."""
-    path = folder / TOKENS_FILE
+def write_adapter(folder: Path, state: TokenState, others: Mapping[str, bytes]) -> None:
+    """Writes an adapter's files: its state as float32, readable by its owner alone, and the others by name.
+
+    A kill leaves the adapter that was there, the new one, or one without a config, which no reader takes for an
+    adapter. `OSError` leaves the one that was there.
+    """
     state = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in state.items()}
     check_finite("refusing to save an adapter", state)
     # Not save_file, which maps the file: a full disk can then kill the process.
-    content = save(state, metadata={"format": "pt"})
+    contents = {**others, TOKENS_FILE: save(state, metadata={"format": "pt"})}
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder
     try:
-        with replacing(path) as partial:
-            partial.write_bytes(content)
-            partial.chmod(0o600)
-            flush_to_disk(partial)  # first, so that a failure leaves the report
-            if not _holds_state(path, state):  # last, just before the renaming
-                remove_report(folder)
+        with ExitStack() as renamings:  # in the reverse order, so the config comes first here
+            for name in sorted(contents, key=lambda name: name != CONFIG_FILE):
+                path = folder / name
+                partial = renamings.enter_context(replacing(path))
+                partial.write_bytes(contents[name])
+                partial.chmod(0o600 if name == TOKENS_FILE else 0o644)
+                flush_to_disk(partial)
+            (folder / CONFIG_FILE).unlink(missing_ok=True)
+            flush_to_disk(folder)
     except OSError as exc:
         raise OSError(
             exc.errno,
-            f"{path} could not be written ({exc.strerror}) and is unchanged: make room, or correct the permissions, "
-            "and save again",
+            f"{path} could not be written ({exc.strerror}), and the folder is unchanged: make room, or correct the "
+            "permissions, and save again",
         ) from exc
 
 
-def _holds_state(path: Path, state: TokenState) -> bool:
-    try:
-        stored = load_file(path)
-    except (safetensors.SafetensorError, OSError):
-        return False
-    return stored.keys() == state.keys() and all(
-        torch.equal(stored[name], tensor.detach().cpu()) for name, tensor in state.items()
-    )
+def is_adapter(folder: Path) -> bool:
+    """Tells whether a folder holds a whole adapter, of which the config is written last."""
+    return (folder / CONFIG_FILE).is_file() and (folder / TOKENS_FILE).is_file()
 
 
 def holds_adapter(folder: str | os.PathLike[str]) -> bool:

@@ -22,6 +22,7 @@ from .heads import (
     resize_logits,
     save_head,
 )
+from .identity import model_digest
 from .injection import as_state, depth_of, find_injector, random_state, remove_tokens, tokens_in
 from .layer_stack import base_fingerprint, find_layer_stack, headless_model
 from .merging import extract_tokens

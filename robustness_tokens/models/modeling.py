@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -31,6 +32,7 @@ from ..data import with_normalization
 from ..hub import (
     CARD_FILE,
     CONFIG_FILE,
+    PROCESSOR_FILE,
     Adapter,
     cached_commit,
     check_base_is_repo_id,
@@ -42,10 +44,9 @@ from ..hub import (
     render_card,
     report_of,
     update_card,
-    write_state,
+    write_adapter,
 )
 from ..report import RobustnessReport
-from ..utils import write_text
 from .features import default_feature_view, extract_features
 from .injection import TokenInjector, as_state, attach_tokens, check_state, new_state, remove_tokens, tokens_in
 from .layer_stack import base_fingerprint, check_base, find_layer_stack, vision_config
@@ -59,6 +60,9 @@ from .loading import (
     vision_class,
 )
 from .merging import merge
+
+
+logger = logging.getLogger(__name__)
 
 
 class RobustnessTokenPreTrainedModel(PreTrainedModel):
@@ -370,7 +374,8 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
     ) -> None:
         """Writes the adapter: config.json, model.safetensors (what was learned), preprocessor_config.json, README.md.
 
-        Overwrites an adapter in the folder, and deletes an evaluation.json that was measured with other tokens.
+        Replaces an adapter in the folder as a whole: a kill leaves the old one, the new one, or none. Other files
+        stay; an evaluation.json that measured another adapter is ignored from then on.
 
         Args:
             save_directory: Folder, created if needed. A README.md that a person wrote is kept.
@@ -395,21 +400,24 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
         config.architectures = [type(self).__name__]
         if base_model_id not in (None, config.base_model_name_or_path):
             config.base_model_name_or_path, config.base_model_revision = base_model_id, None
-        config.auto_map = {}
+        config.auto_map, files = {}, {}
         if self._auto_class is not None:
             config.auto_map = {auto_class: AUTO_MAP[auto_class] for auto_class in ("AutoConfig", self._auto_class)}
-            write_text(folder / REMOTE_CODE_FILE, REMOTE_CODE)
-        config_json, report = config.to_json_string(use_diff=False), report_of(folder, self.injector.state)
-        card_text = render_card(config, name=os.fspath(save_directory), report=report)
-        write_state(folder, self.injector.state)
-        write_text(folder / CONFIG_FILE, config_json)
+            files[REMOTE_CODE_FILE] = REMOTE_CODE
+        files[CONFIG_FILE] = config.to_json_string(use_diff=False)
         if self.image_processor is not None:
-            self.image_processor.save_pretrained(folder)
-        card = folder / CARD_FILE
+            files[PROCESSOR_FILE] = self.image_processor.to_json_string()
+        try:
+            report = report_of(folder, self.injector.state)
+        except ValueError as exc:  # no reason to lose what was learned
+            logger.warning("the card leaves out a report that can't be read: %s", exc)
+            report = None
+        text, card = render_card(config, name=os.fspath(save_directory), report=report), folder / CARD_FILE
         # A card that a person wrote may have any encoding and line breaks.
         existing = card.read_bytes().decode("utf-8", "surrogateescape") if card.exists() else None
         if existing is None or is_generated(existing):
-            write_text(card, update_card(existing, card_text))
+            files[CARD_FILE] = update_card(existing, text)
+        write_adapter(folder, self.injector.state, {name: content.encode() for name, content in files.items()})
         if push_to_hub:
             push_adapter(folder, repo_id or folder.resolve().name, base_model_id=base_model_id, **push_kwargs)
 

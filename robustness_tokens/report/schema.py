@@ -30,9 +30,9 @@ from ..utils import (
 )
 
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 _OLDEST_VERSION = 2
-_ADDED = {"images", "correct_bits"}  # keys that version 2 does not have
+_ADDED = {"images", "correct_bits", "adapter_digest"}  # keys that older versions may not have
 
 Task = Literal["features", "classification", "segmentation"]
 Metric = Literal["cosine", "accuracy", "miou", "mean_image_miou"]
@@ -187,6 +187,7 @@ class ReportContent:
     schema_version: int = SCHEMA_VERSION  # of the JSON
     package_version: str
     adapter: str  # folder or repo id
+    adapter_digest: str | None = None  # sha256 of what was measured; None in a report of schema 2 or 3
     base_model: str  # Hub id or folder
     base_model_revision: str | None = None  # commit
     dataset: dict[str, Any]  # name, split (or None) and num_images
@@ -207,6 +208,8 @@ class ReportContent:
         _check_schema_version(self.schema_version)
         for name in ("package_version", "adapter", "base_model", "budget"):
             check_text(name, getattr(self, name))
+        if self.adapter_digest is not None:
+            check_pattern("adapter_digest", self.adapter_digest, "[0-9a-f]{64}", "64 hexadecimal digits")
         if self.base_model_revision is not None:
             check_text("base_model_revision", self.base_model_revision, MAX_NAME)
         check_keys("dataset", self.dataset, {"name", "split", "num_images"})

@@ -5,6 +5,7 @@ No random state is stored: the order of the images and the attack's noise follow
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import re
@@ -74,7 +75,10 @@ def save_checkpoint(
     tensors = {name: tensor.detach().cpu().clone() for name, tensor in tokens.items()}
     for index, values in optimizer.state_dict()["state"].items():
         tensors |= {f"{_OPTIMIZER}{index}.{name}": torch.as_tensor(value).cpu() for name, value in values.items()}
-    content = json.dumps({"step": step, "settings": dict(settings), "state": dict(state)}, indent=1)
+    stored = safetensors.torch.save(tensors)
+    # As JSON gives it back, since the digest is of that.
+    content = json.loads(json.dumps({"step": step, "settings": dict(settings), "state": dict(state)}))
+    text = json.dumps({**content, "digest": _digest(content, stored)}, indent=1)
     final, partial = output_dir / f"checkpoint-{step}", output_dir / f".checkpoint-{step}.part"
     replaced = output_dir / f".checkpoint-{step}.old.part"
     try:
@@ -82,8 +86,8 @@ def save_checkpoint(
         for leftover in output_dir.glob(".checkpoint-*.part"):  # of a run that was killed
             _remove(leftover)
         partial.mkdir(mode=0o700)  # tokens are secrets
-        _write(partial / TENSORS_FILE, safetensors.torch.save(tensors))
-        _write(partial / STATE_FILE, content.encode())
+        _write(partial / TENSORS_FILE, stored)
+        _write(partial / STATE_FILE, text.encode())
         _check_readable(partial / STATE_FILE, {**settings, **state}, final)
         flush_to_disk(partial)
         if final.exists():
@@ -121,12 +125,14 @@ def read_checkpoint(folder: Path, *, settings: Mapping[str, Any], shapes: Shapes
     if not _is_whole(folder):
         raise ValueError(f"{folder} is not a checkpoint: expected {STATE_FILE} and {TENSORS_FILE} in it")
     try:
-        content = read_json(folder / STATE_FILE)
-        check_keys(STATE_FILE, content, {"step", "settings", "state"})
+        content, stored = read_json(folder / STATE_FILE), (folder / TENSORS_FILE).read_bytes()
+        check_keys(STATE_FILE, content, {"step", "settings", "state", "digest"})
         check_int(f"{STATE_FILE}: step", content["step"], 0)
         for name in ("settings", "state"):
             check_dict(f"{STATE_FILE}: {name}", content[name])
-        tensors = safetensors.torch.load_file(folder / TENSORS_FILE)
+        if content.pop("digest") != _digest(content, stored):
+            raise ValueError("its digest does not match what it holds")
+        tensors = safetensors.torch.load(stored)
         tokens = {name: tensor for name, tensor in tensors.items() if not name.startswith(_OPTIMIZER)}
         if TOKENS not in tokens:
             raise KeyError(f"no {TOKENS!r} in {TENSORS_FILE}")
@@ -213,6 +219,10 @@ def _remove(folder: Path, *, hidden_as: Path | None = None) -> None:
         shutil.rmtree(folder if hidden_as is None else folder.rename(hidden_as))
     except OSError as exc:
         logger.warning("%s could not be deleted (%s): delete it by hand", folder, exc)
+
+
+def _digest(content: Mapping[str, Any], tensors: bytes) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode() + tensors).hexdigest()
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -27,6 +27,8 @@ from ..data import (
     load_adversarial_pairs,
     prepare_images,
 )
+from ..models import RobustnessTokenPreTrainedModel, model_digest
+from ..utils import share_from_main
 from .arguments import RobustnessTokenTrainingArguments
 
 
@@ -102,6 +104,15 @@ def prepare_train_dataset(
             "takes: start fewer processes, or set a smaller per_device_train_batch_size"
         )
     return images
+
+
+def trained_on(model: RobustnessTokenPreTrainedModel, images: Images, accelerator: Accelerator) -> dict[str, str]:
+    """Returns what a recipe says of its base and of its images, by digests; nothing of images that have none."""
+
+    def read() -> dict[str, str | None]:
+        return {"base_digest": model_digest(model.get_base_model()), "images_digest": images.identity}
+
+    return {name: sha256 for name, sha256 in share_from_main(read, accelerator).items() if sha256 is not None}
 
 
 def build_train_loader(

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
-from ..data import BrokenImageLog, build_dataloader
+from ..data import BrokenImageLog, Images, build_dataloader
 from ..models import RobustnessTokenPreTrainedModel
 from .arguments import RobustnessTokenTrainingArguments
 from .dataset import prepare_train_dataset, take_pairs
@@ -32,7 +32,7 @@ def prepare_eval_dataset(
     args: RobustnessTokenTrainingArguments,
     model: RobustnessTokenPreTrainedModel,
     train_image_shape: tuple[int, int] | None,
-) -> Dataset[Any]:
+) -> Images:
     """Prepares held-out images as [`prepare_train_dataset`] does.
 
     `ValueError` for a stream, for pairs of another attack, and for images whose size differs from `train_image_shape`.
@@ -59,7 +59,7 @@ def prepare_eval_dataset(
             f"eval_dataset has images of {images.shape} pixels, those to train on have {train_image_shape}: set "
             "image_size if they are resized, or give ready images of that size"
         )
-    return images.dataset
+    return images
 
 
 def measure_held_out(

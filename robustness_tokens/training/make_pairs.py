@@ -6,14 +6,13 @@ import dataclasses
 import math
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import datasets
-import numpy as np
 from accelerate import Accelerator
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Subset
 from tqdm.auto import tqdm
 
 from ..attacks import PAPER_EPS_NORMALIZED, cosine_similarity, paper_attack_eps
@@ -38,8 +37,8 @@ from ..data import (
     to_pixels,
     write_shard,
 )
-from ..models import MixedPrecision, RobustnessTokenPreTrainedModel, check_patches, runs_in_half
-from ..utils import PROCESS_GROUP, __version__, check_int, read_json, share_from_main, write_text
+from ..models import MixedPrecision, RobustnessTokenPreTrainedModel, check_patches, model_digest, runs_in_half
+from ..utils import PROCESS_GROUP, __version__, check_int, in_use, read_json, share_from_main, write_text
 from .arguments import RobustnessTokenTrainingArguments
 from .dataset import prepare_train_dataset
 from .step import TrainingStep, head_settings
@@ -125,36 +124,40 @@ def make_adversarial_pairs(
     rows: Sequence[int] = range(images.num_images)
     if num_images is not None and num_images < len(rows):
         rows = choose_rows(len(rows), num_images, seed=args.seed)
-    info = _describe(model, args, images, len(rows), images_per_shard, "bf16" if in_half else "no")
+    precision: MixedPrecision = "bf16" if in_half else "no"
+    info = share_from_main(lambda: _describe(model, args, images, len(rows), images_per_shard, precision), accelerator)
     folder = Path(args.output_dir)
 
-    def start() -> list[int]:
-        _start(folder, info, images.dataset, rows, overwrite=args.overwrite_output_dir)
-        missing = missing_shards(folder, info)
-        _check_room(folder, info, len(missing), announce=not args.disable_tqdm)
-        return missing
+    with ExitStack() as held:
+        share_from_main(lambda: held.enter_context(in_use(folder)), accelerator)
 
-    missing = share_from_main(start, accelerator)
-    model.to(accelerator.device)
-    normalizer = Normalizer(info.image_mean, info.image_std).to(accelerator.device)
-    training_step = TrainingStep(model, args, normalizer)
-    broken_images = BrokenImageLog(args.max_broken_images)
-    for shard in tqdm(
-        missing[accelerator.process_index :: accelerator.num_processes],
-        desc="Attacking, shards",
-        disable=args.disable_tqdm or not accelerator.is_local_main_process,
-    ):
-        batches = build_dataloader(
-            Subset(images.dataset, _rows_of(shard, rows, info)),
-            batch_size=info.batch_size,
-            shuffle=False,
-            num_workers=args.dataloader_num_workers,
-        )
-        pairs = (_attack_batch(training_step, batch, info, broken_images) for batch in batches)
-        with training_step.computing_faster():
-            write_shard(folder / info.shard_name(shard), pairs)
-    accelerator.wait_for_everyone()
-    share_from_main(lambda: finish_folder(folder, info), accelerator)
+        def start() -> list[int]:
+            _start(folder, info, overwrite=args.overwrite_output_dir)
+            missing = missing_shards(folder, info)
+            _check_room(folder, info, len(missing), announce=not args.disable_tqdm)
+            return missing
+
+        missing = share_from_main(start, accelerator)
+        model.to(accelerator.device)
+        normalizer = Normalizer(info.image_mean, info.image_std).to(accelerator.device)
+        training_step = TrainingStep(model, args, normalizer)
+        broken_images = BrokenImageLog(args.max_broken_images)
+        for shard in tqdm(
+            missing[accelerator.process_index :: accelerator.num_processes],
+            desc="Attacking, shards",
+            disable=args.disable_tqdm or not accelerator.is_local_main_process,
+        ):
+            batches = build_dataloader(
+                Subset(images.dataset, _rows_of(shard, rows, info)),
+                batch_size=info.batch_size,
+                shuffle=False,
+                num_workers=args.dataloader_num_workers,
+            )
+            pairs = (_attack_batch(training_step, batch, info, broken_images) for batch in batches)
+            with training_step.computing_faster():
+                write_shard(folder / info.shard_name(shard), pairs)
+        accelerator.wait_for_everyone()
+        share_from_main(lambda: finish_folder(folder, info), accelerator)
     return load_adversarial_pairs(folder)
 
 
@@ -180,6 +183,7 @@ def _describe(
         base_model_revision=config.base_model_revision,
         base_model_class=config.base_model_class,
         base_model_fingerprint=dict(config.base_model_fingerprint or {}),
+        base_digest=model_digest(model.get_base_model()),
         feature_view=config.feature_view,
         similarity_axis=config.similarity_axis,
         image_mean=list(config.image_mean),
@@ -194,6 +198,7 @@ def _describe(
         resize=args.resize,
         image_size=list(images.shape),
         dataset=images.description,
+        images_digest=images.identity,
         num_images=num_images,
         images_per_shard=images_per_shard,
     )
@@ -203,7 +208,7 @@ def _rows_of(shard: int, rows: Sequence[int], info: PairsInfo) -> Sequence[int]:
     return rows[shard * info.images_per_shard : (shard + 1) * info.images_per_shard]
 
 
-def _start(folder: Path, info: PairsInfo, images: Dataset[Any], rows: Sequence[int], *, overwrite: bool) -> None:
+def _start(folder: Path, info: PairsInfo, *, overwrite: bool) -> None:
     """Keeps the folder's pairs if they were made by the same `info`; otherwise empties it, if `overwrite` allows."""
     folder.mkdir(parents=True, exist_ok=True)
     own = {
@@ -222,16 +227,8 @@ def _start(folder: Path, info: PairsInfo, images: Dataset[Any], rows: Sequence[i
     else:
         stored = PairsInfo.from_dict(read_json(path))
         differing = _differences(dataclasses.asdict(stored), dataclasses.asdict(info))
-        if not differing and (found_shard := _first_stored(folder, info)) is not None:
-            shard, pairs = found_shard
-            # Earlier versions took the first rows.
-            if not set(pairs["index"][:]) <= set(_rows_of(shard, rows, info)):
-                differing = ["the choice of images"]
-            else:
-                index = pairs[0]["index"]
-                item, pixels = images[index], np.frombuffer(pairs[0]["image"], dtype=np.uint8)
-                if "images" not in item or not np.array_equal(to_pixels(item["images"][None]).ravel(), pixels):
-                    differing = [f"image {index} of the dataset"]
+        if info.images_digest is None and len(missing_shards(folder, info)) < info.num_shards:
+            differing.append("the dataset gives other images at each reading")
         if not differing:
             return
         if not overwrite:
@@ -253,15 +250,6 @@ def _differences(stored: Mapping[str, Any], found: Mapping[str, Any]) -> list[st
         for name in found
         if found[name] != stored[name] and name not in ignored
     ]
-
-
-def _first_stored(folder: Path, info: PairsInfo) -> tuple[int, datasets.Dataset] | None:
-    """Returns the number and pairs of the first stored shard that is not empty; `None` without one."""
-    for shard in sorted(set(range(info.num_shards)) - set(missing_shards(folder, info))):
-        pairs = datasets.Dataset.from_file(str(folder / info.shard_name(shard)))
-        if len(pairs):
-            return shard, pairs
-    return None
 
 
 def _check_room(folder: Path, info: PairsInfo, num_missing: int, *, announce: bool) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ..configuration import RobustnessTokenConfig
-from ..hub import check_no_other_model, holds_adapter, remove_report
+from ..hub import check_no_other_model, holds_adapter
 from ..models import (
     RobustnessTokenPreTrainedModel,
     attention_configs,
@@ -127,18 +127,17 @@ def resume_settings(
     *,
     recipe: Mapping[str, Any],
     num_images: int | None,
-    adversarial_pairs: Any,
+    eval_images_digest: str | None,
 ) -> dict[str, Any]:
     """Returns the settings that a resumed run must share with its checkpoint, as JSON values."""
     settings = {
         **recipe,
-        "base_model_fingerprint": config.base_model_fingerprint,
         "feature_view": config.feature_view,
         "similarity_axis": config.similarity_axis,
         "image_mean": list(config.image_mean or ()),
         "image_std": list(config.image_std or ()),
     }
-    known = {"num_images": num_images, "adversarial_pairs": adversarial_pairs}
+    known = {"num_images": num_images, "eval_images_digest": eval_images_digest}
     settings |= {name: value for name, value in known.items() if value is not None}
     if not args.schedule_depends_on_max_steps:
         del settings["max_steps"]
@@ -224,7 +223,6 @@ def open_run(args: RobustnessTokenTrainingArguments, run: RunSoFar) -> None:
         logger.warning("overwrite_output_dir: a new run deletes %s of an earlier run in %s", names, output_dir)
     for _, folder in old:
         shutil.rmtree(folder)
-    remove_report(output_dir)
     start_log(output_dir / LOG_FILE, run.log_history)
     if run.eval_history or args.eval_steps is not None:
         start_log(output_dir / EVAL_LOG_FILE, run.eval_history, columns=EVAL_LOG_COLUMNS)

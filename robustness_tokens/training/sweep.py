@@ -19,14 +19,14 @@ import torch
 
 from ..configuration import RobustnessTokenConfig
 from ..data import AdversarialPairs, prepare_images
-from ..hub import holds_adapter, load_adapter
+from ..hub import is_adapter, load_adapter
 from ..models import RobustnessTokenPreTrainedModel
 from ..report import plot_sweep
 from ..utils import check_int, check_number, share_from_main, write_bytes, write_text
 from .accelerator import build_accelerator
 from .arguments import RobustnessTokenTrainingArguments
 from .checkpoints import list_checkpoints
-from .dataset import take_pairs
+from .dataset import take_pairs, trained_on
 from .make_pairs import make_adversarial_pairs
 from .run_folder import EVAL_LOG_COLUMNS, EVAL_LOG_FILE, LOG_FILE, read_log, to_csv
 from .step import head_settings
@@ -136,7 +136,7 @@ def run_sweep(
     images = prepare_images(train_pairs)
     known = {"image_size": images.image_size, "dataset": images.description, "num_steps_done": args.max_steps}
     recipe = {**args.recipe(), **known, "num_processes": accelerator.num_processes}
-    recipe |= head_settings(args, model.get_base_model(), None)
+    recipe |= head_settings(args, model.get_base_model(), None) | trained_on(model, images, accelerator)
     template, model_class, image_processor, base = model.config, type(model), model.image_processor, model.unload()
     grid_values = itertools.product(grid.sweep_num_tokens, grid.sweep_learning_rates, grid.sweep_seeds)
     members = {folder / _folder_name(*values): values for values in grid_values}
@@ -165,6 +165,8 @@ def run_sweep(
         resume = True if list_checkpoints(path) and not args.overwrite_output_dir else None
         changed: dict[str, Any] = {"output_dir": str(path), "learning_rate": learning_rate, "seed": seed}
         changed |= {"eval_steps": args.max_steps, "resume_from_checkpoint": resume}
+        if not is_adapter(path):  # perhaps a save that was stopped
+            changed["overwrite_output_dir"] = True
         values = {**template.to_dict(), "num_robustness_tokens": num_tokens, "training": {}}
         with torch.random.fork_rng():
             torch.manual_seed(seed)  # for the new tokens, as `robtok train` does
@@ -200,12 +202,7 @@ def _read_row(folder: Path, template: RobustnessTokenConfig, recipe: Mapping[str
     last_step = recipe["num_steps_done"]
     log = read_log(folder / LOG_FILE, last_step=last_step)
     held_out = read_log(folder / EVAL_LOG_FILE, last_step=last_step, columns=EVAL_LOG_COLUMNS)
-    if (
-        not holds_adapter(folder)
-        or not log
-        or not held_out
-        or not log[-1]["step"] == held_out[-1]["step"] == last_step
-    ):
+    if not is_adapter(folder) or not log or not held_out or not log[-1]["step"] == held_out[-1]["step"] == last_step:
         return None
     found = load_adapter(folder).config
     training = found.training or {}

@@ -9,6 +9,8 @@ import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,7 +23,7 @@ from transformers.trainer_utils import TrainOutput
 from ..data import AdversarialPairs, Normalizer
 from ..hub import holds_adapter, push_adapter
 from ..models import ProbeHead, RobustnessTokenPreTrainedModel, check_patches, packed_once
-from ..utils import share_from_main
+from ..utils import in_use, share_from_main
 from .accelerator import abandon_trackers, build_accelerator, finish_trackers, start_trackers
 from .arguments import RobustnessTokenTrainingArguments
 from .callbacks import (
@@ -35,7 +37,7 @@ from .callbacks import (
     restore_callbacks,
 )
 from .checkpoints import save_checkpoint
-from .dataset import Batch, Position, build_train_loader, iterate_steps, prepare_train_dataset, take_pairs
+from .dataset import Batch, Position, build_train_loader, iterate_steps, prepare_train_dataset, take_pairs, trained_on
 from .held_out import measure_held_out, prepare_eval_dataset
 from .run_folder import (
     EVAL_LOG_FILE,
@@ -138,11 +140,12 @@ class RobustnessTokenTrainer:
         self.train_dataset, self._images = images.dataset, images
         if images.shape is not None:
             check_patches(model.get_base_model(), images.shape)
-        self.eval_dataset = (
+        self._eval_images = (
             None
             if eval_dataset is None
             else prepare_eval_dataset(eval_dataset, args=args, model=model, train_image_shape=images.shape)
         )
+        self.eval_dataset = None if self._eval_images is None else self._eval_images.dataset
         self._previous_recipe: dict[str, Any] = {}  # of tokens that are trained further
         self.normalizer = Normalizer(model.config.image_mean, model.config.image_std).to(self.accelerator.device)
         if head is not None:
@@ -186,7 +189,8 @@ class RobustnessTokenTrainer:
         scheduler = get_scheduler(args.lr_scheduler_type, optimizer, args.warmup_steps, args.max_steps)
         was_training = self.model.training
         self._good_tokens = LastGoodTokens(self.training_step)
-        with catch_sigterm() as termination, packed_once():
+        with ExitStack() as held, catch_sigterm() as termination, packed_once():
+            share_from_main(lambda: held.enter_context(in_use(self.output_dir)), accelerator)
             try:
                 features, optimizer = accelerator.prepare(_Outputs(self.training_step), optimizer)
                 position = self._start(optimizer, scheduler)
@@ -374,12 +378,16 @@ class RobustnessTokenTrainer:
         self.control = getattr(self.callback_handler, event)(self.args, self.state, self.control, **kwargs)
 
     def _recipe(self) -> dict[str, Any]:
-        """Returns the recipe of the arguments, with the number of processes and the size of the images."""
+        """Returns the recipe of the arguments, with the number of processes, and which base and images it had."""
         recipe = {**self.args.recipe(), "num_processes": self.accelerator.num_processes}
-        recipe |= self.training_step.head_settings
+        recipe |= {**self.training_step.head_settings, **self._digests}
         if self._images.image_size is not None:
             recipe["image_size"] = self._images.image_size
         return recipe
+
+    @cached_property
+    def _digests(self) -> dict[str, str]:
+        return trained_on(self.model, self._images, self.accelerator)
 
     def _note_recipe(self, num_steps_done: int) -> None:
         known = {"dataset": self._images.description, "previous": self._previous_recipe}
@@ -404,8 +412,13 @@ class RobustnessTokenTrainer:
             self.args,
             recipe=self._recipe(),
             num_images=self._images.num_images,
-            adversarial_pairs=self._images.description.get("adversarial_pairs"),
+            eval_images_digest=self._eval_images_digest,
         )
+
+    @cached_property
+    def _eval_images_digest(self) -> str | None:
+        images = self._eval_images
+        return None if images is None else share_from_main(lambda: images.identity, self.accelerator)
 
     def _rounding(self) -> dict[str, Any]:
         return rounding_settings(self.model, self.args, device=self.accelerator.device)

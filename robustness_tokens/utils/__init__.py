@@ -4,6 +4,7 @@ from .files import (
     MAX_JSON_BYTES,
     flush_to_disk,
     has_cache_hash,
+    in_use,
     json_values,
     read_json,
     replacing,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
+import logging
 import os
 import re
 import tempfile
@@ -12,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+
+logger = logging.getLogger(__name__)
 
 MAX_JSON_BYTES = 4 << 20  # a report of the full budget on 50,000 images at three eps has 2.8 MB
 _MAX_JSON_DEPTH = 32
@@ -83,6 +87,25 @@ def flush_to_disk(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def in_use(folder: Path) -> Iterator[None]:
+    """Makes a folder and keeps it for one run, until it ends or dies; `ValueError` if another run has it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"{folder} is in use by another run, which writes there: wait for its end, or choose another folder"
+            ) from None
+        except OSError:  # a file system without locks
+            logger.debug("%s can't be locked", folder)
+        yield
     finally:
         os.close(descriptor)
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +9,9 @@ import torch
 from PIL import Image
 
 from robustness_tokens import RobustnessTokenForImageClassification, RobustnessTokenModel
-from robustness_tokens.cli.commands import evaluate
+from robustness_tokens.cli.commands import evaluate, info
 from robustness_tokens.cli.parsing import CommandParser, EvaluationCommandArguments
+from robustness_tokens.hub.adapter_folder import load_adapter, write_adapter
 from robustness_tokens.models.heads import ClassificationHead, save_head
 from robustness_tokens.report.writing import RobustnessReport
 from tests.support.bases import HIDDEN_SIZE
@@ -68,6 +70,27 @@ def test_features_of_an_adapter(adapter_folder: Path, pictures: Path, tmp_path: 
     assert report.adapter == str(adapter_folder)
     assert report.dataset == {"name": pictures.name, "split": "test", "num_images": 4}
     assert RobustnessReport.load(tmp_path) == report
+
+
+def test_a_report_is_bound_to_the_adapter_that_it_measured(
+    adapter_folder: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = Path(shutil.copytree(adapter_folder, tmp_path / "other"))
+    state = {name: tensor + 1 for name, tensor in load_adapter(other).state.items()}
+    write_adapter(other, state, {"config.json": (other / "config.json").read_bytes()})
+    files = {path: path.read_bytes() for path in other.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=r"other' holds another adapter than the evaluated one"):
+        evaluate(adapter=str(adapter_folder), args=arguments(pictures, other))
+    assert {path: path.read_bytes() for path in other.rglob("*") if path.is_file()} == files
+
+    report = evaluate(adapter=str(adapter_folder), args=arguments(pictures, adapter_folder))
+    assert load_adapter(adapter_folder).report == report
+    info(str(adapter_folder))
+    assert "evaluation" in capsys.readouterr().out
+    shutil.copy(adapter_folder / "evaluation.json", other)
+    assert load_adapter(other).report is None
+    info(str(other))
+    assert "evaluation     of another adapter, or by an older package" in capsys.readouterr().out
 
 
 def test_classes_under_a_probe(adapter_folder: Path, pictures: Path, tmp_path: Path) -> None:

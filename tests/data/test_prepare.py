@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import IterableDataset
+from torch.utils.data import Dataset, IterableDataset
 from transformers import ViTImageProcessor
 
 from robustness_tokens.data.image_datasets import (
@@ -130,5 +130,42 @@ def test_an_identity_tells_images_apart() -> None:
     stored = [image["images"] for image in ready(80)][:8]
     assert identity(stored) == identity([image.clone() for image in stored])
     assert identity(stored) != identity([*stored[:-1], stored[-1] / 2])
-    table = pictures((4, 4))
-    assert prepare_images(table, image_size=4).identity == table._fingerprint
+
+
+@pytest.mark.parametrize("row", [0, 1, -1])
+@pytest.mark.parametrize("made_of", ["pictures", "tensors"])
+def test_every_image_and_label_counts_for_the_identity(made_of: str, row: int) -> None:
+    def identity(change: str = "") -> str | None:
+        images = [torch.full((3, 4, 4), value / 255) for value in range(40)]
+        labels = list(range(40))
+        images[row] = images[row] + 1 / 255 * (change == "image")
+        labels[row] += change == "label"
+        if made_of == "tensors":
+            items = [{"images": image, "labels": label} for image, label in zip(images, labels, strict=True)]
+            return prepare_images(items, task="classification").identity
+        shown = [Image.fromarray((255 * image).round().byte().permute(1, 2, 0).numpy()) for image in images]
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+        table = datasets.Dataset.from_dict({"image": shown, "label": labels}, features=features)
+        return prepare_images(table, task="classification", image_size=4).identity
+
+    assert identity() == identity()
+    assert len({identity(), identity("image"), identity("label")}) == 3
+
+
+def test_the_preprocessing_counts_for_the_identity() -> None:
+    table = pictures((6, 4))
+    processors = [ViTImageProcessor(size={"height": size, "width": size}) for size in (4, 5)]
+    found = [prepare_images(table, image_size=size).identity for size in (4, 5)]
+    found += [prepare_images(table, resize="processor", image_processor=one).identity for one in processors]
+    assert len(set(found)) == len(found)
+
+
+def test_images_that_differ_at_each_reading_have_no_identity() -> None:
+    class Augmented(Dataset[Any]):
+        def __len__(self) -> int:
+            return 20
+
+        def __getitem__(self, row: int) -> dict[str, Tensor]:
+            return {"images": torch.rand(3, 4, 4)}
+
+    assert prepare_images(Augmented()).identity is None

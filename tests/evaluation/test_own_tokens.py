@@ -96,6 +96,47 @@ def test_it_trains_by_the_recipe_and_leaves_the_model_alone(
     assert len(list(tmp_path.rglob("adversarial_pairs.json"))) == (0 if num_pairs is None else 1)
 
 
+@pytest.mark.parametrize("change", ["nothing", "middle layer", "last image", "random images"])
+def test_stored_sets_are_bound_to_the_whole_base_and_to_all_images(
+    dataset: list[dict[str, Tensor]], tmp_path: Path, change: str
+) -> None:
+    class Augmented(torch.utils.data.Dataset[Any]):
+        def __len__(self) -> int:
+            return 6
+
+        def __getitem__(self, row: int) -> dict[str, Tensor]:
+            return {"images": torch.rand(3, IMAGE_SIZE, IMAGE_SIZE)}
+
+    def train(changed: bool) -> None:
+        base, images = build_base("dinov2", num_hidden_layers=3), dataset
+        if changed and change == "middle layer":
+            with torch.no_grad():
+                base.encoder.layer[1].mlp.fc1.weight[0, 0] += 1
+        if changed and change == "last image":
+            images = [*dataset[:-1], {"images": 1 - dataset[-1]["images"]}]
+        defended = RobustnessTokenModel.from_base(base, num_robustness_tokens=4)
+        defended.config.training = RECIPE
+        specs = [OwnTokensSpec(seed=5, num_robustness_tokens=4)]
+        given: Any = Augmented() if change == "random images" else images
+        train_own_tokens(EvaluatedModel(defended), specs, [given], tmp_path, disable_tqdm=True)
+
+    for changed in (False, True):
+        train(changed)
+    assert len(list(tmp_path.iterdir())) == (1 if change == "nothing" else 2)
+
+
+def test_a_set_whose_save_was_stopped_is_trained_again(
+    model: EvaluatedModel, dataset: list[dict[str, Tensor]], tmp_path: Path
+) -> None:
+    specs = [OwnTokensSpec(seed=5, num_robustness_tokens=4)]
+    (trained,) = train_own_tokens(model, specs, [dataset], tmp_path, disable_tqdm=True)
+    (config,) = tmp_path.rglob("seed-5*/config.json")
+    config.unlink()
+    (again,) = train_own_tokens(model, specs, [dataset], tmp_path, disable_tqdm=True)
+    assert torch.equal(again.tokens[TOKENS], trained.tokens[TOKENS])
+    assert config.exists()
+
+
 def described(
     model: EvaluatedModel,
     datasets: list[list[dict[str, Tensor]]],

@@ -1,8 +1,11 @@
 import json
 import os
 import re
+import shutil
 import stat
 import threading
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +15,24 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from robustness_tokens import RobustnessReport, RobustnessTokenModel
-from robustness_tokens.configuration import TOKENS
+from robustness_tokens.configuration import TOKENS, state_digest
 from robustness_tokens.data.image_processors import read_image_processor
 from robustness_tokens.hub.adapter_folder import (
     cached_commit,
     check_base_is_repo_id,
     check_no_other_model,
     holds_adapter,
+    is_adapter,
     is_repo_id,
     load_adapter,
     normalize_subfolder,
     read_config,
     read_state,
-    write_state,
+    write_adapter,
 )
 from robustness_tokens.utils.files import read_json, write_text
 from tests.support.adapters import COMMIT, cache_as_repo
+from tests.support.bases import build_base
 from tests.support.disks import broken_disk, full_disk
 from tests.support.reports import make_report
 
@@ -54,7 +59,7 @@ def test_load_a_local_folder(adapter_folder: Path) -> None:
 @pytest.mark.parametrize("missing", ["config.json", "model.safetensors"])
 def test_load_a_folder_that_is_no_adapter(adapter_folder: Path, missing: str) -> None:
     (adapter_folder / missing).unlink()
-    with pytest.raises(ValueError, match=rf"{adapter_folder.name} is not a robustness-token adapter.* no {missing}$"):
+    with pytest.raises(ValueError, match=rf"{adapter_folder.name} is not a robustness-token adapter.* no {missing}"):
         load_adapter(adapter_folder)
 
 
@@ -118,7 +123,10 @@ def test_an_adapter_is_read_in_one_call(adapter_folder: Path) -> None:
         adapter.image_processor.to_dict()
         == read_image_processor(adapter_folder / "preprocessor_config.json").to_dict()
     )
-    assert adapter.report == make_report()
+    assert adapter.report is None, "it measured another adapter"
+    own = make_report(adapter_digest=state_digest(adapter.state))
+    own.save(adapter_folder)
+    assert load_adapter(adapter_folder).report == own
 
 
 def test_an_adapter_loads_beside_a_report_of_an_older_package(
@@ -305,7 +313,7 @@ def test_huge_numbers_in_the_config_allocate_nothing(adapter_folder: Path) -> No
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_tokens_are_written_as_float32(tmp_path: Path, dtype: torch.dtype) -> None:
     tokens = torch.randn(4, 2, 6).to(dtype)[:, 1].requires_grad_()  # (4, 6), not contiguous
-    write_state(tmp_path, {TOKENS: tokens})
+    write_adapter(tmp_path, {TOKENS: tokens}, {})
     written = load_file(tmp_path / "model.safetensors")
     assert set(written) == {"robustness_tokens"}
     assert written["robustness_tokens"].dtype == torch.float32
@@ -318,7 +326,7 @@ def test_tokens_are_readable_by_their_owner_alone(tmp_path: Path) -> None:
     path.chmod(0o666)
     before = os.umask(0)
     try:
-        write_state(tmp_path, {TOKENS: torch.zeros(2, 3)})
+        write_adapter(tmp_path, {TOKENS: torch.zeros(2, 3)}, {})
     finally:
         os.umask(before)
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
@@ -327,32 +335,79 @@ def test_tokens_are_readable_by_their_owner_alone(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_failed_write_keeps_the_last_good_tokens(tmp_path: Path, value: float) -> None:
-    write_state(tmp_path, {TOKENS: torch.ones(2, 3)})
+    write_adapter(tmp_path, {TOKENS: torch.ones(2, 3)}, {})
     with pytest.raises(ValueError, match="not finite: the training diverged"):
-        write_state(tmp_path, {TOKENS: torch.full((2, 3), value)})
+        write_adapter(tmp_path, {TOKENS: torch.full((2, 3), value)}, {})
     assert torch.equal(load_file(tmp_path / "model.safetensors")["robustness_tokens"], torch.ones(2, 3))
     assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_full_disk_leaves_the_old_file_alone(tmp_path: Path) -> None:
-    write_state(tmp_path, {TOKENS: torch.ones(2, 3)})
+    write_adapter(tmp_path, {TOKENS: torch.ones(2, 3)}, {})
     path, report = tmp_path / "model.safetensors", tmp_path / "evaluation.json"
     report.write_text("{}")  # of these tokens
     with full_disk(), pytest.raises(OSError, match=rf"{path} could not be written \(File too large\)"):
-        write_state(tmp_path, {TOKENS: torch.zeros(2, 3)})
+        write_adapter(tmp_path, {TOKENS: torch.zeros(2, 3)}, {})
     assert torch.equal(load_file(path)["robustness_tokens"], torch.ones(2, 3))
     assert set(tmp_path.iterdir()) == {path, report}
 
 
 def test_tokens_are_on_the_disk_before_they_replace_others(tmp_path: Path) -> None:
-    write_state(tmp_path, {TOKENS: torch.ones(2, 3)})
+    write_adapter(tmp_path, {TOKENS: torch.ones(2, 3)}, {})
     path, report = tmp_path / "model.safetensors", tmp_path / "evaluation.json"
     report.write_text("{}")  # of these tokens
-    message = r"could not be written \(Input/output error\) and is unchanged"
+    message = r"could not be written \(Input/output error\), and the folder is unchanged"
     with broken_disk(), pytest.raises(OSError, match=message):
-        write_state(tmp_path, {TOKENS: torch.zeros(2, 3)})
+        write_adapter(tmp_path, {TOKENS: torch.zeros(2, 3)}, {})
     assert torch.equal(load_file(path)["robustness_tokens"], torch.ones(2, 3))
     assert set(tmp_path.iterdir()) == {path, report}
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["into an empty folder", "over another adapter"])
+def test_a_save_that_is_killed_anywhere_mixes_no_adapters(
+    adapter_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: bool
+) -> None:
+    """Kills a save before each of its changes of the folder."""
+    model = RobustnessTokenModel.from_base(build_base("dinov2", num_hidden_layers=3), num_robustness_tokens=3)
+    old, new = load_adapter(adapter_folder), model.injector.state
+    changes, allowed = 0, 0
+
+    def limited(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal changes
+            changes += 1
+            if changes > allowed:
+                raise KeyboardInterrupt
+            return real(*args, **kwargs)
+
+        return call
+
+    found = []
+    while True:
+        folder = tmp_path / f"killed-{allowed}"
+        if not first:
+            shutil.copytree(adapter_folder, folder)
+        changes = 0
+        with monkeypatch.context() as patch:
+            for name in ("replace", "unlink", "write_bytes"):
+                patch.setattr(Path, name, limited(getattr(Path, name)))
+            with suppress(KeyboardInterrupt):
+                model.save_pretrained(folder)
+        if is_adapter(folder):
+            loaded = load_adapter(folder)
+            is_old = loaded.config.base_model_fingerprint == old.config.base_model_fingerprint
+            assert torch.equal(loaded.tokens, old.tokens if is_old else new[TOKENS].detach())
+            found.append("old" if is_old else "new")
+        else:
+            with pytest.raises(ValueError, match=f"{folder}"):
+                load_adapter(folder)
+            found.append("error")
+        if changes <= allowed:
+            break
+        allowed += 1
+    assert found[-1] == "new"
+    assert found == sorted(found, key=["old", "error", "new"].index)
+    assert ("old" in found) is not first
 
 
 def test_a_small_file_is_on_the_disk_before_it_replaces_another(tmp_path: Path) -> None:
@@ -369,7 +424,7 @@ def test_readers_never_see_half_a_file(adapter_folder: Path) -> None:
 
     def write() -> None:
         for _ in range(50):
-            write_state(adapter_folder, {TOKENS: torch.ones(3, 32)})
+            write_adapter(adapter_folder, {TOKENS: torch.ones(3, 32)}, {})
 
     writer = threading.Thread(target=write)
     writer.start()

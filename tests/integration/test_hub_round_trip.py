@@ -12,14 +12,14 @@ import torch
 from safetensors.torch import load_file
 
 from robustness_tokens.configuration import TOKENS
-from robustness_tokens.hub.adapter_folder import ADAPTER_FILES, write_state
+from robustness_tokens.hub.adapter_folder import ADAPTER_FILES, CONFIG_FILE, write_adapter
 from robustness_tokens.models.modeling import RobustnessTokenForImageClassification
 from robustness_tokens.report.writing import REPORT_FILE
 from tests.support.bases import HIDDEN_SIZE, NUM_LABELS, NUM_TOKENS
 from tests.support.hub_client import ClientError, HubClient
 from tests.support.hub_server import card_data
 from tests.support.hub_state import File, Hub, Repo, Request
-from tests.support.reports import make_report
+from tests.support.reports import make_report, report_on
 
 
 BASE = Path(__file__).parents[2] / "examples" / "quickstart" / "base"
@@ -42,7 +42,7 @@ def make_adapter(saved_adapter: Path, tmp_path: Path, base: Repo) -> AdapterFact
     def make(seed: int) -> Path:
         folder = Path(shutil.copytree(saved_adapter, tmp_path / f"adapter-{seed}"))
         tokens = torch.randn(NUM_TOKENS, HIDDEN_SIZE, generator=torch.Generator().manual_seed(seed))
-        write_state(folder, {TOKENS: tokens})
+        write_adapter(folder, {TOKENS: tokens}, {CONFIG_FILE: (folder / CONFIG_FILE).read_bytes()})
         return folder
 
     return make
@@ -333,7 +333,7 @@ def test_the_report_goes_with_its_tokens(
     hub: Hub, client: HubClient, make_adapter: AdapterFactory, tmp_path: Path
 ) -> None:
     measured, other = make_adapter(1), make_adapter(2)
-    make_report().save(measured)
+    report_on(measured).save(measured)
     push(client, measured)
     assert hub.repos[ADAPTER].files() == FILES | {REPORT_FILE}
     assert committed(hub) == [FILES | {REPORT_FILE}]
@@ -353,11 +353,26 @@ def test_the_report_goes_with_its_tokens(
     assert len(hub.repos[ADAPTER].history()) == 3
 
 
+@pytest.mark.parametrize("measured", ["another adapter", "by an older package"])
+def test_a_report_on_something_else_is_not_pushed(
+    hub: Hub, client: HubClient, make_adapter: AdapterFactory, measured: str
+) -> None:
+    folder = make_adapter(1)
+    report = report_on(make_adapter(2)) if measured == "another adapter" else make_report()
+    report.save(folder)
+    push(client, folder)
+    assert hub.repos[ADAPTER].files() == FILES
+    assert "model-index" not in card_data(hub.repos[ADAPTER].commit().files["README.md"].data.decode())
+    report_on(folder).save(folder)
+    push(client, folder)
+    assert hub.repos[ADAPTER].files() == FILES | {REPORT_FILE}
+
+
 def test_no_folder_of_this_machine_is_told(
     hub: Hub, client: HubClient, base: Repo, make_adapter: AdapterFactory, base_folders: dict[str, Path]
 ) -> None:
     folder, base_folder = make_adapter(1), base_folders["dinov2"]
-    make_report(adapter=str(folder), base_model=str(base_folder)).save(folder)
+    report_on(folder, adapter=str(folder), base_model=str(base_folder)).save(folder)
     push(client, folder)
     report = json.loads(hub.repos[ADAPTER].commit().files[REPORT_FILE].data)
     assert [report[name] for name in ("adapter", "base_model", "base_model_revision")] == [
@@ -417,7 +432,7 @@ def test_a_classifier_by_its_id(
 
 def test_command_line(hub: Hub, client: HubClient, make_adapter: AdapterFactory) -> None:
     folder = make_adapter(1)
-    make_report().save(folder)
+    report_on(folder).save(folder)
     arguments = ["push", str(folder), ADAPTER, "--base-model-id", "alice/base", "--commit-message", "By hand"]
     status, output = client("robtok", arguments=arguments, token="hf_alice")
     commit = hub.repos[ADAPTER].commit()

@@ -33,6 +33,7 @@ from transformers import (
 )
 
 from robustness_tokens.configuration import RobustnessTokenConfig
+from robustness_tokens.hub import load_adapter, push_adapter
 from robustness_tokens.models.injection import find_injector, remove_tokens
 from robustness_tokens.models.layer_stack import find_layer_stack, headless_model
 from robustness_tokens.models.modeling import (
@@ -41,7 +42,7 @@ from robustness_tokens.models.modeling import (
     inject_tokens,
 )
 from tests.support.adapters import cache_as_repo
-from tests.support.reports import make_report
+from tests.support.reports import report_on
 
 
 ADAPTER_FILES = {"config.json", "model.safetensors", "preprocessor_config.json", "README.md"}
@@ -919,24 +920,26 @@ def test_a_report_goes_into_the_card_and_does_not_survive_its_tokens(
     dinov2_model: RobustnessTokenModel, tmp_path: Path
 ) -> None:
     dinov2_model.save_pretrained(tmp_path)
-    make_report().save(tmp_path)
+    report_on(tmp_path).save(tmp_path)
     dinov2_model.save_pretrained(tmp_path)
     assert (tmp_path / "evaluation.json").exists(), "the same tokens"
     assert "`evaluation.json` holds all numbers" in (tmp_path / "README.md").read_text()
     randomize(dinov2_model).save_pretrained(tmp_path)
-    assert not {"evaluation.json", "evaluation.md"} & {path.name for path in tmp_path.iterdir()}
+    assert load_adapter(tmp_path).report is None
     assert "The tokens have not been evaluated yet" in (tmp_path / "README.md").read_text()
 
 
-def test_a_damaged_report_is_an_error_before_anything_is_written(
-    dinov2_model: RobustnessTokenModel, tmp_path: Path
+@pytest.mark.parametrize("content", ["{}", "mine", '{"schema_version": 99}'])
+def test_a_report_that_can_not_be_read_is_no_reason_to_lose_what_was_learned(
+    dinov2_model: RobustnessTokenModel, tmp_path: Path, caplog: pytest.LogCaptureFixture, content: str
 ) -> None:
+    (tmp_path / "evaluation.json").write_text(content)
     dinov2_model.save_pretrained(tmp_path)
-    (tmp_path / "evaluation.json").write_text("{}")
-    before = (tmp_path / "README.md").stat().st_mtime_ns
+    assert torch.equal(load_adapter(tmp_path).tokens, dinov2_model.robustness_tokens.detach())
+    assert "the card leaves out a report" in caplog.text
+    assert (tmp_path / "evaluation.json").read_text() == content
     with pytest.raises(ValueError, match=r"evaluation\.json"):
-        dinov2_model.save_pretrained(tmp_path)
-    assert (tmp_path / "README.md").stat().st_mtime_ns == before
+        push_adapter(tmp_path, "user/adapter")
 
 
 def test_a_relative_base_folder_is_found_from_elsewhere(

@@ -196,7 +196,7 @@ def test_a_report_of_schema_2_has_no_images_and_no_bits(tmp_path: Path) -> None:
     loaded = RobustnessReport.load(tmp_path)
     assert loaded.images is None
     assert [result.correct for result in loaded.results] == [None, None]
-    assert loaded.schema_version == 3
+    assert loaded.schema_version == 4
     assert [result.value for result in loaded.results] == [0.4, 0.5]
     loaded.save(tmp_path)
     assert RobustnessReport.load(tmp_path) == loaded
@@ -240,8 +240,8 @@ CHECK = Check(number=2, name="grey box", passed=None, value="", explanation="")
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"schema_version": 4}, "schema_version 4, this package reads up to 3: pip install"),
-        ({"schema_version": 1}, "schema_version 1, of an older package, this one reads 2 to 3: evaluate again"),
+        ({"schema_version": 5}, "schema_version 5, this package reads up to 4: pip install"),
+        ({"schema_version": 1}, "schema_version 1, of an older package, this one reads 2 to 4: evaluate again"),
         ({"images": {"rows": [0], "sha256": "0" * 64}}, "images must be MeasuredImages or None, got"),
         ({"images": IMAGES}, "images must have a row for each of the dataset's 500 images, got 10"),
         (

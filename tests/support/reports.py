@@ -1,7 +1,10 @@
 """Small reports, and texts that try to be markup."""
 
+from pathlib import Path
 from typing import Any
 
+from robustness_tokens.configuration import state_digest
+from robustness_tokens.hub import load_adapter
 from robustness_tokens.report import Check, MeasuredImages, Result, RobustnessReport
 
 
@@ -40,6 +43,11 @@ def make_report(**changes: Any) -> RobustnessReport:
         "seconds": 12.5,
     }
     return RobustnessReport(**{**values, **changes})
+
+
+def report_on(folder: Path, **changes: Any) -> RobustnessReport:
+    """A report on the adapter in a folder."""
+    return make_report(adapter_digest=state_digest(load_adapter(folder).state), **changes)
 
 
 # Ten images, of which the first, the fourth and the last two are correct.

@@ -269,10 +269,43 @@ def empty_state(folder: Path) -> None:
     (folder / STATE_FILE).write_text(json.dumps({"step": 1}), encoding="utf-8")
 
 
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [(damage_tensors, "damaged"), (damage_state, "not valid JSON"), (empty_state, "'settings', 'state'")],
-)
+def zero_tensors(folder: Path) -> None:
+    content = bytearray((folder / TENSORS_FILE).read_bytes())
+    content[-16:] = bytes(16)
+    (folder / TENSORS_FILE).write_bytes(content)
+
+
+def edit_state(folder: Path) -> None:
+    content = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+    content["state"]["position"] = [0, 0]
+    (folder / STATE_FILE).write_text(json.dumps(content), encoding="utf-8")
+
+
+def other_tensors(folder: Path) -> None:
+    shutil.copy(save(folder.parent / "other", 3) / TENSORS_FILE, folder)
+
+
+DAMAGES = [
+    (damage_tensors, "damaged"),
+    (damage_state, "not valid JSON"),
+    (empty_state, "'settings', 'state'"),
+    (zero_tensors, "its digest does not match"),
+    (edit_state, "its digest does not match"),
+    (other_tensors, "its digest does not match"),
+]
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGES)
+def test_the_checkpoint_before_a_damaged_one_is_taken(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: Any, message: str
+) -> None:
+    before, last = save(tmp_path / "run", 1), save(tmp_path / "run", 2)
+    damage(last)
+    assert found(tmp_path / "run") == before
+    assert f"{last} is damaged" in caplog.text
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGES)
 def test_damage_is_an_error_that_changes_nothing(tmp_path: Path, damage: Any, message: str) -> None:
     folder = save(tmp_path, 2)
     damage(folder)

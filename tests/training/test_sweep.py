@@ -314,6 +314,8 @@ def test_what_was_trained_on_other_pairs_is_trained_again(
         ("initializer_range", 0.5),
         ("image_mean", [0.1, 0.1, 0.1]),
         ("base_model_fingerprint", {"layer": "0" * 64}),
+        ("base_digest", "0" * 64),
+        ("images_digest", "0" * 64),
     ],
 )
 def test_what_differs_in_the_config_is_no_finished_training(

@@ -21,11 +21,12 @@ from torch import Tensor, nn
 from transformers.trainer_utils import TrainOutput
 
 from robustness_tokens.data.image_datasets import BrokenImage
+from robustness_tokens.hub import is_adapter
 from robustness_tokens.models import onednn
 from robustness_tokens.models.features import check_patches
 from robustness_tokens.models.modeling import RobustnessTokenModel
+from robustness_tokens.training import checkpoints, run_folder
 from robustness_tokens.training import dataset as dataset_module
-from robustness_tokens.training import run_folder
 from robustness_tokens.training import step as step_module
 from robustness_tokens.training import trainer as trainer_module
 from robustness_tokens.training.arguments import RobustnessTokenTrainingArguments
@@ -33,6 +34,7 @@ from robustness_tokens.training.checkpoints import STATE_FILE, TENSORS_FILE, lis
 from robustness_tokens.training.run_folder import LOG_COLUMNS, LOG_FILE, rounding_settings
 from robustness_tokens.training.step import LastGoodTokens, TrainingStep
 from robustness_tokens.training.trainer import RobustnessTokenTrainer
+from robustness_tokens.utils import in_use
 
 
 SIDE, NUM_TOKENS = 16, 3
@@ -64,9 +66,12 @@ def pictures(count: int, *, broken: tuple[int, ...] = (), column: str = "image")
 def make_trainer(make_base: BaseFactory, tmp_path: Path) -> TrainerFactory:
     """A trainer with new, always equal tokens on a tiny DINOv2, eight images and four cheap steps."""
 
-    def make(output_dir: str = "run", dataset: Any = None, **kwargs: Any) -> RobustnessTokenTrainer:
+    def make(
+        output_dir: str = "run", dataset: Any = None, *, num_hidden_layers: int = 2, **kwargs: Any
+    ) -> RobustnessTokenTrainer:
         torch.manual_seed(3)
-        model = RobustnessTokenModel.from_base(make_base("dinov2"), num_robustness_tokens=NUM_TOKENS)
+        base = make_base("dinov2", num_hidden_layers=num_hidden_layers)
+        model = RobustnessTokenModel.from_base(base, num_robustness_tokens=NUM_TOKENS)
         defaults = {"max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 0.02, "disable_tqdm": True}
         args = RobustnessTokenTrainingArguments(output_dir=str(tmp_path / output_dir), **{**defaults, **PGD, **kwargs})
         return RobustnessTokenTrainer(model, args, random_images(8) if dataset is None else dataset)
@@ -296,17 +301,65 @@ def test_resuming_from_elsewhere_replaces_nothing_unasked(make_trainer: TrainerF
 
     make_trainer("finished", resume_from_checkpoint=checkpoint, overwrite_output_dir=True).train()
     assert list_checkpoints(finished.output_dir) == []  # they were another run's
-    assert not (finished.output_dir / "evaluation.json").exists()
 
 
-def test_resuming_drops_an_evaluation_of_the_tokens_before(make_trainer: TrainerFactory) -> None:
+def test_a_run_deletes_nothing_that_others_put_there(make_trainer: TrainerFactory) -> None:
     trainer = make_trainer(save_steps=2)
     trainer.train()
     trainer.save_model()
-    (trainer.output_dir / "evaluation.json").write_text("{}", encoding="utf-8")
-    make_trainer(save_steps=2, max_steps=6, resume_from_checkpoint=str(trainer.output_dir / "checkpoint-2")).train()
-    assert not (trainer.output_dir / "evaluation.json").exists()
-    assert [step for step, _ in list_checkpoints(trainer.output_dir)] == [2, 4, 6]
+    files = ("evaluation.json", "report.html", "figures/curve.png", "notes.txt")
+    (trainer.output_dir / "figures").mkdir()
+    for name in files:
+        (trainer.output_dir / name).write_text("mine", encoding="utf-8")
+    for settings in ({"resume_from_checkpoint": True}, {"overwrite_output_dir": True}):
+        again = make_trainer(save_steps=2, **settings)
+        again.train()
+        assert {(trainer.output_dir / name).read_text(encoding="utf-8") for name in files} == {"mine"}
+        assert is_adapter(trainer.output_dir)
+
+
+def other_images() -> list[dict[str, Any]]:
+    return [*random_images(8)[:-1], {"images": random_images(8)[-1]["images"] / 2}]
+
+
+@pytest.mark.parametrize(
+    ("dataset", "layer", "message"),
+    [(other_images(), None, "images_digest: "), (None, 1, "base_digest: "), (random_images(8)[::-1], None, "images_")],
+    ids=["another last image", "another middle layer", "another order"],
+)
+def test_a_run_on_something_else_is_not_resumed(
+    make_trainer: TrainerFactory, dataset: Any, layer: int | None, message: str
+) -> None:
+    trainer = make_trainer(save_steps=2, num_hidden_layers=3)
+    trainer.train()
+    resumed = make_trainer(dataset=dataset, resume_from_checkpoint=True, save_steps=2, num_hidden_layers=3)
+    if layer is not None:
+        with torch.no_grad():
+            base: Any = resumed.model.get_base_model()
+            next(base.encoder.layer[layer].parameters()).add_(1)
+    with pytest.raises(ValueError, match=f"made by another run .*{message}"):
+        resumed.train()
+    assert [step for step, _ in list_checkpoints(trainer.output_dir)] == [2, 4]
+
+
+def test_images_that_differ_at_each_reading_are_no_reason_to_refuse(make_trainer: TrainerFactory) -> None:
+    class Augmented(torch.utils.data.Dataset[Any]):
+        def __len__(self) -> int:
+            return 8
+
+        def __getitem__(self, row: int) -> dict[str, Tensor]:
+            return {"images": torch.rand(3, SIDE, SIDE)}
+
+    make_trainer(dataset=Augmented(), save_steps=2, max_steps=2).train()
+    resumed = make_trainer(dataset=Augmented(), save_steps=2, max_steps=2, resume_from_checkpoint=True)
+    assert resumed.train().global_step == 2
+
+
+def test_two_runs_do_not_share_a_folder(make_trainer: TrainerFactory) -> None:
+    first, second = make_trainer(), make_trainer()
+    with in_use(first.output_dir), pytest.raises(ValueError, match="is in use by another run"):
+        second.train()
+    first.train()
 
 
 def test_a_half_written_checkpoint_is_not_taken(make_trainer: TrainerFactory) -> None:
@@ -446,6 +499,14 @@ def test_the_attention_of_every_part_of_the_base_counts(make_trainer: TrainerFac
     assert "eager" in settings["attn_implementation"]
 
 
+def write_digest(checkpoint: Path) -> None:
+    """Makes an edited checkpoint one that was written so."""
+    content = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
+    del content["digest"]
+    content["digest"] = checkpoints._digest(content, (checkpoint / TENSORS_FILE).read_bytes())
+    (checkpoint / STATE_FILE).write_text(json.dumps(content), encoding="utf-8")
+
+
 @pytest.mark.parametrize("key", ["rounding", "position", "previous_recipe", "scheduler", "callbacks"])
 def test_a_checkpoint_of_another_version_is_refused_in_words(make_trainer: TrainerFactory, key: str) -> None:
     trainer = make_trainer(max_steps=2, save_steps=2)
@@ -454,6 +515,7 @@ def test_a_checkpoint_of_another_version_is_refused_in_words(make_trainer: Train
     content = json.loads(path.read_text(encoding="utf-8"))
     del content["state"][key]
     path.write_text(json.dumps(content), encoding="utf-8")
+    write_digest(path.parent)
     with pytest.raises(ValueError, match=rf"checkpoint-2.*'{key}'.*overwrite_output_dir=True"):
         make_trainer(resume_from_checkpoint=True).train()
 
@@ -486,15 +548,6 @@ def test_max_steps_may_grow_only_where_the_schedule_does_not_depend_on_it(make_t
     make_trainer("cosine", save_steps=2, lr_scheduler_type="cosine").train()
     with pytest.raises(ValueError, match="max_steps: 4 -> 6"):
         make_trainer("cosine", max_steps=6, resume_from_checkpoint=True, lr_scheduler_type="cosine").train()
-
-
-def test_resuming_on_another_base_is_refused(make_trainer: TrainerFactory, make_base: BaseFactory) -> None:
-    trainer = make_trainer(save_steps=2)
-    trainer.train()
-    other = RobustnessTokenModel.from_base(make_base("vit"), num_robustness_tokens=NUM_TOKENS)
-    args = make_trainer(save_steps=2, resume_from_checkpoint=True).args
-    with pytest.raises(ValueError, match="base_model_fingerprint"):
-        RobustnessTokenTrainer(other, args, random_images(8)).train()
 
 
 def test_resuming_before_there_is_a_checkpoint_starts_from_the_beginning_with_a_warning(
@@ -583,7 +636,6 @@ def test_overwrite_output_dir_starts_a_new_run(make_trainer: TrainerFactory) -> 
     trainer = make_trainer("run", save_steps=2)
     trainer.train()
     trainer.save_model()
-    (trainer.output_dir / "evaluation.json").write_text("{}", encoding="utf-8")
     again = make_trainer("run", overwrite_output_dir=True, max_steps=1, seed=1)
     again.train()
     again.save_model()
@@ -736,6 +788,7 @@ def test_broken_tokens_of_a_checkpoint_are_not_said_to_be_good(make_trainer: Tra
     tensors = load_file(path)
     tensors["robustness_tokens"].fill_(1e30)
     save_file(tensors, path)
+    write_digest(path.parent)
     with pytest.raises(FloatingPointError, match=r"the initial ones are broken too.*earlier checkpoint"):
         make_trainer(max_steps=3, resume_from_checkpoint=True).train()
     assert not (trainer.output_dir / "model.safetensors").exists()

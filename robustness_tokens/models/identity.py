@@ -1,0 +1,53 @@
+"""The identity of a model, to which numbers, caches and resumed runs are bound."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedConfig
+
+from ..configuration import RobustnessTokenConfig
+from ..utils import digest
+
+
+# Where a model lies and how it was loaded; the dtype of the weights counts.
+_NOT_COMPUTED = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"}
+# What attacks, training and tokens change on timm's modules for a while.
+_CHANGING = {"training", "fused_attn", "grad_checkpointing", "num_prefix_tokens"}
+
+
+def model_digest(model: nn.Module) -> str:
+    """Returns a sha256 of all weights and buffers of a model, and of the configs that it was built by.
+
+    It changes with any weight, where [`base_fingerprint`] reads the first and the last layer alone. A model without a
+    config, such as timm's, counts by the settings of its modules. The config of an adapter does not count.
+    `ValueError` if weights are on the meta device.
+    """
+    weights = model.state_dict()
+    if missing := sorted(name for name, tensor in weights.items() if tensor.is_meta):
+        raise ValueError(
+            f"{len(missing)} weights of {type(model).__name__} are on the meta device, such as {missing[0]}: load it "
+            "without offloading"
+        )
+    found: list[Any] = [getattr(module, "config", None) for module in model.modules()]
+    configs = {id(one): one for one in found if isinstance(one, PreTrainedConfig)}.values()
+    built_by: Any = [_strip(one.to_dict()) for one in configs if not isinstance(one, RobustnessTokenConfig)]
+    if not built_by:
+        built_by = repr(model), [_settings(module) for module in model.modules()]
+    content = json.dumps([type(model).__name__, built_by, digest(weights)], sort_keys=True, default=str)
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def _settings(module: nn.Module) -> dict[str, Any]:
+    """Returns a module's own plain values, such as its number of heads."""
+    values = {key: value for key, value in vars(module).items() if isinstance(value, int | float | str)}
+    return {key: value for key, value in values.items() if key not in _CHANGING}
+
+
+def _strip(values: Any) -> Any:
+    if isinstance(values, dict):
+        return {key: _strip(value) for key, value in values.items() if key not in _NOT_COMPUTED}
+    return values
