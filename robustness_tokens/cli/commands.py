@@ -225,8 +225,9 @@ def merge(adapter: str, output_dir: Path, image_size: int | None = None, classif
         raise ValueError(f"{output_dir} exists and is not an empty folder: choose another")
     model_class = RobustnessTokenForImageClassification if classifier else RobustnessTokenModel
     model = model_class.from_pretrained(adapter)
-    # The size that images will have: DINOv2's config says 518, its image processor makes 224.
-    plain = model.merge_and_unload(image_size=image_size or processor_image_size(model.image_processor))
+    if image_size is None and len(sides := set(processor_image_size(model.image_processor))) == 1:
+        image_size = sides.pop()  # that images will have: DINOv2's config says 518, its image processor makes 224
+    plain = model.merge_and_unload(image_size=image_size)
     plain.save_pretrained(output_dir)
     if model.image_processor is not None:
         model.image_processor.save_pretrained(output_dir)

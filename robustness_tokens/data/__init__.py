@@ -34,10 +34,11 @@ from .image_datasets import (
 from .image_processors import (
     build_image_processor,
     load_image_processor,
+    normalization_of,
     processor_image_size,
     read_image_processor,
     with_normalization,
 )
 from .loading import load_image_dataset
 from .prepare import Images, prepare_images
-from .preprocessing import ImageTransform, Normalizer, ResizeMode
+from .preprocessing import ImageTransform, Normalizer, ResizeMode, height_and_width

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, get_worker_info
 
 from .loading import find_image_column, find_label_column
-from .preprocessing import ImageTransform, to_rgb
+from .preprocessing import ImageTransform, height_and_width, to_rgb
 
 
 if TYPE_CHECKING:
@@ -220,9 +220,9 @@ def choose_rows(num_rows: int, num_images: int, *, seed: int) -> list[int]:
 
 
 class SegmentationDataset(ImageDataset):
-    """Images and masks of a map-style dataset, both squashed to a square of S = `image_size` pixels a side.
+    """Images and masks of a map-style dataset, both squashed to `image_size`, H and W or one side of a square.
 
-    An item is `{"images": (3, S, S) float32 in [0, 1], "labels": (S, S) int64, "index": row}`; `IGNORE_INDEX` marks
+    An item is `{"images": (3, H, W) float32 in [0, 1], "labels": (H, W) int64, "index": row}`; `IGNORE_INDEX` marks
     pixels that don't count. A picture that can't be read is a `BrokenImage`, as in `ImageDataset`. A mask has one
     channel of integers. `do_reduce_labels`, as in transformers, turns class 0 into `IGNORE_INDEX` and lowers all
     other classes by one (ADE20K).
@@ -232,7 +232,7 @@ class SegmentationDataset(ImageDataset):
         self,
         dataset: datasets.Dataset,
         *,
-        image_size: int,
+        image_size: int | Sequence[int],
         image_column_name: str = "image",
         mask_column_name: str = "mask",
         do_reduce_labels: bool = False,
@@ -241,7 +241,8 @@ class SegmentationDataset(ImageDataset):
         super().__init__(dataset, transform, image_column_name=image_column_name, with_labels=False)
         self._mask_column = find_image_column(dataset, mask_column_name, argument="mask_column_name")
         self._masks = dataset.with_format(None).select_columns([self._mask_column])
-        self._size, self._reduce = (image_size, image_size), do_reduce_labels
+        height, width = height_and_width(image_size)
+        self._size, self._reduce = (width, height), do_reduce_labels
 
     @property
     def fingerprint(self) -> str:
@@ -252,7 +253,7 @@ class SegmentationDataset(ImageDataset):
         if mask is None or len(mask.getbands()) != 1 or mask.mode == "F":
             came = "none" if mask is None else f"mode {mask.mode!r}"
             raise ValueError(f"the mask of row {index} must have one channel of integers, got {came}")
-        classes = np.array(mask.resize(self._size, Image.Resampling.NEAREST)).astype(np.int64)  # (S, S)
+        classes = np.array(mask.resize(self._size, Image.Resampling.NEAREST)).astype(np.int64)  # (H, W)
         if self._reduce:
             ignored = (classes == 0) | (classes == IGNORE_INDEX)
             classes = np.where(ignored, IGNORE_INDEX, classes - 1)

@@ -17,28 +17,25 @@ from transformers import AutoImageProcessor, BaseImageProcessor, BitImageProcess
 from transformers.utils import IMAGE_PROCESSOR_NAME
 from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from ..utils import check_int, json_values, read_json
-from .preprocessing import check_statistics
+from ..utils import json_values, read_json
+from .preprocessing import LARGEST_SIDE, check_statistics, height_and_width
 
 
 logger = logging.getLogger(__name__)
 
-# Far above the sides, patches and statistics of real image processors; an image of this side is 200 MB of float32.
-_LARGEST_NUMBER = 4096
-
 
 def build_image_processor(
     *,
-    image_size: int,
+    image_size: int | Sequence[int],
     image_mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
     image_std: Sequence[float] = IMAGENET_DEFAULT_STD,
 ) -> BaseImageProcessor:
-    """Makes an image processor that squashes to a square as `ImageTransform` does, normalises, and can be saved."""
-    check_int("image_size", image_size, 1)
+    """Makes an image processor that squashes to a size as `ImageTransform` does, normalises, and can be saved."""
+    size = dict(zip(("height", "width"), height_and_width(image_size), strict=True))
     mean, std = check_statistics(image_mean, image_std)
     return BitImageProcessorPil(
-        size={"height": image_size, "width": image_size},
-        crop_size={"height": image_size, "width": image_size},
+        size=size,
+        crop_size=size,
         resample=Image.Resampling.BILINEAR,
         do_center_crop=False,
         image_mean=mean,
@@ -51,7 +48,7 @@ def load_image_processor(
     *,
     revision: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
-    image_size: int | None = None,
+    image_size: int | Sequence[int] | None = None,
     trust_remote_code: bool = False,
     **hub_kwargs: Any,
 ) -> BaseImageProcessor:
@@ -76,43 +73,71 @@ def load_image_processor(
         if image_size is None:
             raise ValueError(
                 f"base_model={str(base_model)!r} has no image processor ({IMAGE_PROCESSOR_NAME}), and its config "
-                "names no square image_size to build one for: pass image_processor="
+                "names no image_size to build one for: pass image_processor="
             ) from exc
-        logger.warning("%s has no image processor: building one for %d pixels.", base_model, image_size)
+        logger.warning("%s has no image processor: building one for %s pixels.", base_model, image_size)
         return build_image_processor(image_size=image_size)
     if isinstance(processor, TimmWrapperImageProcessor):
         return _translate_timm(processor.data_config)
     return processor
 
 
-def processor_image_size(image_processor: Any) -> int:
-    """Returns the side in pixels of the square images that an image processor makes; `ValueError` if it makes none."""
+def processor_image_size(image_processor: Any) -> tuple[int, int]:
+    """Returns height and width in pixels of the images that an image processor makes; `ValueError` if they vary."""
     names = ["crop_size", "size"] if getattr(image_processor, "do_center_crop", False) else ["size"]
     for name in names:
         size = dict(getattr(image_processor, name, None) or {})
-        sides = {size.get("height"), size.get("width")} if "height" in size else {size.get("shortest_edge")}
-        if len(sides) == 1 and isinstance(side := sides.pop(), int):
-            return side
+        side = size.get("shortest_edge")
+        height, width = size.get("height", side), size.get("width", side)
+        if isinstance(height, int) and isinstance(width, int):
+            return height, width
     raise ValueError(
-        f"image_processor must name a square size, got a {type(image_processor).__name__} without one: set "
+        f"image_processor must name the size of its images, got a {type(image_processor).__name__} without one: set "
         "image_size, in pixels"
     )
+
+
+def normalization_of(image_processor: BaseImageProcessor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Returns mean and deviation per channel by which an image processor normalises images in [0, 1].
+
+    They say all that it does to the values: 0 and 1 if it leaves them as they are, as for a base that normalises its
+    images itself; and others than it names if it scales 8-bit values by another factor than 1/255. `ValueError` if it
+    computes something else.
+    """
+    options: Any = image_processor
+    if getattr(options, "rescale_offset", None) or getattr(options, "offset", None):
+        raise ValueError(
+            f"image_processor {type(options).__name__} shifts the values besides normalising them, which can't be "
+            "expressed by image_mean and image_std: give one without an offset"
+        )
+    # By which images in [0, 1] differ from what it normalises.
+    scale = 255.0
+    if getattr(options, "do_rescale", True):
+        scale *= 1 / 255 if (factor := getattr(options, "rescale_factor", None)) is None else factor
+    mean, std = getattr(options, "image_mean", None), getattr(options, "image_std", None)
+    if not getattr(options, "do_normalize", True):
+        mean, std = 0.0, 1.0
+    if mean is None or std is None:
+        raise ValueError(
+            f"image_processor must have image_mean and image_std, got a {type(options).__name__} without: "
+            "give one that normalises by them, such as transformers.BitImageProcessorPil"
+        )
+    means, stds = ([value] * 3 if isinstance(value, int | float) else list(value) for value in (mean, std))
+    if math.isclose(scale, 1.0):
+        return check_statistics(means, stds)
+    return check_statistics([value / scale for value in means], [value / scale for value in stds])
 
 
 def with_normalization(
     image_processor: BaseImageProcessor, image_mean: Sequence[float], image_std: Sequence[float]
 ) -> BaseImageProcessor:
-    """Returns a copy of an image processor that divides by 255 and normalises with these statistics."""
+    """Returns the image processor if it normalises so, as [`normalization_of`] tells, or else a copy that does."""
     mean, std = check_statistics(image_mean, image_std)
-    if not hasattr(image_processor, "image_mean") or not hasattr(image_processor, "image_std"):
-        raise ValueError(
-            f"image_processor must have image_mean and image_std, got a {type(image_processor).__name__} without: "
-            "give one that normalises by them, such as transformers.BitImageProcessorPil"
-        )
-    normalizing = copy.deepcopy(image_processor)
-    settings = {"image_mean": list(mean), "image_std": list(std)}
-    for name, value in {**settings, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True}.items():
-        setattr(normalizing, name, value)
+    if normalization_of(image_processor) == (mean, std):
+        return image_processor
+    normalizing: Any = copy.deepcopy(image_processor)
+    normalizing.do_rescale, normalizing.rescale_factor, normalizing.do_normalize = True, 1 / 255, True
+    normalizing.image_mean, normalizing.image_std = list(mean), list(std)
     return normalizing
 
 
@@ -174,8 +199,8 @@ def read_image_processor(path: Path) -> BaseImageProcessor:
     if hidden := sorted(key for key in content if _hides(processor_class, key)):
         raise ValueError(f"{path} has keys {hidden}, which are no settings of {name}: it is damaged")
     for _, value in json_values(content):
-        if isinstance(value, int | float) and not abs(value) <= _LARGEST_NUMBER:  # NaN compares false
-            raise ValueError(f"{path} holds {value!r}, expected numbers from -{_LARGEST_NUMBER} to {_LARGEST_NUMBER}")
+        if isinstance(value, int | float) and not abs(value) <= LARGEST_SIDE:  # NaN compares false
+            raise ValueError(f"{path} holds {value!r}, expected numbers from -{LARGEST_SIDE} to {LARGEST_SIDE}")
     try:
         return load_image_processor(path)
     # transformers checks no types: a wrong value may raise anything.

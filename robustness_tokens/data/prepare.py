@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -106,8 +106,9 @@ def prepare_images(
     *,
     argument: str = "dataset",
     task: str = "features",
-    resize: ResizeMode = "squash",
-    image_size: int | None = None,
+    resize: ResizeMode | None = None,
+    image_size: int | Sequence[int] | None = None,
+    recipe: Mapping[str, Any] | None = None,
     image_processor: BaseImageProcessor | None = None,
     image_column_name: str | None = None,
     streams: bool = False,
@@ -117,10 +118,11 @@ def prepare_images(
 ) -> Images:
     """Prepares a `datasets` dataset of pictures, a torch dataset of ready images or `AdversarialPairs`.
 
-    The task "classification" reads class labels, "segmentation" masks, any other no labels. `image_size` is by default
-    that of the image processor. `streams` allows a stream; one of `datasets` is split among the processes.
-    `broken_images` allows broken images in a dataset of ready images; pictures may always be broken. `ValueError`
-    names `argument` if the dataset can't be used, or a setting that has no effect on it.
+    The task "classification" reads class labels, "segmentation" masks, any other no labels. By default, pictures are
+    resized as the `recipe` of an adapter says, and without one squashed to the size of the image processor. `streams`
+    allows a stream; one of `datasets` is split among the processes. `broken_images` allows broken images in a dataset
+    of ready images; pictures may always be broken. `ValueError` names `argument` if the dataset can't be used, or a
+    setting that has no effect on it.
     """
     import datasets
 
@@ -145,11 +147,16 @@ def prepare_images(
         for name, value in (("image_size", image_size), ("image_column_name", image_column_name)):
             if value is not None:
                 raise ValueError(f"{name}={value!r} can't be applied to a {kind} of ready images: leave it out")
-        if isinstance(dataset, IterableDataset):
+        if isinstance(dataset, IterableDataset | ImageDataset):  # prepared already
             return Images(dataset, dataset)
         with_labels = task in ("classification", "segmentation")
         return Images(TensorImageDataset(dataset, with_labels=with_labels, broken_images=broken_images), dataset)
-    if image_size is None and (resize == "squash" or task == "segmentation"):
+    if resize is None and image_size is None and recipe is not None:
+        resize = recipe.get("resize")
+        image_size = None if resize == "processor" else recipe.get("image_size")
+    if resize is None or task == "segmentation":  # masks are squashed too
+        resize = "squash"
+    if resize == "squash" and image_size is None:
         if image_processor is None:
             raise ValueError("image_size must be given, in pixels: there is no image processor that names one")
         image_size = processor_image_size(image_processor)

@@ -15,6 +15,9 @@ from ..utils import check_choice, check_int
 
 ResizeMode = Literal["squash", "processor"]
 
+LARGEST_SIDE = 4096
+"""Of an image in pixels, far above those of real bases; an image of this side is 200 MB of float32."""
+
 
 class Normalizer(nn.Module):
     """Maps images in [0, 1] to the pixel values that a base was trained on: `(images - mean) / std` per channel.
@@ -95,13 +98,13 @@ def to_rgb(image: Image.Image) -> Image.Image:
 class ImageTransform:
     """Turns a picture into an image in [0, 1]; can be pickled for a data loader's workers.
 
-    `resize="squash"` is the paper's: bilinear to a square, whatever the aspect ratio, without a crop; it equals
-    torchvision's `Resize((image_size, image_size))` and `ToTensor`. `resize="processor"` leaves resizing and cropping
+    `resize="squash"` is the paper's: bilinear to one size, whatever the aspect ratio, without a crop; it equals
+    torchvision's `Resize((height, width))` and `ToTensor`. `resize="processor"` leaves resizing and cropping
     to the base's image processor. Both convert to 8-bit RGB first.
 
     Args:
         resize: "squash" or "processor".
-        image_size: Side of the square in pixels; for "squash" alone.
+        image_size: Side of the square, or height and width, in pixels; for "squash" alone.
         image_processor: Image processor of the base; for "processor" alone.
 
     Raises:
@@ -112,7 +115,7 @@ class ImageTransform:
         self,
         *,
         resize: ResizeMode = "squash",
-        image_size: int | None = None,
+        image_size: int | Sequence[int] | None = None,
         image_processor: BaseImageProcessor | None = None,
     ) -> None:
         check_choice("resize", resize, get_args(ResizeMode))
@@ -120,15 +123,13 @@ class ImageTransform:
             raise ValueError(
                 f"image_size={image_size} with resize={resize!r}: 'squash' needs it, 'processor' has its own"
             )
-        if image_size is not None:
-            check_int("image_size", image_size, 1)
         if (resize == "processor") == (image_processor is None):
             raise ValueError(
                 f"image_processor is a {type(image_processor).__name__} with resize={resize!r}: "
                 "'processor' needs one, 'squash' takes none"
             )
         self.resize = resize
-        self.image_size = image_size
+        self.image_size = None if image_size is None else height_and_width(image_size)
         self.image_processor = image_processor
 
     @property
@@ -149,7 +150,8 @@ class ImageTransform:
         image = to_rgb(image)
         if self.image_processor is None:
             assert self.image_size is not None
-            resized = image.resize((self.image_size, self.image_size), Image.Resampling.BILINEAR)
+            height, width = self.image_size
+            resized = image.resize((width, height), Image.Resampling.BILINEAR)
             values = torch.from_numpy(np.array(resized)).permute(2, 0, 1).contiguous()  # (H, W, 3) -> (3, H, W)
             return values.float().div_(255)
         batch = self.image_processor(
@@ -163,6 +165,16 @@ class ImageTransform:
             )
         # Image processors that resize floats with bicubic weights overshoot.
         return values[0].float().clamp(0, 1)
+
+
+def height_and_width(image_size: int | Sequence[int]) -> tuple[int, int]:
+    """Returns height and width in pixels of a size, given as one side or as both; `ValueError` if it is neither."""
+    sides = [image_size, image_size] if isinstance(image_size, int) else list(image_size)
+    if len(sides) != 2:
+        raise ValueError(f"image_size must be a side, or height and width, in pixels, got {image_size!r:.200}")
+    for side in sides:
+        check_int("image_size", side, 1, LARGEST_SIDE)
+    return sides[0], sides[1]
 
 
 def check_statistics(

@@ -95,7 +95,7 @@ class EvaluationArguments:
     )
     image_size: int | None = field(
         default=None,
-        metadata={"help": "Side in pixels that images are squashed to; by default the image processor's."},
+        metadata={"help": "Side in pixels that images are squashed to; by default they are resized as in training."},
     )
     ignore_index: int = field(default=255, metadata={"help": "Label of pixels that a segmentation ignores."})
     attack_precision: MixedPrecision | None = field(

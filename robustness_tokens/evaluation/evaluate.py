@@ -100,6 +100,7 @@ def evaluate_robustness(
             task=evaluated.task,
             image_processor=processor,
             image_size=arguments.image_size,
+            recipe=evaluated.recipe,
             broken_images=True,
         )
         assert images.num_images is not None  # streams are refused

@@ -20,7 +20,7 @@ import transformers
 from torch import Tensor
 
 from ..configuration import TOKENS, RobustnessTokenConfig
-from ..data import Images
+from ..data import ImageDataset, Images
 from ..hub import is_adapter, load_adapter
 from ..models import (
     ProbedModel,
@@ -136,7 +136,15 @@ def train_own_tokens(
             f"the model has only a part of its gains and shifts, {sorted(model.tokens)}, and own tokens are trained "
             f"with whole kinds, {sorted(names)}: give own_tokens, or leave the level out"
         )
-    images = [prepare_train_dataset(dataset, args=recipe, image_processor=processor) for dataset in datasets]
+    images = [
+        prepare_train_dataset(dataset, args=recipe, image_processor=processor, recipe=model.recipe)
+        for dataset in datasets
+    ]
+    # Pictures as the defender resizes them; a stream is prepared by each training.
+    datasets = [
+        one.dataset if isinstance(one.dataset, ImageDataset) else dataset
+        for one, dataset in zip(images, datasets, strict=True)
+    ]
     if head is not None or recipe.objective == "cross_entropy" or recipe.eps_warmup_ratio > 0:
         num_adversarial_pairs = None  # pairs are made through the base's own head, at full eps, and hold no labels
     compared = head_digest(base, head) if reads_logits else None

@@ -67,7 +67,8 @@ def train_probe(
         num_labels: C; labels go from 0 to C - 1, and 255 marks a pixel that doesn't count.
         with_tokens: Train on features with the tokens in place; by default without.
         normalizer: [0, 1] images -> pixel values; required unless `model` is a `RobustnessTokenModel`.
-        image_size: Side in pixels that pictures are squashed to; by default what the image processor makes.
+        image_size: Side in pixels that pictures are squashed to; by default they are resized as the tokens' recipe
+            says, or to what the image processor makes.
         num_epochs, batch_size, learning_rate, weight_decay: Settings of the head's training.
         seed: Seed of the head's first weights and of the order of the images.
         num_workers: Processes that read and decode pictures.
@@ -96,6 +97,7 @@ def train_probe(
         dataset,
         task=head_class.task,
         image_size=image_size,
+        recipe=getattr(getattr(model, "config", None), "training", None),
         image_processor=getattr(model, "image_processor", None),
         streams=True,
         broken_images=True,

@@ -9,7 +9,7 @@ import transformers
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
 
 from ..data import build_image_processor, load_image_processor
-from .layer_stack import square_size, vision_config
+from .layer_stack import vision_config
 
 
 HUB_KWARGS = ("token", "cache_dir", "local_files_only", "force_download")
@@ -64,15 +64,13 @@ def no_head_error(name: str) -> ValueError:
 
 def processor_of(base: PreTrainedModel, name: str, *, revision: str | None, base_kwargs: Mapping[str, Any]) -> Any:
     """Loads the image processor beside a base, or builds one from the base's image size."""
-    image_size = square_size(getattr(vision_config(base), "image_size", None))
+    image_size = getattr(vision_config(base), "image_size", None)
     if name:
         wanted = (*HUB_KWARGS[:3], "trust_remote_code")
         options = {key: base_kwargs[key] for key in wanted if key in base_kwargs}
         return load_image_processor(name, revision=revision, image_size=image_size, **options)
     if image_size is None:
-        raise ValueError(
-            f"{type(base).__name__} was made in memory and names no square image_size: pass image_processor="
-        )
+        raise ValueError(f"{type(base).__name__} was made in memory and names no image_size: pass image_processor=")
     return build_image_processor(image_size=image_size)
 
 

@@ -28,7 +28,7 @@ from ..configuration import (
     TokenState,
     check_gains_and_shifts,
 )
-from ..data import with_normalization
+from ..data import normalization_of, with_normalization
 from ..hub import (
     CARD_FILE,
     CONFIG_FILE,
@@ -164,15 +164,14 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
             raise ValueError(f'token_depth must be a number of layers or "all", got {depth!r}')
         if image_processor is None:
             image_processor = processor_of(base, name, revision=revision, base_kwargs=base_kwargs)
-        if image_mean is not None or image_std is not None:
-            image_processor = with_normalization(
-                image_processor, image_mean or image_processor.image_mean, image_std or image_processor.image_std
-            )
+        own_mean, own_std = normalization_of(image_processor)
+        mean, std = tuple(image_mean or own_mean), tuple(image_std or own_std)
+        image_processor = with_normalization(image_processor, mean, std)
         channels = getattr(vision_config(base), "num_channels", None)
-        if channels not in (None, len(image_processor.image_mean)):
+        if channels not in (None, len(mean)):
             raise ValueError(
                 f"{type(base).__name__} takes images of {channels} channels, its image processor normalises "
-                f"{len(image_processor.image_mean)}: robustness tokens are trained on RGB images"
+                f"{len(mean)}: robustness tokens are trained on RGB images"
             )
         # A model in memory doesn't say which revision it came from.
         is_pinned = revision is not None or base is not base_model
@@ -189,8 +188,8 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
             initializer_range=initializer_range,
             feature_view=feature_view or default_feature_view(base),
             similarity_axis=similarity_axis,
-            image_mean=list(image_processor.image_mean),
-            image_std=list(image_processor.image_std),
+            image_mean=list(mean),
+            image_std=list(std),
         )
         model = cls(config, base)
         model.image_processor = image_processor

@@ -7,6 +7,7 @@ import inspect
 import logging
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..data import height_and_width
 from .heads import base_of
 from .injection import TokenInjector, active_injector
-from .layer_stack import find_layer_stack, square_size, vision_config
+from .layer_stack import find_layer_stack, vision_config
 from .speedups import attention_implementation
 
 
@@ -27,7 +29,9 @@ _TOLERANCE = 1e-4
 _MAX_INLINE_BYTES = 1_900_000_000  # protobuf ends at 2 GiB
 
 
-def export_onnx(model: PreTrainedModel, file: str | os.PathLike[str], *, image_size: int | None = None) -> list[str]:
+def export_onnx(
+    model: PreTrainedModel, file: str | os.PathLike[str], *, image_size: int | Sequence[int] | None = None
+) -> list[str]:
     """Writes a model with its tokens as ONNX, and checks the file with ONNX Runtime.
 
     The file holds the tokens, the secret of the defence; it gets mode 0600, and a warning is logged.
@@ -35,15 +39,16 @@ def export_onnx(model: PreTrainedModel, file: str | os.PathLike[str], *, image_s
     Args:
         model: A `RobustnessTokenModel`, or a model that `inject_tokens` was called on; float32, in eval mode.
         file: Path of the file. Weights above 1.9 GB go beside it, into `<file>.data`.
-        image_size: Side of the images in pixels; by default the model's own. The batch size stays free.
+        image_size: Side of the images, or height and width, in pixels; by default the model's own. The batch size
+            stays free.
 
     Returns:
-        Names of the outputs. The input is `pixel_values`, (B, C, image_size, image_size) float32, normalised.
+        Names of the outputs. The input is `pixel_values`, (B, C, H, W) float32, normalised.
 
     Raises:
         ImportError: If packages of the extra `onnx` are missing.
         ValueError: If the model has no tokens or they are off; if it isn't float32 in eval mode; if it takes more
-            than images, names no square image size, or returns no tensors or random ones.
+            than images, names no image size, or returns no tensors or random ones.
         RuntimeError: If ONNX Runtime's outputs differ by more than 1e-4 (absolute and relative).
     """
     if missing := [name for name in _PACKAGES if importlib.util.find_spec(name) is None]:
@@ -58,9 +63,9 @@ def export_onnx(model: PreTrainedModel, file: str | os.PathLike[str], *, image_s
     _check_takes_images(base)
     size = image_size if image_size is not None else _own_image_size(base)
     if size is None:
-        raise ValueError(f"{type(base).__name__} names no square image_size: pass image_size= in pixels")
+        raise ValueError(f"{type(base).__name__} names no image_size: pass image_size= in pixels")
 
-    shape = (getattr(base.config, "num_channels", 3), size, size)
+    shape = (getattr(base.config, "num_channels", 3), *height_and_width(size))
     # The exporter would take the batch sizes 0 and 1 for constants.
     example, check = (torch.randn(batch, *shape, device=base.device) for batch in (2, 3))
     with torch.no_grad():
@@ -132,10 +137,12 @@ def _check_takes_images(base: Any) -> None:
         )
 
 
-def _own_image_size(base: Any) -> int | None:
+def _own_image_size(base: Any) -> int | Sequence[int] | None:
     if hasattr(base, "timm_model"):
-        return square_size(base.timm_model.patch_embed.img_size)
-    return square_size(getattr(vision_config(base), "image_size", None))
+        size: Any = base.timm_model.patch_embed.img_size
+    else:
+        size = getattr(vision_config(base), "image_size", None)
+    return size
 
 
 def _check_file(path: Path, pixel_values: Tensor, expected: dict[str, Tensor]) -> None:

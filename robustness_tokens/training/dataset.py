@@ -66,11 +66,14 @@ def prepare_train_dataset(
     *,
     args: RobustnessTokenTrainingArguments,
     image_processor: Any,
+    recipe: Mapping[str, Any] | None = None,
     argument: str = "dataset",
     process_index: int = 0,
     num_processes: int = 1,
 ) -> Images:
     """Prepares images by `args`, with labels if the objective needs them; a stream is shuffled and split.
+
+    `recipe` is that of an adapter whose resizing holds instead.
 
     `ValueError`, which names `argument`, if the dataset can't be used or has fewer batches than there are processes.
     """
@@ -85,8 +88,9 @@ def prepare_train_dataset(
         dataset,
         argument=argument,
         task="classification" if needs_labels else "features",
-        resize=args.resize,
+        resize=args.resize if recipe is None else None,
         image_size=args.image_size,
+        recipe=recipe,
         image_processor=image_processor,
         image_column_name=args.image_column_name,
         streams=isinstance(dataset, datasets.IterableDataset),

@@ -572,7 +572,7 @@ def test_the_baseline_is_along_the_axis_of_the_model(
 def test_held_out_pictures_are_resized_as_the_pairs_were(
     made: dict[str, Path], model: RobustnessTokenModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prepare_module, "processor_image_size", lambda _: 2 * SIDE)
+    monkeypatch.setattr(prepare_module, "processor_image_size", lambda _: (2 * SIDE, 2 * SIDE))
     held_out = pictures(np.zeros((2, 3 * SIDE, 3 * SIDE, 3), dtype=np.uint8))
     trainer = RobustnessTokenTrainer(model, arguments(tmp_path / "run"), made["pgd"], held_out)
     assert trainer.eval_dataset is not None

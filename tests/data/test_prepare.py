@@ -169,3 +169,40 @@ def test_images_that_differ_at_each_reading_have_no_identity() -> None:
             return {"images": torch.rand(3, 4, 4)}
 
     assert prepare_images(Augmented()).identity is None
+
+
+PROCESSOR = ViTImageProcessor(size={"height": 6, "width": 4})
+
+
+@pytest.mark.parametrize(
+    ("options", "shape"),
+    [
+        ({}, (6, 4)),  # a rectangle, as the processor makes
+        ({"recipe": {}}, (6, 4)),
+        ({"recipe": {"resize": "squash", "image_size": 5}}, (5, 5)),
+        ({"recipe": {"resize": "squash", "image_size": [3, 5]}}, (3, 5)),
+        ({"recipe": {"resize": "processor", "image_size": [6, 4]}}, (6, 4)),
+        ({"recipe": {"resize": "processor", "image_size": 5}, "image_size": 3}, (3, 3)),
+        ({"recipe": {"image_size": 5}, "resize": "processor"}, (6, 4)),
+        ({"image_size": (3, 5)}, (3, 5)),
+    ],
+)
+@pytest.mark.parametrize("task", ["features", "segmentation"])
+def test_pictures_are_resized_as_the_recipe_says(options: dict[str, Any], shape: tuple[int, int], task: str) -> None:
+    table = pictures((9, 7))
+    if task == "segmentation":
+        table = pictures((9, 7), mask=()).map(lambda row: {"mask": row["mask"].convert("L")})
+    images = prepare_images(table, task=task, image_processor=PROCESSOR, **options)
+    if task == "features" or options.get("resize") is None:
+        assert images.shape == shape
+        assert images.dataset[0]["images"].shape == (3, *shape)
+    if task == "segmentation":
+        assert images.dataset[0]["labels"].shape == images.dataset[0]["images"].shape[1:]
+    assert prepare_images(images.dataset).dataset is images.dataset, "prepared already"
+
+
+@pytest.mark.parametrize("image_size", [0, 5000, [4], [4, 4, 4], [4, 0], [4, 5.0], "4"])
+def test_sizes_that_are_none_are_refused(image_size: Any) -> None:
+    for options in ({"image_size": image_size}, {"recipe": {"image_size": image_size}}):
+        with pytest.raises(ValueError, match="image_size must be"):
+            prepare_images(pictures((9, 7)), image_processor=PROCESSOR, **options)

@@ -9,9 +9,20 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import AutoImageProcessor, BatchFeature, BitImageProcessorPil, ViTImageProcessorPil
+from transformers import (
+    AutoImageProcessor,
+    BatchFeature,
+    BitImageProcessorPil,
+    EfficientNetImageProcessorPil,
+    ViTImageProcessorPil,
+)
 
-from robustness_tokens.data.image_processors import build_image_processor, load_image_processor, with_normalization
+from robustness_tokens.data.image_processors import (
+    build_image_processor,
+    load_image_processor,
+    normalization_of,
+    with_normalization,
+)
 from robustness_tokens.data.preprocessing import ImageTransform, Normalizer, to_rgb
 
 
@@ -190,7 +201,7 @@ def test_processor_mode_refuses_patches() -> None:
     [
         ({"resize": "crop", "image_size": 8}, "resize must be one of .*got 'crop'"),
         ({"resize": "squash"}, "image_size=None"),
-        ({"resize": "squash", "image_size": 0}, "image_size must be a whole number of at least 1, got 0"),
+        ({"resize": "squash", "image_size": 0}, "image_size must be a whole number from 1 to 4096, got 0"),
         ({"resize": "squash", "image_size": 8, "image_processor": build_image_processor(image_size=8)}, "takes none"),
         ({"resize": "processor"}, "image_processor is a NoneType"),
         ({"resize": "processor", "image_size": 8}, "image_size=8"),
@@ -259,7 +270,7 @@ def test_load_builds_where_the_folder_has_none(tmp_path: Path, caplog: pytest.Lo
     processor = load_image_processor(tmp_path, image_size=16)
     assert processor.to_dict() == build_image_processor(image_size=16).to_dict()
     assert "has no image processor" in caplog.text
-    with pytest.raises(ValueError, match=r"names no square image_size to build one for: pass image_processor="):
+    with pytest.raises(ValueError, match=r"names no image_size to build one for: pass image_processor="):
         load_image_processor(tmp_path)
 
 
@@ -321,3 +332,39 @@ def test_timm_preprocessing_that_cannot_be_translated_is_refused(
     pytest.importorskip("timm")
     with pytest.raises(ValueError, match="a timm model must have three channels"):
         load_image_processor(timm_folder(tmp_path, **pretrained_cfg))
+
+
+PICTURE = picture(8, 8)
+AS_IT_IS: dict[str, Any] = {"do_resize": False, "do_center_crop": False}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"do_normalize": False},
+        {"do_normalize": False, "image_mean": None, "image_std": None},
+        {"do_normalize": False, "do_rescale": False},
+        {"do_rescale": False, "image_mean": [123.0, 116.0, 103.0], "image_std": [58.0, 57.0, 57.0]},
+        {"rescale_factor": 1 / 127.5},
+        {"rescale_factor": 1.0, "image_mean": [120.0, 110.0, 100.0], "image_std": [50.0, 60.0, 70.0]},
+        {"image_mean": [0.5] * 3, "image_std": [0.5] * 3},
+    ],
+)
+def test_the_normalizer_does_what_the_image_processor_does(settings: dict[str, Any]) -> None:
+    processor = BitImageProcessorPil(**AS_IT_IS, **settings)
+    expected = processor(PICTURE, return_tensors="pt")["pixel_values"].float()
+    images = torch.from_numpy(np.array(PICTURE)).permute(2, 0, 1)[None].float() / 255
+    statistics = normalization_of(processor)
+    torch.testing.assert_close(Normalizer(*statistics)(images), expected, rtol=1e-5, atol=1e-5)
+    assert with_normalization(processor, *statistics) is processor
+    other = with_normalization(processor, [0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
+    assert normalization_of(other) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    found = other(PICTURE, return_tensors="pt")["pixel_values"].float()
+    torch.testing.assert_close(found, Normalizer([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])(images), rtol=1e-5, atol=1e-5)
+
+
+def test_an_image_processor_that_shifts_is_refused() -> None:
+    processor = EfficientNetImageProcessorPil(rescale_offset=True)
+    with pytest.raises(ValueError, match="EfficientNetImageProcessorPil shifts the values besides normalising"):
+        normalization_of(processor)
