@@ -39,7 +39,7 @@ from ..data import (
     write_shard,
 )
 from ..models import MixedPrecision, RobustnessTokenPreTrainedModel, check_patches, runs_in_half
-from ..utils import PROCESS_GROUP, __version__, check_int, read_json, share_from_main, write_text
+from ..utils import LEFTOVERS, PROCESS_GROUP, __version__, check_int, read_json, share_from_main, write_text
 from .arguments import RobustnessTokenTrainingArguments
 from .dataset import prepare_train_dataset
 from .step import TrainingStep, head_settings
@@ -207,7 +207,7 @@ def _start(folder: Path, info: PairsInfo, images: Dataset[Any], rows: Sequence[i
     """Keeps the folder's pairs if they were made by the same `info`; otherwise empties it, if `overwrite` allows."""
     folder.mkdir(parents=True, exist_ok=True)
     own = {
-        *(file for pattern in ("shard-*.arrow", ".shard-*.part", "tmp*.part") for file in folder.glob(pattern)),
+        *(file for pattern in ("shard-*.arrow", ".shard-*.part", LEFTOVERS) for file in folder.glob(pattern)),
         *(folder / "state.json", folder / "dataset_info.json"),
     }
     if (path := find_pairs(folder)) is None:

@@ -1,10 +1,13 @@
 """Files, strict readers of values and tensors, processes, the version."""
 
 from .files import (
+    LEFTOVERS,
     MAX_JSON_BYTES,
+    check_own_file,
     flush_to_disk,
     has_cache_hash,
     json_values,
+    read_bytes,
     read_json,
     replacing,
     write_bytes,
@@ -28,6 +31,7 @@ from .strict import (
     check_pattern,
     check_schema,
     check_text,
+    check_type,
     digest,
     read_tensors,
 )

@@ -177,7 +177,7 @@ def test_read_config(adapter_folder: Path) -> None:
         ({"model_type": ...}, "model_type None"),
         ({"num_robustness_tokens": -3}, "num_robustness_tokens"),
         ({"image_mean": [0.5]}, "image_mean"),
-        ({"initializer_range": float("nan")}, "initializer_range"),
+        ({"initializer_range": float("nan")}, "config.json holds nan, which is no number in JSON"),
     ],
 )
 def test_read_config_refuses(adapter_folder: Path, changes: dict[str, Any], message: str) -> None:
