@@ -16,5 +16,5 @@ from .adapter_folder import (
     report_of,
     write_state,
 )
-from .card import is_generated, render_card, to_eval_results, update_card
+from .card import is_generated, read_card, render_card, to_eval_results, update_card
 from .pushing import push_adapter, push_adversarial_pairs

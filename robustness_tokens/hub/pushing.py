@@ -29,7 +29,7 @@ from .adapter_folder import (
     normalize_subfolder,
     report_of,
 )
-from .card import render_card, update_card
+from .card import read_card, render_card, update_card
 
 
 logger = logging.getLogger(__name__)
@@ -131,8 +131,8 @@ def push_adapter(
         tags=tags,
         is_public=not repo.private,
     )
-    old_card = _download(api, repo_id, prefix + CARD_FILE, parent) or path / CARD_FILE
-    contents[CARD_FILE] = update_card(_read_card(old_card), card).encode()
+    old_card = _download(api, repo_id, prefix + CARD_FILE, parent)
+    contents[CARD_FILE] = update_card(read_card(path if old_card is None else old_card.parent), card).encode()
     operations += [CommitOperationAdd(prefix + name, content) for name, content in contents.items()]
     if config.auto_map:
         # transformers looks for code at the root of a repo, even if the adapter is in a subfolder.
@@ -199,15 +199,6 @@ def _download(api: HfApi, repo_id: str, file: str, commit: str | None) -> Path |
     if not has_cache_hash(path):
         raise OSError(f"nothing was pushed to {repo_id}, push again: its {file} came damaged over the network")
     return path
-
-
-def _read_card(path: Path) -> str | None:
-    if not path.exists():
-        return None
-    try:
-        return path.read_bytes().decode("utf-8")  # with its own line breaks
-    except UnicodeDecodeError as exc:
-        raise ValueError(f"{path} must be in UTF-8, as every card on the Hub: save it in UTF-8 ({exc})") from exc
 
 
 def push_adversarial_pairs(

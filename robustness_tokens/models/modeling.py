@@ -39,6 +39,7 @@ from ..hub import (
     is_repo_id,
     load_adapter,
     push_adapter,
+    read_card,
     render_card,
     report_of,
     update_card,
@@ -401,15 +402,13 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
             write_text(folder / REMOTE_CODE_FILE, REMOTE_CODE)
         config_json, report = config.to_json_string(use_diff=False), report_of(folder, self.injector.state)
         card_text = render_card(config, name=os.fspath(save_directory), report=report)
+        existing = read_card(folder, errors="surrogateescape")  # a person's card may have any encoding
         write_state(folder, self.injector.state)
         write_text(folder / CONFIG_FILE, config_json)
         if self.image_processor is not None:
             self.image_processor.save_pretrained(folder)
-        card = folder / CARD_FILE
-        # A card that a person wrote may have any encoding and line breaks.
-        existing = card.read_bytes().decode("utf-8", "surrogateescape") if card.exists() else None
         if existing is None or is_generated(existing):
-            write_text(card, update_card(existing, card_text))
+            write_text(folder / CARD_FILE, update_card(existing, card_text))
         if push_to_hub:
             push_adapter(folder, repo_id or folder.resolve().name, base_model_id=base_model_id, **push_kwargs)
 

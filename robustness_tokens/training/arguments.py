@@ -15,7 +15,7 @@ from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT
 from ..attacks import DEFAULT_EPS, PAPER_NUM_STEPS, PAPER_STEP_SIZE_NORMALIZED, pgd_step_size
 from ..data import ATTACK_ARGUMENTS, ResizeMode
 from ..models import AUTO, MixedPrecision
-from ..utils import check_choice, check_int, check_type
+from ..utils import check_choice, check_type
 from .losses import LOGITS_OBJECTIVES, ObjectiveName
 
 

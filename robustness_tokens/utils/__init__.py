@@ -35,4 +35,5 @@ from .strict import (
     digest,
     read_tensors,
 )
+from .strict_yaml import add_scalars, read_yaml
 from .version import __version__
