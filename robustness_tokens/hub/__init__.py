@@ -12,7 +12,6 @@ from .adapter_folder import (
     load_adapter,
     read_config,
     read_report,
-    remove_report,
     report_of,
     write_state,
 )

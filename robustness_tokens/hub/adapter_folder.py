@@ -24,7 +24,7 @@ from transformers import BaseImageProcessor
 
 from ..configuration import TOKENS, RobustnessTokenConfig, TokenState
 from ..data import read_image_processor
-from ..report import FIGURE_FILES, HTML_FILE, MARKDOWN_FILE, REPORT_FILE, OlderReportError, RobustnessReport
+from ..report import REPORT_FILE, OlderReportError, RobustnessReport, remove_report
 from ..utils import check_finite, flush_to_disk, has_cache_hash, read_json, read_tensors, replacing
 
 
@@ -34,8 +34,6 @@ CONFIG_FILE = "config.json"
 TOKENS_FILE = "model.safetensors"
 PROCESSOR_FILE = "preprocessor_config.json"
 CARD_FILE = "README.md"
-# The report for people; not pushed.
-RENDERED_FILES = (MARKDOWN_FILE, HTML_FILE, *FIGURE_FILES)
 ADAPTER_FILES = (CONFIG_FILE, TOKENS_FILE, PROCESSOR_FILE, CARD_FILE, REPORT_FILE)
 
 # Names of gains and shifts; whether a base has them, and in which shape, is checked where they are put into it.
@@ -205,12 +203,6 @@ def read_report(folder: Path) -> RobustnessReport | None:
 def report_of(folder: Path, state: TokenState) -> RobustnessReport | None:
     """Reads the report in a folder if it was measured with this state; `ValueError` if it is damaged."""
     return read_report(folder) if _holds_state(folder / TOKENS_FILE, state) else None
-
-
-def remove_report(folder: Path) -> None:
-    """Deletes a report that was measured with other tokens."""
-    for file in (REPORT_FILE, *RENDERED_FILES):
-        (folder / file).unlink(missing_ok=True)
 
 
 def write_state(folder: Path, state: TokenState) -> None:

@@ -85,7 +85,7 @@ def push_adapter(
         raise ValueError(f"folder must be an adapter written by save_pretrained; there is no {str(path)!r}")
     adapter = load_adapter(path)
     _ = adapter.image_processor  # reads it
-    config, report = adapter.config, adapter.report
+    config, report, old_card = adapter.config, adapter.report, read_card(path)
     subfolder = normalize_subfolder(subfolder)
     prefix = f"{subfolder}/" if subfolder else ""
     api = HfApi(token=token)
@@ -131,8 +131,9 @@ def push_adapter(
         tags=tags,
         is_public=not repo.private,
     )
-    old_card = _download(api, repo_id, prefix + CARD_FILE, parent)
-    contents[CARD_FILE] = update_card(read_card(path if old_card is None else old_card.parent), card).encode()
+    if (downloaded := _download(api, repo_id, prefix + CARD_FILE, parent)) is not None:
+        old_card = read_card(downloaded.parent)
+    contents[CARD_FILE] = update_card(old_card, card).encode()
     operations += [CommitOperationAdd(prefix + name, content) for name, content in contents.items()]
     if config.auto_map:
         # transformers looks for code at the root of a repo, even if the adapter is in a subfolder.

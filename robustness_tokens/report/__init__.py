@@ -33,4 +33,4 @@ from .words import (
     is_sweep,
     plain,
 )
-from .writing import FIGURE_FILES, HTML_FILE, MARKDOWN_FILE, REPORT_FILE, RobustnessReport
+from .writing import REPORT_FILE, RobustnessReport, remove_report

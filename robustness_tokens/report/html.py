@@ -85,6 +85,7 @@ def render_report_html(report: ReportContent) -> str:
     kinds = {False: "failed", True: "passed", None: "without a verdict"}
     return _ENVIRONMENT.get_template("page.html.j2").render(
         report=report,
+        written_by=words.WRITTEN_BY,
         headline=_headline(report.results),
         checks=sorted(report.checks, key=lambda check: check.number),
         counts=[(key, f"{outcomes.count(key)} {word}") for key, word in kinds.items() if key in outcomes],

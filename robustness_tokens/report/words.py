@@ -8,6 +8,10 @@ from typing import Any, NamedTuple
 from .schema import ReportContent, Result
 
 
+WRITTEN_BY = "Written by robustness_tokens"
+"""Stands at the beginning of a report's Markdown and HTML, to tell them from another program's."""
+
+
 class Attacker(NamedTuple):
     """The field's word for an attacker, and the text after "the attacker knows"."""
 

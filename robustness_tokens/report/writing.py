@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import re
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from ..utils import MAX_JSON_BYTES, read_json, write_bytes, write_text
+from ..utils import MAX_JSON_BYTES, flush_to_disk, read_json, replacing
 from .html import FIGURES, render_report_html
 from .markdown import render_report_markdown
 from .schema import OlderReportError, ReportContent
+from .words import WRITTEN_BY
 
 
 REPORT_FILE = "evaluation.json"
@@ -19,6 +21,25 @@ MARKDOWN_FILE = "evaluation.md"
 HTML_FILE = "report.html"
 FIGURES_FOLDER = "figures"
 FIGURE_FILES = tuple(f"{FIGURES_FOLDER}/{name}" for name in FIGURES)
+
+# Our JSON, Markdown and HTML begin with one of these.
+_MARKS = (WRITTEN_BY.encode(), b'"package_version"')
+_MARKED_BYTES = 1000
+
+
+def remove_report(folder: Path) -> None:
+    """Deletes the files of a report, and none that another program wrote under these names."""
+    own = [path for name in (REPORT_FILE, MARKDOWN_FILE, HTML_FILE) if _is_own(path := folder / name)]
+    for path in own + [folder / name for name in FIGURE_FILES if own]:
+        path.unlink(missing_ok=True)
+
+
+def _is_own(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        begin = file.read(_MARKED_BYTES)
+    return any(mark in begin for mark in _MARKS)
 
 
 @dataclass(kw_only=True)
@@ -36,7 +57,8 @@ class RobustnessReport(ReportContent):
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes evaluation.json for programs, and evaluation.md, report.html and figures/ for people.
 
-        Each file is written whole or not at all. In the adapter's own folder the report is pushed with the adapter.
+        The files are never those of two reports: a kill leaves the earlier ones, or no evaluation.json, which gets its
+        name last. In the adapter's own folder the report is pushed with the adapter.
 
         Args:
             folder: Created if it does not exist.
@@ -53,16 +75,20 @@ class RobustnessReport(ReportContent):
                 f"the report has {size:,} bytes as JSON, expected at most {MAX_JSON_BYTES:,}: keep fewer results or "
                 "shorter series"
             )
+        contents = {
+            REPORT_FILE: text.encode(),
+            MARKDOWN_FILE: f"<!-- {WRITTEN_BY} -->\n\n{render_report_markdown(self)}".encode(),
+            HTML_FILE: render_report_html(self).encode(),
+            **{f"{FIGURES_FOLDER}/{name}": content for name, content in self.figures.items()},
+        }
         path = Path(folder)
-        path.mkdir(parents=True, exist_ok=True)
-        write_text(path / MARKDOWN_FILE, render_report_markdown(self))
-        write_text(path / HTML_FILE, render_report_html(self))
-        for file in FIGURE_FILES:
-            (path / file).unlink(missing_ok=True)  # of an earlier report
-        for name, content in self.figures.items():
-            (path / FIGURES_FOLDER).mkdir(exist_ok=True)
-            write_bytes(path / FIGURES_FOLDER / name, content)
-        write_text(path / REPORT_FILE, text)
+        (path / FIGURES_FOLDER if self.figures else path).mkdir(parents=True, exist_ok=True)
+        with ExitStack() as files:  # they get their names in reverse order, once all are on the disk: the JSON last
+            for name, content in contents.items():
+                partial = files.enter_context(replacing(path / name, mode=0o666))
+                partial.write_bytes(content)
+                flush_to_disk(partial)
+            remove_report(path)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Self:

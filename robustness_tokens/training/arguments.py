@@ -237,7 +237,7 @@ class RobustnessTokenTrainingArguments:
     def __post_init__(self) -> None:
         self.output_dir = os.fspath(self.output_dir)
         if isinstance(self.resume_from_checkpoint, os.PathLike):
-            self.resume_from_checkpoint = os.fspath(self.resume_from_checkpoint)
+            self.resume_from_checkpoint = os.fspath(self.resume_from_checkpoint)  # type: ignore[unreachable]
         if (word := str(self.resume_from_checkpoint).lower()) in ("true", "false"):  # from the command line
             self.resume_from_checkpoint = True if word == "true" else None
         names = [self.report_to] if isinstance(self.report_to, str) else self.report_to

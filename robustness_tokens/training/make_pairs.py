@@ -174,7 +174,7 @@ def _describe(
             f"resize={args.resize!r} leaves each image its own size, but pairs share one: set resize='squash'"
         )
     check_patches(model.get_base_model(), images.shape)
-    return PairsInfo(
+    info = PairsInfo(
         package_version=__version__,
         base_model=config.base_model_name_or_path,
         base_model_revision=config.base_model_revision,
@@ -197,6 +197,8 @@ def _describe(
         num_images=num_images,
         images_per_shard=images_per_shard,
     )
+    info.check_shards()
+    return info
 
 
 def _rows_of(shard: int, rows: Sequence[int], info: PairsInfo) -> Sequence[int]:

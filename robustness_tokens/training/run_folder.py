@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ..configuration import RobustnessTokenConfig
-from ..hub import check_no_other_model, holds_adapter, remove_report
+from ..hub import check_no_other_model, holds_adapter
 from ..models import (
     RobustnessTokenPreTrainedModel,
     attention_configs,
@@ -23,6 +23,7 @@ from ..models import (
     onednn_is_faster,
     runs_in_half,
 )
+from ..report import remove_report
 from ..utils import LEFTOVERS, __version__, write_text
 from .arguments import RobustnessTokenTrainingArguments
 from .checkpoints import STATE_FILE, Checkpoint, Shapes, find_checkpoint, list_checkpoints

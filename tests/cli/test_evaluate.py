@@ -10,6 +10,7 @@ from PIL import Image
 from robustness_tokens import RobustnessTokenForImageClassification, RobustnessTokenModel
 from robustness_tokens.cli.commands import evaluate
 from robustness_tokens.cli.parsing import CommandParser, EvaluationCommandArguments
+from robustness_tokens.hub import read_config
 from robustness_tokens.models.heads import ClassificationHead, save_head
 from robustness_tokens.report.writing import RobustnessReport
 from tests.support.bases import HIDDEN_SIZE
@@ -72,7 +73,8 @@ def test_features_of_an_adapter(adapter_folder: Path, pictures: Path, tmp_path: 
 
 def test_classes_under_a_probe(adapter_folder: Path, pictures: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    save_head(ClassificationHead(2 * HIDDEN_SIZE, 2), tmp_path / "head")
+    fingerprint = read_config(adapter_folder).base_model_fingerprint
+    save_head(ClassificationHead(2 * HIDDEN_SIZE, 2, base_model_fingerprint=fingerprint), tmp_path / "head")
     report = evaluate(adapter=str(adapter_folder), args=arguments(pictures, tmp_path, "--head", tmp_path / "head"))
     assert {result.metric for result in report.results} == {"cosine", "accuracy"}
 
