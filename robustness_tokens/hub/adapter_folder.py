@@ -24,7 +24,7 @@ from transformers import BaseImageProcessor
 
 from ..configuration import TOKENS, RobustnessTokenConfig, TokenState
 from ..data import read_image_processor
-from ..report import REPORT_FILE, OlderReportError, RobustnessReport, remove_report
+from ..report import REPORT_FILE, OlderReportError, RobustnessReport, is_own_file, remove_report
 from ..utils import check_finite, flush_to_disk, has_cache_hash, read_json, read_tensors, replacing
 
 
@@ -187,9 +187,12 @@ def read_state(folder: Path, config: RobustnessTokenConfig) -> dict[str, Tensor]
 
 
 def read_report(folder: Path) -> RobustnessReport | None:
-    """Reads evaluation.json; None if there is none or it is of an older schema, `ValueError` if it is damaged."""
+    """Reads evaluation.json; None if there is none, an older schema or no report; `ValueError` if it is damaged."""
     path = folder / REPORT_FILE
     if not path.is_file():
+        return None
+    if not is_own_file(path):
+        logger.warning("%s is ignored: it is no report of this package", path)
         return None
     try:
         return RobustnessReport.from_dict(read_json(path))

@@ -33,4 +33,4 @@ from .words import (
     is_sweep,
     plain,
 )
-from .writing import REPORT_FILE, RobustnessReport, remove_report
+from .writing import REPORT_FILE, RobustnessReport, is_own_file, remove_report

@@ -29,12 +29,13 @@ _MARKED_BYTES = 1000
 
 def remove_report(folder: Path) -> None:
     """Deletes the files of a report, and none that another program wrote under these names."""
-    own = [path for name in (REPORT_FILE, MARKDOWN_FILE, HTML_FILE) if _is_own(path := folder / name)]
+    own = [path for name in (REPORT_FILE, MARKDOWN_FILE, HTML_FILE) if is_own_file(path := folder / name)]
     for path in own + [folder / name for name in FIGURE_FILES if own]:
         path.unlink(missing_ok=True)
 
 
-def _is_own(path: Path) -> bool:
+def is_own_file(path: Path) -> bool:
+    """Tells whether this package wrote a report's JSON, Markdown or HTML, whole or damaged."""
     if not path.is_file():
         return False
     with path.open("rb") as file:

@@ -125,13 +125,28 @@ def test_an_adapter_loads_beside_a_report_of_an_older_package(
     adapter_folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = adapter_folder / "evaluation.json"
-    path.write_text('{"schema_version": 1, "a_key_of_the_past": 1}')
+    path.write_text('{"schema_version": 1, "package_version": "0.0.1", "a_key_of_the_past": 1}')
     assert load_adapter(adapter_folder).report is None
     (record,) = caplog.records
     assert record.getMessage().startswith(f"{path} is ignored: the report has schema_version 1, of an older package")
     RobustnessTokenModel.from_pretrained(adapter_folder).save_pretrained(adapter_folder)
     with pytest.raises(ValueError, match="evaluate again with `robtok evaluate`"):
         RobustnessReport.load(adapter_folder)
+
+
+def test_another_programs_evaluation_is_neither_read_nor_removed(
+    adapter_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    files = {adapter_folder / name: f"{{}}{name}" for name in ("evaluation.json", "evaluation.md", "report.html")}
+    for path, text in files.items():
+        path.write_text(text)
+    assert load_adapter(adapter_folder).report is None
+    assert "evaluation.json is ignored: it is no report of this package" in caplog.text
+    model = RobustnessTokenModel.from_pretrained(adapter_folder)
+    for _ in range(2):
+        model.robustness_tokens.data += 1
+        model.save_pretrained(adapter_folder)
+    assert {path: path.read_text() for path in files} == files
 
 
 def test_errors_come_in_the_order_of_reading(adapter_folder: Path) -> None:
@@ -211,6 +226,11 @@ def test_a_base_name_that_is_a_repo_id(name: str) -> None:
         (b"[" * 100_000, "not valid JSON"),
         (b"[1]", "must hold a JSON object, got list"),
         (b"null", "must hold a JSON object, got NoneType"),
+        (b'{"a": NaN}', "holds nan, which is no number in JSON"),
+        (b'{"a": [{"b": -Infinity}]}', "holds -inf, which is no number in JSON"),
+        (b'{"a": 1e999}', "holds inf, which is no number in JSON"),
+        (b'{"a": 1, "b": 2, "a": 1}', "an object has a key twice, 'a'"),
+        (b'{"x": [{"a": 1, "\\u0061": 2}]}', "an object has a key twice, 'a'"),
         (b" " * (4 << 20) + b"{}", r"has 4,194,306 bytes, expected at most 4,194,304"),
     ],
 )

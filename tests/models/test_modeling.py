@@ -1,5 +1,6 @@
 import copy
 import json
+import os
 import pickle
 import shutil
 import stat
@@ -915,6 +916,21 @@ def test_an_adapter_whose_config_names_code_is_refused(adapter_folder: Path) -> 
         AutoModel.from_pretrained(adapter_folder)
 
 
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o027])
+def test_files_have_the_users_permissions_and_tokens_none_for_others(
+    dinov2_model: RobustnessTokenModel, tmp_path: Path, umask: int
+) -> None:
+    before = os.umask(umask)
+    try:
+        dinov2_model.save_pretrained(tmp_path)
+        make_report(figures={"accuracy_by_eps.png": b"png"}).save(tmp_path)
+    finally:
+        os.umask(before)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.rglob("*") if path.is_file()}
+    assert modes.pop("model.safetensors") == 0o600
+    assert set(modes.values()) == {0o666 & ~umask}, modes
+
+
 def test_a_report_goes_into_the_card_and_does_not_survive_its_tokens(
     dinov2_model: RobustnessTokenModel, tmp_path: Path
 ) -> None:
@@ -932,7 +948,7 @@ def test_a_damaged_report_is_an_error_before_anything_is_written(
     dinov2_model: RobustnessTokenModel, tmp_path: Path
 ) -> None:
     dinov2_model.save_pretrained(tmp_path)
-    (tmp_path / "evaluation.json").write_text("{}")
+    (tmp_path / "evaluation.json").write_text('{"package_version": "0.1.0"}')
     before = (tmp_path / "README.md").stat().st_mtime_ns
     with pytest.raises(ValueError, match=r"evaluation\.json"):
         dinov2_model.save_pretrained(tmp_path)

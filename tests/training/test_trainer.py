@@ -287,7 +287,7 @@ def test_resuming_from_elsewhere_replaces_nothing_unasked(make_trainer: TrainerF
     for trainer in (finished, cut):
         trainer.train()
     finished.save_model()
-    (finished.output_dir / "evaluation.json").write_text("{}", encoding="utf-8")
+    (finished.output_dir / "evaluation.json").write_text('{"package_version": ""}', encoding="utf-8")
     files = {path: path.read_bytes() for path in finished.output_dir.rglob("*") if path.is_file()}
     checkpoint = str(cut.output_dir / "checkpoint-2")
     with pytest.raises(ValueError, match="overwrite_output_dir=True"):
@@ -303,7 +303,7 @@ def test_resuming_drops_an_evaluation_of_the_tokens_before(make_trainer: Trainer
     trainer = make_trainer(save_steps=2)
     trainer.train()
     trainer.save_model()
-    (trainer.output_dir / "evaluation.json").write_text("{}", encoding="utf-8")
+    (trainer.output_dir / "evaluation.json").write_text('{"package_version": ""}', encoding="utf-8")
     make_trainer(save_steps=2, max_steps=6, resume_from_checkpoint=str(trainer.output_dir / "checkpoint-2")).train()
     assert not (trainer.output_dir / "evaluation.json").exists()
     assert [step for step, _ in list_checkpoints(trainer.output_dir)] == [2, 4, 6]
@@ -583,7 +583,7 @@ def test_overwrite_output_dir_starts_a_new_run(make_trainer: TrainerFactory) -> 
     trainer = make_trainer("run", save_steps=2)
     trainer.train()
     trainer.save_model()
-    (trainer.output_dir / "evaluation.json").write_text("{}", encoding="utf-8")
+    (trainer.output_dir / "evaluation.json").write_text('{"package_version": ""}', encoding="utf-8")
     again = make_trainer("run", overwrite_output_dir=True, max_steps=1, seed=1)
     again.train()
     again.save_model()
@@ -594,6 +594,19 @@ def test_overwrite_output_dir_starts_a_new_run(make_trainer: TrainerFactory) -> 
     )
     assert reloaded.config.training is not None
     assert reloaded.config.training["seed"] == 1
+
+
+def test_a_new_run_leaves_what_others_put_into_its_folder(make_trainer: TrainerFactory) -> None:
+    trainer = make_trainer("run")
+    names = ("evaluation.json", "evaluation.md", "report.html", "figures/accuracy_by_eps.png", "logs/tmp1.part")
+    files = {trainer.output_dir / name: name for name in (*names, "notes.txt")}
+    for path, text in files.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    trainer.train()
+    trainer.save_model()
+    make_trainer("run", overwrite_output_dir=True, seed=1).train()
+    assert {path: path.read_text() for path in files} == files
 
 
 # Divergence
