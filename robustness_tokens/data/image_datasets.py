@@ -33,6 +33,7 @@ MAX_PIXELS_VARIABLE = "ROBTOK_MAX_IMAGE_PIXELS"
 if MAX_PIXELS_VARIABLE in os.environ:  # also read by the processes of a data loader
     Image.MAX_IMAGE_PIXELS = int(os.environ[MAX_PIXELS_VARIABLE])
 _STRIP_PIXELS = 1 << 22
+_LARGEST_RATIO = 200
 
 IGNORE_INDEX = 255
 """Label of pixels that don't count, as in transformers and mmsegmentation."""
@@ -114,8 +115,12 @@ def open_picture(stored: Mapping[str, Any] | Image.Image | None) -> Image.Image:
             content = file.read()
     Image.init()  # fills Image.OPEN; a build of Pillow may lack a format
     with Image.open(BytesIO(content), formats=[name for name in FORMATS if name in Image.OPEN]) as picture:
-        limit = Image.MAX_IMAGE_PIXELS
-        if limit is not None and picture.width * picture.height > limit:  # Pillow raises at twice as many
+        limit, (shorter, longer) = Image.MAX_IMAGE_PIXELS, sorted(picture.size)
+        if longer > _LARGEST_RATIO * shorter:  # an image processor that scales the shorter side makes it huge
+            raise ValueError(
+                f"it has {picture.width:,} x {picture.height:,} pixels, one side {_LARGEST_RATIO} times the other"
+            )
+        if limit is not None and longer * shorter > limit:  # Pillow raises at twice as many
             raise ValueError(
                 f"it has {picture.width:,} x {picture.height:,} pixels, more than {limit:,}: make it smaller, or set "
                 f"the environment variable {MAX_PIXELS_VARIABLE}, or PIL.Image.MAX_IMAGE_PIXELS"

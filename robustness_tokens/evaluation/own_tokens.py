@@ -302,7 +302,7 @@ def describe_training(
         both = {name: (value, own.training.get(name, value)) for name, value in expected.items()}
         if "head" in recipe:
             both["head"] = (recipe["head"], own.training.get("head"))
-        if "num_processes" in expected:
+        if type(expected.get("num_processes")) is int:
             both["images_per_step"] = (_batch_size({**own.training, **expected}), _batch_size(own.training))
         for name, (before, now) in both.items():
             if now != before:

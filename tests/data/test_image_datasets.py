@@ -344,6 +344,13 @@ def test_a_decompression_bomb_is_a_broken_image(monkeypatch: pytest.MonkeyPatch)
     assert "images" in items[0]
 
 
+@pytest.mark.parametrize(("size", "is_whole"), [((1, 200), True), ((1, 201), False), ((20_000, 3), False)])
+def test_a_strip_would_be_scaled_to_a_huge_picture(size: tuple[int, int], is_whole: bool) -> None:
+    item = ImageDataset(table([encoded(Image.new("L", size))]), TRANSFORM)[0]
+    assert ("images" in item) == is_whole
+    assert is_whole or "one side 200 times the other" in item["broken_image"].reason
+
+
 def test_the_environment_raises_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1)  # and restored afterwards
     monkeypatch.setenv("ROBTOK_MAX_IMAGE_PIXELS", "12345678901")

@@ -202,6 +202,7 @@ NUM_SETTINGS = len(RECIPE.keys() - {"seed", "image_size", "num_processes", "num_
             {"image_size": IMAGE_SIZE},
         ),
         ({**RECIPE, "image_size": "\n" * 300, "num_processes": "all", "dataset": "all"}, {}, {}, {}, {}),
+        ({**RECIPE, "num_processes": []}, {}, {}, {"num_images": 6, "num_processes": []}, {"num_processes": 1}),
         (
             {**RECIPE, "lr_scheduler_type": "x" * 300},
             {},
@@ -220,6 +221,7 @@ NUM_SETTINGS = len(RECIPE.keys() - {"seed", "image_size", "num_processes", "num_
         "previous",
         "image size",
         "nonsense",
+        "no processes",
         "long",
     ],
 )
