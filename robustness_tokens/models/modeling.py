@@ -403,12 +403,13 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
         config_json, report = config.to_json_string(use_diff=False), report_of(folder, self.injector.state)
         card_text = render_card(config, name=os.fspath(save_directory), report=report)
         existing = read_card(folder, errors="surrogateescape")  # a person's card may have any encoding
+        card = update_card(existing, card_text) if existing is None or is_generated(existing) else None
         write_state(folder, self.injector.state)
         write_text(folder / CONFIG_FILE, config_json)
         if self.image_processor is not None:
             self.image_processor.save_pretrained(folder)
-        if existing is None or is_generated(existing):
-            write_text(folder / CARD_FILE, update_card(existing, card_text))
+        if card is not None:
+            write_text(folder / CARD_FILE, card)
         if push_to_hub:
             push_adapter(folder, repo_id or folder.resolve().name, base_model_id=base_model_id, **push_kwargs)
 
