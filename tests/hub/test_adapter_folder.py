@@ -153,7 +153,7 @@ def test_errors_come_in_the_order_of_reading(adapter_folder: Path) -> None:
     files = ("config.json", "model.safetensors", "preprocessor_config.json", "evaluation.json")
     whole = {file: (adapter_folder / file).read_bytes() for file in files[:3]}
     for file in files:
-        (adapter_folder / file).write_text("{")
+        (adapter_folder / file).write_text('{"package_version": ')
 
     def read() -> None:
         adapter = load_adapter(adapter_folder)
