@@ -44,10 +44,16 @@ def main(words: Sequence[str] | None = None) -> None:
         text = str(exc)
         if isinstance(exc, _NAMED_ERRORS) or not text:
             text = f"{type(exc).__name__}: {text} (ROBTOK_DEBUG=1 shows where)"
-        # One line, in which nothing from a file or a folder's name steers the terminal.
-        line = " ".join(["robtok:", *text.split()])
-        print("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line), file=sys.stderr)
+        print(printable(" ".join(["robtok:", *text.split()])), file=sys.stderr)
         raise SystemExit(1) from exc
+
+
+def printable(text: str) -> str:
+    """Returns one line, in which nothing from a file, a folder's name or the Hub steers or deceives a reader.
+
+    Line breaks, control characters, and characters that are invisible or turn the direction of a text are escaped.
+    """
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def _top_parser() -> argparse.ArgumentParser:

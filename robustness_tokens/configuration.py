@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, ClassVar, Literal, get_args
@@ -177,6 +178,8 @@ class RobustnessTokenConfig(PreTrainedConfig):
             # transformers reads a "dtype" at any depth as the dtype of a model, and fails unless it is a string.
             if isinstance(value, dict) and not isinstance(value.get("dtype", ""), str):
                 raise ValueError(f"a dtype in training must be a string, got {value['dtype']!r}")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"training must hold finite numbers, which JSON has, got {value}")
         if self.image_mean is None and self.image_std is None:
             return
         if self.image_mean is None or self.image_std is None:

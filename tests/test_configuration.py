@@ -165,6 +165,8 @@ NAN, INFINITE = float("nan"), float("inf")
         ("feature_view", ["cls"]),
         ("similarity_axis", "tokens"),
         ("similarity_axis", 1),
+        ("training", {"eps": NAN}),
+        ("training", {"previous": [{"eps": INFINITE}]}),
         ("base_model_name_or_path", None),
         ("base_model_name_or_path", ["a"]),
         ("base_model_class", 3),

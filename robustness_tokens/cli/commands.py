@@ -13,6 +13,8 @@ import torch
 import transformers
 from torch import nn
 
+from robtok import printable
+
 from ..data import load_image_dataset, processor_image_size
 from ..evaluation import evaluate_robustness, training_figures
 from ..hub import check_no_other_adapter, load_adapter, push_adapter, push_adversarial_pairs, to_eval_results
@@ -45,6 +47,18 @@ from .parsing import (
     load_eval_dataset,
     load_train_dataset,
 )
+
+
+class _LineFormatter(logging.Formatter):
+    """Writes a log's message with the lines that this package put into it, each printable."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return "\n".join(map(printable, super().format(record).splitlines()))
+
+
+def _say(line: str) -> None:
+    """Prints one line; parts of it may come from an adapter, a dataset or the Hub."""
+    print(printable(line))
 
 
 def train(
@@ -99,7 +113,7 @@ def attack(
     )
     if not process_state().is_main_process:
         return
-    print(
+    _say(
         f"{len(pairs):,} pairs in {training_args.output_dir}, no pixel changed by more than "
         f"{pairs.info.max_pixel_difference}/255; they reveal no tokens, since the attack did not use any"
     )
@@ -110,7 +124,7 @@ def attack(
             base_model_id=pairs_args.base_model_id,
             private=not pairs_args.public,
         )
-        print(commit.commit_url)
+        _say(commit.commit_url)
 
 
 def sweep(
@@ -127,7 +141,8 @@ def sweep(
     model = _new_model(model_args, training_args)
     rows = run_sweep(model, training_args, load_train_dataset(data_args), sweep_args)
     if process_state().is_main_process:
-        print(to_csv(rows))
+        for line in to_csv(rows).splitlines():
+            _say(line)
 
 
 def evaluate(args: EvaluationCommandArguments, *, adapter: str) -> RobustnessReport:
@@ -150,8 +165,8 @@ def evaluate(args: EvaluationCommandArguments, *, adapter: str) -> RobustnessRep
     if process_state().is_main_process:
         report.figures |= training_figures(adapter)
         report.save(args.output_dir)
-        print(headline(report) or f"{len(report.results)} results")
-        print(f"wrote {args.output_dir}/{REPORT_FILE} ({report.seconds:.0f} s)")
+        _say(headline(report) or f"{len(report.results)} results")
+        _say(f"wrote {args.output_dir}/{REPORT_FILE} ({report.seconds:.0f} s)")
     return report
 
 
@@ -194,30 +209,30 @@ def info(adapter: str, revision: str | None = None, subfolder: str = "") -> None
         "normalisation": f"mean {config.image_mean}, std {config.image_std}",
     }
     for name, value in rows.items():
-        print(f"{name:<15}{value}")
-    print(f"{'training':<15}" + ("" if config.training else "none: the tokens are untrained"))
+        _say(f"{name:<15}{value}")
+    _say(f"{'training':<15}" + ("" if config.training else "none: the tokens are untrained"))
     for name, value in (config.training or {}).items():
-        print(f"  {name:<29}{value}")
+        _say(f"  {name:<29}{value}")
     report = loaded.report
     if report is None and (loaded.folder / REPORT_FILE).exists():
-        print(f"{'evaluation':<15}of another adapter, or by an older package: evaluate again")
+        _say(f"{'evaluation':<15}of another adapter, or by an older package: evaluate again")
     if report is not None:
-        print(f"{'evaluation':<15}" + (headline(report) or f"{len(report.results)} results"))
+        _say(f"{'evaluation':<15}" + (headline(report) or f"{len(report.results)} results"))
         for result in to_eval_results(report):
-            print(f"  {result.metric_name}: {result.metric_value:.4g}")
+            _say(f"  {result.metric_name}: {result.metric_value:.4g}")
         for check in report.checks:
-            print(f"  check {check.number:<23}{check.name}: {_STATES[check.passed]}, {check.value}")
+            _say(f"  check {check.number:<23}{check.name}: {_STATES[check.passed]}, {check.value}")
 
 
 def import_tokens(file: Path, output_dir: Path, base: str, overwrite_output_dir: bool = False) -> None:
     model = import_published_tokens(file, base, output_dir, overwrite=overwrite_output_dir)
     count, width = model.robustness_tokens.shape
-    print(f"wrote {output_dir}: {count} tokens of width {width} for {base}")
+    _say(f"wrote {output_dir}: {count} tokens of width {width} for {base}")
 
 
 def push(folder: Path, repo_id: str, *, public: bool, tag: Sequence[str], **kwargs: Any) -> None:
     commit = push_adapter(folder, repo_id, private=not public, tags=tag, **kwargs)
-    print(commit.pr_url or commit.commit_url)
+    _say(commit.pr_url or commit.commit_url)
 
 
 def merge(adapter: str, output_dir: Path, image_size: int | None = None, classifier: bool = False) -> None:
@@ -231,7 +246,7 @@ def merge(adapter: str, output_dir: Path, image_size: int | None = None, classif
     plain.save_pretrained(output_dir)
     if model.image_processor is not None:
         model.image_processor.save_pretrained(output_dir)
-    print(f"wrote {output_dir}: {type(plain).__name__}")
+    _say(f"wrote {output_dir}: {type(plain).__name__}")
 
 
 def _add_adapter(parser: CommandParser) -> None:
@@ -310,6 +325,8 @@ def build_parser(name: str, description: str | None = None) -> CommandParser:
 
 def run_command(name: str, words: Sequence[str], description: str | None = None) -> None:
     """Runs one command of `robtok`; its errors propagate."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(_LineFormatter())
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     groups, values = build_parser(name, description).parse(words)
     _COMMANDS[name].run(*groups, **values)

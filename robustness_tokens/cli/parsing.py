@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
 from transformers import AutoConfig, HfArgumentParser
 
 from ..configuration import FeatureView, SimilarityAxis
@@ -18,6 +17,7 @@ from ..evaluation import EvaluationArguments
 from ..models import AUTO, BASE
 from ..report import format_setting
 from ..training import PAPER, RobustnessTokenTrainingArguments, resolve_preset
+from ..utils import read_yaml
 
 
 # How the help groups arguments; one name is in one group, whichever command takes it.
@@ -121,8 +121,9 @@ class CommandParser(HfArgumentParser):
 
     def _words_of_file(self, path: Path) -> list[str]:
         try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as exc:
+            # Each value as it is written: a commit of digits, a folder named 2026.10 or `no` is a text.
+            content = read_yaml(path.read_text(encoding="utf-8"), as_written=True)
+        except (OSError, ValueError) as exc:
             raise ValueError(f"{path} can't be read as YAML: {exc}") from exc
         if not isinstance(content, dict):
             raise ValueError(f"{path} must hold a mapping of argument names to values, got {type(content).__name__}")

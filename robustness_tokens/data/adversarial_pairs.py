@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 import numpy as np
 import torch
@@ -30,18 +30,17 @@ from torch.utils.data import Dataset
 from ..configuration import RobustnessTokenConfig, check_same_base
 from ..utils import (
     MAX_NAME,
-    check_dict,
     check_fingerprint,
-    check_int,
     check_keys,
     check_number,
-    check_numbers,
     check_pattern,
     check_text,
+    check_type,
     flush_to_disk,
     read_json,
     write_text,
 )
+from .loading import check_saved
 
 
 if TYPE_CHECKING:
@@ -50,6 +49,8 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 3
 _ADDED = {"base_digest", "images_digest"}  # keys that older versions don't have
+_LARGEST_SIDE = 1 << 14
+_MOST_SHARDS = 99_999  # five digits in a name
 INFO_FILE = "adversarial_pairs.json"
 PAIRS_STEP = 0
 """Step in the seed of the pairs' noise, (seed, step, index); they serve every training step."""
@@ -120,15 +121,16 @@ class PairsInfo:
         values = _upgrade(values)
         names = {field.name for field in dataclasses.fields(cls)}
         check_keys(INFO_FILE, values, names - _ADDED, optional=_ADDED, schema=SCHEMA_VERSION)
+        for name, kind in get_type_hints(cls).items():
+            if name in values:
+                check_type(f"{INFO_FILE}: {name}", values[name], kind, lowest=0 if name in ("seed", "step") else 1)
         info = cls(**{**values, "schema_version": SCHEMA_VERSION})
-        for name in ("max_pixel_difference", "num_images", "images_per_shard", "batch_size"):
-            check_int(f"{INFO_FILE}: {name}", values[name], 1)
-        check_numbers(f"{INFO_FILE}: image_mean", info.image_mean)
-        check_numbers(f"{INFO_FILE}: image_std", info.image_std)
-        if not isinstance(info.image_size, list) or len(info.image_size) != 2:
-            raise ValueError(f"{INFO_FILE}: image_size must be height and width, got {info.image_size!r:.200}")
-        for side in info.image_size:
-            check_int(f"{INFO_FILE}: each side of image_size", side, 1)
+        if len(info.image_size) != 2 or max(info.image_size) > _LARGEST_SIDE:
+            raise ValueError(
+                f"{INFO_FILE}: image_size must be height and width of at most {_LARGEST_SIDE:,}, got "
+                f"{info.image_size!r:.200}"
+            )
+        info.check_shards()
         check_keys(f"{INFO_FILE}: attack", info.attack, set(ATTACK_ARGUMENTS))
         for name, value in info.attack.items():
             if name in ("attack", "objective"):
@@ -139,8 +141,15 @@ class PairsInfo:
         for name in ("head", *_ADDED):
             if (sha256 := getattr(info, name)) is not None:
                 check_pattern(f"{INFO_FILE}: {name}", sha256, r"[0-9a-f]{64}", "a sha256 or null")
-        check_dict(f"{INFO_FILE}: dataset", info.dataset)
         return info
+
+    def check_shards(self) -> None:
+        """Refuses more shards than their names can number."""
+        if self.num_shards > _MOST_SHARDS:
+            raise ValueError(
+                f"num_images={self.num_images:,} in shards of images_per_shard={self.images_per_shard:,} are "
+                f"{self.num_shards:,} files, expected at most {_MOST_SHARDS:,}: raise images_per_shard"
+            )
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
@@ -308,6 +317,7 @@ def load_adversarial_pairs(
                 f"{path.parent} holds {info.num_shards - len(missing)} of {info.num_shards} shards: run the attack "
                 "again with the same arguments to make the others"
             )
+        check_saved(path.parent)
         dataset = datasets.load_from_disk(str(path.parent))
     else:
         # The images are read from the same commit as the description.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,15 @@ if TYPE_CHECKING:
 
 
 logger = logging.getLogger(__name__)
+
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+"""Pillow's names of the formats that pictures of a dataset may have."""
+
+MAX_PIXELS_VARIABLE = "ROBTOK_MAX_IMAGE_PIXELS"
+if MAX_PIXELS_VARIABLE in os.environ:  # also read by the processes of a data loader
+    Image.MAX_IMAGE_PIXELS = int(os.environ[MAX_PIXELS_VARIABLE])
+_STRIP_PIXELS = 1 << 22
+_LARGEST_RATIO = 200
 
 IGNORE_INDEX = 255
 """Label of pixels that don't count, as in transformers and mmsegmentation."""
@@ -79,34 +89,63 @@ class _PictureDataset:
             item["labels"] = int(row[self._label_column])
         stored = row[self._image_column]
         try:
-            image = _decode(stored)
+            image = _to_rgb_in_strips(open_picture(stored))
         except Exception as exc:  # Pillow's readers raise nearly anything on a broken file
             path = stored.get("path") if isinstance(stored, Mapping) else None
             return {**item, "broken_image": BrokenImage(index, path, f"{type(exc).__name__}: {exc}")}
         return {**item, "images": self.transform(image)}
 
 
-def _decode(stored: Mapping[str, Any] | Image.Image | None) -> Image.Image:
+def open_picture(stored: Mapping[str, Any] | Image.Image | None) -> Image.Image:
+    """Decodes a picture as a dataset stores it; `ValueError` if it has too many pixels, or Pillow's own error.
+
+    Every picture of a dataset is opened here, in formats that Pillow decodes itself: others start programs.
+    """
     if isinstance(stored, Image.Image):
-        return to_rgb(stored)
+        return stored
     if stored is None or (stored["bytes"] is None and stored["path"] is None):
         raise ValueError("the row holds no image")
     content = stored["bytes"]
     if content is None:
         from datasets.utils.file_utils import xopen
 
+        if os.path.exists(stored["path"]) and not os.path.isfile(stored["path"]):
+            raise ValueError(f"{stored['path']!r} is no regular file")  # a device or a pipe has no end
         with xopen(stored["path"], "rb") as file:
             content = file.read()
-    with Image.open(BytesIO(content)) as image:
-        image.load()
-        return to_rgb(image)
+    Image.init()  # fills Image.OPEN; a build of Pillow may lack a format
+    with Image.open(BytesIO(content), formats=[name for name in FORMATS if name in Image.OPEN]) as picture:
+        limit, (shorter, longer) = Image.MAX_IMAGE_PIXELS, sorted(picture.size)
+        if longer > _LARGEST_RATIO * shorter:  # an image processor that scales the shorter side makes it huge
+            raise ValueError(
+                f"it has {picture.width:,} x {picture.height:,} pixels, one side {_LARGEST_RATIO} times the other"
+            )
+        if limit is not None and longer * shorter > limit:  # Pillow raises at twice as many
+            raise ValueError(
+                f"it has {picture.width:,} x {picture.height:,} pixels, more than {limit:,}: make it smaller, or set "
+                f"the environment variable {MAX_PIXELS_VARIABLE}, or PIL.Image.MAX_IMAGE_PIXELS"
+            )
+        picture.load()
+        return picture
+
+
+def _to_rgb_in_strips(picture: Image.Image) -> Image.Image:
+    """Converts as `to_rgb` does, which takes up to 30 bytes a pixel, a strip at a time."""
+    rows = max(1, _STRIP_PIXELS // picture.width)
+    if rows >= picture.height or picture.mode == "RGB":
+        return to_rgb(picture)
+    rgb = Image.new("RGB", picture.size)
+    for top in range(0, picture.height, rows):
+        box = (0, top, picture.width, min(top + rows, picture.height))
+        rgb.paste(to_rgb(picture.crop(box)), box)
+    return rgb
 
 
 class ImageDataset(_PictureDataset, Dataset[dict[str, Any]]):
     """Images of a map-style dataset; each picture is read and decoded when its item is asked for.
 
     An item is `{"images": (3, H, W) float32 in [0, 1], "index": row, "labels": class index}`, without "labels" if
-    there is no label column. For a picture that can't be read (or that Pillow takes for a decompression bomb), it has
+    there is no label column. For a picture that can't be read (or has too many pixels, see `open_picture`), it has
     a `BrokenImage` as "broken_image" instead of "images". EXIF orientations are not applied, as in the paper.
 
     Args:
@@ -237,10 +276,13 @@ class SegmentationDataset(ImageDataset):
         mask_column_name: str = "mask",
         do_reduce_labels: bool = False,
     ) -> None:
+        import datasets
+
         transform = ImageTransform(image_size=image_size)
         super().__init__(dataset, transform, image_column_name=image_column_name, with_labels=False)
         self._mask_column = find_image_column(dataset, mask_column_name, argument="mask_column_name")
-        self._masks = dataset.with_format(None).select_columns([self._mask_column])
+        masks = dataset.with_format(None).select_columns([self._mask_column])
+        self._masks = masks.cast_column(self._mask_column, datasets.Image(decode=False))
         height, width = height_and_width(image_size)
         self._size, self._reduce = (width, height), do_reduce_labels
 
@@ -249,10 +291,12 @@ class SegmentationDataset(ImageDataset):
         return f"{super().fingerprint} {self._masks._fingerprint} {self._reduce}"
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        mask: Image.Image | None = self._masks[int(index)][self._mask_column]
-        if mask is None or len(mask.getbands()) != 1 or mask.mode == "F":
-            came = "none" if mask is None else f"mode {mask.mode!r}"
-            raise ValueError(f"the mask of row {index} must have one channel of integers, got {came}")
+        try:
+            mask = open_picture(self._masks[int(index)][self._mask_column])
+        except Exception as exc:  # as in _read
+            raise ValueError(f"the mask of row {index} can't be read: {type(exc).__name__}: {exc}") from exc
+        if len(mask.getbands()) != 1 or mask.mode == "F":
+            raise ValueError(f"the mask of row {index} must have one channel of integers, got mode {mask.mode!r}")
         classes = np.array(mask.resize(self._size, Image.Resampling.NEAREST)).astype(np.int64)  # (H, W)
         if self._reduce:
             ignored = (classes == 0) | (classes == IGNORE_INDEX)

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
+from ..utils import read_json
+
 
 if TYPE_CHECKING:
     import datasets  # imported where it is used: that takes a second
@@ -101,9 +103,21 @@ def find_label_column(
     return _pick(candidates, types, label_column_name, argument="label_column_name", expected="class indices")
 
 
+def check_saved(folder: Path) -> None:
+    """Refuses a `save_to_disk` folder whose files name data outside of it, which `datasets` would read."""
+    for file in (folder / "dataset_dict.json", *folder.glob("state.json"), *folder.glob("*/state.json")):
+        content = read_json(file) if file.is_file() else {}
+        entries = content.get("splits", content.get("_data_files", []))
+        for entry in entries if isinstance(entries, list) else [entries]:
+            name = entry.get("filename") if isinstance(entry, dict) else entry
+            if not isinstance(name, str) or name in ("", "..") or name != Path(name).name:
+                raise ValueError(f"{file} names {name!r:.200}, expected files of its own folder: make the data again")
+
+
 def _load_saved(path: Path, *, split: str, streaming: bool) -> datasets.Dataset | datasets.IterableDataset:
     import datasets
 
+    check_saved(path)
     loaded = datasets.load_from_disk(str(path))
     splits = loaded if isinstance(loaded, datasets.DatasetDict) else {str(loaded.split or "train"): loaded}
     if split not in splits:

@@ -35,6 +35,7 @@ from ..training import (
     LOGITS_OBJECTIVES,
     RobustnessTokenTrainer,
     RobustnessTokenTrainingArguments,
+    check_recipe,
     make_adversarial_pairs,
     max_pixel_difference,
     prepare_train_dataset,
@@ -114,7 +115,10 @@ def train_own_tokens(
             'knowledge "own_tokens" trains tokens on the features of the base, which are not known: give feature_view '
             "or own_tokens, or leave the level out"
         )
-    values = _recipe(model) | dict(overrides or {}) | {"disable_tqdm": disable_tqdm}
+    overrides = dict(overrides or {}) | {"disable_tqdm": disable_tqdm}
+    theirs = {name: value for name, value in _recipe(model).items() if name not in overrides}
+    check_recipe(theirs, limited=True)
+    values = theirs | overrides
     recipe = RobustnessTokenTrainingArguments(
         **{**values, "output_dir": str(output_dir), "overwrite_output_dir": True}
     )
@@ -311,7 +315,7 @@ def describe_training(
         both = {name: (value, own.training.get(name, value)) for name, value in expected.items()}
         if "head" in recipe:
             both["head"] = (recipe["head"], own.training.get("head"))
-        if "num_processes" in expected:
+        if type(expected.get("num_processes")) is int:
             both["images_per_step"] = (_batch_size({**own.training, **expected}), _batch_size(own.training))
         for name, (before, now) in both.items():
             if now != before:

@@ -34,6 +34,7 @@ from ..models import (
     tokens_in,
 )
 from ..report import Knowledge, Task
+from ..training import check_recipe
 from ..utils import check_choice
 
 
@@ -116,8 +117,10 @@ class EvaluatedModel:
 
     @property
     def recipe(self) -> dict[str, Any]:
-        """The `training` of the adapter's config; empty without one."""
-        return dict((None if self.adapter is None else self.adapter.config.training) or {})
+        """The `training` of the adapter's config; empty without one. `ValueError` if a value has a wrong type."""
+        recipe = dict((None if self.adapter is None else self.adapter.config.training) or {})
+        check_recipe(recipe)
+        return recipe
 
     @property
     def base(self) -> nn.Module:

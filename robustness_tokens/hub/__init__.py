@@ -18,5 +18,5 @@ from .adapter_folder import (
     report_of,
     write_adapter,
 )
-from .card import is_generated, render_card, to_eval_results, update_card
+from .card import is_generated, read_card, render_card, to_eval_results, update_card
 from .pushing import push_adapter, push_adversarial_pairs

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -25,7 +24,7 @@ from transformers import BaseImageProcessor
 from ..configuration import TOKENS, RobustnessTokenConfig, TokenState, state_digest
 from ..data import read_image_processor
 from ..report import REPORT_FILE, OlderReportError, RobustnessReport
-from ..utils import check_finite, flush_to_disk, has_cache_hash, read_json, read_tensors, replacing
+from ..utils import check_finite, has_cache_hash, read_json, read_tensors, write_together
 
 
 logger = logging.getLogger(__name__)
@@ -236,23 +235,13 @@ def write_adapter(folder: Path, state: TokenState, others: Mapping[str, bytes]) 
     check_finite("refusing to save an adapter", state)
     # Not save_file, which maps the file: a full disk can then kill the process.
     contents = {**others, TOKENS_FILE: save(state, metadata={"format": "pt"})}
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder
     try:
-        with ExitStack() as renamings:  # in the reverse order, so the config comes first here
-            for name in sorted(contents, key=lambda name: name != CONFIG_FILE):
-                path = folder / name
-                partial = renamings.enter_context(replacing(path))
-                partial.write_bytes(contents[name])
-                partial.chmod(0o600 if name == TOKENS_FILE else 0o644)
-                flush_to_disk(partial)
-            (folder / CONFIG_FILE).unlink(missing_ok=True)
-            flush_to_disk(folder)
+        write_together(folder, contents, last=CONFIG_FILE, secret=[TOKENS_FILE])
     except OSError as exc:
         raise OSError(
             exc.errno,
-            f"{path} could not be written ({exc.strerror}), and the folder is unchanged: make room, or correct the "
-            "permissions, and save again",
+            f"the adapter in {folder} could not be written ({exc.strerror}) and is unchanged: make room, or correct "
+            "the permissions, and save again",
         ) from exc
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -31,7 +32,8 @@ from ..report import (
     prose,
     results_table,
 )
-from .adapter_folder import is_repo_id
+from ..utils import add_scalars, read_bytes, read_yaml
+from .adapter_folder import CARD_FILE, is_repo_id
 
 
 BEGIN = "<!-- robustness_tokens:begin -->"
@@ -39,6 +41,8 @@ END = "<!-- robustness_tokens:end -->"
 PLACEHOLDER = "PATH_OR_HUB_ID"
 # Marks our metrics, to tell them from those that a person adds to the same card.
 EVALUATED_WITH, PACKAGE = "evaluated_with", "robustness_tokens"
+LIBRARY = "robustness-tokens"  # the Hub's ids of libraries have hyphens
+_MAX_CARD_BYTES = 1 << 22
 
 _TASK_TYPES = {
     "features": "image-feature-extraction",
@@ -96,6 +100,9 @@ class _Dumper(yaml.SafeDumper):
         return super().represent_mapping(tag, mapping, flow_style)
 
 
+add_scalars(_Dumper)
+
+
 def _dump(values: Mapping[str, Any]) -> str:
     dumped: str = yaml.dump(
         values, Dumper=_Dumper, sort_keys=False, default_flow_style=None, allow_unicode=True, width=10**6
@@ -149,11 +156,11 @@ def render_card(
         base_model=config.base_model_name_or_path if has_repo_id else None,
         base_model_relation="adapter" if has_repo_id else None,
         datasets=list(datasets) if datasets else None,
-        library_name=PACKAGE,
+        library_name=LIBRARY,
         license=license,
         pipeline_tag=_USES[model_class]["pipeline_tag"],
-        tags=["robustness-tokens", "adversarial-robustness", *tags],
-        model_name=plain(name) if eval_results else None,
+        tags=[LIBRARY, "adversarial-robustness", *tags],
+        model_name=name if eval_results else None,
         eval_results=eval_results or None,
     )
     recipe = _recipe(config, training, trained_on, images) if "max_steps" in training else {}
@@ -179,7 +186,16 @@ def render_card(
         recipe=_dump(recipe).rstrip() if recipe else None,
         recorded=_quote(recorded, sort_keys=True)[:_MAX_RECORDED] if recorded else None,
     )
-    return f"---\n{_dump(data.to_dict()).rstrip()}\n---\n\n{body}"
+    return f"---\n{_dump(_all_plain(data.to_dict())).rstrip()}\n---\n\n{body}"
+
+
+def _all_plain(values: Any) -> Any:
+    """Makes every text in nested values plain; people don't see what is hidden in a card's metadata."""
+    if isinstance(values, dict):
+        return {key: _all_plain(value) for key, value in values.items()}
+    if isinstance(values, list):
+        return [_all_plain(value) for value in values]
+    return plain(values) if isinstance(values, str) else values
 
 
 def _hub_dataset(name: object) -> str | None:
@@ -314,10 +330,21 @@ def _to_eval_result(report: RobustnessReport, result: Result) -> EvalResult:
         dataset_split=None if split is None else plain(split),
         metric_type=_METRIC_TYPES[result.metric],
         metric_value=result.value,
-        metric_name=f"{METRICS[result.metric]} {against}",
+        metric_name=plain(f"{METRICS[result.metric]} {against}"),
         # The Hub's client drops None.
         metric_args={key: value for key, value in arguments.items() if value is not None},
     )
+
+
+def read_card(folder: Path, *, errors: str = "strict") -> str | None:
+    """Reads a README with its own line breaks; None if there is none. `ValueError` for a link out of the folder."""
+    path = folder / CARD_FILE
+    if not os.path.lexists(path):
+        return None
+    try:
+        return read_bytes(path, max_bytes=_MAX_CARD_BYTES).decode("utf-8", errors)
+    except UnicodeDecodeError as exc:
+        raise ValueError(f"{path} must be in UTF-8, as every card on the Hub: save it in UTF-8 ({exc})") from exc
 
 
 def is_generated(card: str) -> bool:
@@ -344,7 +371,7 @@ def update_card(existing: str | None, new: str) -> str:
         while not body.endswith(2 * newline):
             body += newline
         body += block + newline
-    metadata = _merge_metadata(old_metadata or "", yaml.safe_load(new_metadata or "")).replace("\r\n", "\n")
+    metadata = _merge_metadata(old_metadata or "", read_yaml(new_metadata or "")).replace("\r\n", "\n")
     gap = newline if old_metadata is None else ""
     return "".join(line + newline for line in ("---", *metadata.split("\n"), "---")) + gap + body
 
@@ -369,8 +396,8 @@ def _split(card: str) -> tuple[str | None, str]:
 def _merge_metadata(old_yaml: str, new: dict[str, Any]) -> str:
     """Returns the YAML with our keys in it; the lines of other keys, and comments, stay unchanged."""
     try:
-        old = yaml.safe_load(old_yaml)
-    except yaml.YAMLError as exc:
+        old = read_yaml(old_yaml)
+    except ValueError as exc:
         raise ValueError(f"the metadata of the existing README are not valid YAML, correct them first: {exc}") from exc
     old = {} if old is None else old
     if not isinstance(old, dict):
@@ -399,8 +426,8 @@ def _merge_metadata(old_yaml: str, new: dict[str, Any]) -> str:
         head, *tail = re.split(of_key, text, maxsplit=1, flags=re.MULTILINE)
         text, is_right = head + lines + "".join(tail), is_right and bool(tail)
     try:
-        is_right = is_right and yaml.safe_load(text) == merged
-    except yaml.YAMLError:
+        is_right = is_right and read_yaml(text) == merged
+    except ValueError:
         is_right = False
     # Single keys can't be replaced in `{a: 1}` or among anchors: then everything is rewritten.
     return (text if is_right else _dump(merged)).rstrip("\n")

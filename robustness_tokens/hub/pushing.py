@@ -29,7 +29,7 @@ from .adapter_folder import (
     normalize_subfolder,
     report_of,
 )
-from .card import render_card, update_card
+from .card import read_card, render_card, update_card
 
 
 logger = logging.getLogger(__name__)
@@ -85,7 +85,7 @@ def push_adapter(
         raise ValueError(f"folder must be an adapter written by save_pretrained; there is no {str(path)!r}")
     adapter = load_adapter(path)
     _ = adapter.image_processor  # reads it
-    config, report = adapter.config, adapter.report
+    config, report, old_card = adapter.config, adapter.report, read_card(path)
     subfolder = normalize_subfolder(subfolder)
     prefix = f"{subfolder}/" if subfolder else ""
     api = HfApi(token=token)
@@ -130,8 +130,9 @@ def push_adapter(
         tags=tags,
         is_public=not repo.private,
     )
-    old_card = _download(api, repo_id, prefix + CARD_FILE, parent) or path / CARD_FILE
-    contents[CARD_FILE] = update_card(_read_card(old_card), card).encode()
+    if (downloaded := _download(api, repo_id, prefix + CARD_FILE, parent)) is not None:
+        old_card = read_card(downloaded.parent)
+    contents[CARD_FILE] = update_card(old_card, card).encode()
     operations += [CommitOperationAdd(prefix + name, content) for name, content in contents.items()]
     if config.auto_map:
         # transformers looks for code at the root of a repo, even if the adapter is in a subfolder.
@@ -198,15 +199,6 @@ def _download(api: HfApi, repo_id: str, file: str, commit: str | None) -> Path |
     if not has_cache_hash(path):
         raise OSError(f"nothing was pushed to {repo_id}, push again: its {file} came damaged over the network")
     return path
-
-
-def _read_card(path: Path) -> str | None:
-    if not path.exists():
-        return None
-    try:
-        return path.read_bytes().decode("utf-8")  # with its own line breaks
-    except UnicodeDecodeError as exc:
-        raise ValueError(f"{path} must be in UTF-8, as every card on the Hub: save it in UTF-8 ({exc})") from exc
 
 
 def push_adversarial_pairs(

@@ -191,10 +191,12 @@ def save_head(head: ProbeHead, folder: str | os.PathLike[str]) -> None:
         folder: Created if needed; the two files are overwritten.
 
     Raises:
-        ValueError: If a weight is not finite, or the head is a `ZeroShotHead`. Nothing is written then.
+        ValueError: If a weight is not finite, the base of the head is unknown, or it is a `ZeroShotHead`. Nothing is
+            written then.
     """
     if type(head) not in _HEAD_CLASSES.values():
         raise ValueError(f"a {type(head).__name__} is not saved: keep its class names, and make it from text again")
+    _check_names_base("a head", head.base_model_fingerprint)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in head.state_dict().items()}
     check_finite("refusing to save a head", tensors)
     path = Path(folder)
@@ -202,6 +204,14 @@ def save_head(head: ProbeHead, folder: str | os.PathLike[str]) -> None:
     config = {"schema_version": _SCHEMA_VERSION, **{key: getattr(head, key) for key in _CONFIG_KEYS}}
     write_bytes(path / HEAD_WEIGHTS_FILE, save(tensors, metadata={"format": "pt"}))
     write_text(path / HEAD_CONFIG_FILE, json.dumps(config, indent=2) + "\n")
+
+
+def _check_names_base(name: str, fingerprint: Mapping[str, str]) -> None:
+    if not fingerprint:
+        raise ValueError(
+            f"{name} has no base_model_fingerprint, so it would be taken for a head of any base: train it by "
+            "train_probe, or make it with base_model_fingerprint=base_fingerprint(base), of robustness_tokens.models"
+        )
 
 
 def load_head(folder: str | os.PathLike[str]) -> ProbeHead:
@@ -224,6 +234,7 @@ def load_head(folder: str | os.PathLike[str]) -> ProbeHead:
     check_choice(f"{file}: task", config["task"], sorted(_HEAD_CLASSES))
     check_bool(f"{file}: trained_with_tokens", config["trained_with_tokens"])
     check_fingerprint(f"{file}: base_model_fingerprint", config["base_model_fingerprint"])
+    _check_names_base(str(file), config["base_model_fingerprint"])
     with torch.device("meta"):  # takes no memory until the file's size is checked
         head = _HEAD_CLASSES[config["task"]](**{key: config[key] for key in _CONFIG_KEYS[1:]})
     weights = read_tensors(path / HEAD_WEIGHTS_FILE, head.state_dict(), config_file=HEAD_CONFIG_FILE)

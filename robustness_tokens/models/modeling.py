@@ -41,6 +41,7 @@ from ..hub import (
     is_repo_id,
     load_adapter,
     push_adapter,
+    read_card,
     render_card,
     report_of,
     update_card,
@@ -411,9 +412,8 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
         except ValueError as exc:  # no reason to lose what was learned
             logger.warning("the card leaves out a report that can't be read: %s", exc)
             report = None
-        text, card = render_card(config, name=os.fspath(save_directory), report=report), folder / CARD_FILE
-        # A card that a person wrote may have any encoding and line breaks.
-        existing = card.read_bytes().decode("utf-8", "surrogateescape") if card.exists() else None
+        text = render_card(config, name=os.fspath(save_directory), report=report)
+        existing = read_card(folder, errors="surrogateescape")  # a person's card may have any encoding
         if existing is None or is_generated(existing):
             files[CARD_FILE] = update_card(existing, text)
         write_adapter(folder, self.injector.state, {name: content.encode() for name, content in files.items()})

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from ..utils import MAX_JSON_BYTES, read_json, write_bytes, write_text
+from ..utils import MAX_JSON_BYTES, read_json, write_together
 from .html import FIGURES, render_report_html
 from .markdown import render_report_markdown
 from .schema import OlderReportError, ReportContent
@@ -36,7 +36,8 @@ class RobustnessReport(ReportContent):
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes evaluation.json for programs, and evaluation.md, report.html and figures/ for people.
 
-        Each file is written whole or not at all. In the adapter's own folder the report is pushed with the adapter.
+        The files are never those of two reports: a kill leaves the earlier ones, or no evaluation.json, which gets its
+        name last. In the adapter's own folder the report is pushed with the adapter.
 
         Args:
             folder: Created if it does not exist.
@@ -53,16 +54,17 @@ class RobustnessReport(ReportContent):
                 f"the report has {size:,} bytes as JSON, expected at most {MAX_JSON_BYTES:,}: keep fewer results or "
                 "shorter series"
             )
+        contents = {
+            REPORT_FILE: text.encode(),
+            MARKDOWN_FILE: render_report_markdown(self).encode(),
+            HTML_FILE: render_report_html(self).encode(),
+            **{f"{FIGURES_FOLDER}/{name}": content for name, content in self.figures.items()},
+        }
         path = Path(folder)
-        path.mkdir(parents=True, exist_ok=True)
-        write_text(path / MARKDOWN_FILE, render_report_markdown(self))
-        write_text(path / HTML_FILE, render_report_html(self))
+        write_together(path, contents, last=REPORT_FILE)
         for file in FIGURE_FILES:
-            (path / file).unlink(missing_ok=True)  # of an earlier report
-        for name, content in self.figures.items():
-            (path / FIGURES_FOLDER).mkdir(exist_ok=True)
-            write_bytes(path / FIGURES_FOLDER / name, content)
-        write_text(path / REPORT_FILE, text)
+            if file not in contents:  # of an earlier report
+                (path / file).unlink(missing_ok=True)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Self:

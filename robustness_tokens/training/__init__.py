@@ -1,6 +1,6 @@
 """Trains tokens: attack, two losses, step."""
 
-from .arguments import PAPER, RobustnessTokenTrainingArguments, resolve_preset, split_settings
+from .arguments import PAPER, RobustnessTokenTrainingArguments, check_recipe, resolve_preset, split_settings
 from .dataset import prepare_train_dataset
 from .losses import LOGITS_OBJECTIVES, head_distance, robustness_loss
 from .make_pairs import PairsArguments, make_adversarial_pairs, max_pixel_difference

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from ..attacks import DEFAULT_EPS, PAPER_NUM_STEPS, PAPER_STEP_SIZE_NORMALIZED, pgd_step_size
 from ..data import ATTACK_ARGUMENTS, ResizeMode
 from ..models import AUTO, MixedPrecision
-from ..utils import check_choice, check_int
+from ..utils import check_choice, check_type
 from .losses import LOGITS_OBJECTIVES, ObjectiveName
 
 
@@ -235,6 +235,9 @@ class RobustnessTokenTrainingArguments:
     disable_tqdm: bool = field(default=False, metadata={"help": "Show no progress bar."})
 
     def __post_init__(self) -> None:
+        self.output_dir = os.fspath(self.output_dir)
+        if isinstance(self.resume_from_checkpoint, os.PathLike):
+            self.resume_from_checkpoint = os.fspath(self.resume_from_checkpoint)  # type: ignore[unreachable]
         if (word := str(self.resume_from_checkpoint).lower()) in ("true", "false"):  # from the command line
             self.resume_from_checkpoint = True if word == "true" else None
         names = [self.report_to] if isinstance(self.report_to, str) else self.report_to
@@ -246,13 +249,7 @@ class RobustnessTokenTrainingArguments:
         self.num_attack_steps = self.stated_attack.get("num_attack_steps", PAPER_NUM_STEPS)
         self.objective = self.stated_attack.get("objective", "cosine")
         for name, kind in get_type_hints(type(self)).items():
-            value, kinds = getattr(self, name), get_args(kind)
-            if value is None and type(None) in kinds:
-                continue
-            if int in (kind, *kinds):
-                check_int(name, value, 0 if name in _MAY_BE_ZERO else 1)
-            elif get_origin(kind) is Literal:
-                check_choice(name, value, kinds)
+            check_type(name, getattr(self, name), kind, lowest=0 if name in _MAY_BE_ZERO else 1)
         check_choice("lr_scheduler_type", self.lr_scheduler_type, _ENDLESS_SCHEDULES + _SCHEDULES_TO_MAX_STEPS)
         if self.warmup_steps > 0 and self.lr_scheduler_type == "constant":
             raise ValueError(
@@ -283,17 +280,17 @@ class RobustnessTokenTrainingArguments:
         if self.step_size is None and self.attack == "paper":
             self.step_size = PAPER_STEP_SIZE_NORMALIZED
         for name in ("learning_rate", "step_size", "max_grad_norm"):
-            if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be finite and above 0, got {getattr(self, name)}")
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
         if self.learning_rate > _LARGEST_LEARNING_RATE:
             raise ValueError(
                 f"learning_rate must be at most {_LARGEST_LEARNING_RATE:g}, or Adam overflows, got "
                 f"{self.learning_rate}"
             )
         weights = (self.invariance_weight, self.adversarial_weight)
-        if not all(0 <= weight < math.inf for weight in weights) or sum(weights) == 0:
+        if min(weights) < 0 or sum(weights) == 0:
             raise ValueError(
-                "invariance_weight and adversarial_weight must be finite, at least 0 and not both 0, "
+                "invariance_weight and adversarial_weight must be at least 0 and not both 0, "
                 f"got {self.invariance_weight} and {self.adversarial_weight}"
             )
         if not 0 <= self.eps_warmup_ratio <= 1:
@@ -355,6 +352,32 @@ _NOT_RECIPE = {
     "disable_tqdm",
     *SPEEDUP_ARGUMENTS,
 }
+
+
+# Limits for the recipe of an adapter that anyone may have made; a user's own arguments have none.
+_RECIPE_LIMITS = {
+    "max_steps": 100_000,
+    "num_attack_steps": 1_000,
+    "per_device_train_batch_size": 4_096,
+    "gradient_accumulation_steps": 4_096,
+    "shuffle_buffer_size": 1_000_000,
+}
+
+
+def check_recipe(training: Mapping[str, Any], *, limited: bool = False) -> None:
+    """Refuses values of wrong types in the `training` of an adapter's config, which may hold other keys too.
+
+    `limited` also refuses a recipe that takes more steps or memory than a training of somebody else's should.
+    """
+    hints = get_type_hints(RobustnessTokenTrainingArguments)
+    for name in training.keys() & hints.keys() - {"image_size"}:  # of the images, perhaps a rectangle; not used
+        where, value = f"{name} in the training of the adapter's config.json", training[name]
+        check_type(where, value, hints[name])
+        if limited and value is not None and value > _RECIPE_LIMITS.get(name, value):
+            raise ValueError(
+                f"{where} is {value:,}, and own tokens are trained by it with at most {_RECIPE_LIMITS[name]:,}: give "
+                "own_tokens_steps, or own_tokens_overrides, to train them otherwise"
+            )
 
 
 def resolve_preset(name: str, model_type: str | None = None) -> dict[str, Any]:

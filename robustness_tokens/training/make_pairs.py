@@ -38,7 +38,7 @@ from ..data import (
     write_shard,
 )
 from ..models import MixedPrecision, RobustnessTokenPreTrainedModel, check_patches, model_digest, runs_in_half
-from ..utils import PROCESS_GROUP, __version__, check_int, in_use, read_json, share_from_main, write_text
+from ..utils import LEFTOVERS, PROCESS_GROUP, __version__, check_int, in_use, read_json, share_from_main, write_text
 from .arguments import RobustnessTokenTrainingArguments
 from .dataset import prepare_train_dataset
 from .step import TrainingStep, head_settings
@@ -177,7 +177,7 @@ def _describe(
             f"resize={args.resize!r} leaves each image its own size, but pairs share one: set resize='squash'"
         )
     check_patches(model.get_base_model(), images.shape)
-    return PairsInfo(
+    info = PairsInfo(
         package_version=__version__,
         base_model=config.base_model_name_or_path,
         base_model_revision=config.base_model_revision,
@@ -202,6 +202,8 @@ def _describe(
         num_images=num_images,
         images_per_shard=images_per_shard,
     )
+    info.check_shards()
+    return info
 
 
 def _rows_of(shard: int, rows: Sequence[int], info: PairsInfo) -> Sequence[int]:
@@ -212,7 +214,7 @@ def _start(folder: Path, info: PairsInfo, *, overwrite: bool) -> None:
     """Keeps the folder's pairs if they were made by the same `info`; otherwise empties it, if `overwrite` allows."""
     folder.mkdir(parents=True, exist_ok=True)
     own = {
-        *(file for pattern in ("shard-*.arrow", ".shard-*.part", "tmp*.part") for file in folder.glob(pattern)),
+        *(file for pattern in ("shard-*.arrow", ".shard-*.part", LEFTOVERS) for file in folder.glob(pattern)),
         *(folder / "state.json", folder / "dataset_info.json"),
     }
     if (path := find_pairs(folder)) is None:

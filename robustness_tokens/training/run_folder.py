@@ -23,7 +23,7 @@ from ..models import (
     onednn_is_faster,
     runs_in_half,
 )
-from ..utils import __version__, write_text
+from ..utils import LEFTOVERS, __version__, write_text
 from .arguments import RobustnessTokenTrainingArguments
 from .checkpoints import STATE_FILE, Checkpoint, Shapes, find_checkpoint, list_checkpoints
 from .losses import METRICS
@@ -53,7 +53,7 @@ def start_log(path: Path, rows: Sequence[Mapping[str, float]] = (), *, columns: 
     """Writes a log with these rows, replacing any that is there; raises `OSError` if it cannot."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        for leftover in path.parent.glob("tmp*.part"):  # of a run that was killed
+        for leftover in path.parent.glob(LEFTOVERS):  # of a run that was killed
             leftover.unlink()
         write_text(path, to_csv(rows, columns))
     except OSError as exc:

@@ -1,15 +1,19 @@
 """Files, strict readers of values and tensors, processes, the version."""
 
 from .files import (
+    LEFTOVERS,
     MAX_JSON_BYTES,
+    check_own_file,
     flush_to_disk,
     has_cache_hash,
     in_use,
     json_values,
+    read_bytes,
     read_json,
     replacing,
     write_bytes,
     write_text,
+    write_together,
 )
 from .processes import PROCESS_GROUP, process_state, share_from_main
 from .strict import (
@@ -29,7 +33,9 @@ from .strict import (
     check_pattern,
     check_schema,
     check_text,
+    check_type,
     digest,
     read_tensors,
 )
+from .strict_yaml import add_scalars, read_yaml
 from .version import __version__

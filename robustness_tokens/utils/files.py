@@ -6,11 +6,12 @@ import fcntl
 import hashlib
 import json
 import logging
+import math
 import os
 import re
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import secrets
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,25 +20,64 @@ logger = logging.getLogger(__name__)
 
 MAX_JSON_BYTES = 4 << 20  # a report of the full budget on 50,000 images at three eps has 2.8 MB
 _MAX_JSON_DEPTH = 32
+LEFTOVERS = ".robtok-*.part"
+"""Pattern of the files that a killed run may leave beside those that it was writing."""
 # Lone surrogates, and characters that steer a terminal or the direction of a text (all but tab and line feed).
 _NOT_TEXT = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
+def check_own_file(path: Path) -> None:
+    """Refuses a pipe, a device, and a link that leads out of the file's folder; a missing file passes.
+
+    In the Hub's cache, links lead from a snapshot to the blobs of its repo or of all repos.
+    """
+    folder, target = path.parent.resolve(), path.resolve()
+    places = [folder]
+    for parent in folder.parents:
+        if parent.name == "snapshots":
+            places += [parent.parent / "blobs", parent.parent.parent / "blobs"]
+    if not any(target.is_relative_to(place) for place in places):
+        raise ValueError(f"{path} is a link to {target}, outside of its folder: put a copy of that file there")
+    if target.exists() and not target.is_file():
+        raise ValueError(f"{path} must be a regular file: remove it, or put a file there")
+
+
+def read_bytes(path: Path, *, max_bytes: int) -> bytes:
+    """Reads a small file; `ValueError` if it is larger, or not a file of its folder, see [`check_own_file`]."""
+    check_own_file(path)
+    with path.open("rb") as file:
+        if (size := os.fstat(file.fileno()).st_size) > max_bytes:
+            raise ValueError(f"{path} has {size:,} bytes, expected at most {max_bytes:,}")
+        return file.read(max_bytes)
+
+
 def read_json(path: Path) -> dict[str, Any]:
-    """Reads a small JSON object; `ValueError` names the file if it is damaged or too large."""
-    if (size := path.stat().st_size) > MAX_JSON_BYTES:
-        raise ValueError(f"{path} has {size:,} bytes, expected at most {MAX_JSON_BYTES:,}")
+    """Reads a small JSON object; `ValueError` names the file if it is damaged or too large.
+
+    Numbers are finite and keys differ, which Python's reader does not check.
+    """
+    content = read_bytes(path, max_bytes=MAX_JSON_BYTES)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        parsed = json.loads(content.decode("utf-8"), object_pairs_hook=_without_duplicates)
     except (ValueError, RecursionError) as exc:
         raise ValueError(f"{path} is not valid JSON, so it is damaged (load it again, or delete it): {exc}") from exc
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}")
-    for depth, value in json_values(content):
+    if not isinstance(parsed, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(parsed).__name__}")
+    for depth, value in json_values(parsed):
         if depth > _MAX_JSON_DEPTH:
             raise ValueError(f"{path} is nested more than {_MAX_JSON_DEPTH} deep, so it is damaged")
         if isinstance(value, str) and _NOT_TEXT.search(value):
             raise ValueError(f"{path} holds {value[:80]!r}, with characters that are no text, so it is damaged")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{path} holds {value}, which is no number in JSON, so it is damaged")
+    return parsed
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"an object has a key twice, {next(key for key in keys if keys.count(key) > 1)[:80]!r}")
     return content
 
 
@@ -64,22 +104,40 @@ def write_bytes(path: Path, content: bytes) -> None:
     For tensors, pass the bytes of `safetensors.torch.save`: `save_file` maps the file, and a full disk can then kill
     the process.
     """
-    with replacing(path) as partial:
+    with replacing(path, mode=0o666) as partial:
         partial.write_bytes(content)
-        partial.chmod(0o644)
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yields a file beside the target and renames it once it is on the disk: no reader ever sees half a file."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
-        partial = Path(file.name)
+def replacing(path: Path, *, mode: int = 0o600) -> Iterator[Path]:
+    """Yields a file beside the target and renames it once it is on the disk: no reader ever sees half a file.
+
+    `mode` is that of a new file, from which the user's umask takes away; by default only the owner may read it.
+    """
+    partial = path.with_name(LEFTOVERS.replace("*", secrets.token_hex(8)))
+    os.close(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode))
     try:
         yield partial
         flush_to_disk(partial)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_together(folder: Path, contents: Mapping[str, bytes], *, last: str, secret: Collection[str] = ()) -> None:
+    """Writes the files of one thing by name; a kill leaves the old ones, the new ones, or none that is named `last`.
+
+    Those in `secret` are readable by their owner alone. `OSError` leaves the old ones.
+    """
+    with ExitStack() as renamings:  # in the reverse order
+        for name in sorted(contents, key=lambda name: name != last):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            mode = 0o600 if name in secret else 0o666
+            partial = renamings.enter_context(replacing(folder / name, mode=mode))
+            partial.write_bytes(contents[name])
+            flush_to_disk(partial)
+        (folder / last).unlink(missing_ok=True)
+        flush_to_disk(folder)
 
 
 def flush_to_disk(path: Path) -> None:

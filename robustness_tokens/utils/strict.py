@@ -10,12 +10,15 @@ import math
 import re
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+
+from .files import check_own_file
 
 
 MAX_TEXT = 2000
@@ -109,6 +112,39 @@ def check_numbers(name: str, values: Any, lowest: float = -math.inf, highest: fl
         check_number(f"{name}[{index}]", value, lowest, highest)
 
 
+def check_type(name: str, value: Any, kind: Any, *, lowest: int = 0) -> None:
+    """Refuses a value that is not of the type of a dataclass's field; whole numbers start at `lowest`."""
+    origin, kinds = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        others = [one for one in kinds if one is not NoneType]
+        if (value is None and len(others) < len(kinds)) or any(_has_type(value, one, lowest) for one in others[:-1]):
+            return
+        check_type(name, value, others[-1], lowest=lowest)
+    elif origin is Literal:
+        check_choice(name, value, kinds)
+    elif origin is list:
+        check_list(name, value)
+        for index, element in enumerate(value):
+            check_type(f"{name}[{index}]", element, kinds[0], lowest=lowest)
+    elif origin is dict:
+        check_dict(name, value)
+        for key, element in value.items():
+            check_text(f"a key of {name}", key, MAX_NAME)
+            check_type(f"{name}[{key!r}]", element, kinds[1], lowest=lowest)
+    elif kind is int:
+        check_int(name, value, lowest)
+    elif kind is not Any:
+        {bool: check_bool, float: check_number, str: check_text}[kind](name, value)
+
+
+def _has_type(value: Any, kind: Any, lowest: int) -> bool:
+    try:
+        check_type("", value, kind, lowest=lowest)
+    except ValueError:
+        return False
+    return True
+
+
 def check_parameters(name: str, parameters: Any) -> None:
     """Refuses anything but a dictionary of plain values, or of lists of them."""
     check_dict(name, parameters)
@@ -138,6 +174,7 @@ def read_tensors(
     `config_file` is named in errors as the origin of `expected`. The size is checked before anything is read. With
     `others`, a regular expression, the file may also hold float32 tensors of any shape whose names match it.
     """
+    check_own_file(path)
     largest = sum(tensor.nbytes for tensor in expected.values()) + _MAX_HEADER_BYTES + max_other_bytes
     if (size := path.stat().st_size) > largest:
         raise ValueError(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import json
+import logging
 import os
 import subprocess
 import sys
@@ -16,8 +18,11 @@ from transformers import Dinov2Config, Dinov2Model, Dinov2WithRegistersModel
 
 import robtok
 from robustness_tokens import RobustnessTokenModel, extract_tokens
+from robustness_tokens.cli import commands
 from robustness_tokens.cli.commands import run_command
 from robustness_tokens.hub.adapter_folder import read_config
+from robustness_tokens.report import Check
+from tests.support.reports import report_on
 
 
 ROOT = Path(__file__).parents[2]
@@ -173,3 +178,27 @@ def test_published_tokens_come_in_and_a_plain_model_goes_out(
     assert "can attack through it" in caplog.text, "merging warns that the file publishes them"
     plain = Dinov2WithRegistersModel.from_pretrained(tmp_path / "plain")
     torch.testing.assert_close(extract_tokens(plain, num_robustness_tokens=3), tokens[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("hidden", ["\nparameters     0", "\u061c", "\u200b", "\U000e0041"], ids=ascii)
+def test_info_shows_what_an_adapter_hides(
+    adapter_folder: Path, hidden: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, printed = json.loads((adapter_folder / "config.json").read_text()), []
+    for text in ("x", hidden):
+        config |= {"base_model_name_or_path": f"base{text}", "training": {f"name{text}": f"value{text}"}}
+        (adapter_folder / "config.json").write_text(json.dumps(config))
+        check = Check(number=4, name=f"check{text}", passed=True, value=f"found{text}", explanation="z")
+        report_on(adapter_folder, checks=[check]).save(adapter_folder)
+        folder = adapter_folder.rename(adapter_folder.with_name(f"folder{text}"))
+        robtok.main(["info", str(folder)])
+        folder.rename(adapter_folder)
+        printed.append(capsys.readouterr().out)
+    assert len(printed[0].splitlines()) == len(printed[1].split("\n")) - 1, "no line of its own"
+    for name in ("base", "name", "value", "check", "found", "folder"):
+        assert f"{name}{ascii(hidden)[1:-1]}" in printed[1]
+
+
+def test_warnings_are_printable() -> None:
+    record = logging.LogRecord("x", logging.WARNING, "", 0, "%s is ignored:\n%s", ("a\x1b[31m", "b\u202e"), None)
+    assert commands._LineFormatter().format(record) == "a\\x1b[31m is ignored:\nb\\u202e"

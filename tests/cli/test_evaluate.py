@@ -11,6 +11,7 @@ from PIL import Image
 from robustness_tokens import RobustnessTokenForImageClassification, RobustnessTokenModel
 from robustness_tokens.cli.commands import evaluate, info
 from robustness_tokens.cli.parsing import CommandParser, EvaluationCommandArguments
+from robustness_tokens.hub import read_config
 from robustness_tokens.hub.adapter_folder import load_adapter, write_adapter
 from robustness_tokens.models.heads import ClassificationHead, save_head
 from robustness_tokens.report.writing import RobustnessReport
@@ -95,7 +96,8 @@ def test_a_report_is_bound_to_the_adapter_that_it_measured(
 
 def test_classes_under_a_probe(adapter_folder: Path, pictures: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    save_head(ClassificationHead(2 * HIDDEN_SIZE, 2), tmp_path / "head")
+    fingerprint = read_config(adapter_folder).base_model_fingerprint
+    save_head(ClassificationHead(2 * HIDDEN_SIZE, 2, base_model_fingerprint=fingerprint), tmp_path / "head")
     report = evaluate(adapter=str(adapter_folder), args=arguments(pictures, tmp_path, "--head", tmp_path / "head"))
     assert {result.metric for result in report.results} == {"cosine", "accuracy"}
 

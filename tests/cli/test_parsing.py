@@ -159,6 +159,17 @@ def test_a_yaml_file_and_words_that_win_over_it(tmp_path: Path) -> None:
     assert parse_arguments([file])[2].learning_rate == 0.05
 
 
+def test_values_of_a_file_are_taken_as_they_are_written(tmp_path: Path) -> None:
+    """PyYAML reads YAML 1.1, in which 0123456 is 42798, 010 is 8, 1:30 is 90, and `no` is false."""
+    text = "base_model: 1:30\nbase_model_revision: 0123456\ndataset: no\noutput_dir: 2026.10\nmax_steps: 010\n"
+    model_args, data_args, args = parse_arguments(
+        [write_yaml(tmp_path, text + "split: null\nseed: ~\nattack: 'pgd'\n")]
+    )
+    assert (model_args.base_model, model_args.base_model_revision) == ("1:30", "0123456")
+    assert (data_args.dataset, args.output_dir, args.max_steps, args.attack) == ("no", "2026.10", 10, "pgd")
+    assert (data_args.split, args.seed) == ("train", 0), "null means the default"
+
+
 def test_an_unknown_key_in_the_file_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse_arguments([write_yaml(tmp_path, "learning: 0.1\n"), *REQUIRED])
@@ -173,6 +184,8 @@ def test_an_unknown_key_in_the_file_is_an_error(tmp_path: Path, capsys: pytest.C
         ("a: [1\n", "can't be read as YAML"),
         ("dataset:\n  name: x\n", "dataset must be a plain value, got a dict"),
         ("dataset: [x, y]\n", "dataset must be a plain value, got a list"),
+        ("max_steps: 7\nseed: 1\nmax_steps: 9\n", r"can't be read as YAML: the keys \['max_steps'\] occur twice"),
+        ("dataset: !!python/name:os.system\n", "could not determine a constructor"),
     ],
 )
 def test_a_file_that_is_no_mapping_is_an_error(tmp_path: Path, text: str, message: str) -> None:

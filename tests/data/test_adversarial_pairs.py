@@ -29,6 +29,7 @@ from robustness_tokens.data.adversarial_pairs import (
     to_pixels,
 )
 from robustness_tokens.data.image_datasets import build_dataloader, choose_rows
+from robustness_tokens.data.loading import load_image_dataset
 from robustness_tokens.data.preprocessing import Normalizer
 from robustness_tokens.hub.pushing import UNFINISHED_FILE, push_adversarial_pairs
 from robustness_tokens.models.modeling import RobustnessTokenModel
@@ -437,7 +438,19 @@ def test_a_pair_over_its_budget_is_damage(made: dict[str, Path]) -> None:
             "attack.eps must be a finite number, got '8/255'",
         ),
         ({"dataset": None}, "dataset must be a dictionary"),
-        ({"base_model_fingerprint": {"float16": 1}}, "must be 64 hexadecimal digits, got 1"),
+        ({"base_model_fingerprint": {"float16": "1"}}, "must be 64 hexadecimal digits, got '1'"),
+        ({"base_model_fingerprint": {"float16": 1}}, "must be a text"),
+        ({"base_model": ["x"]}, "base_model must be a text"),
+        ({"base_model_revision": 1}, "base_model_revision must be a text"),
+        ({"feature_view": None}, "feature_view must be a text"),
+        ({"image_mean": "x"}, "image_mean must be a list"),
+        ({"image_std": [0.5, True, 0.5]}, r"image_std\[1\] must be a finite number, got True"),
+        ({"seed": -1}, "seed must be a whole number of at least 0"),
+        ({"step": "0"}, "step must be a whole number"),
+        ({"mixed_precision": 16}, "mixed_precision must be a text"),
+        ({"image_size": [16, 10**9]}, "height and width of at most 16,384"),
+        ({"num_images": 10**9, "images_per_shard": 1}, "1,000,000,000 files, expected at most 99,999: raise images_"),
+        ({"num_images": 10**9, "images_per_shard": 10**4}, "expected at most 99,999"),
     ],
 )
 def test_a_damaged_description_is_refused(
@@ -726,3 +739,22 @@ def test_pairs_of_schema_1_are_read_where_their_attack_still_exists(made: dict[s
         else:
             with pytest.raises(ValueError, match=r"made by an older package with head_distance_weight=4\.0.*again"):
                 load_adversarial_pairs(folder)
+
+
+@pytest.mark.parametrize("name", ["../other.arrow", "/etc/passwd", "sub/shard.arrow", "..", "", None, {}])
+@pytest.mark.parametrize("load", [load_adversarial_pairs, load_image_dataset])
+def test_a_state_that_names_files_elsewhere_is_refused(
+    made: dict[str, Path], tmp_path: Path, load: Callable[[Path], Any], name: Any
+) -> None:
+    folder = Path(shutil.copytree(made["pgd"], tmp_path / "pairs"))
+    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    (folder / "state.json").write_text(json.dumps({**state, "_data_files": [{"filename": name}]}), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"state\.json names .*, expected files of its own folder"):
+        load(folder)
+
+
+@pytest.mark.parametrize("split", ["../pairs", "..", "/etc", 3])
+def test_splits_elsewhere_are_refused(tmp_path: Path, split: Any) -> None:
+    (tmp_path / "dataset_dict.json").write_text(json.dumps({"splits": [split]}))
+    with pytest.raises(ValueError, match=r"dataset_dict\.json names .*, expected files of its own folder"):
+        load_image_dataset(tmp_path)

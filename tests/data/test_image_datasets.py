@@ -1,5 +1,6 @@
 import os
 import pickle
+import runpy
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from robustness_tokens.data import image_datasets
 from robustness_tokens.data.image_datasets import (
     BrokenImage,
     BrokenImageLog,
@@ -28,7 +30,7 @@ from robustness_tokens.data.image_datasets import (
 )
 from robustness_tokens.data.loading import find_image_column, find_label_column, load_image_dataset
 from robustness_tokens.data.prepare import prepare_images
-from robustness_tokens.data.preprocessing import ImageTransform
+from robustness_tokens.data.preprocessing import ImageTransform, to_rgb
 
 
 NUM_IMAGES = 6
@@ -335,6 +337,71 @@ def test_a_decompression_bomb_is_a_broken_image(monkeypatch: pytest.MonkeyPatch)
     assert "images" in items[0]
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     assert items[0]["broken_image"].reason.startswith("DecompressionBombError")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 300)  # Pillow itself only warns below 600
+    reason = items[0]["broken_image"].reason
+    assert "it has 20 x 20 pixels, more than 300: make it smaller, or set the environment variable" in reason
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    assert "images" in items[0]
+
+
+@pytest.mark.parametrize(("size", "is_whole"), [((1, 200), True), ((1, 201), False), ((20_000, 3), False)])
+def test_a_strip_would_be_scaled_to_a_huge_picture(size: tuple[int, int], is_whole: bool) -> None:
+    item = ImageDataset(table([encoded(Image.new("L", size))]), TRANSFORM)[0]
+    assert ("images" in item) == is_whole
+    assert is_whole or "one side 200 times the other" in item["broken_image"].reason
+
+
+def test_the_environment_raises_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1)  # and restored afterwards
+    monkeypatch.setenv("ROBTOK_MAX_IMAGE_PIXELS", "12345678901")
+    runpy.run_module("robustness_tokens.data.image_datasets")
+    assert Image.MAX_IMAGE_PIXELS == 12345678901
+
+
+@pytest.mark.parametrize("source", ["bytes", "path"])
+def test_a_picture_that_another_program_would_decode_is_a_broken_image(
+    source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(*_: Any, **__: Any) -> None:
+        raise AssertionError("a program was started")
+
+    for name in ("Popen", "check_call", "check_output", "run"):
+        monkeypatch.setattr(subprocess, name, start)
+    picture(1).save(path := tmp_path / "a.eps")
+    stored = {"bytes": path.read_bytes(), "path": None} if source == "bytes" else {"bytes": None, "path": str(path)}
+    reason = ImageDataset(table([stored]), TRANSFORM)[0]["broken_image"].reason
+    assert reason.startswith("UnidentifiedImageError")
+
+
+@pytest.mark.parametrize("file_format", ["AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP"])
+def test_formats_of_pictures(file_format: str) -> None:
+    picture(1).save(file := BytesIO(), file_format)
+    assert "images" in ImageDataset(table([{"bytes": file.getvalue(), "path": None}]), TRANSFORM)[0]
+
+
+@pytest.mark.parametrize("place", ["/dev/zero", "pipe"])
+def test_a_path_without_an_end_is_a_broken_image(place: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    stored = {"bytes": None, "path": str(tmp_path / place)}  # an absolute place wins
+    assert ImageDataset(table([stored]), TRANSFORM)[0]["broken_image"].reason.endswith("is no regular file")
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "LA", "RGBA", "PA", "CMYK", "I;16", "1"])
+def test_a_large_picture_is_converted_in_strips(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (11, 7, 4), dtype=np.uint8)
+    if mode == "I;16":
+        image = Image.fromarray(pixels.view(np.uint16)[..., 0])
+    else:
+        image = (
+            Image.fromarray(pixels)
+            .convert("RGB" if mode in ("P", "CMYK", "1") else "LA" if mode == "PA" else "RGBA")
+            .convert(mode)
+        )
+    if mode == "P":
+        image.info["transparency"] = 3
+    expected = np.array(to_rgb(image))
+    monkeypatch.setattr(image_datasets, "_STRIP_PIXELS", 30)
+    assert np.array_equal(np.array(image_datasets._to_rgb_in_strips(image)), expected)
 
 
 # Without labels

@@ -243,6 +243,7 @@ NUM_SETTINGS = len(RECIPE.keys() - {"seed", "image_size", "num_processes", "num_
             {"image_size": IMAGE_SIZE},
         ),
         ({**RECIPE, "image_size": "\n" * 300, "num_processes": "all", "dataset": "all"}, {}, {}, {}, {}),
+        ({**RECIPE, "num_processes": []}, {}, {}, {"num_images": 6, "num_processes": []}, {"num_processes": 1}),
         (
             {**RECIPE, "lr_scheduler_type": "x" * 300},
             {},
@@ -261,6 +262,7 @@ NUM_SETTINGS = len(RECIPE.keys() - {"seed", "image_size", "num_processes", "num_
         "previous",
         "image size",
         "nonsense",
+        "no processes",
         "long",
     ],
 )
@@ -514,3 +516,41 @@ def test_without_features_there_is_nothing_to_train_on(tmp_path: Path) -> None:
     model = EvaluatedModel(injected, task="segmentation", normalizer=Normalizer([0.5] * 3, [0.25] * 3))
     with pytest.raises(ValueError, match="feature_view"):
         train_own_tokens(model, [OwnTokensSpec(seed=1, num_robustness_tokens=2)], [[]], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_steps", "2"),
+        ("max_steps", None),
+        ("learning_rate", "0.1"),
+        ("learning_rate", [0.1]),
+        ("invariance_weight", {}),
+        ("eps_warmup_ratio", None),
+        ("eps", "4/255"),
+        ("step_size", True),
+        ("seed", 0.5),
+        ("lr_scheduler_type", 1),
+        ("attack", ["pgd"]),
+        ("mixed_precision", {"bf16": 1}),
+    ],
+)
+def test_a_recipe_of_wrong_types_is_refused_by_name(model: EvaluatedModel, name: str, value: Any) -> None:
+    assert model.adapter is not None
+    model.adapter.config.training = {**RECIPE, name: value}
+    with pytest.raises(ValueError, match=rf"^{name} in the training of the adapter's config\.json must be"):
+        _ = model.recipe
+
+
+@pytest.mark.parametrize(
+    "name", ["max_steps", "num_attack_steps", "per_device_train_batch_size", "gradient_accumulation_steps"]
+)
+def test_a_recipe_without_an_end_is_not_followed(
+    model: EvaluatedModel, dataset: list[dict[str, Tensor]], tmp_path: Path, name: str
+) -> None:
+    assert model.adapter is not None
+    model.adapter.config.training = {**RECIPE, name: 10**9}
+    specs = own_tokens_specs(1, num_robustness_tokens=2, recipe_seed=0)
+    with pytest.raises(ValueError, match=rf"{name} in the training .* is 1,000,000,000, .*: give own_tokens_steps"):
+        train_own_tokens(model, specs, [dataset], tmp_path, disable_tqdm=True)
+    train_own_tokens(model, specs, [dataset], tmp_path, overrides={name: RECIPE.get(name, 2)}, disable_tqdm=True)

@@ -97,6 +97,9 @@ def with_tokens(dtype: torch.dtype = torch.float32) -> RobustnessTokenModel:
     return model
 
 
+DIGESTS = {"float16": "0" * 64}
+
+
 def random_head(head_class: type[ProbeHead], in_features: int | None = None, **kwargs: Any) -> ProbeHead:
     size = in_features or (2 * HIDDEN_SIZE if head_class is ClassificationHead else HIDDEN_SIZE)
     head = head_class(size, NUM_LABELS, **kwargs)
@@ -476,29 +479,36 @@ def edit_weights(change: Callable[[dict[str, Tensor]], Any]) -> Callable[[Path],
             edit_config(base_model_fingerprint={"bfloat16": "abc"}),
             r"base_model_fingerprint\['bfloat16'\] must be 64 hexadecimal",
         ),
+        (edit_config(base_model_fingerprint={}), r"head\.json has no base_model_fingerprint, so it would be taken"),
         (edit_weights(lambda tensors: tensors.pop("linear.bias")), "must hold .*linear.bias"),
         (edit_weights(lambda tensors: tensors["linear.bias"].fill_(float("nan"))), "linear.bias is not finite"),
         (edit_weights(lambda tensors: tensors.update({"linear.bias": torch.zeros(4).half()})), "torch.float16"),
     ],
 )
 def test_damaged_heads_are_refused(damage: Callable[[Path], None], message: str, tmp_path: Path) -> None:
-    save_head(random_head(ClassificationHead), tmp_path)
+    save_head(random_head(ClassificationHead, base_model_fingerprint=DIGESTS), tmp_path)
     damage(tmp_path)
     with pytest.raises(ValueError, match=message):
         load_head(tmp_path)
 
 
 def test_a_full_disk_is_an_error_and_leaves_the_head_before(tmp_path: Path) -> None:
-    before = random_head(ClassificationHead)
+    before = random_head(ClassificationHead, base_model_fingerprint=DIGESTS)
     save_head(before, tmp_path)
     with full_disk(), pytest.raises(OSError, match="File too large"):
-        save_head(random_head(ClassificationHead), tmp_path)
+        save_head(random_head(ClassificationHead, base_model_fingerprint=DIGESTS), tmp_path)
     assert_same_weights(load_head(tmp_path), before)
     assert len(list(tmp_path.iterdir())) == 2
 
 
+def test_a_head_of_an_unknown_base_is_not_saved(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"base_model_fingerprint=base_fingerprint\(base\)"):
+        save_head(random_head(ClassificationHead), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_head_that_is_not_finite_is_not_saved(tmp_path: Path) -> None:
-    head: Any = random_head(ClassificationHead)
+    head: Any = random_head(ClassificationHead, base_model_fingerprint=DIGESTS)
     head.linear.bias.data[0] = torch.inf
     with pytest.raises(ValueError, match=r"refusing to save a head whose linear\.bias is not finite"):
         save_head(head, tmp_path)
@@ -590,11 +600,20 @@ def test_masks_of_16_bits_keep_their_classes() -> None:
     assert items[0]["labels"].tolist() == [[0, 300], [1000, 7]]
 
 
-@pytest.mark.parametrize("mask", [None, Image.new("RGB", (4, 4)), Image.new("F", (4, 4))], ids=["none", "RGB", "F"])
-def test_what_is_no_mask_is_named(mask: Any) -> None:
+@pytest.mark.parametrize(
+    ("mask", "came"),
+    [
+        (None, "can't be read: ValueError: the row holds no image"),
+        (Image.new("RGB", (4, 4)), "must have one channel of integers, got mode 'RGB'"),
+        (Image.new("F", (4, 4)), "must have one channel of integers, got mode 'F'"),
+        ({"bytes": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n", "path": None}, "can't be read: Unidentified"),
+    ],
+    ids=["none", "RGB", "F", "EPS"],
+)
+def test_what_is_no_mask_is_named(mask: Any, came: str) -> None:
     names: dict[str, Any] = {"image_column_name": "photo", "mask_column_name": "annotation"}
     items = SegmentationDataset(masks_dataset([mask]), image_size=4, **names)
-    with pytest.raises(ValueError, match="the mask of row 0 must have one channel of integers, got"):
+    with pytest.raises(ValueError, match=f"the mask of row 0 {came}"):
         items[0]
 
 

@@ -133,7 +133,7 @@ def test_an_adapter_loads_beside_a_report_of_an_older_package(
     adapter_folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = adapter_folder / "evaluation.json"
-    path.write_text('{"schema_version": 1, "a_key_of_the_past": 1}')
+    path.write_text('{"schema_version": 1, "package_version": "0.0.1", "a_key_of_the_past": 1}')
     assert load_adapter(adapter_folder).report is None
     (record,) = caplog.records
     assert record.getMessage().startswith(f"{path} is ignored: the report has schema_version 1, of an older package")
@@ -142,11 +142,27 @@ def test_an_adapter_loads_beside_a_report_of_an_older_package(
         RobustnessReport.load(adapter_folder)
 
 
+def test_another_programs_evaluation_is_not_removed(
+    adapter_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    files = {adapter_folder / name: f"{{}}{name}" for name in ("evaluation.json", "evaluation.md", "report.html")}
+    for path, text in files.items():
+        path.write_text(text)
+    with pytest.raises(ValueError, match=r"evaluation\.json is not valid JSON"):
+        _ = load_adapter(adapter_folder).report
+    model = RobustnessTokenModel.from_pretrained(adapter_folder)
+    for _ in range(2):
+        model.robustness_tokens.data += 1
+        model.save_pretrained(adapter_folder)
+    assert "the card leaves out a report that can't be read" in caplog.text
+    assert {path: path.read_text() for path in files} == files
+
+
 def test_errors_come_in_the_order_of_reading(adapter_folder: Path) -> None:
     files = ("config.json", "model.safetensors", "preprocessor_config.json", "evaluation.json")
     whole = {file: (adapter_folder / file).read_bytes() for file in files[:3]}
     for file in files:
-        (adapter_folder / file).write_text("{")
+        (adapter_folder / file).write_text('{"package_version": ')
 
     def read() -> None:
         adapter = load_adapter(adapter_folder)
@@ -185,7 +201,7 @@ def test_read_config(adapter_folder: Path) -> None:
         ({"model_type": ...}, "model_type None"),
         ({"num_robustness_tokens": -3}, "num_robustness_tokens"),
         ({"image_mean": [0.5]}, "image_mean"),
-        ({"initializer_range": float("nan")}, "initializer_range"),
+        ({"initializer_range": float("nan")}, "config.json holds nan, which is no number in JSON"),
     ],
 )
 def test_read_config_refuses(adapter_folder: Path, changes: dict[str, Any], message: str) -> None:
@@ -219,6 +235,11 @@ def test_a_base_name_that_is_a_repo_id(name: str) -> None:
         (b"[" * 100_000, "not valid JSON"),
         (b"[1]", "must hold a JSON object, got list"),
         (b"null", "must hold a JSON object, got NoneType"),
+        (b'{"a": NaN}', "holds nan, which is no number in JSON"),
+        (b'{"a": [{"b": -Infinity}]}', "holds -inf, which is no number in JSON"),
+        (b'{"a": 1e999}', "holds inf, which is no number in JSON"),
+        (b'{"a": 1, "b": 2, "a": 1}', "an object has a key twice, 'a'"),
+        (b'{"x": [{"a": 1, "\\u0061": 2}]}', "an object has a key twice, 'a'"),
         (b" " * (4 << 20) + b"{}", r"has 4,194,306 bytes, expected at most 4,194,304"),
     ],
 )
@@ -346,7 +367,7 @@ def test_a_full_disk_leaves_the_old_file_alone(tmp_path: Path) -> None:
     write_adapter(tmp_path, {TOKENS: torch.ones(2, 3)}, {})
     path, report = tmp_path / "model.safetensors", tmp_path / "evaluation.json"
     report.write_text("{}")  # of these tokens
-    with full_disk(), pytest.raises(OSError, match=rf"{path} could not be written \(File too large\)"):
+    with full_disk(), pytest.raises(OSError, match=r"could not be written \(File too large\) and is unchanged"):
         write_adapter(tmp_path, {TOKENS: torch.zeros(2, 3)}, {})
     assert torch.equal(load_file(path)["robustness_tokens"], torch.ones(2, 3))
     assert set(tmp_path.iterdir()) == {path, report}
@@ -356,7 +377,7 @@ def test_tokens_are_on_the_disk_before_they_replace_others(tmp_path: Path) -> No
     write_adapter(tmp_path, {TOKENS: torch.ones(2, 3)}, {})
     path, report = tmp_path / "model.safetensors", tmp_path / "evaluation.json"
     report.write_text("{}")  # of these tokens
-    message = r"could not be written \(Input/output error\), and the folder is unchanged"
+    message = r"could not be written \(Input/output error\) and is unchanged"
     with broken_disk(), pytest.raises(OSError, match=message):
         write_adapter(tmp_path, {TOKENS: torch.zeros(2, 3)}, {})
     assert torch.equal(load_file(path)["robustness_tokens"], torch.ones(2, 3))

@@ -1,4 +1,5 @@
 import re
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -7,6 +8,7 @@ from huggingface_hub import ModelCard
 
 from robustness_tokens.configuration import RobustnessTokenConfig
 from robustness_tokens.hub.card import BEGIN, END, is_generated, render_card, update_card
+from robustness_tokens.utils import read_yaml
 from tests.support.reports import make_report, make_result
 
 
@@ -84,7 +86,7 @@ def test_twice_is_as_good_as_once(existing: str | None, new: str) -> None:
     keys = [key.value for key, _ in yaml.compose(updated.split("---\n")[1]).value]
     assert len(keys) == len(set(keys))
     # And the Hub's own client reads it.
-    assert ModelCard(once).data.to_dict()["library_name"] == "robustness_tokens"
+    assert ModelCard(once).data.to_dict()["library_name"] == "robustness-tokens"
 
 
 @pytest.mark.parametrize("existing", [None, "", "\n", NEW])
@@ -129,7 +131,7 @@ def test_a_persons_metadata_stay_as_they_were_written() -> None:
         "tags": ["mine", "robustness-tokens", "adversarial-robustness"],
         "base_model": "user/base",
         "base_model_relation": "adapter",
-        "library_name": "robustness_tokens",
+        "library_name": "robustness-tokens",
         "pipeline_tag": "image-feature-extraction",
     }
 
@@ -199,9 +201,24 @@ def test_a_persons_license_wins_and_ours_fills_a_gap() -> None:
     assert metadata(update_card("# Mine", NEW))["license"] == "mit"
 
 
+BOMB = "a: &a [x]\n" + "".join(f"{to}: &{to} [{', '.join([f'*{of}'] * 10)}]\n" for of, to in pairwise("abcdefghi"))
+
+
 @pytest.mark.parametrize(
     ("front", "message"),
-    [("a: [", "not valid YAML"), ("just text", "must be a YAML mapping, got str"), ("- a", "list")],
+    [
+        ("a: [", "not valid YAML"),
+        ("just text", "must be a YAML mapping, got str"),
+        ("- a", "list"),
+        ("license: mit\nlicense: gpl", r"the keys \['license'\] occur twice"),
+        (BOMB, "more than 50,000 values, or 32 deep"),
+        ("a: &a [*a]", "more than 50,000 values, or 32 deep"),
+        ("a: " + "[" * 40 + "]" * 40, "more than 50,000 values, or 32 deep"),
+        ("a: " + "x" * (1 << 18), "has 262,147 bytes, expected at most 262,144"),
+        ("a: !!timestamp x", "not valid YAML"),
+        ("a: " + "9" * 5000, "not valid YAML"),
+    ],
+    ids=["no end", "text", "list", "twice", "bomb", "in itself", "deep", "large", "wrong tag", "digits"],
 )
 def test_metadata_that_can_not_be_read_are_an_error(front: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -218,3 +235,17 @@ def test_bytes_of_another_encoding_stay() -> None:
     written = "Für mich: geprüft.\n".encode("latin-1")
     updated = update_card(written.decode("utf-8", errors="surrogateescape"), NEW)
     assert written in updated.encode("utf-8", errors="surrogateescape")
+
+
+@pytest.mark.parametrize("text", ["010", "1e5", "0o7", "1:30", "no", "null", "true", ".5", "0123456"])
+def test_a_text_like_a_number_stays_a_text_in_either_yaml(text: str) -> None:
+    card = render(license=text)
+    assert metadata(card)["license"] == text, "YAML 1.1"
+    assert metadata(update_card("---\na: {b: &b 1, c: *b}\n---", card))["license"] == text
+    assert read_yaml(card.split("---\n")[1])["license"] == text, "YAML 1.2"
+
+
+def test_what_a_person_wrote_in_yaml_1_2_keeps_its_meaning() -> None:
+    updated = update_card("---\n{language: no, revision: 0123456, license: mit}\n---\n", NEW)
+    assert read_yaml(updated.split("---\n")[1])["language"] == "no"
+    assert metadata(updated)["language"] == "no"

@@ -1,6 +1,7 @@
 """An adapter may come from anyone: what its files say never becomes code, a path, or a model that nobody asked for."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageClassification,
 
 from robustness_tokens import RobustnessTokenModel, inject_tokens
 from robustness_tokens.data.image_processors import read_image_processor
+from robustness_tokens.hub import push_adapter
 from robustness_tokens.hub.adapter_folder import check_base_is_repo_id, load_adapter
 from robustness_tokens.models.injection import find_injector
 from robustness_tokens.models.layer_stack import find_layer_stack
@@ -305,3 +307,73 @@ def test_only_the_files_of_an_adapter_are_fetched(adapter_folder: Path, monkeypa
     assert (adapter.folder, adapter.commit) == (adapter_folder, adapter_folder.name)
     allowed = {"config.json", "model.safetensors", "preprocessor_config.json", "README.md", "evaluation.json"}
     assert set(asked["allow_patterns"]) == allowed
+
+
+# Files that are no files of the folder
+
+
+def secret_file(path: Path) -> None:
+    """Replaces a file of an adapter by a link to a copy of it elsewhere."""
+    path.parent.with_name("elsewhere").mkdir()
+    shutil.move(path, path.parent.with_name("elsewhere") / path.name)
+    path.symlink_to(path.parent.with_name("elsewhere") / path.name)
+
+
+def pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def device(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("/dev/zero")
+
+
+def folder_in_its_place(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+@pytest.mark.parametrize("file", ["README.md", "config.json", "model.safetensors", "preprocessor_config.json"])
+@pytest.mark.parametrize("replace", [secret_file, pipe, device, folder_in_its_place])
+def test_what_is_no_file_of_the_folder_is_not_pushed(
+    adapter_folder: Path, file: str, replace: Callable[[Path], None]
+) -> None:
+    replace(adapter_folder / file)
+    message = r"is a link to|regular file|is not a robustness-token adapter: it has no"
+    with pytest.raises(ValueError, match=message) as error:
+        push_adapter(adapter_folder, "user/adapter")
+    assert file in str(error.value)
+
+
+def damage_metadata(card: Path) -> None:
+    card.write_text("---\na: 1\na: 2\n---\n" + card.read_text().split("---\n", 2)[2])
+
+
+@pytest.mark.parametrize("replace", [secret_file, pipe, damage_metadata])
+def test_a_card_that_can_not_be_read_stops_a_save_before_it_begins(
+    adapter_folder: Path, replace: Callable[[Path], None]
+) -> None:
+    model = RobustnessTokenModel.from_pretrained(adapter_folder)
+    replace(adapter_folder / "README.md")
+    before = (adapter_folder / "config.json").stat().st_mtime_ns
+    with pytest.raises(ValueError, match="README"):
+        model.save_pretrained(adapter_folder)
+    assert (adapter_folder / "config.json").stat().st_mtime_ns == before, "nothing is half saved"
+
+
+def test_links_inside_a_folder_and_in_the_hubs_cache_are_followed(adapter_folder: Path, tmp_path: Path) -> None:
+    (adapter_folder / "files").mkdir()
+    for file in ("config.json", "model.safetensors", "preprocessor_config.json"):
+        shutil.move(adapter_folder / file, adapter_folder / "files" / file)
+        (adapter_folder / file).symlink_to(f"files/{file}")
+    tokens = load_adapter(adapter_folder).tokens
+    # The store that repos share, as huggingface_hub lays it out: a blob is a link too.
+    snapshot = tmp_path / "hub" / "models--user--adapter" / "snapshots" / "abc"
+    for blobs in (tmp_path / "hub" / "blobs", snapshot.parent.parent / "blobs", snapshot):
+        blobs.mkdir(parents=True)
+    for file in ("config.json", "model.safetensors", "preprocessor_config.json"):
+        shutil.copy(adapter_folder / "files" / file, tmp_path / "hub" / "blobs" / file)
+        (snapshot.parent.parent / "blobs" / file).symlink_to(f"../../blobs/{file}")
+        (snapshot / file).symlink_to(f"../../blobs/{file}")
+    assert torch.equal(load_adapter(snapshot).tokens, tokens)

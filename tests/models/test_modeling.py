@@ -1,5 +1,6 @@
 import copy
 import json
+import os
 import pickle
 import shutil
 import stat
@@ -42,7 +43,7 @@ from robustness_tokens.models.modeling import (
     inject_tokens,
 )
 from tests.support.adapters import cache_as_repo
-from tests.support.reports import report_on
+from tests.support.reports import make_report, report_on
 
 
 ADAPTER_FILES = {"config.json", "model.safetensors", "preprocessor_config.json", "README.md"}
@@ -914,6 +915,21 @@ def test_an_adapter_whose_config_names_code_is_refused(adapter_folder: Path) -> 
     (adapter_folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="auto_map must name no code but the package's own"):
         AutoModel.from_pretrained(adapter_folder)
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o027])
+def test_files_have_the_users_permissions_and_tokens_none_for_others(
+    dinov2_model: RobustnessTokenModel, tmp_path: Path, umask: int
+) -> None:
+    before = os.umask(umask)
+    try:
+        dinov2_model.save_pretrained(tmp_path)
+        make_report(figures={"accuracy_by_eps.png": b"png"}).save(tmp_path)
+    finally:
+        os.umask(before)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.rglob("*") if path.is_file()}
+    assert modes.pop("model.safetensors") == 0o600
+    assert set(modes.values()) == {0o666 & ~umask}, modes
 
 
 def test_a_report_goes_into_the_card_and_does_not_survive_its_tokens(

@@ -2,7 +2,10 @@ import base64
 import dataclasses
 import json
 import math
+import os
+import signal
 from collections.abc import Callable
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ from hypothesis import strategies as st
 
 from robustness_tokens.report.schema import Check, MeasuredImages, OlderReportError, pack_correct
 from robustness_tokens.report.writing import RobustnessReport
+from robustness_tokens.utils import LEFTOVERS
 from tests.support.reports import IMAGES, KEPT, MEASURED, make_report, make_result
 
 
@@ -317,7 +321,7 @@ def test_a_damaged_file_is_refused_with_its_name(
         ("{", "not valid JSON"),
         ("[" * 100_000, "not valid JSON"),
         (" " * (4 << 20) + "{}", "expected at most 4,194,304"),
-        ('{"schema_version": NaN}', "schema_version must be"),
+        ('{"schema_version": NaN}', "holds nan, which is no number in JSON"),
     ],
 )
 def test_what_is_no_report_is_refused(tmp_path: Path, text: str, message: str) -> None:
@@ -331,10 +335,50 @@ def test_nan_in_the_file_is_refused(tmp_path: Path) -> None:
     text = (tmp_path / "evaluation.json").read_text()
     assert text.count('"seconds": 12.5') == 1
     (tmp_path / "evaluation.json").write_text(text.replace('"seconds": 12.5', '"seconds": NaN'))
-    with pytest.raises(ValueError, match="seconds must be a finite number"):
+    with pytest.raises(ValueError, match="holds nan, which is no number in JSON"):
         RobustnessReport.load(tmp_path)
 
 
 def test_a_folder_without_a_report_says_how_to_get_one(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"holds no evaluation\.json: write one with `robtok evaluate`"):
         RobustnessReport.load(tmp_path)
+
+
+FILES = ("evaluation.json", "evaluation.md", "report.html", "figures/accuracy_by_eps.png")
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("killed_at", range(16))
+def test_a_kill_while_saving_leaves_no_mixture(tmp_path: Path, killed_at: int) -> None:
+    """The earlier report whole, or parts of the new one without evaluation.json, which programs read."""
+    old, new = (make_report(adapter=name, figures={"accuracy_by_eps.png": name.encode()}) for name in ("old", "new"))
+    old.save(tmp_path / "old")
+    old.save(tmp_path / "found")
+    new.save(tmp_path / "new")
+    calls = 0
+
+    def dying(call: Callable[..., Any]) -> Callable[..., Any]:
+        def count(*args: Any, **kwargs: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls > killed_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return call(*args, **kwargs)
+
+        return count
+
+    if (child := os.fork()) == 0:
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ("write_bytes", "unlink", "replace"):
+                patch.setattr(Path, name, dying(getattr(Path, name)))
+            new.save(tmp_path / "found")
+        os._exit(0)
+    assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
+    found = files_of(tmp_path / "found")
+    found = {name: content for name, content in found.items() if not fnmatch(Path(name).name, LEFTOVERS)}
+    if "evaluation.json" in found:
+        assert found in (files_of(tmp_path / "old"), files_of(tmp_path / "new"))
+    assert (found == files_of(tmp_path / "old")) == (killed_at <= 4), "the earlier one stays until the new is written"

@@ -292,7 +292,7 @@ def test_resuming_from_elsewhere_replaces_nothing_unasked(make_trainer: TrainerF
     for trainer in (finished, cut):
         trainer.train()
     finished.save_model()
-    (finished.output_dir / "evaluation.json").write_text("{}", encoding="utf-8")
+    (finished.output_dir / "evaluation.json").write_text('{"package_version": ""}', encoding="utf-8")
     files = {path: path.read_bytes() for path in finished.output_dir.rglob("*") if path.is_file()}
     checkpoint = str(cut.output_dir / "checkpoint-2")
     with pytest.raises(ValueError, match="overwrite_output_dir=True"):
@@ -646,6 +646,19 @@ def test_overwrite_output_dir_starts_a_new_run(make_trainer: TrainerFactory) -> 
     )
     assert reloaded.config.training is not None
     assert reloaded.config.training["seed"] == 1
+
+
+def test_a_new_run_leaves_what_others_put_into_its_folder(make_trainer: TrainerFactory) -> None:
+    trainer = make_trainer("run")
+    names = ("evaluation.json", "evaluation.md", "report.html", "figures/accuracy_by_eps.png", "logs/tmp1.part")
+    files = {trainer.output_dir / name: name for name in (*names, "notes.txt")}
+    for path, text in files.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    trainer.train()
+    trainer.save_model()
+    make_trainer("run", overwrite_output_dir=True, seed=1).train()
+    assert {path: path.read_text() for path in files} == files
 
 
 # Divergence
