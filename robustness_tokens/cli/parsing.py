@@ -30,7 +30,8 @@ GROUPS = {
     ),
     "data": (
         *("dataset", "dataset_config", "dataset_name", "split", "streaming", "eval_dataset", "eval_split"),
-        *("attacker_dataset", "attacker_split", "image_column_name", "image_size", "resize", "ignore_index"),
+        *("attacker_dataset", "attacker_split", "image_column_name", "label_column_name", "mask_column_name"),
+        *("label_matching", "image_size", "resize", "ignore_index"),
         *("num_images", "num_eval_pairs", "shuffle_buffer_size", "max_broken_images"),
     ),
     "attack": (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, get_worker_info
 
+from .labels import LabelReader
 from .loading import find_image_column, find_label_column
 from .preprocessing import ImageTransform, to_rgb
 
@@ -52,6 +54,7 @@ class _PictureDataset:
         image_column_name: str | None = None,
         label_column_name: str | None = None,
         with_labels: bool = True,
+        label_names: Sequence[str] | None = None,
     ) -> None:
         import datasets
 
@@ -66,6 +69,11 @@ class _PictureDataset:
         self._image_column = find_image_column(dataset, image_column_name)
         self._label_column = find_label_column(dataset, label_column_name) if with_labels else None
         columns = [column for column in (self._image_column, self._label_column) if column is not None]
+        feature = (
+            None if self._label_column is None or dataset.features is None else dataset.features[self._label_column]
+        )
+        self.label_names: list[str] | None = list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
+        self._read_label = LabelReader(self.label_names, label_names)
         self._rows: Any = dataset.with_format(None).select_columns(columns)
         if self._rows.features is not None:
             # If `datasets` decoded the pictures, one broken file would end the run.
@@ -76,7 +84,7 @@ class _PictureDataset:
         if self._label_column is not None:
             if row[self._label_column] is None:
                 raise ValueError(f"row {index} has no {self._label_column!r}: filter such rows out of the dataset")
-            item["labels"] = int(row[self._label_column])
+            item["labels"] = self._read_label(row[self._label_column])
         stored = row[self._image_column]
         try:
             image = _decode(stored)
@@ -116,10 +124,27 @@ class ImageDataset(_PictureDataset, Dataset[dict[str, Any]]):
         label_column_name: Column of the class indices; by default the only `ClassLabel` column, or else the integer
             column "label" or "labels", if there is one.
         with_labels: False reads no labels, whatever columns there are.
+        label_names: Names of the model's classes, in their order: labels with names are then numbered by them.
+
+    Attributes:
+        label_names: Names of the dataset's classes, in its order; None if it has none.
 
     Raises:
-        ValueError: If there is no such column or several qualify, or if the dataset has a transform.
+        ValueError: If there is no such column or several qualify, if the dataset has a transform, or if it names a
+            class that is not in `label_names`.
     """
+
+    @functools.cached_property
+    def labels(self) -> set[int]:
+        """All labels, read without the pictures; `ValueError` if a row has none or an unknown word."""
+        if self._label_column is None:
+            return set()
+        column = self._rows.select_columns([self._label_column]).with_format("arrow")[:].column(0)
+        if column.null_count:
+            raise ValueError(
+                f"{column.null_count} rows have no {self._label_column!r}: filter them out of the dataset"
+            )
+        return set(map(self._read_label, column.unique().to_pylist()))
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -185,7 +210,8 @@ def validate_images(images: Tensor, *, ndim: int = 4) -> None:
 class TensorImageDataset(Dataset[dict[str, Any]]):
     """Checks ready images, `{"images": (3, H, W) float in [0, 1]}`, keeps their "labels", and adds "index".
 
-    Other keys are dropped. Only with `broken_images` may an item hold a "broken_image" instead of "images".
+    A tuple, as torchvision's datasets give, is an image and its label. Other keys are dropped. Only with
+    `broken_images` may an item hold a "broken_image" instead of "images".
     """
 
     def __init__(
@@ -199,10 +225,14 @@ class TensorImageDataset(Dataset[dict[str, Any]]):
         return len(self._dataset)  # type: ignore[arg-type]  # torch's Dataset leaves __len__ to its children
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        item = self._dataset[int(index)]
+        item: Any = self._dataset[int(index)]
+        if isinstance(item, tuple | list) and len(item) in (1, 2):
+            item = dict(zip(("images", "labels"), item, strict=False))
         if not isinstance(item, Mapping) or not self._images & item.keys():
             came = f"keys {list(item)}" if isinstance(item, Mapping) else f"a {type(item).__name__}"
-            raise ValueError(f"dataset[{index}] must be a dict with 'images', got {came}")
+            raise ValueError(
+                f"dataset[{index}] must be a dict with 'images', or a tuple of image and label, got {came}"
+            )
         if "images" in item:
             validate_images(item["images"], ndim=3)
         return {**{key: item[key] for key in self._kept if key in item}, "index": int(index)}
@@ -232,10 +262,13 @@ class SegmentationDataset(ImageDataset):
         mask_column_name: str = "mask",
         do_reduce_labels: bool = False,
     ) -> None:
+        import datasets
+
         transform = ImageTransform(image_size=image_size)
         super().__init__(dataset, transform, image_column_name=image_column_name, with_labels=False)
         self._mask_column = find_image_column(dataset, mask_column_name, argument="mask_column_name")
         self._masks = dataset.with_format(None).select_columns([self._mask_column])
+        self._masks = self._masks.cast_column(self._mask_column, datasets.Image())
         self._size, self._reduce = (image_size, image_size), do_reduce_labels
 
     def __getitem__(self, index: int) -> dict[str, Any]:

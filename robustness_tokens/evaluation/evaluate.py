@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from ..attacks import DEFAULT_EPS
 from ..configuration import TOKENS, TokenState
-from ..data import Normalizer, choose_rows, prepare_images
-from ..models import ProbedModel, as_state, random_state
+from ..data import Normalizer, check_label_range, check_same_classes, choose_rows, prepare_images
+from ..models import ProbedModel, as_state, label_names, random_state
 from ..report import RobustnessReport
 from ..utils import __version__, digest, process_state
 from .arguments import EvaluationArguments, override_arguments
@@ -99,6 +99,10 @@ def evaluate_robustness(
             task=evaluated.task,
             image_processor=processor,
             image_size=arguments.image_size,
+            image_column_name=arguments.image_column_name,
+            label_column_name=arguments.label_column_name,
+            mask_column_name=arguments.mask_column_name,
+            label_names=label_names(model) if arguments.label_matching == "name" else None,
             broken_images=True,
         )
         assert images.num_images is not None  # streams are refused
@@ -106,6 +110,12 @@ def evaluate_robustness(
         batches = load_batches(
             images.dataset, rows, evaluated, batch_size=arguments.batch_size, ignore_index=arguments.ignore_index
         )
+        num_classes = _count_classes(evaluated, batches)
+        other = None
+        if surrogate is not None:
+            check_same_classes(label_names(model), label_names(surrogate), whose="model and surrogate")
+            surrogate.eval().to(evaluated.device)
+            other = EvaluatedModel(surrogate, task=evaluated.task, attack_precision=evaluated.attack_precision)
         with _folder(arguments.output_dir) as folder:
             training: dict[str, dict[str, Any]] = {}
             if "own_tokens" in arguments.knowledge and own_tokens is None:
@@ -129,10 +139,6 @@ def evaluate_robustness(
                 training = describe_training(
                     evaluated, trained, overrides=changes, on_evaluated=attacker_datasets is None
                 )
-            other = None
-            if surrogate is not None:
-                surrogate.eval().to(evaluated.device)
-                other = EvaluatedModel(surrogate, task=evaluated.task, attack_precision=evaluated.attack_precision)
             views = [
                 view
                 for level in dict.fromkeys(arguments.knowledge)
@@ -150,7 +156,7 @@ def evaluate_robustness(
                 budget,
                 eps=eps,
                 num_images=len(rows),
-                num_classes=_count_classes(evaluated, batches),
+                num_classes=num_classes,
                 on_grid=all(gather_object([on_8bit_grid(batch.images) for batch in batches.values()])),
             )
             batches = _with_base_features(evaluated, batches)
@@ -261,10 +267,18 @@ def _with_base_features(model: EvaluatedModel, batches: Mapping[int, AttackBatch
 
 @torch.no_grad()
 def _count_classes(model: EvaluatedModel, batches: Mapping[int, AttackBatch]) -> int | None:
-    if model.task != "classification":
+    """Returns the number of classes, None if there are none; `ValueError` unless all labels are classes."""
+    if model.task == "features":
         return None
     counts = gather_object([model.logits(batch.images[:1], None).shape[1] for batch in list(batches.values())[:1]])
-    return int(counts[0])
+    labels = set()
+    for batch in batches.values():
+        assert batch.labels is not None
+        labels |= set(batch.labels.unique().tolist()) - (
+            {batch.ignore_index} if model.task == "segmentation" else set()
+        )
+    check_label_range(gather_object(list(labels)), counts[0])
+    return int(counts[0]) if model.task == "classification" else None
 
 
 def _settings(

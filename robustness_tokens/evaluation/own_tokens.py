@@ -33,6 +33,7 @@ from ..training import (
     LOGITS_OBJECTIVES,
     RobustnessTokenTrainer,
     RobustnessTokenTrainingArguments,
+    classes_of,
     make_adversarial_pairs,
     max_pixel_difference,
     prepare_train_dataset,
@@ -129,12 +130,15 @@ def train_own_tokens(
     new_attacker = functools.partial(_attacker, model, base, has_own_head=reads_logits and head is None)
     with new_attacker(specs[0]) as attacker:
         processor, names = attacker.image_processor, attacker.injector.state.keys()
+        classes = classes_of(attacker, head, recipe)
     if names != model.tokens.keys():
         raise ValueError(
             f"the model has only a part of its gains and shifts, {sorted(model.tokens)}, and own tokens are trained "
             f"with whole kinds, {sorted(names)}: give own_tokens, or leave the level out"
         )
-    images = [prepare_train_dataset(dataset, args=recipe, image_processor=processor) for dataset in datasets]
+    images = [
+        prepare_train_dataset(dataset, args=recipe, image_processor=processor, **classes) for dataset in datasets
+    ]
     if head is not None or recipe.objective == "cross_entropy" or recipe.eps_warmup_ratio > 0:
         num_adversarial_pairs = None  # pairs are made through the base's own head, at full eps, and hold no labels
     compared = head_digest(base, head) if reads_logits else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import datasets
@@ -27,6 +27,7 @@ from ..data import (
     load_adversarial_pairs,
     prepare_images,
 )
+from ..models import ProbeHead, RobustnessTokenPreTrainedModel, label_names
 from .arguments import RobustnessTokenTrainingArguments
 
 
@@ -65,10 +66,14 @@ def prepare_train_dataset(
     args: RobustnessTokenTrainingArguments,
     image_processor: Any,
     argument: str = "dataset",
+    label_names: Sequence[str] | None = None,
+    num_labels: int | None = None,
     process_index: int = 0,
     num_processes: int = 1,
 ) -> Images:
     """Prepares images by `args`, with labels if the objective needs them; a stream is shuffled and split.
+
+    `label_names` and `num_labels` are those of the head, see [`classes_of`]; labels must fit them.
 
     `ValueError`, which names `argument`, if the dataset can't be used or has fewer batches than there are processes.
     """
@@ -87,6 +92,8 @@ def prepare_train_dataset(
         image_size=args.image_size,
         image_processor=image_processor,
         image_column_name=args.image_column_name,
+        label_column_name=args.label_column_name if needs_labels else None,
+        label_names=label_names,
         streams=isinstance(dataset, datasets.IterableDataset),
         rank=process_index,
         world_size=num_processes,
@@ -94,7 +101,12 @@ def prepare_train_dataset(
     if images.num_images is None:
         return images
     if needs_labels and "labels" not in (first := images.dataset[0]) and "images" in first:
-        raise ValueError(f'{argument} has no "labels" in its items, which objective="cross_entropy" needs')
+        raise ValueError(
+            f'{argument} has no labels, which objective="cross_entropy" needs: name their column by '
+            'label_column_name, or give items with "labels"'
+        )
+    if num_labels is not None:
+        images.check_labels(num_labels)
     if (num_batches := math.ceil(images.num_images / args.per_device_train_batch_size)) < num_processes:
         raise ValueError(
             f"{argument} has {images.num_images} images, which fill {num_batches} of the "
@@ -102,6 +114,17 @@ def prepare_train_dataset(
             "takes: start fewer processes, or set a smaller per_device_train_batch_size"
         )
     return images
+
+
+def classes_of(
+    model: RobustnessTokenPreTrainedModel, head: ProbeHead | None, args: RobustnessTokenTrainingArguments
+) -> dict[str, Any]:
+    """Returns the names and the number of the classes that labels refer to; nothing if no labels are read."""
+    if args.objective != "cross_entropy":
+        return {}
+    names = label_names(model if head is None else head) if args.label_matching == "name" else None
+    base: Any = model.get_base_model()
+    return {"label_names": names, "num_labels": base.config.num_labels if head is None else head.num_labels}
 
 
 def build_train_loader(

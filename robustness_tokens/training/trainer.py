@@ -35,7 +35,7 @@ from .callbacks import (
     restore_callbacks,
 )
 from .checkpoints import save_checkpoint
-from .dataset import Batch, Position, build_train_loader, iterate_steps, prepare_train_dataset, take_pairs
+from .dataset import Batch, Position, build_train_loader, classes_of, iterate_steps, prepare_train_dataset, take_pairs
 from .held_out import measure_held_out, prepare_eval_dataset
 from .run_folder import (
     EVAL_LOG_FILE,
@@ -132,6 +132,7 @@ class RobustnessTokenTrainer:
             argument="train_dataset",
             args=args,
             image_processor=model.image_processor,
+            **classes_of(model, head, args),
             process_index=self.accelerator.process_index,
             num_processes=self.accelerator.num_processes,
         )
@@ -141,7 +142,7 @@ class RobustnessTokenTrainer:
         self.eval_dataset = (
             None
             if eval_dataset is None
-            else prepare_eval_dataset(eval_dataset, args=args, model=model, train_image_shape=images.shape)
+            else prepare_eval_dataset(eval_dataset, args=args, model=model, head=head, train_image_shape=images.shape)
         )
         self._previous_recipe: dict[str, Any] = {}  # of tokens that are trained further
         self.normalizer = Normalizer(model.config.image_mean, model.config.image_std).to(self.accelerator.device)

@@ -17,6 +17,7 @@ from .strict import (
     check_bool,
     check_choice,
     check_dict,
+    check_fields,
     check_fingerprint,
     check_finite,
     check_int,

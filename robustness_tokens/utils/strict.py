@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 from safetensors import SafetensorError
@@ -63,6 +63,24 @@ def check_list(name: str, value: Any) -> None:
 def check_bool(name: str, value: Any) -> None:
     if type(value) is not bool:
         raise ValueError(f"{name} must be true or false, got {value!r:.200}")
+
+
+def check_fields(values: Any, *, from_zero: Collection[str] = (), free: Collection[str] = ()) -> None:
+    """Checks the fields of a dataclass by their types: integers from 1, or from 0; finite numbers; choices.
+
+    Those named in `free`, and those that may be None and are, pass.
+    """
+    for name, kind in get_type_hints(type(values)).items():
+        value, kinds = getattr(values, name), get_args(kind)
+        if name in free or (value is None and type(None) in kinds):
+            continue
+        if int in (kind, *kinds):
+            check_int(name, value, 0 if name in from_zero else 1)
+        elif float in (kind, *kinds) and get_origin(kind) is not list:
+            if not isinstance(value, int | float) or isinstance(value, bool):
+                raise ValueError(f"{name} must be a number, got {value!r:.200}")
+        elif get_origin(kind) is Literal:
+            check_choice(name, value, kinds)
 
 
 def check_choice(name: str, value: Any, allowed: Collection[str]) -> None:
