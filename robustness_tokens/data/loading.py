@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from ..utils import local_path
+
 
 if TYPE_CHECKING:
     import datasets  # imported where it is used: that takes a second
@@ -50,7 +52,7 @@ def load_image_dataset(
         ValueError: If nothing readable is there, if the split (the error lists those that exist) or the configuration
             is unknown, or if an argument has no meaning for data on the disk.
     """
-    path = Path(name_or_path).expanduser()
+    path = Path(local_path(name_or_path))
     is_saved = any((path / file).is_file() for file in ("state.json", "dataset_dict.json"))
     unused = {"revision": revision} if path.exists() else {}
     unused |= {"name": name} if is_saved or path.is_file() else {}

@@ -25,7 +25,7 @@ from transformers import BaseImageProcessor
 from ..configuration import TOKENS, RobustnessTokenConfig, TokenState
 from ..data import read_image_processor
 from ..report import FIGURE_FILES, HTML_FILE, MARKDOWN_FILE, REPORT_FILE, OlderReportError, RobustnessReport
-from ..utils import check_finite, flush_to_disk, has_cache_hash, read_json, read_tensors, replacing
+from ..utils import check_finite, flush_to_disk, has_cache_hash, local_path, read_json, read_tensors, replacing
 
 
 logger = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ def load_adapter(
     `ValueError` if there is none, its config or its tokens are damaged, or a folder is given a `revision`. Errors of
     the Hub pass through.
     """
-    name, subfolder, commit = os.fspath(name_or_path), normalize_subfolder(subfolder), None
+    name, subfolder, commit = local_path(name_or_path), normalize_subfolder(subfolder), None
     if os.path.isdir(name):
         if revision is not None:
             raise ValueError(
@@ -247,7 +247,7 @@ def _holds_state(path: Path, state: TokenState) -> bool:
 
 def holds_adapter(folder: str | os.PathLike[str]) -> bool:
     """Tells whether a folder holds an adapter's files that saving would overwrite."""
-    return any((Path(folder) / file).exists() for file in (CONFIG_FILE, TOKENS_FILE))
+    return any((Path(local_path(folder)) / file).exists() for file in (CONFIG_FILE, TOKENS_FILE))
 
 
 def is_repo_id(name: str) -> bool:

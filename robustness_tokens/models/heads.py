@@ -32,6 +32,7 @@ from ..utils import (
     check_list,
     check_text,
     digest,
+    local_path,
     read_json,
     read_tensors,
     write_bytes,
@@ -210,7 +211,7 @@ def save_head(head: ProbeHead, folder: str | os.PathLike[str]) -> None:
         raise ValueError(f"a {type(head).__name__} is not saved: keep its class names, and make it from text again")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in head.state_dict().items()}
     check_finite("refusing to save a head", tensors)
-    path = Path(folder)
+    path = Path(local_path(folder))
     path.mkdir(parents=True, exist_ok=True)
     config = {"schema_version": _SCHEMA_VERSION, **{key: getattr(head, key) for key in _CONFIG_KEYS}}
     if head.label_names is not None:
@@ -231,7 +232,7 @@ def load_head(folder: str | os.PathLike[str]) -> ProbeHead:
     Raises:
         ValueError: If a file is missing, damaged or of a newer schema, or if the two don't fit together.
     """
-    path = Path(folder)
+    path = Path(local_path(folder))
     if missing := [name for name in (HEAD_CONFIG_FILE, HEAD_WEIGHTS_FILE) if not (path / name).is_file()]:
         raise ValueError(f"{path} holds no probe head: it has no {' and no '.join(missing)}")
     config, file = read_json(path / HEAD_CONFIG_FILE), path / HEAD_CONFIG_FILE

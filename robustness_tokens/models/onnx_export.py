@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..utils import local_path
 from .heads import base_of
 from .injection import TokenInjector, active_injector
 from .layer_stack import find_layer_stack, square_size, vision_config
@@ -89,7 +90,7 @@ def export_onnx(model: PreTrainedModel, file: str | os.PathLike[str], *, image_s
                 verbose=False,
             )
     assert program is not None
-    path = Path(file)
+    path = Path(local_path(file))
     size_in_bytes = sum(tensor.nbytes for tensor in exported.state_dict().values())
     # Written to a scratch folder and moved after the check, so that no wrong file is left behind.
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:

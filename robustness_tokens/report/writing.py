@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from ..utils import MAX_JSON_BYTES, read_json, write_bytes, write_text
+from ..utils import MAX_JSON_BYTES, local_path, read_json, write_bytes, write_text
 from .html import FIGURES, render_report_html
 from .markdown import render_report_markdown
 from .schema import OlderReportError, ReportContent
@@ -53,7 +53,7 @@ class RobustnessReport(ReportContent):
                 f"the report has {size:,} bytes as JSON, expected at most {MAX_JSON_BYTES:,}: keep fewer results or "
                 "shorter series"
             )
-        path = Path(folder)
+        path = Path(local_path(folder))
         path.mkdir(parents=True, exist_ok=True)
         write_text(path / MARKDOWN_FILE, render_report_markdown(self))
         write_text(path / HTML_FILE, render_report_html(self))
@@ -72,7 +72,7 @@ class RobustnessReport(ReportContent):
             OlderReportError: If a package that is too old wrote it.
             ValueError: If it is missing or damaged, or of another schema.
         """
-        path = Path(folder) / REPORT_FILE
+        path = Path(local_path(folder)) / REPORT_FILE
         if not path.is_file():
             raise ValueError(f"{folder} holds no {REPORT_FILE}: write one with `robtok evaluate`")
         try:

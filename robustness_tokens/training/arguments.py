@@ -15,7 +15,7 @@ from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT
 from ..attacks import DEFAULT_EPS, PAPER_NUM_STEPS, PAPER_STEP_SIZE_NORMALIZED, pgd_step_size
 from ..data import ATTACK_ARGUMENTS, LabelMatching, ResizeMode
 from ..models import AUTO, MixedPrecision
-from ..utils import check_choice, check_fields
+from ..utils import check_choice, check_fields, local_path
 from .losses import LOGITS_OBJECTIVES, ObjectiveName
 
 
@@ -248,6 +248,9 @@ class RobustnessTokenTrainingArguments:
     disable_tqdm: bool = field(default=False, metadata={"help": "Show no progress bar."})
 
     def __post_init__(self) -> None:
+        self.output_dir = local_path(self.output_dir)
+        if isinstance(self.resume_from_checkpoint, str):
+            self.resume_from_checkpoint = local_path(self.resume_from_checkpoint)
         if (word := str(self.resume_from_checkpoint).lower()) in ("true", "false"):  # from the command line
             self.resume_from_checkpoint = True if word == "true" else None
         names = [self.report_to] if isinstance(self.report_to, str) else self.report_to

@@ -21,7 +21,7 @@ from transformers.trainer_utils import TrainOutput
 from ..data import AdversarialPairs, Normalizer
 from ..hub import holds_adapter, push_adapter
 from ..models import ProbeHead, RobustnessTokenPreTrainedModel, check_patches, packed_once
-from ..utils import share_from_main
+from ..utils import local_path, share_from_main
 from .accelerator import abandon_trackers, build_accelerator, finish_trackers, start_trackers
 from .arguments import RobustnessTokenTrainingArguments
 from .callbacks import (
@@ -227,7 +227,7 @@ class RobustnessTokenTrainer:
         Raises:
             ValueError: If another folder holds an adapter and `args.overwrite_output_dir` is not set.
         """
-        folder = self.output_dir if output_dir is None else Path(output_dir)
+        folder = self.output_dir if output_dir is None else Path(local_path(output_dir))
 
         def save() -> None:
             if folder != self.output_dir and holds_adapter(folder) and not self.args.overwrite_output_dir:

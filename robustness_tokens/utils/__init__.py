@@ -5,6 +5,7 @@ from .files import (
     flush_to_disk,
     has_cache_hash,
     json_values,
+    local_path,
     read_json,
     replacing,
     write_bytes,

@@ -19,6 +19,11 @@ _MAX_JSON_DEPTH = 32
 _NOT_TEXT = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
+def local_path(path: str | os.PathLike[str]) -> str:
+    """Returns a path that a user gave, with the home folder in place of a leading ~; a Hub id stays unchanged."""
+    return os.path.expanduser(os.fspath(path))
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Reads a small JSON object; `ValueError` names the file if it is damaged or too large."""
     if (size := path.stat().st_size) > MAX_JSON_BYTES:
@@ -74,6 +79,10 @@ def replacing(path: Path) -> Iterator[Path]:
         yield partial
         flush_to_disk(partial)
         partial.replace(path)
+    except OSError as exc:
+        if exc.filename is not None:
+            raise
+        raise OSError(exc.errno, exc.strerror, str(path)) from exc  # a full disk names no file
     finally:
         partial.unlink(missing_ok=True)
 
