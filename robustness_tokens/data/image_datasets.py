@@ -231,7 +231,7 @@ class TensorImageDataset(Dataset[dict[str, Any]]):
         if not isinstance(item, Mapping) or not self._images & item.keys():
             came = f"keys {list(item)}" if isinstance(item, Mapping) else f"a {type(item).__name__}"
             raise ValueError(
-                f"dataset[{index}] must be a dict with 'images', or a tuple of image and label, got {came}"
+                f"dataset[{index}] must be a dict with 'images', got {came}: give that, or (image, label)"
             )
         if "images" in item:
             validate_images(item["images"], ndim=3)

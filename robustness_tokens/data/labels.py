@@ -20,11 +20,13 @@ class LabelReader:
     """
 
     def __init__(self, names: Sequence[str] | None, model_names: Sequence[str] | None) -> None:
+        self._model_names = model_names
         self._names = None if model_names is None else list(map(_plain, model_names))
         self._numbers: list[int] | None = None
-        if names is None or model_names is None or (plain := list(map(_plain, names))) == self._names:
+        if names is None or model_names is None or self._names is None:
             return
-        assert self._names is not None
+        if (plain := list(map(_plain, names))) == self._names:
+            return
         # Two classes of one name, such as ImageNet's two cranes, can't be told apart by it.
         if wrong := [name for name in plain if self._names.count(name) != 1 or plain.count(name) != 1]:
             raise ValueError(
@@ -37,13 +39,13 @@ class LabelReader:
     def __call__(self, label: Any) -> int:
         """Returns the number of the model's class; `ValueError` for a word that is no class of the model."""
         if isinstance(label, str):
-            if self._names is None:
+            if self._names is None or self._model_names is None:
                 raise ValueError(
                     f"labels are words, such as {label!r}, and the model has no names of its classes: number them by "
                     "dataset.class_encode_column(...), or train a head that has label_names"
                 )
             if self._names.count(_plain(label)) != 1:
-                raise ValueError(f"label {label!r} must be a class of the model, one of {_list(self._names)}")
+                raise ValueError(f"label {label!r} must be a class of the model, one of {_list(self._model_names)}")
             return self._names.index(_plain(label))
         if self._numbers is not None and 0 <= label < len(self._numbers):
             return self._numbers[label]

@@ -100,7 +100,7 @@ def _picture_files(root: Path) -> dict[str, list[str]] | None:
     if not splits or None in splits.values() or _holds_pictures(folder, deep=False):
         return {"train": ["**"]} if _holds_pictures(root) else None
     patterns: dict[str, list[str]] = {}
-    for sub, split in splits.items():
+    for sub, split in sorted(splits.items(), key=lambda pair: pair[1] != "train"):
         patterns.setdefault(str(split), []).append(glob.escape(sub.relative_to(root).as_posix()) + "/**")
     return patterns
 
