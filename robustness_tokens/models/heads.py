@@ -82,7 +82,7 @@ class ProbeHead(nn.Module, ABC):
         if self.label_names is not None and len(self.label_names) != num_labels:
             raise ValueError(f"label_names must hold {num_labels} names, one per class, got {len(self.label_names)}")
         for name in self.label_names or ():
-            check_text("each of label_names", name)
+            check_text("each name in label_names", name)
         self.in_features, self.num_labels = in_features, num_labels
         self.base_model_fingerprint = dict(base_model_fingerprint or {})
         self.trained_with_tokens = trained_with_tokens

@@ -9,8 +9,8 @@ from typing import Any
 
 import datasets
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest
 import torch
 from PIL import Image
@@ -164,7 +164,7 @@ def test_words_of_splits_in_names_of_classes_lose_no_picture(
 
 def test_pictures_without_folders_are_one_split(tmp_path: Path) -> None:
     source = write_pictures(tmp_path / "source", "train_0.png", "test_1.png", "test.png", ".hidden/2.png")
-    assert len(load_image_dataset(source, cache_dir=tmp_path / "cache")) == 3  # type: ignore[arg-type]
+    assert len(load_image_dataset(source, cache_dir=tmp_path / "cache")) == 3
 
 
 @pytest.mark.parametrize("file", ["metadata.csv", "README.md"])
@@ -173,7 +173,7 @@ def test_a_folder_that_says_what_it_holds_is_left_alone(file: str, tmp_path: Pat
     configs = "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: train/*\n---\n"
     content = {"metadata.csv": "file_name,caption\ntrain/0.png,b\ntest_tube/0.png,c\n", "README.md": configs}
     (source / file).write_text(content[file])
-    assert len(load_image_dataset(source, cache_dir=tmp_path / "cache")) == 1  # type: ignore[arg-type]
+    assert len(load_image_dataset(source, cache_dir=tmp_path / "cache")) == 1
 
 
 @pytest.mark.parametrize(
