@@ -40,6 +40,7 @@ from ..utils import (
     check_text,
     flush_to_disk,
     local_path,
+    naming,
     read_json,
     write_text,
 )
@@ -329,7 +330,7 @@ def write_shard(path: Path, batches: Iterable[Mapping[str, list[Any]]]) -> None:
     from datasets.arrow_writer import ArrowWriter
 
     partial = path.with_name(f".{path.name}.part")
-    with ArrowWriter(path=str(partial), features=pair_features()) as writer:
+    with naming(path), ArrowWriter(path=str(partial), features=pair_features()) as writer:
         for batch in batches:
             writer.write_batch(dict(batch))
         writer.finalize()

@@ -149,6 +149,13 @@ class EvaluationArguments:
                 find_definition(attack)
 
 
+def columns_of(arguments: EvaluationArguments) -> dict[str, Any]:
+    """Returns the settings of columns and labels that are not the defaults, which a training takes too."""
+    fields = {field.name: field.default for field in dataclasses.fields(EvaluationArguments)}
+    names = ("image_column_name", "label_column_name", "label_matching")
+    return {name: value for name in names if (value := getattr(arguments, name)) != fields[name]}
+
+
 def override_arguments(arguments: EvaluationArguments | None, overrides: Mapping[str, Any]) -> EvaluationArguments:
     """Returns the arguments, or the defaults, with the overrides; `TypeError` for a name that is no field."""
     arguments = arguments or EvaluationArguments()

@@ -21,7 +21,7 @@ from ..data import Normalizer, check_label_range, check_same_classes, choose_row
 from ..models import ProbedModel, as_state, label_names, random_state
 from ..report import RobustnessReport
 from ..utils import __version__, digest, local_path, process_state
-from .arguments import EvaluationArguments, override_arguments
+from .arguments import EvaluationArguments, columns_of, override_arguments
 from .attack_suite import AttackBatch, on_8bit_grid
 from .cells import CellStore, measure_outcome, merge, model_settings, run_cells
 from .checks import run_checks
@@ -120,7 +120,10 @@ def evaluate_robustness(
             training: dict[str, dict[str, Any]] = {}
             if "own_tokens" in arguments.knowledge and own_tokens is None:
                 theirs = [images.dataset] if attacker_datasets is None else attacker_datasets
-                changes = shortened(evaluated.recipe, arguments.own_tokens_steps) | dict(own_tokens_overrides or {})
+                changes = shortened(evaluated.recipe, arguments.own_tokens_steps)
+                if attacker_datasets is not None:
+                    changes |= columns_of(arguments)
+                changes |= dict(own_tokens_overrides or {})
                 trained = train_own_tokens(
                     evaluated,
                     own_tokens_specs(

@@ -82,7 +82,7 @@ def own_tokens_specs(
     ]
 
 
-def shortened(recipe: Mapping[str, Any], num_steps: int | None) -> dict[str, int]:
+def shortened(recipe: Mapping[str, Any], num_steps: int | None) -> dict[str, Any]:
     """Returns the overrides for other numbers of steps, with the same share of warm-up; none for None."""
     if num_steps is None:
         return {}

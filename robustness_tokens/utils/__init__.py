@@ -6,6 +6,7 @@ from .files import (
     has_cache_hash,
     json_values,
     local_path,
+    naming,
     read_json,
     replacing,
     write_bytes,

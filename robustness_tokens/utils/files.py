@@ -17,11 +17,18 @@ MAX_JSON_BYTES = 4 << 20  # a report of the full budget on 50,000 images at thre
 _MAX_JSON_DEPTH = 32
 # Lone surrogates, and characters that steer a terminal or the direction of a text (all but tab and line feed).
 _NOT_TEXT = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_SURROGATE = re.compile(r"[\ud800-\udfff]")  # how Python holds a byte of a path that is not UTF-8
 
 
 def local_path(path: str | os.PathLike[str]) -> str:
-    """Returns a path that a user gave, with the home folder in place of a leading ~; a Hub id stays unchanged."""
-    return os.path.expanduser(os.fspath(path))
+    """Returns a path that a user gave, with the home folder in place of a leading ~; a Hub id stays unchanged.
+
+    `ValueError` for a path that is not UTF-8, which safetensors and datasets can't open.
+    """
+    name = os.path.expanduser(os.fspath(path))
+    if _SURROGATE.search(name):
+        raise ValueError(f"{name!a} must be valid UTF-8, which other libraries need to open it: rename the folder")
+    return name
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -71,18 +78,26 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 @contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Adds the file to errors of writing that name none, such as that of a full disk."""
+    try:
+        yield
+    except OSError as exc:
+        if exc.filename is not None:
+            raise
+        raise OSError(exc.errno, exc.strerror or str(exc), str(path)) from exc
+
+
+@contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yields a file beside the target and renames it once it is on the disk: no reader ever sees half a file."""
     with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
         partial = Path(file.name)
     try:
-        yield partial
-        flush_to_disk(partial)
-        partial.replace(path)
-    except OSError as exc:
-        if exc.filename is not None:
-            raise
-        raise OSError(exc.errno, exc.strerror, str(path)) from exc  # a full disk names no file
+        with naming(path):
+            yield partial
+            flush_to_disk(partial)
+            partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
 

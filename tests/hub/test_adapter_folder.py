@@ -11,9 +11,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from robustness_tokens import RobustnessReport, RobustnessTokenModel
+from robustness_tokens import (
+    RobustnessReport,
+    RobustnessTokenModel,
+    RobustnessTokenTrainer,
+    RobustnessTokenTrainingArguments,
+    load_image_dataset,
+)
 from robustness_tokens.configuration import TOKENS
-from robustness_tokens.data.image_processors import read_image_processor
+from robustness_tokens.data.image_processors import build_image_processor, read_image_processor
 from robustness_tokens.hub.adapter_folder import (
     cached_commit,
     check_base_is_repo_id,
@@ -26,8 +32,10 @@ from robustness_tokens.hub.adapter_folder import (
     read_state,
     write_state,
 )
+from robustness_tokens.models.heads import ClassificationHead, load_head, save_head
 from robustness_tokens.utils.files import read_json, write_text
 from tests.support.adapters import COMMIT, cache_as_repo
+from tests.support.bases import build_base
 from tests.support.disks import broken_disk, full_disk
 from tests.support.reports import make_report
 
@@ -403,3 +411,52 @@ def test_another_model_is_not_overwritten(adapter_folder: Path, base_folders: di
     (adapter_folder / "config.json").write_text("{")
     with pytest.raises(ValueError, match="not valid JSON"):
         check_no_other_model(adapter_folder)
+
+
+def test_a_tilde_is_the_home_folder_in_every_function_that_takes_a_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    base = build_base("dinov2")
+    base.save_pretrained(tmp_path / "home" / "base")
+    processor = build_image_processor(image_size=16)
+    processor.save_pretrained(tmp_path / "home" / "base")
+    RobustnessTokenModel.from_base("~/base").save_pretrained("~/adapter")
+    RobustnessTokenModel.from_pretrained("~/adapter")
+    RobustnessTokenModel.from_pretrained("~/adapter", base_model="~/base")
+    assert load_adapter("~/adapter").folder == tmp_path / "home" / "adapter"
+    assert holds_adapter("~/adapter")
+    save_head(ClassificationHead(4, 2), "~/head")
+    assert load_head("~/head").num_labels == 2
+    make_report().save("~/report")
+    assert RobustnessReport.load("~/report").results
+    args = RobustnessTokenTrainingArguments(output_dir="~/run", max_steps=1, num_attack_steps=1, disable_tqdm=True)
+    trainer = RobustnessTokenTrainer(
+        RobustnessTokenModel.from_base(base, image_processor=processor), args, [{"images": torch.rand(3, 16, 16)}] * 2
+    )
+    trainer.train()
+    trainer.save_model()
+    trainer.save_model("~/copy")
+    found = {path.name for path in (tmp_path / "home").iterdir()}
+    assert found == {"base", "adapter", "head", "report", "run", "copy"}
+    assert not list((tmp_path / "work").iterdir())
+
+
+@pytest.mark.parametrize("name", ["save", "load", "head", "run", "dataset", "report"])
+def test_a_path_that_is_not_utf8_is_named(name: str, tmp_path: Path) -> None:
+    path = f"{tmp_path}/a\udcff"
+    uses: dict[str, Any] = {
+        "save": lambda: RobustnessTokenModel.from_base(
+            build_base("dinov2"), image_processor=build_image_processor(image_size=16)
+        ).save_pretrained(path),
+        "load": lambda: RobustnessTokenModel.from_pretrained(path),
+        "head": lambda: save_head(ClassificationHead(4, 2), path),
+        "run": lambda: RobustnessTokenTrainingArguments(output_dir=path),
+        "dataset": lambda: load_image_dataset(path),
+        "report": lambda: make_report().save(path),
+    }
+    with pytest.raises(ValueError, match=r"a\\udcff' must be valid UTF-8, .* rename the folder"):
+        uses[name]()
