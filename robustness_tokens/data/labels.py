@@ -27,10 +27,15 @@ class LabelReader:
             return
         if (plain := list(map(_plain, names))) == self._names:
             return
-        # Two classes of one name, such as ImageNet's two cranes, can't be told apart by it.
-        if wrong := [name for name in plain if self._names.count(name) != 1 or plain.count(name) != 1]:
+        # Two classes of one name can't be told apart by it.
+        wrong = [row for row, name in enumerate(plain) if self._names.count(name) != 1 or plain.count(name) != 1]
+        if len(wrong) <= len(plain) // 100 and len(plain) == len(self._names):
+            in_place = all(row in wrong or name == self._names[row] for row, name in enumerate(plain))
+            if wrong and in_place:
+                return  # such as ImageNet's two cranes, which datasets call crane and crane2
+        if wrong:
             raise ValueError(
-                f"the dataset and the model name different classes, such as {wrong[0]!r}: the dataset has "
+                f"the dataset and the model name different classes, such as {names[wrong[0]]!r}: the dataset has "
                 f"{_list(names)}, the model {_list(model_names)}. Rename the classes, or set label_matching='index' "
                 "if equal numbers mean equal classes"
             )

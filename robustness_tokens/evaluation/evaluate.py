@@ -113,7 +113,8 @@ def evaluate_robustness(
         num_classes = _count_classes(evaluated, batches)
         other = None
         if surrogate is not None:
-            check_same_classes(label_names(model), label_names(surrogate), whose="model and surrogate")
+            if arguments.label_matching == "name":
+                check_same_classes(label_names(model), label_names(surrogate), whose="model and surrogate")
             surrogate.eval().to(evaluated.device)
             other = EvaluatedModel(surrogate, task=evaluated.task, attack_precision=evaluated.attack_precision)
         with _folder(arguments.output_dir) as folder:

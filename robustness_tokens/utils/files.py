@@ -23,11 +23,18 @@ _SURROGATE = re.compile(r"[\ud800-\udfff]")  # how Python holds a byte of a path
 def local_path(path: str | os.PathLike[str]) -> str:
     """Returns a path that a user gave, with the home folder in place of a leading ~; a Hub id stays unchanged.
 
-    `ValueError` for a path that is not UTF-8, which safetensors and datasets can't open.
+    `ValueError` for a path that is not UTF-8, which safetensors and datasets can't open; `PermissionError` for one in
+    another user's folder, which would count as missing.
     """
     name = os.path.expanduser(os.fspath(path))
     if _SURROGATE.search(name):
         raise ValueError(f"{name!a} must be valid UTF-8, which other libraries need to open it: rename the folder")
+    try:
+        os.stat(name)
+    except PermissionError:
+        raise
+    except (OSError, ValueError):
+        pass  # to be made, or a Hub id
     return name
 
 

@@ -460,3 +460,29 @@ def test_a_path_that_is_not_utf8_is_named(name: str, tmp_path: Path) -> None:
     }
     with pytest.raises(ValueError, match=r"a\\udcff' must be valid UTF-8, .* rename the folder"):
         uses[name]()
+
+
+def test_another_users_folder_is_not_taken_for_a_missing_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, closed = os.stat, str(tmp_path / "closed" / "adapter")
+
+    def stat(path: Any, **kwargs: Any) -> os.stat_result:
+        if path == closed:
+            raise PermissionError(13, "Permission denied", closed)
+        return real(path, **kwargs)
+
+    monkeypatch.setattr(os, "stat", stat)
+    uses: list[Any] = [RobustnessTokenModel.from_pretrained, RobustnessTokenModel.from_base, load_head]
+    for load in (*uses, load_image_dataset, RobustnessReport.load):
+        with pytest.raises(PermissionError, match=r"Permission denied: .*closed/adapter"):
+            load(closed)
+
+
+def test_weights_that_may_not_be_read_are_not_called_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build_base("dinov2").save_pretrained(tmp_path)
+
+    def unreadable(path: Any, *_: Any, **__: Any) -> None:
+        raise FileNotFoundError(f"No such file or directory: {path}")  # as safetensors says
+
+    monkeypatch.setattr("transformers.modeling_utils.safe_open", unreadable)
+    with pytest.raises(PermissionError, match=r"weights can't be opened, they may be another user's: .*safetensors"):
+        RobustnessTokenModel.from_base(tmp_path)
