@@ -72,8 +72,9 @@ class _PictureDataset:
         feature = (
             None if self._label_column is None or dataset.features is None else dataset.features[self._label_column]
         )
-        self.label_names: list[str] | None = list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
-        self._read_label = LabelReader(self.label_names, label_names)
+        own_names = list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
+        self._read_label = LabelReader(own_names, label_names)
+        self.label_names: Sequence[str] | None = own_names if label_names is None else label_names
         self._rows: Any = dataset.with_format(None).select_columns(columns)
         if self._rows.features is not None:
             # If `datasets` decoded the pictures, one broken file would end the run.
@@ -84,7 +85,7 @@ class _PictureDataset:
         if self._label_column is not None:
             if row[self._label_column] is None:
                 raise ValueError(f"row {index} has no {self._label_column!r}: filter such rows out of the dataset")
-            item["labels"] = self._read_label(row[self._label_column])
+            item["labels"] = int(self._read_label(row[self._label_column]))
         stored = row[self._image_column]
         try:
             image = _decode(stored)
@@ -127,7 +128,7 @@ class ImageDataset(_PictureDataset, Dataset[dict[str, Any]]):
         label_names: Names of the model's classes, in their order: labels with names are then numbered by them.
 
     Attributes:
-        label_names: Names of the dataset's classes, in its order; None if it has none.
+        label_names: Names of the classes that labels are numbered by; None if unknown.
 
     Raises:
         ValueError: If there is no such column or several qualify, if the dataset has a transform, or if it names a
@@ -215,10 +216,18 @@ class TensorImageDataset(Dataset[dict[str, Any]]):
     """
 
     def __init__(
-        self, dataset: Dataset[Mapping[str, Any]], *, with_labels: bool = True, broken_images: bool = False
+        self,
+        dataset: Dataset[Mapping[str, Any]],
+        *,
+        with_labels: bool = True,
+        broken_images: bool = False,
+        label_names: Sequence[str] | None = None,
     ) -> None:
         self._dataset = dataset
         self._images = {"images", "broken_image"} if broken_images else {"images"}
+        # Our datasets name their classes so, torchvision's call them `classes`.
+        self.label_names = getattr(dataset, "label_names", getattr(dataset, "classes", None))
+        self._read_label = LabelReader(self.label_names, label_names)
         self._kept = self._images | ({"labels"} if with_labels else set())
 
     def __len__(self) -> int:
@@ -235,7 +244,10 @@ class TensorImageDataset(Dataset[dict[str, Any]]):
             )
         if "images" in item:
             validate_images(item["images"], ndim=3)
-        return {**{key: item[key] for key in self._kept if key in item}, "index": int(index)}
+        kept = {key: item[key] for key in self._kept if key in item}
+        if "labels" in kept:
+            kept["labels"] = self._read_label(kept["labels"])
+        return {**kept, "index": int(index)}
 
 
 def choose_rows(num_rows: int, num_images: int, *, seed: int) -> list[int]:

@@ -13,7 +13,7 @@ _SHOWN = 12  # names of a list in an error
 
 
 class LabelReader:
-    """Turns labels, numbers or words, into numbers of a model's classes: by name where both sides have names.
+    """Turns words into numbers of a model's classes, and numbers where both sides have names; others stay unchanged.
 
     `names` are the dataset's class names, `model_names` the model's, both in the order of their numbers and None if
     unknown. `ValueError`, with both lists, if the dataset names a class that the model does not have.
@@ -41,7 +41,7 @@ class LabelReader:
             )
         self._numbers = [self._names.index(name) for name in plain]
 
-    def __call__(self, label: Any) -> int:
+    def __call__(self, label: Any) -> Any:
         """Returns the number of the model's class; `ValueError` for a word that is no class of the model."""
         if isinstance(label, str):
             if self._names is None or self._model_names is None:
@@ -53,8 +53,8 @@ class LabelReader:
                 raise ValueError(f"label {label!r} must be a class of the model, one of {_list(self._model_names)}")
             return self._names.index(_plain(label))
         if self._numbers is not None and 0 <= label < len(self._numbers):
-            return self._numbers[label]
-        return int(label)
+            return self._numbers[int(label)]
+        return label
 
 
 def check_label_range(labels: Iterable[int], num_labels: int) -> None:

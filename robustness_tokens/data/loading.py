@@ -82,26 +82,34 @@ def load_image_dataset(
 def _picture_files(root: Path) -> dict[str, list[str]] | None:
     """Returns patterns of the files of each split of a folder of pictures; `None` for other folders.
 
-    Left alone, datasets takes a class such as train_station for a split and drops the other classes. Here, sub-folders
-    are splits if all of them are named as splits.
+    Left alone, datasets takes a class such as train_station for a split and drops the other classes. Here, the folders
+    of the first level that has several are splits if all of them are named as splits.
     """
+    from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+
     card = root / "README.md"
-    if (card.is_file() and "configs:" in card.read_text(encoding="utf-8", errors="replace")) or any(
-        root.glob("metadata.*")
-    ):
-        return None  # the files say themselves which splits and labels there are
-    folder = root
-    while True:
-        inside = [sub for sub in sorted(folder.iterdir()) if sub.is_dir() and _holds_pictures(sub)]
-        if len(inside) != 1 or _split_of(inside[0].name) or _holds_pictures(folder, deep=False):
-            break
-        folder = inside[0]
-    splits = {sub: _split_of(sub.name) for sub in inside}
-    if not splits or None in splits.values() or _holds_pictures(folder, deep=False):
-        return {"train": ["**"]} if _holds_pictures(root) else None
+    if card.is_file() and "configs:" in card.read_text(encoding="utf-8", errors="replace"):
+        return None  # it says itself which splits there are
+    holding = []  # folders with pictures
+    for place, folders, files in os.walk(root):
+        folders[:] = [name for name in folders if not name.startswith((".", "__"))]  # as datasets does
+        kinds = {os.path.splitext(file)[1].lower() for file in files if not file.startswith("metadata.")}
+        if kinds & {".parquet", ".arrow", ".tar", ".zip"}:
+            return None
+        if not kinds.isdisjoint(ImageFolder.EXTENSIONS):
+            holding.append(Path(place).relative_to(root).parts)
+    depth, names = 0, {parts[:1] for parts in holding}
+    while len(names) == 1 and len(above := next(iter(names))) > depth and _split_of(above[-1]) is None:
+        depth += 1
+        names = {parts[: depth + 1] for parts in holding}
+    splits = {name: _split_of(name[-1]) if len(name) > depth else None for name in names}
+    if None in splits.values():
+        return {"train": ["**"]}
+    if not splits or any(root.glob("metadata.*")):
+        return None
     patterns: dict[str, list[str]] = {}
-    for sub, split in sorted(splits.items(), key=lambda pair: pair[1] != "train"):
-        patterns.setdefault(str(split), []).append(glob.escape(sub.relative_to(root).as_posix()) + "/**")
+    for name, split in sorted(splits.items(), key=lambda pair: pair[1] != "train"):
+        patterns.setdefault(str(split), []).append("/".join(map(glob.escape, name)) + "/**")
     return patterns
 
 
@@ -111,19 +119,6 @@ def _split_of(name: str) -> str | None:
 
     word = re.sub(r"[-_. ]*(\d+|images?|imgs?|set|split|data)$", "", name.lower())
     return next((str(split) for split, words in SPLIT_KEYWORDS.items() if word in words), None)
-
-
-def _holds_pictures(folder: Path, *, deep: bool = True) -> bool:
-    from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
-
-    if folder.name.startswith((".", "__")):
-        return False  # datasets ignores it
-    for _, _, files in os.walk(folder):
-        if any(os.path.splitext(file)[1].lower() in ImageFolder.EXTENSIONS for file in files):
-            return True
-        if not deep:
-            break
-    return False
 
 
 def find_image_column(

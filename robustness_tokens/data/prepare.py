@@ -141,8 +141,13 @@ def prepare_images(
                 raise ValueError(f"{name}={value!r} can't be applied to a {kind} of ready images: leave it out")
         if isinstance(dataset, IterableDataset):
             return Images(dataset, dataset)
-        with_labels = task in ("classification", "segmentation")
-        return Images(TensorImageDataset(dataset, with_labels=with_labels, broken_images=broken_images), dataset)
+        ready = TensorImageDataset(
+            dataset,
+            with_labels=task in ("classification", "segmentation"),
+            broken_images=broken_images,
+            label_names=label_names if task == "classification" else None,
+        )
+        return Images(ready, dataset)
     if image_size is None and (resize == "squash" or task == "segmentation"):
         if image_processor is None:
             raise ValueError("image_size must be given, in pixels: there is no image processor that names one")

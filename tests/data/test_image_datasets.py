@@ -167,13 +167,23 @@ def test_pictures_without_folders_are_one_split(tmp_path: Path) -> None:
     assert len(load_image_dataset(source, cache_dir=tmp_path / "cache")) == 3
 
 
-@pytest.mark.parametrize("file", ["metadata.csv", "README.md"])
-def test_a_folder_that_says_what_it_holds_is_left_alone(file: str, tmp_path: Path) -> None:
+def test_a_folder_that_says_what_it_holds_is_left_alone(tmp_path: Path) -> None:
     source = write_pictures(tmp_path / "source", "train/0.png", "test_tube/0.png")
     configs = "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: train/*\n---\n"
-    content = {"metadata.csv": "file_name,caption\ntrain/0.png,b\ntest_tube/0.png,c\n", "README.md": configs}
-    (source / file).write_text(content[file])
+    (source / "README.md").write_text(configs)
     assert len(load_image_dataset(source, cache_dir=tmp_path / "cache")) == 1
+    table = write_source("parquet folder", tmp_path / "table")
+    write_pictures(table, "assets/logo.png")
+    assert len(load_image_dataset(table, split="test", cache_dir=tmp_path / "cache")) == NUM_IMAGES
+
+
+@pytest.mark.parametrize(("second", "count"), [("test_tube", 2), ("test", 1)])
+def test_metadata_keep_their_pictures(second: str, count: int, tmp_path: Path) -> None:
+    source = write_pictures(tmp_path / "source", "train/0.png", f"{second}/0.png")
+    (source / "metadata.csv").write_text(f"file_name,caption\ntrain/0.png,b\n{second}/0.png,c\n")
+    dataset = load_image_dataset(source, cache_dir=tmp_path / "cache")
+    assert len(dataset) == count
+    assert second == "test" or sorted(dataset["caption"]) == ["b", "c"]
 
 
 @pytest.mark.parametrize(
@@ -274,6 +284,28 @@ def test_without_names_of_the_model_numbers_stay() -> None:
 def test_other_classes_are_refused_with_both_lists(names: list[str], model_names: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ImageDataset(labelled([0, 1], names), TRANSFORM, label_names=model_names)
+
+
+class Torchvision(list[Any]):
+    """Image and class, as torchvision's datasets give them, with the names of the classes."""
+
+    classes = ("Bag", "Dress", "T-shirt/top")
+
+
+def test_names_of_ready_images_count_too() -> None:
+    tuples = Torchvision([(torch.rand(3, 4, 4), torch.tensor(row)) for row in range(3)])
+    ready = prepare_images(tuples, task="classification", label_names=MODEL_NAMES).dataset
+    assert [int(ready[row]["labels"]) for row in range(3)] == [2, 1, 0]
+    table = ImageDataset(labelled([0, 1], ["Bag", "Dress"]), TRANSFORM)
+    again = prepare_images(table, task="classification", label_names=MODEL_NAMES).dataset
+    assert [again[row]["labels"] for row in range(2)] == [2, 1]
+    # Labels that are matched already are matched once.
+    matched = ImageDataset(labelled([0, 1], ["Bag", "Dress"]), TRANSFORM, label_names=MODEL_NAMES)
+    once = prepare_images(matched, task="classification", label_names=MODEL_NAMES).dataset
+    assert [once[row]["labels"] for row in range(2)] == [2, 1]
+    with pytest.raises(ValueError, match="different classes"):
+        prepare_images(tuples, task="classification", label_names=["cat", "dog"])
+    assert prepare_images(tuples, label_names=["cat", "dog"]).dataset[0].keys() == {"images", "index"}
 
 
 def test_two_classes_of_one_name_are_no_problem_in_the_same_order() -> None:
