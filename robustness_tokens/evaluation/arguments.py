@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any, Literal, get_args
 
 from ..configuration import FeatureView
@@ -141,19 +142,20 @@ class EvaluationArguments:
         check_fields(self, from_zero=("seed",), free=("ignore_index",))
         if self.eps is not None and not self.eps:
             raise ValueError("eps must hold at least one budget, got none")
-        for eps in (*(self.eps or ()), *self.eps_sweep):
-            if not isinstance(eps, int | float) or not 0 <= eps <= 1:
+        budgets: list[Any] = [*(self.eps or ()), *self.eps_sweep]
+        for eps in budgets:
+            if not isinstance(eps, Real) or not 0 <= eps <= 1:
                 raise ValueError(f"eps must lie in [0, 1], in pixel units of [0, 1] images such as 4/255, got {eps!r}")
         for attack in self.attacks or ():
             if isinstance(attack, str):
                 find_definition(attack)
 
 
-def columns_of(arguments: EvaluationArguments) -> dict[str, Any]:
-    """Returns the settings of columns and labels that are not the defaults, which a training takes too."""
-    fields = {field.name: field.default for field in dataclasses.fields(EvaluationArguments)}
-    names = ("image_column_name", "label_column_name", "label_matching")
-    return {name: value for name in names if (value := getattr(arguments, name)) != fields[name]}
+def training_settings(arguments: EvaluationArguments, *, of_tables: bool) -> dict[str, Any]:
+    """Returns the settings of labels, and `of_tables` of columns, for the attacker's training; no defaults."""
+    names = ("label_matching", *(("image_column_name", "label_column_name") if of_tables else ()))
+    defaults = {field.name: field.default for field in dataclasses.fields(EvaluationArguments)}
+    return {name: value for name in names if (value := getattr(arguments, name)) != defaults[name]}
 
 
 def override_arguments(arguments: EvaluationArguments | None, overrides: Mapping[str, Any]) -> EvaluationArguments:

@@ -21,7 +21,7 @@ from ..data import Normalizer, check_label_range, check_same_classes, choose_row
 from ..models import ProbedModel, as_state, label_names, random_state
 from ..report import RobustnessReport
 from ..utils import __version__, digest, local_path, process_state
-from .arguments import EvaluationArguments, columns_of, override_arguments
+from .arguments import EvaluationArguments, override_arguments, training_settings
 from .attack_suite import AttackBatch, on_8bit_grid
 from .cells import CellStore, measure_outcome, merge, model_settings, run_cells
 from .checks import run_checks
@@ -122,8 +122,7 @@ def evaluate_robustness(
             if "own_tokens" in arguments.knowledge and own_tokens is None:
                 theirs = [images.dataset] if attacker_datasets is None else attacker_datasets
                 changes = shortened(evaluated.recipe, arguments.own_tokens_steps)
-                if attacker_datasets is not None:
-                    changes |= columns_of(arguments)
+                changes |= training_settings(arguments, of_tables=attacker_datasets is not None)
                 changes |= dict(own_tokens_overrides or {})
                 trained = train_own_tokens(
                     evaluated,

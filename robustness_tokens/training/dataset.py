@@ -27,7 +27,7 @@ from ..data import (
     load_adversarial_pairs,
     prepare_images,
 )
-from ..models import ProbeHead, RobustnessTokenPreTrainedModel, label_names
+from ..models import ProbeHead, RobustnessTokenForImageClassification, RobustnessTokenPreTrainedModel, label_names
 from .arguments import RobustnessTokenTrainingArguments
 
 
@@ -120,8 +120,9 @@ def classes_of(
     model: RobustnessTokenPreTrainedModel, head: ProbeHead | None, args: RobustnessTokenTrainingArguments
 ) -> dict[str, Any]:
     """Returns the names and the number of the classes that labels refer to; nothing if no labels are read."""
-    if args.objective != "cross_entropy":
-        return {}
+    has_classes = isinstance(model if head is None else head, RobustnessTokenForImageClassification | ProbeHead)
+    if args.objective != "cross_entropy" or not has_classes:
+        return {}  # the training step refuses what has none
     names = label_names(model if head is None else head) if args.label_matching == "name" else None
     base: Any = model.get_base_model()
     return {"label_names": names, "num_labels": base.config.num_labels if head is None else head.num_labels}

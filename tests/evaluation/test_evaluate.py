@@ -748,6 +748,26 @@ def test_labels_are_checked_before_anything_runs(
         run(probed, Images(masks), own_tokens=None)
 
 
+@pytest.mark.parametrize("given", [False, True], ids=["evaluated images", "own images"])
+def test_columns_hold_for_the_attackers_own_datasets_too(
+    given: bool, named: RobustnessTokenForImageClassification, images: Images, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[dict[str, Any]] = []
+
+    def train(*_: Any, overrides: dict[str, Any], **__: Any) -> None:
+        seen.append(overrides)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate, "train_own_tokens", train)
+    assert images.labels is not None
+    dataset = pictures_of(images, fine=(datasets.Value("int64"), images.labels))
+    columns: dict[str, Any] = {"label_column_name": "fine", "label_matching": "index"}
+    theirs = {"attacker_datasets": [dataset]} if given else {}
+    with pytest.raises(KeyboardInterrupt):
+        run(named, dataset, knowledge="own_tokens", own_tokens=None, **columns, **theirs)
+    assert seen == [columns if given else {"label_matching": "index"}]
+
+
 def test_the_number_of_queries_stands_beside_every_number_of_a_black_box(
     report: RobustnessReport, classifier: RobustnessTokenForImageClassification, images: Images
 ) -> None:

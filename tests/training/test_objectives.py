@@ -143,6 +143,14 @@ def test_a_segmentation_head_is_distilled_patch_by_patch(tmp_path: Path) -> None
     [
         ({"classifier": False, "objective": "distillation"}, "distillation.* has no head: .*ForImageClassification"),
         ({"objective": "head_distance", "head": ClassificationHead(2 * HIDDEN_SIZE, 4)}, "reads no head"),
+        (
+            {"classifier": False, "objective": "cross_entropy", "dataset": labelled(8)},
+            "cross_entropy.* has no head: .*ForImageClassification",
+        ),
+        (
+            {"classifier": False, "head": torch.nn.Linear(4, 2), "objective": "cross_entropy", "dataset": labelled(8)},
+            "head is a Linear, expected a probe head",
+        ),
         ({"objective": "cross_entropy"}, "no labels, .* name their column by label_column_name"),
         ({"objective": "distillation", "attack": "paper", "eps": None}, 'distillation.* needs attack="pgd"'),
         ({"objective": "kl"}, "objective must be one of"),
