@@ -144,7 +144,7 @@ class EvaluationArguments:
             raise ValueError("eps must hold at least one budget, got none")
         budgets: list[Any] = [*(self.eps or ()), *self.eps_sweep]
         for eps in budgets:
-            if not isinstance(eps, Real) or not 0 <= eps <= 1:
+            if not isinstance(eps, Real) or not 0 <= float(eps) <= 1:
                 raise ValueError(f"eps must lie in [0, 1], in pixel units of [0, 1] images such as 4/255, got {eps!r}")
         for attack in self.attacks or ():
             if isinstance(attack, str):
