@@ -36,7 +36,7 @@ from robustness_tokens import (
 )
 from robustness_tokens.data import collate_images
 from robustness_tokens.evaluation import training_figures
-from robustness_tokens.report import ATTACKERS
+from robustness_tokens.report import ATTACKERS, num_queries
 from robustness_tokens.training import split_settings
 
 
@@ -126,7 +126,10 @@ def print_table(reports: dict[str, RobustnessReport]) -> None:
     print(f"{'the attacker':<34}" + "".join(f"{name:>24}" for name in ("without tokens", *reports)))
     for knowledge in (None, "none", "base", "own_tokens", "full", "full_worst_case"):
         cells = [accuracy(first, knowledge, "none"), *(accuracy(report, knowledge) for report in reports.values())]
-        print(f"{ATTACKERS[knowledge].name:<34}" + "".join(f"{cell:>24}" for cell in cells))
+        who = ATTACKERS[knowledge].name
+        if knowledge == "none":  # more queries find more
+            who += f", {max(num_queries(result) or 0 for result in first.results):,} queries"
+        print(f"{who:<34}" + "".join(f"{cell:>24}" for cell in cells))
 
 
 def main() -> None:

@@ -16,7 +16,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from .common import DEFAULT_EPS, check_pixels, check_steps
+from .common import DEFAULT_EPS, check_attack
+from .objectives import as_tensor, check_logits, class_labels
 
 
 ApgdLoss = Literal["cross_entropy", "targeted_dlr"]
@@ -33,7 +34,7 @@ def auto_attack(
     Args:
         logits_fn: Maps (B, ...) images in [0, 1] to (B, C) logits, in any precision.
         images: (B, 3, H, W) float32 in [0, 1].
-        labels: (B,) int64 classes.
+        labels: (B,) classes, integers from 0 to C - 1.
         eps: Radius of the L-infinity ball in pixel units.
         seed: Seed of the noise.
 
@@ -47,10 +48,10 @@ def auto_attack(
     Source: Croce & Hein, "Reliable evaluation of adversarial robustness with an ensemble of diverse parameter-free
     attacks", ICML 2020, arXiv 2003.01690.
     """
-    check_steps(eps=eps, num_steps=1)
+    eps = check_attack(images, eps=eps)
+    model, images, labels, num_targets = _prepare(logits_fn, images, labels, target_classes=9)
     if eps == 0:
-        return images.clone()
-    model, num_targets = _prepare(logits_fn, images, labels, target_classes=9)
+        return images
     with _left_as_found(images.device):
         attack = _package("pyautoattack").AutoAttack(model, eps=eps, seed=seed, device=images.device)
         attack.apgd_targeted.n_target_classes = attack.fab.n_target_classes = num_targets
@@ -95,18 +96,16 @@ def apgd_attack(
     """
     if loss not in get_args(ApgdLoss):
         raise ValueError(f"loss must be one of {get_args(ApgdLoss)}, got {loss!r}")
-    check_steps(eps=eps, num_steps=num_steps)
-    if num_restarts < 1 or num_target_classes < 1:
-        raise ValueError(
-            "num_restarts and num_target_classes must be at least 1, "
-            f"got num_restarts={num_restarts} and num_target_classes={num_target_classes}"
-        )
+    counts = {"num_steps": num_steps, "num_restarts": num_restarts, "num_target_classes": num_target_classes}
+    eps = check_attack(images, eps=eps, **counts)
     targeted = loss == "targeted_dlr"
     if targeted and highest_loss:
         raise ValueError('highest_loss is for loss="cross_entropy": with "targeted_dlr" each target has its own')
+    model, images, labels, num_targets = _prepare(
+        logits_fn, images, labels, target_classes=num_target_classes if targeted else None
+    )
     if eps == 0:
-        return images.clone()
-    model, num_targets = _prepare(logits_fn, images, labels, target_classes=num_target_classes if targeted else None)
+        return images
     settings: dict[str, Any] = {"n_iter": num_steps, "n_restarts": num_restarts, "eps": eps, "seed": seed}
     with _left_as_found(images.device):
         parts = _package("pyautoattack.autopgd_base")
@@ -126,22 +125,29 @@ def apgd_attack(
 
 def _prepare(
     logits_fn: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, *, target_classes: int | None
-) -> tuple[Callable[[Tensor], Tensor], int]:
-    """Checks the arguments; returns the logits in float32, which the package needs, and how many classes to target."""
-    check_pixels("images", images)
+) -> tuple[Callable[[Tensor], Tensor], Tensor, Tensor, int]:
+    """Checks the arguments; returns float32 logits, contiguous images, int64 labels and the number of targets."""
     if images.dtype != torch.float32:
         raise ValueError(f"images must be float32, got {images.dtype}: AutoAttack knows no other precision")
+    labels, highest_label = class_labels(labels)
+
+    def model(x: Tensor) -> Tensor:
+        x = x.clone()  # logits_fn may work in place
+        if x.requires_grad:
+            x.register_hook(lambda gradient: gradient.contiguous())  # the package can't take channels_last
+        # Square writes into the logits, which the caller may keep.
+        return as_tensor(logits_fn(x), "logits").float().clone()
+
+    if labels.shape != images.shape[:1]:
+        raise ValueError(f"labels must have shape {tuple(images.shape[:1])}, got {tuple(labels.shape)}")
     with torch.no_grad():
-        shape = logits_fn(images[:1]).shape
-    if len(shape) != 2 or labels.shape != images.shape[:1]:
-        raise ValueError(
-            f"logits must have shape (B, C) and labels (B,), got {tuple(shape)} for one image, and "
-            f"{tuple(labels.shape)}: AutoAttack is for classifiers"
-        )
-    if target_classes is not None and shape[1] < 4:
-        raise ValueError(f"the targeted DLR loss needs at least 4 classes, got {shape[1]}: use the cross-entropy")
-    # A copy, since Square writes into the logits, which the caller may keep.
-    return (lambda x: logits_fn(x).float().clone()), min(target_classes or 1, shape[1] - 1)
+        logits = model(images[:1])
+    check_logits(logits, labels[:1], highest_label)
+    num_classes = logits.shape[1]
+    if target_classes is not None and num_classes < 4:
+        raise ValueError(f"the targeted DLR loss needs at least 4 classes, got {num_classes}: use the cross-entropy")
+    images = images.detach().clone(memory_format=torch.contiguous_format)
+    return model, images, labels, min(target_classes or 1, num_classes - 1)
 
 
 def _package(name: str) -> Any:

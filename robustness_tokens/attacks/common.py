@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from numbers import Integral
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -42,11 +43,12 @@ class Search:
 
     def evaluate(self, images: Tensor) -> Tensor:
         """Returns the objective's values, (R,), of one candidate per row, (R, ...); keeps the best candidates."""
-        values = self.objective_of_rows(images)
-        if values.shape != (len(images),):
+        values = self.objective_of_rows(images.clone())  # which may work in place
+        if not isinstance(values, Tensor) or values.shape != (len(images),):
+            came = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else f"a {type(values).__name__}"
             raise ValueError(
-                f"objective must return one number per image, shape ({len(images)},), got shape "
-                f"{tuple(values.shape)}: reduce every dimension but the first"
+                f"objective must return one number per image, shape ({len(images)},), got {came}: reduce every "
+                "dimension but the first"
             )
         finite = values.isfinite()
         if not finite.all():
@@ -68,6 +70,21 @@ class Search:
         return goes_on
 
 
+def check_attack(images: Tensor, *, eps: Any, step_size: float | None = None, **counts: Any) -> float:
+    """Returns eps as a float; `ValueError` unless images and eps are in [0, 1], and each count is at least 1."""
+    check_pixels("images", images)
+    lowest, highest = images.aminmax()
+    if not (lowest >= 0 and highest <= 1):
+        raise ValueError(
+            f"images must lie in [0, 1], got values from {lowest:g} to {highest:g}: undo the normalisation first and "
+            "apply it inside the objective"
+        )
+    eps = check_steps(eps=eps, step_size=step_size, **counts)
+    if eps > 1:
+        raise ValueError(f"eps must be at most 1, in pixel units of [0, 1] images such as 8/255, got {eps}")
+    return eps
+
+
 def check_pixels(name: str, pixels: Tensor) -> None:
     """Raises `ValueError` unless the images are a batch in float32 or float64."""
     # Half precision is coarser than 8 bits near 1 (bfloat16) or breaks the budget by rounding (float16).
@@ -80,14 +97,21 @@ def check_pixels(name: str, pixels: Tensor) -> None:
         raise ValueError(f"{name} must hold at least one image, shape (B, ...), got shape {tuple(pixels.shape)}")
 
 
-def check_steps(*, eps: float, num_steps: int, step_size: float | None = None) -> None:
-    """Raises `ValueError` if the budget or the steps are out of range."""
-    if not 0 <= eps < math.inf:
+def check_steps(*, eps: Any, step_size: float | None = None, **counts: Any) -> float:
+    """Returns eps as a float; `ValueError` if it, the step or a count such as `num_steps` is out of range."""
+    try:
+        radius = float(eps)
+    except (TypeError, ValueError, RuntimeError) as exc:
+        came = f"a tensor of shape {tuple(eps.shape)}" if hasattr(eps, "shape") else repr(eps)
+        raise ValueError(f"eps must be one number for all images, got {came}: attack each eps in a call") from exc
+    if not 0 <= radius < math.inf:
         raise ValueError(f"eps must be a finite number of at least 0, got {eps}")
     if step_size is not None and not 0 < step_size < math.inf:
         raise ValueError(f"step_size must be a finite number above 0, got {step_size}")
-    if num_steps < 1:
-        raise ValueError(f"num_steps must be at least 1, got {num_steps}: without a step there is no attack")
+    for name, count in counts.items():
+        if not isinstance(count, Integral) or count < 1:
+            raise ValueError(f"{name} must be a whole number of at least 1, got {count}")
+    return radius
 
 
 def draw_noise(like: Tensor, sample: Callable[..., Tensor], generator: Generators) -> Tensor:

@@ -4,9 +4,9 @@ The factories share their arguments: a function of images in [0, 1], which norma
 constants to push its output away from, in the order of the batch that will be attacked.
 
     features_fn: Maps (B, ...) images to (B, N, D) or (B, D) features.
-    logits_fn: Maps (B, ...) images to (B, C) logits.
+    logits_fn: Maps (B, ...) images to (B, C) logits, or to an output of transformers with `logits`.
     target: Same shape as the features, usually those of the clean images.
-    labels: (B,) int64 classes.
+    labels: (B,) classes, integers from 0 to C - 1.
 
 Each returns an [`Objective`], which maps (B, ...) images to (B,) and raises a `ValueError` if the shapes don't fit.
 
@@ -85,7 +85,7 @@ def feature_cosine_objective(
     """
 
     def objective(images: Tensor, target: Tensor) -> Tensor:
-        return -cosine_similarity(features_fn(images), target, similarity_axis=similarity_axis)
+        return -cosine_similarity(as_tensor(features_fn(images), "features"), target, similarity_axis=similarity_axis)
 
     return Objective(objective, target)
 
@@ -97,7 +97,7 @@ def feature_mse_objective(features_fn: Callable[[Tensor], Tensor], target: Tenso
     """
 
     def objective(images: Tensor, target: Tensor) -> Tensor:
-        features = features_fn(images)
+        features = as_tensor(features_fn(images), "features")
         _check_same_shape(features, target)
         return (features - target).square().flatten(1).mean(dim=1)  # (B,)
 
@@ -112,10 +112,11 @@ def cross_entropy_objective(
     `misclassified_bonus` is added where the image is misclassified and does not change the gradient. With a large one,
     an attack that keeps its best iterate prefers misclassified iterates to those with a larger loss.
     """
+    labels, highest_label = class_labels(labels)
 
     def objective(images: Tensor, labels: Tensor) -> Tensor:
-        logits = logits_fn(images)
-        _check_logits(logits, labels)
+        logits = as_tensor(logits_fn(images), "logits")
+        check_logits(logits, labels, highest_label)
         loss = F.cross_entropy(logits, labels, reduction="none")  # (B,)
         return loss + misclassified_bonus * (logits.argmax(dim=1) != labels)
 
@@ -130,10 +131,11 @@ def margin_objective(logits_fn: Callable[[Tensor], Tensor], labels: Tensor) -> O
     Source: untargeted and unclipped form of the loss f_6 of Carlini & Wagner, "Towards Evaluating the Robustness of
     Neural Networks", IEEE S&P 2017, arXiv 1608.04644.
     """
+    labels, highest_label = class_labels(labels)
 
     def objective(images: Tensor, labels: Tensor) -> Tensor:
-        logits = logits_fn(images)
-        _check_logits(logits, labels)
+        logits = as_tensor(logits_fn(images), "logits")
+        check_logits(logits, labels, highest_label)
         if logits.shape[1] < 2:
             raise ValueError(f"logits_fn must return at least two classes, got shape {tuple(logits.shape)}")
         index = labels[:, None]  # (B, 1)
@@ -151,10 +153,11 @@ def pixel_cross_entropy_objective(
     Logits are (B, C, H, W), labels (B, H, W) of the same size. Pixels with the label `ignore_index` (255 as in
     transformers) don't count; an image without any labelled pixel scores 0.
     """
+    labels, highest_label = class_labels(labels, ignore_index=ignore_index)
 
     def objective(images: Tensor, labels: Tensor, num_labelled: Tensor) -> Tensor:
-        logits = logits_fn(images)
-        _check_logits(logits, labels, num_dims=4)
+        logits = as_tensor(logits_fn(images), "logits")
+        check_logits(logits, labels, highest_label, num_dims=4)
         per_pixel = F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="none")  # (B, H, W)
         return per_pixel.flatten(1).sum(dim=1) / num_labelled.clamp(min=1)  # (B,)
 
@@ -174,11 +177,40 @@ def _check_same_shape(features: Tensor, target: Tensor) -> None:
         )
 
 
-def _check_logits(logits: Tensor, labels: Tensor, *, num_dims: int = 2) -> None:
+def as_tensor(output: object, name: Literal["logits", "features"]) -> Tensor:
+    """Returns a function's output, or the logits of an output of transformers."""
+    tensor = getattr(output, "logits", output) if name == "logits" else output
+    if not isinstance(tensor, Tensor):
+        raise ValueError(
+            f"{name}_fn must return a tensor, got a {type(output).__name__}: give a function that returns the tensor "
+            "in it, such as lambda images: model(images).last_hidden_state"
+        )
+    return tensor
+
+
+def class_labels(labels: Tensor, *, ignore_index: int | None = None) -> tuple[Tensor, int]:
+    """Returns labels as int64, and the highest class; `ValueError` unless they are integers of at least 0."""
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise ValueError(f"labels must be integers, one class per image or pixel, got {labels.dtype}")
+    labels = labels.long()
+    counted = labels if ignore_index is None else labels[labels != ignore_index]
+    lowest, highest = map(int, counted.aminmax()) if counted.numel() else (0, 0)
+    if lowest < 0:
+        raise ValueError(f"labels must be classes from 0, got {lowest}: leave images without a label out")
+    return labels, highest
+
+
+def check_logits(logits: Tensor, labels: Tensor, highest_label: int, *, num_dims: int = 2) -> None:
+    """Raises `ValueError` unless the logits fit the labels, of which the highest is known."""
     if logits.dim() != num_dims or labels.shape != (logits.shape[0], *logits.shape[2:]):
         expected, fix = "(B, C) and labels (B,)", ""
         if num_dims == 4:
             expected, fix = "(B, C, H, W) and labels (B, H, W)", ": resize the logits to the labels in logits_fn"
         raise ValueError(
             f"logits must have shape {expected}, got {tuple(logits.shape)} and {tuple(labels.shape)}{fix}"
+        )
+    if highest_label >= logits.shape[1]:
+        raise ValueError(
+            f"labels must be from 0 to {logits.shape[1] - 1}, since the logits have {logits.shape[1]} classes, got "
+            f"{highest_label}"
         )

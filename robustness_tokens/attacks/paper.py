@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .common import Generators, check_pixels, check_steps, draw_noise, input_gradient
-from .objectives import detached_copy
+from .objectives import as_tensor, check_logits, class_labels, detached_copy
 
 
 _MAX_MSE = 1e-4
@@ -78,21 +78,25 @@ def paper_attack(
     arXiv 2503.10191, https://github.com/BrianPulfer/robustness-tokens.
     """
     check_pixels("pixel_values", pixel_values)
-    check_steps(eps=eps, step_size=step_size, num_steps=num_steps)
+    eps = check_steps(eps=eps, step_size=step_size, num_steps=num_steps)
     clean = pixel_values.detach().clone()
     clean_images, mean, std = _unnormalize(clean, image_mean=image_mean, image_std=image_std)
     if labels is not None and target is not None:
         raise ValueError("labels attack a classifier and target features: leave one of them out")
+    if labels is not None:
+        labels, highest_label = class_labels(labels, ignore_index=-100)
     given = target if labels is None else labels
     if given is None:
         with torch.no_grad():
-            given = model_fn(clean)
+            given = as_tensor(model_fn(clean.clone()), "features")  # it may work in place
     target = detached_copy(given)
     lower, upper = clean.aminmax()
     iterate = clean + step_size * draw_noise(clean, torch.randn, generator)
     for step in range(num_steps):
         iterate.requires_grad_()
-        output = model_fn(iterate)
+        output = as_tensor(model_fn(iterate.clone()), "features" if labels is None else "logits")
+        if labels is not None:
+            check_logits(output, labels, highest_label, num_dims=2 if labels.dim() == 1 else 4)
         fit = F.cosine_similarity(output, target).mean() if labels is None else -F.cross_entropy(output, target)
         mse = F.mse_loss(iterate * std + mean, clean_images)
         loss = fit + mse

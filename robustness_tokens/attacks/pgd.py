@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .common import DEFAULT_EPS, Generators, Search, check_pixels, check_steps, draw_noise, input_gradient
+from .common import DEFAULT_EPS, Generators, Search, check_attack, draw_noise, input_gradient
 
 
 def pgd_step_size(eps: float, num_steps: int) -> float:
@@ -71,18 +71,7 @@ def pgd_attack(
     Source: Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks", ICLR 2018, arXiv 1706.06083.
     Momentum: Dong et al., "Boosting Adversarial Attacks with Momentum", CVPR 2018, arXiv 1710.06081.
     """
-    check_pixels("images", images)
-    lowest, highest = images.aminmax()
-    if not (lowest >= 0 and highest <= 1):
-        raise ValueError(
-            f"images must lie in [0, 1], got values from {lowest:g} to {highest:g}: undo the normalisation first and "
-            "apply it inside the objective"
-        )
-    check_steps(eps=eps, step_size=step_size, num_steps=num_steps)
-    if eps > 1:
-        raise ValueError(f"eps must be at most 1, in pixel units of [0, 1] images such as 8/255, got {eps}")
-    if num_restarts < 1:
-        raise ValueError(f"num_restarts must be at least 1, got {num_restarts}")
+    eps = check_attack(images, eps=eps, step_size=step_size, num_steps=num_steps, num_restarts=num_restarts)
     if num_restarts > 1 and not random_start:
         raise ValueError(f"num_restarts={num_restarts} would repeat one run without random_start=True")
     if not keep_best and (num_restarts > 1 or stop_above < math.inf):

@@ -12,7 +12,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from .common import DEFAULT_EPS, Generators, Search, check_pixels, check_steps, draw_noise
+from .common import DEFAULT_EPS, Generators, Search, check_attack, draw_noise
 
 
 NoiseKind = Literal["uniform", "corners"]
@@ -48,8 +48,7 @@ def noise_attack(
     """
     if kind not in get_args(NoiseKind):
         raise ValueError(f"kind must be one of {get_args(NoiseKind)}, got {kind!r}")
-    check_pixels("images", images)
-    check_steps(eps=eps, num_steps=num_draws)
+    eps = check_attack(images, eps=eps, num_draws=num_draws)
     search = Search(objective, images)
     for _ in range(num_draws):
         uniform = draw_noise(images, torch.rand, generator)
@@ -88,8 +87,7 @@ def square_attack(
     Source: Andriushchenko et al., "Square Attack", ECCV 2020, arXiv 1912.00049, with the schedule of the authors' code
     stretched to `num_queries`.
     """
-    check_pixels("images", images)
-    check_steps(eps=eps, num_steps=num_queries)
+    eps = check_attack(images, eps=eps, num_queries=num_queries)
     search = Search(objective, images, stop_above=stop_above)
     if images.dim() != 4:
         raise ValueError(f"images must have shape (B, C, H, W), got {tuple(images.shape)}")

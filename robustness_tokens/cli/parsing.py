@@ -17,7 +17,7 @@ from ..evaluation import EvaluationArguments
 from ..models import AUTO, BASE
 from ..report import format_setting
 from ..training import PAPER, RobustnessTokenTrainingArguments, resolve_preset
-from ..utils import read_yaml
+from ..utils import local_path, read_yaml
 
 
 # How the help groups arguments; one name is in one group, whichever command takes it.
@@ -30,7 +30,8 @@ GROUPS = {
     ),
     "data": (
         *("dataset", "dataset_config", "dataset_name", "split", "streaming", "eval_dataset", "eval_split"),
-        *("attacker_dataset", "attacker_split", "image_column_name", "image_size", "resize", "ignore_index"),
+        *("attacker_dataset", "attacker_split", "image_column_name", "label_column_name", "mask_column_name"),
+        *("label_matching", "image_size", "resize", "ignore_index"),
         *("num_images", "num_eval_pairs", "shuffle_buffer_size", "max_broken_images"),
     ),
     "attack": (
@@ -116,6 +117,8 @@ class CommandParser(HfArgumentParser):
             values = vars(self.parse_args(words))  # once more: the user's words override the preset
         if values.get("attn_implementation") is not None and values.get("train_attn_implementation") == AUTO:
             values["train_attn_implementation"] = BASE  # the user's choice
+        # A shell leaves the ~ of --output_dir=~/out, and a YAML file has none to expand it.
+        values = {name: type(v)(local_path(v)) if isinstance(v, str | Path) else v for name, v in values.items()}
         instances = tuple(group(**{f.name: values.pop(f.name) for f in dataclasses.fields(group)}) for group in groups)
         return instances, values
 

@@ -39,6 +39,7 @@ from .image_processors import (
     read_image_processor,
     with_normalization,
 )
+from .labels import LabelMatching, check_label_range, check_same_classes
 from .loading import load_image_dataset
 from .prepare import Images, prepare_images
 from .preprocessing import ImageTransform, Normalizer, ResizeMode, height_and_width

@@ -37,6 +37,8 @@ from ..utils import (
     check_text,
     check_type,
     flush_to_disk,
+    local_path,
+    naming,
     read_json,
     write_text,
 )
@@ -275,7 +277,7 @@ def round_to_budget(adversarial: Tensor, clean: NDArray[np.uint8], levels: int) 
 
 def find_pairs(name_or_path: str | os.PathLike[str], **hub_kwargs: Any) -> Path | None:
     """Returns the `adversarial_pairs.json` of a folder or a Hub dataset; `None` if it holds no pairs."""
-    folder = Path(name_or_path).expanduser()
+    folder = Path(local_path(name_or_path))
     if folder.exists():
         path = folder / INFO_FILE
         return path if path.is_file() else None
@@ -310,7 +312,7 @@ def load_adversarial_pairs(
     if path is None:
         raise ValueError(f"{os.fspath(name_or_path)!r} holds no adversarial pairs: it has no {INFO_FILE}")
     info = PairsInfo.from_dict(read_json(path))
-    if path.parent == Path(name_or_path).expanduser():
+    if path.parent == Path(local_path(name_or_path)):
         missing = missing_shards(path.parent, info)
         if missing or not (path.parent / "state.json").is_file():
             raise ValueError(
@@ -343,7 +345,7 @@ def write_shard(path: Path, batches: Iterable[Mapping[str, list[Any]]]) -> None:
     from datasets.arrow_writer import ArrowWriter
 
     partial = path.with_name(f".{path.name}.part")
-    with ArrowWriter(path=str(partial), features=pair_features()) as writer:
+    with naming(path), ArrowWriter(path=str(partial), features=pair_features()) as writer:
         for batch in batches:
             writer.write_batch(dict(batch))
         writer.finalize()

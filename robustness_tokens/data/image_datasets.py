@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import signal
@@ -16,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, get_worker_info
 
+from .labels import LabelReader
 from .loading import find_image_column, find_label_column
 from .preprocessing import ImageTransform, height_and_width, to_rgb
 
@@ -62,6 +64,7 @@ class _PictureDataset:
         image_column_name: str | None = None,
         label_column_name: str | None = None,
         with_labels: bool = True,
+        label_names: Sequence[str] | None = None,
     ) -> None:
         import datasets
 
@@ -76,6 +79,12 @@ class _PictureDataset:
         self._image_column = find_image_column(dataset, image_column_name)
         self._label_column = find_label_column(dataset, label_column_name) if with_labels else None
         columns = [column for column in (self._image_column, self._label_column) if column is not None]
+        feature = (
+            None if self._label_column is None or dataset.features is None else dataset.features[self._label_column]
+        )
+        own_names = list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
+        self._read_label = LabelReader(own_names, label_names)
+        self.label_names: Sequence[str] | None = own_names if label_names is None else label_names
         self._rows: Any = dataset.with_format(None).select_columns(columns)
         if self._rows.features is not None:
             # If `datasets` decoded the pictures, one broken file would end the run.
@@ -86,7 +95,7 @@ class _PictureDataset:
         if self._label_column is not None:
             if row[self._label_column] is None:
                 raise ValueError(f"row {index} has no {self._label_column!r}: filter such rows out of the dataset")
-            item["labels"] = int(row[self._label_column])
+            item["labels"] = int(self._read_label(row[self._label_column]))
         stored = row[self._image_column]
         try:
             image = _to_rgb_in_strips(open_picture(stored))
@@ -155,10 +164,27 @@ class ImageDataset(_PictureDataset, Dataset[dict[str, Any]]):
         label_column_name: Column of the class indices; by default the only `ClassLabel` column, or else the integer
             column "label" or "labels", if there is one.
         with_labels: False reads no labels, whatever columns there are.
+        label_names: Names of the model's classes, in their order: labels with names are then numbered by them.
+
+    Attributes:
+        label_names: Names of the classes that labels are numbered by; None if unknown.
 
     Raises:
-        ValueError: If there is no such column or several qualify, or if the dataset has a transform.
+        ValueError: If there is no such column or several qualify, if the dataset has a transform, or if it names a
+            class that is not in `label_names`.
     """
+
+    @functools.cached_property
+    def labels(self) -> set[int]:
+        """All labels, read without the pictures; `ValueError` if a row has none or an unknown word."""
+        if self._label_column is None:
+            return set()
+        column = self._rows.select_columns([self._label_column]).with_format("arrow")[:].column(0)
+        if column.null_count:
+            raise ValueError(
+                f"{column.null_count} rows have no {self._label_column!r}: filter them out of the dataset"
+            )
+        return set(map(self._read_label, column.unique().to_pylist()))
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -229,27 +255,43 @@ def validate_images(images: Tensor, *, ndim: int = 4) -> None:
 class TensorImageDataset(Dataset[dict[str, Any]]):
     """Checks ready images, `{"images": (3, H, W) float in [0, 1]}`, keeps their "labels", and adds "index".
 
-    Other keys are dropped. Only with `broken_images` may an item hold a "broken_image" instead of "images".
+    A tuple, as torchvision's datasets give, is an image and its label. Other keys are dropped. Only with
+    `broken_images` may an item hold a "broken_image" instead of "images".
     """
 
     def __init__(
-        self, dataset: Dataset[Mapping[str, Any]], *, with_labels: bool = True, broken_images: bool = False
+        self,
+        dataset: Dataset[Mapping[str, Any]],
+        *,
+        with_labels: bool = True,
+        broken_images: bool = False,
+        label_names: Sequence[str] | None = None,
     ) -> None:
         self._dataset = dataset
         self._images = {"images", "broken_image"} if broken_images else {"images"}
+        # Our datasets name their classes so, torchvision's call them `classes`.
+        self.label_names = getattr(dataset, "label_names", getattr(dataset, "classes", None))
+        self._read_label = LabelReader(self.label_names, label_names)
         self._kept = self._images | ({"labels"} if with_labels else set())
 
     def __len__(self) -> int:
         return len(self._dataset)  # type: ignore[arg-type]  # torch's Dataset leaves __len__ to its children
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        item = self._dataset[int(index)]
+        item: Any = self._dataset[int(index)]
+        if isinstance(item, tuple | list) and len(item) in (1, 2):
+            item = dict(zip(("images", "labels"), item, strict=False))
         if not isinstance(item, Mapping) or not self._images & item.keys():
             came = f"keys {list(item)}" if isinstance(item, Mapping) else f"a {type(item).__name__}"
-            raise ValueError(f"dataset[{index}] must be a dict with 'images', got {came}")
+            raise ValueError(
+                f"dataset[{index}] must be a dict with 'images', got {came}: give that, or (image, label)"
+            )
         if "images" in item:
             validate_images(item["images"], ndim=3)
-        return {**{key: item[key] for key in self._kept if key in item}, "index": int(index)}
+        kept = {key: item[key] for key in self._kept if key in item}
+        if "labels" in kept:
+            kept["labels"] = self._read_label(kept["labels"])
+        return {**kept, "index": int(index)}
 
 
 def choose_rows(num_rows: int, num_images: int, *, seed: int) -> list[int]:

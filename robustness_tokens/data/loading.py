@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from ..utils import read_json
+from ..utils import local_path, read_json
 
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def load_image_dataset(
         ValueError: If nothing readable is there, if the split (the error lists those that exist) or the configuration
             is unknown, or if an argument has no meaning for data on the disk.
     """
-    path = Path(name_or_path).expanduser()
+    path = Path(local_path(name_or_path))
     is_saved = any((path / file).is_file() for file in ("state.json", "dataset_dict.json"))
     unused = {"revision": revision} if path.exists() else {}
     unused |= {"name": name} if is_saved or path.is_file() else {}
@@ -64,14 +65,60 @@ def load_image_dataset(
         raise ValueError(f"name_or_path must be a .parquet file, a folder or a Hub id, got the file {str(path)!r}")
     import datasets
 
-    builder, data_files = ("parquet", str(path)) if path.is_file() else (str(path), None)
+    data_files: Any = str(path) if path.is_file() else None
+    if path.is_dir():
+        data_files = _picture_files(path)
+    builder = "parquet" if path.is_file() else str(path)
     options = {"revision": revision, "token": token, "cache_dir": None if cache_dir is None else str(cache_dir)}
     try:
         return datasets.load_dataset(builder, name, data_files=data_files, split=split, streaming=streaming, **options)
-    except (ConnectionError, FileNotFoundError, ValueError) as exc:
+    except Exception as exc:  # datasets and its readers raise nearly anything on damaged or unknown files
         place = "on this disk" if path.exists() else "on the Hub, since there is no such file or folder here"
         wanted = f"name_or_path={str(name_or_path)!r}, name={name!r}, split={split!r}"
-        raise ValueError(f"{wanted} can't be loaded (looked {place}): {exc}") from exc
+        reasons = dict.fromkeys(f"{one}" or type(one).__name__ for one in (exc, exc.__cause__) if one is not None)
+        raise ValueError(f"{wanted} can't be loaded (looked {place}): {': '.join(reasons)}") from exc
+
+
+def _picture_files(root: Path) -> dict[str, list[str]] | None:
+    """Returns patterns of the files of each split of a folder of pictures; `None` for other folders.
+
+    Left alone, datasets takes a class such as train_station for a split and drops the other classes. Here, the folders
+    of the first level that has several are splits if all of them are named as splits.
+    """
+    from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+
+    card = root / "README.md"
+    if card.is_file() and "configs:" in card.read_text(encoding="utf-8", errors="replace"):
+        return None  # it says itself which splits there are
+    holding = []  # folders with pictures
+    for place, folders, files in os.walk(root):
+        folders[:] = [name for name in folders if not name.startswith((".", "__"))]  # as datasets does
+        kinds = {os.path.splitext(file)[1].lower() for file in files if not file.startswith("metadata.")}
+        if kinds & {".parquet", ".arrow", ".tar", ".zip"}:
+            return None
+        if not kinds.isdisjoint(ImageFolder.EXTENSIONS):
+            holding.append(Path(place).relative_to(root).parts)
+    depth, names = 0, {parts[:1] for parts in holding}
+    while len(names) == 1 and len(above := next(iter(names))) > depth and _split_of(above[-1]) is None:
+        depth += 1
+        names = {parts[: depth + 1] for parts in holding}
+    splits = {name: _split_of(name[-1]) if len(name) > depth else None for name in names}
+    if None in splits.values():
+        return {"train": ["**"]}
+    if not splits or any(root.glob("metadata.*")):
+        return None
+    patterns: dict[str, list[str]] = {}
+    for name, split in sorted(splits.items(), key=lambda pair: pair[1] != "train"):
+        patterns.setdefault(str(split), []).append("/".join(map(glob.escape, name)) + "/**")
+    return patterns
+
+
+def _split_of(name: str) -> str | None:
+    """Returns the split that a folder named so holds, such as "test" for testing, test_images or test2017."""
+    from datasets.data_files import SPLIT_KEYWORDS
+
+    word = re.sub(r"[-_. ]*(\d+|images?|imgs?|set|split|data)$", "", name.lower())
+    return next((str(split) for split, words in SPLIT_KEYWORDS.items() if word in words), None)
 
 
 def find_image_column(
@@ -80,27 +127,31 @@ def find_image_column(
     *,
     argument: str = "image_column_name",
 ) -> str:
-    """Returns the named or the only column of pictures; `ValueError` if it is missing or there are several."""
+    """Returns the named or the only column of pictures; `ValueError` if it is missing or there are several.
+
+    A column of bytes, the content of image files, counts only if it is named.
+    """
     types = _column_types(dataset)
-    found = [column for column, name in types.items() if name == "Image"]
+    kinds = ("Image",) if image_column_name is None else ("Image", "binary", "large_binary")
+    found = [column for column, name in types.items() if name in kinds]
     return _pick(found, types, image_column_name, argument=argument, expected="datasets.Image")
 
 
 def find_label_column(
     dataset: datasets.Dataset | datasets.IterableDataset, label_column_name: str | None = None
 ) -> str | None:
-    """Returns the named column, else the `ClassLabel` column, else the integers "label" or "labels", else `None`.
+    """Returns the named column, else the `ClassLabel` column, else "label", "labels" or "cls", else `None`.
 
-    `ValueError` if several columns qualify, or the named one holds no integers.
+    `ValueError` if several columns qualify, or the named one holds neither integers nor words.
     """
     types = _column_types(dataset)
     classes = [column for column, name in types.items() if name == "ClassLabel"]
-    integers = [column for column, name in types.items() if re.fullmatch(r"u?int\d+", name)]
-    found = classes or [column for column in integers if column in ("label", "labels")]
+    others = [column for column, name in types.items() if re.fullmatch(r"u?int\d+|(large_)?string", name)]
+    found = classes or [column for column in others if column in ("label", "labels", "cls")]  # cls: webdataset
     if label_column_name is None and not found:
         return None
-    candidates = found if label_column_name is None else classes + integers
-    return _pick(candidates, types, label_column_name, argument="label_column_name", expected="class indices")
+    candidates = found if label_column_name is None else classes + others
+    return _pick(candidates, types, label_column_name, argument="label_column_name", expected="class labels")
 
 
 def check_saved(folder: Path) -> None:
@@ -118,7 +169,10 @@ def _load_saved(path: Path, *, split: str, streaming: bool) -> datasets.Dataset 
     import datasets
 
     check_saved(path)
-    loaded = datasets.load_from_disk(str(path))
+    try:
+        loaded = datasets.load_from_disk(str(path))
+    except Exception as exc:  # as above
+        raise ValueError(f"{str(path)!r} can't be loaded, so it is damaged: {exc}") from exc
     splits = loaded if isinstance(loaded, datasets.DatasetDict) else {str(loaded.split or "train"): loaded}
     if split not in splits:
         raise ValueError(
@@ -131,15 +185,22 @@ def _load_saved(path: Path, *, split: str, streaming: bool) -> datasets.Dataset 
 def _column_types(dataset: datasets.Dataset | datasets.IterableDataset) -> dict[str, str]:
     """Returns the columns' types by name, from the features or else from a stream's first row."""
     if dataset.features is not None:
-        types = {column: type(feature).__name__ for column, feature in dataset.features.items()}
-        return {column: dataset.features[column].dtype if name == "Value" else name for column, name in types.items()}
+        return {column: _type_of(feature) for column, feature in dataset.features.items()}
     if (row := next(iter(dataset), None)) is None:
         raise ValueError("dataset has no rows, expected at least one")
-    known = ((Image.Image, "Image"), (int, "int64"))
+    known = ((Image.Image, "Image"), (int, "int64"), (str, "string"), (bytes, "binary"))
     return {
-        column: next((name for kind, name in known if isinstance(value, kind)), type(value).__name__)
+        column: next((name for kind, name in known if isinstance(value, kind)), _type_of(value))
         for column, value in row.items()
     }
+
+
+def _type_of(feature: Any) -> str:
+    """Names a column's type; a struct with the content of a file, as parquet files hold pictures, is an image."""
+    if isinstance(feature, Mapping) and "bytes" in feature and feature.keys() <= {"bytes", "path"}:
+        return "Image"
+    name = type(feature).__name__
+    return str(feature.dtype) if name == "Value" else name
 
 
 def _pick(found: Sequence[str], types: Mapping[str, str], named: str | None, *, argument: str, expected: str) -> str:
@@ -152,5 +213,5 @@ def _pick(found: Sequence[str], types: Mapping[str, str], named: str | None, *, 
     elif found:
         problem = f"dataset has several columns of {expected}, {list(found)}: choose by {argument}"
     else:
-        problem = f"dataset has no column of {expected}: cast the one that holds it by dataset.cast_column(...)"
+        problem = f"dataset has no column of {expected}: name the one that holds it by {argument}"
     raise ValueError(f"{problem}; its columns are {', '.join(f'{name!r} ({kind})' for name, kind in types.items())}")

@@ -20,6 +20,7 @@ from ..utils import digest
 from .adversarial_pairs import AdversarialPairs
 from .image_datasets import ImageDataset, IterableImageDataset, SegmentationDataset, TensorImageDataset
 from .image_processors import processor_image_size
+from .labels import check_label_range
 from .preprocessing import ImageTransform, ResizeMode
 
 
@@ -73,6 +74,11 @@ class Images:
             known["split"] = None if self.source.split is None else str(self.source.split)
         return {key: value for key, value in known.items() if value is not None}
 
+    def check_labels(self, num_labels: int) -> None:
+        """Raises `ValueError` unless all labels in a table are classes; others are checked when they are read."""
+        if isinstance(self.dataset, ImageDataset):
+            check_label_range(self.dataset.labels, num_labels)
+
     @cached_property
     def identity(self) -> str | None:
         """A sha256 of all images and labels; `None` if they can't be known: a stream, or others at each reading.
@@ -111,6 +117,9 @@ def prepare_images(
     recipe: Mapping[str, Any] | None = None,
     image_processor: BaseImageProcessor | None = None,
     image_column_name: str | None = None,
+    label_column_name: str | None = None,
+    mask_column_name: str | None = None,
+    label_names: Sequence[str] | None = None,
     streams: bool = False,
     broken_images: bool = False,
     rank: int = 0,
@@ -119,10 +128,10 @@ def prepare_images(
     """Prepares a `datasets` dataset of pictures, a torch dataset of ready images or `AdversarialPairs`.
 
     The task "classification" reads class labels, "segmentation" masks, any other no labels. By default, pictures are
-    resized as the `recipe` of an adapter says, and without one squashed to the size of the image processor. `streams`
-    allows a stream; one of `datasets` is split among the processes. `broken_images` allows broken images in a dataset
-    of ready images; pictures may always be broken. `ValueError` names `argument` if the dataset can't be used, or a
-    setting that has no effect on it.
+    resized as the `recipe` of an adapter says, and without one squashed to the size of the image processor.
+    `label_names` are those of the model's classes, see `ImageDataset`. `streams` allows a stream; one of `datasets` is
+    split among the processes. `broken_images` allows broken images in a dataset of ready images; pictures may always
+    be broken. `ValueError` names `argument` if the dataset can't be used, or a setting that has no effect on it.
     """
     import datasets
 
@@ -144,13 +153,23 @@ def prepare_images(
     if isinstance(dataset, AdversarialPairs):
         return Images(dataset, dataset)
     if not _is_table(dataset):
-        for name, value in (("image_size", image_size), ("image_column_name", image_column_name)):
+        columns = {
+            "image_column_name": image_column_name,
+            "label_column_name": label_column_name,
+            "mask_column_name": mask_column_name,
+        }
+        for name, value in {"image_size": image_size, **columns}.items():
             if value is not None:
                 raise ValueError(f"{name}={value!r} can't be applied to a {kind} of ready images: leave it out")
         if isinstance(dataset, IterableDataset | ImageDataset):  # prepared already
             return Images(dataset, dataset)
-        with_labels = task in ("classification", "segmentation")
-        return Images(TensorImageDataset(dataset, with_labels=with_labels, broken_images=broken_images), dataset)
+        ready = TensorImageDataset(
+            dataset,
+            with_labels=task in ("classification", "segmentation"),
+            broken_images=broken_images,
+            label_names=label_names if task == "classification" else None,
+        )
+        return Images(ready, dataset)
     if resize is None and image_size is None and recipe is not None:
         resize = recipe.get("resize")
         image_size = None if resize == "processor" else recipe.get("image_size")
@@ -162,10 +181,14 @@ def prepare_images(
         image_size = processor_image_size(image_processor)
     if task == "segmentation":
         assert image_size is not None
-        return Images(SegmentationDataset(dataset, image_size=image_size), dataset)
+        named = {"image_column_name": image_column_name, "mask_column_name": mask_column_name}
+        given: dict[str, Any] = {name: column for name, column in named.items() if column is not None}
+        return Images(SegmentationDataset(dataset, image_size=image_size, **given), dataset)
     processor = image_processor if resize == "processor" else None
     transform = ImageTransform(resize=resize, image_size=image_size, image_processor=processor)
     options: dict[str, Any] = {"image_column_name": image_column_name, "with_labels": task == "classification"}
+    if task == "classification":
+        options |= {"label_column_name": label_column_name, "label_names": label_names}
     if streaming:
         return Images(IterableImageDataset(dataset, transform, rank=rank, world_size=world_size, **options), dataset)
     return Images(ImageDataset(dataset, transform, **options), dataset)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any, Literal, get_args
 
 from ..configuration import FeatureView
+from ..data import LabelMatching
 from ..models import MixedPrecision
 from ..report import Knowledge, Task
-from ..utils import check_choice, check_int
+from ..utils import check_fields
 from .attack_suite import find_definition
 
 
@@ -90,6 +92,24 @@ class EvaluationArguments:
         default=None,
         metadata={"help": "Folder to store finished parts in, which are not run again; by default none."},
     )
+    image_column_name: str | None = field(
+        default=None, metadata={"help": "Column with the images; by default found by its type."}
+    )
+    label_column_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Column with the class labels; by default the one of class labels, or label, labels or cls."
+        },
+    )
+    mask_column_name: str | None = field(
+        default=None, metadata={"help": "Column with the masks of a segmentation; by default mask."}
+    )
+    label_matching: LabelMatching = field(
+        default="name",
+        metadata={
+            "help": "How labels refer to the classes of the model: by name where both sides have names, or by index."
+        },
+    )
     feature_view: FeatureView | None = field(
         default=None, metadata={"help": "Features to measure; by default those in the adapter's config."}
     )
@@ -111,23 +131,31 @@ class EvaluationArguments:
     disable_tqdm: bool = field(default=False, metadata={"help": "Show no progress bars."})
 
     def __post_init__(self) -> None:
+        for name in ("knowledge", "attacks", "eps", "eps_sweep"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, str) or not isinstance(value, Iterable)):
+                setattr(self, name, [value])
         if not self.knowledge or set(self.knowledge) - set(get_args(Knowledge)):
             raise ValueError(
                 f"knowledge must be a list of at least one of {get_args(Knowledge)}, got {self.knowledge!r}"
             )
-        check_choice("budget", self.budget, get_args(BudgetName))
+        check_fields(self, from_zero=("seed",), free=("ignore_index",))
         if self.eps is not None and not self.eps:
             raise ValueError("eps must hold at least one budget, got none")
-        for eps in (*(self.eps or ()), *self.eps_sweep):
-            if not 0 <= eps <= 1:
-                raise ValueError(f"eps must lie in [0, 1], in pixel units of [0, 1] images such as 4/255, got {eps}")
+        budgets: list[Any] = [*(self.eps or ()), *self.eps_sweep]
+        for eps in budgets:
+            if not isinstance(eps, Real) or not 0 <= float(eps) <= 1:
+                raise ValueError(f"eps must lie in [0, 1], in pixel units of [0, 1] images such as 4/255, got {eps!r}")
         for attack in self.attacks or ():
             if isinstance(attack, str):
                 find_definition(attack)
-        if self.own_tokens_steps is not None:
-            check_int("own_tokens_steps", self.own_tokens_steps, 1)
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
+
+
+def training_settings(arguments: EvaluationArguments, *, of_tables: bool) -> dict[str, Any]:
+    """Returns the settings of labels, and `of_tables` of columns, for the attacker's training; no defaults."""
+    names = ("label_matching", *(("image_column_name", "label_column_name") if of_tables else ()))
+    defaults = {field.name: field.default for field in dataclasses.fields(EvaluationArguments)}
+    return {name: value for name in names if (value := getattr(arguments, name)) != defaults[name]}
 
 
 def override_arguments(arguments: EvaluationArguments | None, overrides: Mapping[str, Any]) -> EvaluationArguments:

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from ..attacks import DEFAULT_EPS
 from ..configuration import TOKENS, TokenState, state_digest
-from ..data import Normalizer, choose_rows, prepare_images
-from ..models import ProbedModel, as_state, random_state
+from ..data import Normalizer, check_label_range, check_same_classes, choose_rows, prepare_images
+from ..models import ProbedModel, as_state, label_names, random_state
 from ..report import RobustnessReport
-from ..utils import __version__, digest, process_state
-from .arguments import EvaluationArguments, override_arguments
+from ..utils import __version__, digest, local_path, process_state
+from .arguments import EvaluationArguments, override_arguments, training_settings
 from .attack_suite import AttackBatch, on_8bit_grid
 from .cells import CellStore, measure_outcome, merge, run_cells
 from .checks import run_checks
@@ -101,6 +101,10 @@ def evaluate_robustness(
             image_processor=processor,
             image_size=arguments.image_size,
             recipe=evaluated.recipe,
+            image_column_name=arguments.image_column_name,
+            label_column_name=arguments.label_column_name,
+            mask_column_name=arguments.mask_column_name,
+            label_names=label_names(model) if arguments.label_matching == "name" else None,
             broken_images=True,
         )
         assert images.num_images is not None  # streams are refused
@@ -108,11 +112,20 @@ def evaluate_robustness(
         batches = load_batches(
             images.dataset, rows, evaluated, batch_size=arguments.batch_size, ignore_index=arguments.ignore_index
         )
+        num_classes = _count_classes(evaluated, batches)
+        other = None
+        if surrogate is not None:
+            if arguments.label_matching == "name":
+                check_same_classes(label_names(model), label_names(surrogate), whose="model and surrogate")
+            surrogate.eval().to(evaluated.device)
+            other = EvaluatedModel(surrogate, task=evaluated.task, attack_precision=evaluated.attack_precision)
         with _folder(arguments.output_dir) as folder:
             training: dict[str, dict[str, Any]] = {}
             if "own_tokens" in arguments.knowledge and own_tokens is None:
                 theirs = [images.dataset] if attacker_datasets is None else attacker_datasets
-                changes = shortened(evaluated.recipe, arguments.own_tokens_steps) | dict(own_tokens_overrides or {})
+                changes = shortened(evaluated.recipe, arguments.own_tokens_steps)
+                changes |= training_settings(arguments, of_tables=attacker_datasets is not None)
+                changes |= dict(own_tokens_overrides or {})
                 trained = train_own_tokens(
                     evaluated,
                     own_tokens_specs(
@@ -131,10 +144,6 @@ def evaluate_robustness(
                 training = describe_training(
                     evaluated, trained, overrides=changes, on_evaluated=attacker_datasets is None
                 )
-            other = None
-            if surrogate is not None:
-                surrogate.eval().to(evaluated.device)
-                other = EvaluatedModel(surrogate, task=evaluated.task, attack_precision=evaluated.attack_precision)
             views = [
                 view
                 for level in dict.fromkeys(arguments.knowledge)
@@ -152,7 +161,7 @@ def evaluate_robustness(
                 budget,
                 eps=eps,
                 num_images=len(rows),
-                num_classes=_count_classes(evaluated, batches),
+                num_classes=num_classes,
                 on_grid=all(gather_object([on_8bit_grid(batch.images) for batch in batches.values()])),
             )
             batches = _with_base_features(evaluated, batches)
@@ -218,7 +227,7 @@ def evaluate_robustness(
 def _folder(output_dir: str | os.PathLike[str] | None) -> Iterator[Path]:
     """Yields the folder to work in, the same on every process; a temporary one if none is given."""
     if output_dir is not None:
-        yield Path(output_dir)
+        yield Path(local_path(output_dir))
         return
     state = process_state()
     with tempfile.TemporaryDirectory() as own:
@@ -264,10 +273,18 @@ def _with_base_features(model: EvaluatedModel, batches: Mapping[int, AttackBatch
 
 @torch.no_grad()
 def _count_classes(model: EvaluatedModel, batches: Mapping[int, AttackBatch]) -> int | None:
-    if model.task != "classification":
+    """Returns the number of classes, None if there are none; `ValueError` unless all labels are classes."""
+    if model.task == "features":
         return None
     counts = gather_object([model.logits(batch.images[:1], None).shape[1] for batch in list(batches.values())[:1]])
-    return int(counts[0])
+    labels = set()
+    for batch in batches.values():
+        assert batch.labels is not None
+        labels |= set(batch.labels.unique().tolist()) - (
+            {batch.ignore_index} if model.task == "segmentation" else set()
+        )
+    check_label_range(gather_object(list(labels)), counts[0])
+    return int(counts[0]) if model.task == "classification" else None
 
 
 def _settings(

@@ -52,7 +52,10 @@ def _collate(items: list[dict[str, Any]], model: EvaluatedModel, ignore_index: i
     labels = None
     if model.task != "features":
         if "labels" not in items[0]:
-            raise ValueError(f'dataset has no labels, which task={model.task!r} needs: evaluate task="features"')
+            raise ValueError(
+                f"dataset has no labels, which task={model.task!r} needs: name their column by "
+                'label_column_name (mask_column_name), give items with "labels", or evaluate task="features"'
+            )
         labels = torch.stack([torch.as_tensor(item["labels"]).long() for item in items])
         check_labels(labels, images, model.task)
         labels = labels.to(model.device)

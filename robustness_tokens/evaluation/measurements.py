@@ -17,6 +17,7 @@ from ..report import (
     Result,
     TokensInPlace,
     is_sweep,
+    num_queries,
     pack_correct,
 )
 from .attack_suite import AttackBatch
@@ -98,6 +99,7 @@ class Measurements:
             **cell.attack.reported_parameters(cell.eps),
             **self._precision(),
             **_own_tokens([cell]),
+            **_queries([cell]),
             "view": cell.view.name,
         }
         if "attacked" in outcome:
@@ -146,6 +148,7 @@ class Measurements:
                     **({} if part is None else {"part": part}),
                     "attacks": sorted({f"{attack_in_words(cell)} ({cell.view.name})" for cell in counted}),
                     **self._precision(),
+                    **(_queries(counted) if knowledge == "none" else {}),
                     **(_own_tokens(counted) if knowledge == "own_tokens" else {}),
                     **({} if cells[0].series == "suite" else {"series": cells[0].series}),
                 },
@@ -196,8 +199,8 @@ class Measurements:
 def sweep_curves(results: Sequence[Result]) -> dict[str, list[float]]:
     """Returns the worst cases over eps for figures, by name.
 
-    `sweep/<knowledge>/<metric>/` with `eps` (in pixel units), `value`, `low` and `high` (95%); for the base without
-    tokens `sweep/base, none/<metric>/`, and so on for other tokens.
+    `sweep/<knowledge>/<metric>/` with `eps` (in pixel units), `value`, `low` and `high` (95%), and `num_queries` of a
+    black box; for the base without tokens `sweep/base, none/<metric>/`, and so on for other tokens.
     """
     curves: dict[str, list[float]] = {}
     for result in results:
@@ -206,6 +209,8 @@ def sweep_curves(results: Sequence[Result]) -> dict[str, list[float]]:
             low, high = result.confidence_interval
             for key, value in {"eps": result.eps, "value": result.value, "low": low, "high": high}.items():
                 curves.setdefault(f"sweep/{who}/{result.metric}/{key}", []).append(value)
+            if (queries := num_queries(result)) is not None:
+                curves.setdefault(f"sweep/{who}/{result.metric}/num_queries", []).append(queries)
     return curves
 
 
@@ -233,6 +238,14 @@ def _parts(cells: Sequence[Cell]) -> list[list[int]]:
 def attack_in_words(cell: Cell) -> str:
     """Returns text such as `feature_cosine:base`."""
     return f"{cell.attack.name}:{cell.attack.target}" if cell.attack.target else cell.attack.name
+
+
+def _queries(cells: Sequence[Cell]) -> dict[str, int]:
+    """Returns how many answers of the defended model a black box asks for, per image; nothing for other levels."""
+    if any(cell.view.knowledge != "none" for cell in cells):
+        return {}
+    asked = (cell.attack for cell in cells if not cell.view.is_surrogate)
+    return {"num_queries": sum(attack.num_queries or attack.num_draws or 0 for attack in asked)}
 
 
 def _own_tokens(cells: Sequence[Cell]) -> dict[str, list[int]]:

@@ -36,6 +36,7 @@ from ..training import (
     RobustnessTokenTrainer,
     RobustnessTokenTrainingArguments,
     check_recipe,
+    classes_of,
     make_adversarial_pairs,
     max_pixel_difference,
     prepare_train_dataset,
@@ -84,7 +85,7 @@ def own_tokens_specs(
     ]
 
 
-def shortened(recipe: Mapping[str, Any], num_steps: int | None) -> dict[str, int]:
+def shortened(recipe: Mapping[str, Any], num_steps: int | None) -> dict[str, Any]:
     """Returns the overrides for other numbers of steps, with the same share of warm-up; none for None."""
     if num_steps is None:
         return {}
@@ -135,13 +136,14 @@ def train_own_tokens(
     new_attacker = functools.partial(_attacker, model, base, has_own_head=reads_logits and head is None)
     with new_attacker(specs[0]) as attacker:
         processor, names = attacker.image_processor, attacker.injector.state.keys()
+        classes = classes_of(attacker, head, recipe)
     if names != model.tokens.keys():
         raise ValueError(
             f"the model has only a part of its gains and shifts, {sorted(model.tokens)}, and own tokens are trained "
             f"with whole kinds, {sorted(names)}: give own_tokens, or leave the level out"
         )
     images = [
-        prepare_train_dataset(dataset, args=recipe, image_processor=processor, recipe=model.recipe)
+        prepare_train_dataset(dataset, args=recipe, image_processor=processor, recipe=model.recipe, **classes)
         for dataset in datasets
     ]
     # Pictures as the defender resizes them; a stream is prepared by each training.

@@ -55,7 +55,7 @@ _EFFORTS = {  # quick, standard, full
     "num_restarts": (1, 1, 1),
     "num_apgd_steps": (10, 30, 100),
     "num_target_classes": (3, 3, 9),
-    "num_queries": (100, 150, 1500),
+    "num_queries": (100, 1000, 1500),
     "num_draws": (5, 10, 100),
     "num_own_tokens": (2, 5, 5),
     "num_adversarial_pairs": (1000, 2500, 10000),
@@ -77,8 +77,8 @@ _SUITE: Mapping[Knowledge, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ..
     ),
     "base": (
         ("feature_cosine:base", "cross_entropy", "paper"),
-        ("feature_mse:base", "margin", "apgd_cross_entropy"),
-        ("mi_fgsm", "paper_cross_entropy", "apgd_targeted_dlr", "auto_attack"),
+        ("feature_mse:base", "margin", "apgd_cross_entropy", "mi_fgsm", "apgd_targeted_dlr"),
+        ("paper_cross_entropy", "auto_attack"),
     ),
     "own_tokens": (
         ("feature_cosine:base", "cross_entropy"),
@@ -87,8 +87,8 @@ _SUITE: Mapping[Knowledge, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ..
     ),
     "full": (
         ("feature_cosine:base", "feature_cosine:defended", "cross_entropy", "margin"),
-        ("feature_mse:base", "apgd_cross_entropy", "apgd_targeted_dlr"),
-        ("feature_mse:defended", "mi_fgsm", "auto_attack"),
+        ("feature_mse:base", "apgd_cross_entropy", "apgd_targeted_dlr", "mi_fgsm"),
+        ("feature_mse:defended", "auto_attack"),
     ),
 }
 

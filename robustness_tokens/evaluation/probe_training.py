@@ -43,6 +43,9 @@ def train_probe(
     with_tokens: bool = False,
     normalizer: Normalizer | None = None,
     image_size: int | None = None,
+    image_column_name: str | None = None,
+    label_column_name: str | None = None,
+    mask_column_name: str | None = None,
     num_epochs: int = 10,
     batch_size: int = 64,
     learning_rate: float = 3e-3,
@@ -60,7 +63,7 @@ def train_probe(
     Args:
         model: A `RobustnessTokenModel`, a model that `inject_tokens` was called on, or a base; it is not changed.
         dataset: A map-style `datasets` dataset: pictures with class labels, or for segmentation the columns "image"
-            and "mask". Or any torch dataset (an `ImageDataset` or `SegmentationDataset` with other columns) of
+            and "mask". Or any torch dataset of
             {"images": (3, H, W) float in [0, 1], "index": int, "labels": class, or (H, W) classes of the pixels}; a
             stream must be shuffled already.
         head_class: `ClassificationHead` or `SegmentationHead`.
@@ -69,6 +72,8 @@ def train_probe(
         normalizer: [0, 1] images -> pixel values; required unless `model` is a `RobustnessTokenModel`.
         image_size: Side in pixels that pictures are squashed to; by default they are resized as the tokens' recipe
             says, or to what the image processor makes.
+        image_column_name, label_column_name, mask_column_name: Columns of pictures, class labels and masks; by default
+            found by their types, and "image" and "mask".
         num_epochs, batch_size, learning_rate, weight_decay: Settings of the head's training.
         seed: Seed of the head's first weights and of the order of the images.
         num_workers: Processes that read and decode pictures.
@@ -99,9 +104,13 @@ def train_probe(
         image_size=image_size,
         recipe=getattr(getattr(model, "config", None), "training", None),
         image_processor=getattr(model, "image_processor", None),
+        image_column_name=image_column_name,
+        label_column_name=label_column_name,
+        mask_column_name=mask_column_name,
         streams=True,
         broken_images=True,
     )
+    images.check_labels(num_labels)
     normalizer = (normalizer or _normalizer_of(model)).to(base.device)
 
     def read(*, shuffle: bool) -> Iterator[Iterator[Batch]]:
@@ -123,7 +132,9 @@ def train_probe(
         cached = _cache(next(read(shuffle=False)), images.num_images, max_cache_bytes, disable_tqdm)
         is_stream = images.num_images is None
         epochs = read(shuffle=not is_stream) if cached is None else _shuffled(*cached, batch_size, seed)
-        head = _build_head(head_class, base, first[0].shape[1], num_labels, with_tokens, seed)
+        names = getattr(images.dataset, "label_names", None)
+        names = names if names is not None and len(names) == num_labels else None
+        head = _build_head(head_class, base, first[0].shape[1], num_labels, with_tokens, seed, names)
         optimizer = torch.optim.AdamW(head.parameters(), lr=learning_rate, weight_decay=weight_decay)
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=num_epochs)
         head.train()
@@ -150,12 +161,24 @@ def _step(head: ProbeHead, optimizer: torch.optim.Optimizer, features: Tensor, l
 
 
 def _build_head(
-    head_class: type[HeadT], base: PreTrainedModel, in_features: int, num_labels: int, with_tokens: bool, seed: int
+    head_class: type[HeadT],
+    base: PreTrainedModel,
+    in_features: int,
+    num_labels: int,
+    with_tokens: bool,
+    seed: int,
+    names: list[str] | None,
 ) -> HeadT:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         fingerprint = base_fingerprint(base)
-        head = head_class(in_features, num_labels, base_model_fingerprint=fingerprint, trained_with_tokens=with_tokens)
+        head = head_class(
+            in_features,
+            num_labels,
+            base_model_fingerprint=fingerprint,
+            trained_with_tokens=with_tokens,
+            label_names=names,
+        )
     return head.to(base.device)
 
 

@@ -13,6 +13,7 @@ from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..configuration import FeatureView, GainsAndShifts, SimilarityAxis, TokenState
 from ..data import Normalizer
@@ -71,6 +72,7 @@ class EvaluatedModel:
                 f"task={task!r}, but {type(model).__name__} has no head: load it as "
                 "RobustnessTokenForImageClassification, put a probe on it, or inject_tokens into a model with a head"
             )
+        self.model, self.task, self.injector, self.adapter = model, task, injector, adapter
         if normalizer is None:
             if config is None or config.image_mean is None:
                 raise ValueError("normalizer is not given, and there is no adapter config to take it from: give one")
@@ -78,8 +80,7 @@ class EvaluatedModel:
         if feature_view is None and config is not None:
             feature_view = config.feature_view
         elif feature_view is None and task != "segmentation":
-            feature_view = default_feature_view(model)
-        self.model, self.task, self.injector, self.adapter = model, task, injector, adapter
+            feature_view = default_feature_view(self.base)
         self.device = next(model.parameters()).device
         self.normalizer = normalizer.to(self.device)
         self.feature_view = feature_view
@@ -124,8 +125,11 @@ class EvaluatedModel:
 
     @property
     def base(self) -> nn.Module:
-        """The model without an adapter around it."""
-        return self.model if self.adapter is None else self.adapter.get_base_model()
+        """The model of transformers with the tokens in it, without an adapter or a module of the user around it."""
+        if self.adapter is not None:
+            return self.adapter.get_base_model()
+        inside = (m for m in self.model.modules() if isinstance(m, PreTrainedModel) and find_injector(m) is not None)
+        return next(inside, self.model)
 
     def features(self, images: Tensor, tokens: TokenState | None, *, exact: bool = False) -> Tensor:
         """Returns the features that the tokens were trained to keep, float32 (B, N, D) or (B, D).
@@ -143,8 +147,15 @@ class EvaluatedModel:
         """Returns the head's logits, float32 (B, C) or (B, C, h, w); arguments as in [`features`]."""
 
         def run(pixel_values: Tensor) -> Tensor:
-            output: Any = self.model(pixel_values=pixel_values)
-            logits: Tensor = output if isinstance(output, Tensor) else output.logits
+            # A user's module may call its argument as it likes.
+            is_known = isinstance(self.model, PreTrainedModel | ProbedModel)
+            output: Any = self.model(pixel_values=pixel_values) if is_known else self.model(pixel_values)
+            logits = getattr(output, "logits", output)
+            if not isinstance(logits, Tensor):
+                raise ValueError(
+                    f"{type(self.model).__name__} must return logits, a tensor or an output with `logits`, got a "
+                    f"{type(output).__name__}: wrap it in a module that does"
+                )
             return logits
 
         return self._run(run, images, tokens, exact)

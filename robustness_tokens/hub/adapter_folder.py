@@ -24,7 +24,7 @@ from transformers import BaseImageProcessor
 from ..configuration import TOKENS, RobustnessTokenConfig, TokenState, state_digest
 from ..data import read_image_processor
 from ..report import REPORT_FILE, OlderReportError, RobustnessReport
-from ..utils import check_finite, has_cache_hash, read_json, read_tensors, write_together
+from ..utils import check_finite, has_cache_hash, local_path, read_json, read_tensors, write_together
 
 
 logger = logging.getLogger(__name__)
@@ -80,7 +80,7 @@ def load_adapter(
     `ValueError` if there is none, its config or its tokens are damaged, or a folder is given a `revision`. Errors of
     the Hub pass through.
     """
-    name, subfolder, commit = os.fspath(name_or_path), normalize_subfolder(subfolder), None
+    name, subfolder, commit = local_path(name_or_path), normalize_subfolder(subfolder), None
     if os.path.isdir(name):
         if revision is not None:
             raise ValueError(
@@ -252,7 +252,7 @@ def is_adapter(folder: Path) -> bool:
 
 def holds_adapter(folder: str | os.PathLike[str]) -> bool:
     """Tells whether a folder holds an adapter's files that saving would overwrite."""
-    return any((Path(folder) / file).exists() for file in (CONFIG_FILE, TOKENS_FILE))
+    return any((Path(local_path(folder)) / file).exists() for file in (CONFIG_FILE, TOKENS_FILE))
 
 
 def is_repo_id(name: str) -> bool:

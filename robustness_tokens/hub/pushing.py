@@ -18,7 +18,7 @@ from PIL import Image
 from ..configuration import REMOTE_CODE, REMOTE_CODE_FILE, RobustnessTokenConfig
 from ..data import IMAGE_COLUMNS, INFO_FILE, PAIRS_SPLIT, PairsInfo, load_adversarial_pairs, pair_features
 from ..report import REPORT_FILE
-from ..utils import has_cache_hash
+from ..utils import has_cache_hash, local_path
 from .adapter_folder import (
     CARD_FILE,
     CONFIG_FILE,
@@ -80,7 +80,7 @@ def push_adapter(
         ValueError: If the folder holds no complete adapter, if its base is a folder and `base_model_id` is missing, or
             if the repo is public and `private` is True. Errors of the Hub pass through.
     """
-    path = Path(folder)
+    path = Path(local_path(folder))
     if not path.is_dir():
         raise ValueError(f"folder must be an adapter written by save_pretrained; there is no {str(path)!r}")
     adapter = load_adapter(path)

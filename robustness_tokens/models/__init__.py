@@ -18,6 +18,7 @@ from .heads import (
     base_of,
     check_head,
     head_digest,
+    label_names,
     load_head,
     resize_logits,
     save_head,

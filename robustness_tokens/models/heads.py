@@ -8,8 +8,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from ..data import IGNORE_INDEX
+from ..data import IGNORE_INDEX, check_same_classes
 from ..utils import (
     check_bool,
     check_choice,
@@ -28,7 +29,10 @@ from ..utils import (
     check_finite,
     check_int,
     check_keys,
+    check_list,
+    check_text,
     digest,
+    local_path,
     read_json,
     read_tensors,
     write_bytes,
@@ -56,6 +60,7 @@ class ProbeHead(nn.Module, ABC):
         base_model_fingerprint: Digests of the base that the head was trained on, as in [`RobustnessTokenConfig`];
             empty if unknown.
         trained_with_tokens: True if the base had robustness tokens while the head was trained.
+        label_names: Names of the classes, in their order; None if unknown. A dataset's labels are matched by them.
     """
 
     task: ClassVar[str]
@@ -68,10 +73,16 @@ class ProbeHead(nn.Module, ABC):
         *,
         base_model_fingerprint: Mapping[str, str] | None = None,
         trained_with_tokens: bool = False,
+        label_names: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
         check_int("in_features", in_features, 1)
         check_int("num_labels", num_labels, 1)
+        self.label_names = None if label_names is None else list(label_names)
+        if self.label_names is not None and len(self.label_names) != num_labels:
+            raise ValueError(f"label_names must hold {num_labels} names, one per class, got {len(self.label_names)}")
+        for name in self.label_names or ():
+            check_text("each name in label_names", name)
         self.in_features, self.num_labels = in_features, num_labels
         self.base_model_fingerprint = dict(base_model_fingerprint or {})
         self.trained_with_tokens = trained_with_tokens
@@ -120,6 +131,7 @@ class ZeroShotHead(ProbeHead):
     Args:
         text_embeddings: (C, E) floating: the text tower's projected embedding of a prompt for each class.
         logit_scale: Factor on the cosines; `model.logit_scale.exp()` of the two-tower model (CLIP: 100).
+        label_names: Names of the classes, as in [`ProbeHead`].
 
     Source: Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", arXiv 2103.00020.
     """
@@ -127,7 +139,9 @@ class ZeroShotHead(ProbeHead):
     task = "classification"
     ignore_index = -100
 
-    def __init__(self, text_embeddings: Tensor, logit_scale: float = 100.0) -> None:
+    def __init__(
+        self, text_embeddings: Tensor, logit_scale: float = 100.0, *, label_names: Sequence[str] | None = None
+    ) -> None:
         logit_scale = float(torch.as_tensor(logit_scale).detach())  # a model's parameter would bring its graph
         if text_embeddings.dim() != 2 or not text_embeddings.is_floating_point():
             raise ValueError(
@@ -138,7 +152,7 @@ class ZeroShotHead(ProbeHead):
             raise ValueError(
                 "text_embeddings must be finite rows that are not zero, and logit_scale finite and above 0"
             )
-        super().__init__(text_embeddings.shape[1], text_embeddings.shape[0])
+        super().__init__(text_embeddings.shape[1], text_embeddings.shape[0], label_names=label_names)
         self.weight: Tensor
         self.register_buffer("weight", logit_scale * F.normalize(text_embeddings.detach().float(), dim=1))  # (C, E)
 
@@ -199,9 +213,11 @@ def save_head(head: ProbeHead, folder: str | os.PathLike[str]) -> None:
     _check_names_base("a head", head.base_model_fingerprint)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in head.state_dict().items()}
     check_finite("refusing to save a head", tensors)
-    path = Path(folder)
+    path = Path(local_path(folder))
     path.mkdir(parents=True, exist_ok=True)
     config = {"schema_version": _SCHEMA_VERSION, **{key: getattr(head, key) for key in _CONFIG_KEYS}}
+    if head.label_names is not None:
+        config["label_names"] = head.label_names
     write_bytes(path / HEAD_WEIGHTS_FILE, save(tensors, metadata={"format": "pt"}))
     write_text(path / HEAD_CONFIG_FILE, json.dumps(config, indent=2) + "\n")
 
@@ -226,17 +242,22 @@ def load_head(folder: str | os.PathLike[str]) -> ProbeHead:
     Raises:
         ValueError: If a file is missing, damaged or of a newer schema, or if the two don't fit together.
     """
-    path = Path(folder)
+    path = Path(local_path(folder))
     if missing := [name for name in (HEAD_CONFIG_FILE, HEAD_WEIGHTS_FILE) if not (path / name).is_file()]:
         raise ValueError(f"{path} holds no probe head: it has no {' and no '.join(missing)}")
     config, file = read_json(path / HEAD_CONFIG_FILE), path / HEAD_CONFIG_FILE
-    check_keys(str(file), config, {"schema_version", *_CONFIG_KEYS}, schema=_SCHEMA_VERSION)
+    names = {"schema_version", *_CONFIG_KEYS}
+    check_keys(str(file), config, names, optional={"label_names"}, schema=_SCHEMA_VERSION)
+    if "label_names" in config:
+        check_list(f"{file}: label_names", config["label_names"])
     check_choice(f"{file}: task", config["task"], sorted(_HEAD_CLASSES))
     check_bool(f"{file}: trained_with_tokens", config["trained_with_tokens"])
     check_fingerprint(f"{file}: base_model_fingerprint", config["base_model_fingerprint"])
     _check_names_base(str(file), config["base_model_fingerprint"])
     with torch.device("meta"):  # takes no memory until the file's size is checked
-        head = _HEAD_CLASSES[config["task"]](**{key: config[key] for key in _CONFIG_KEYS[1:]})
+        head = _HEAD_CLASSES[config["task"]](
+            **{key: config[key] for key in _CONFIG_KEYS[1:]}, label_names=config.get("label_names")
+        )
     weights = read_tensors(path / HEAD_WEIGHTS_FILE, head.state_dict(), config_file=HEAD_CONFIG_FILE)
     head.load_state_dict(weights, assign=True)
     return head.eval().requires_grad_(False)
@@ -286,6 +307,7 @@ class ProbedModel(nn.Module):
                 f"head and base_head must be of one task and number of classes, got {head.task} of {head.num_labels} "
                 f"and {heads[1].task} of {heads[1].num_labels}"
             )
+        check_same_classes(heads[0].label_names, heads[-1].label_names, whose="head and base_head")
         self.model = model
         base = base_of(model)
         for one in heads:
@@ -323,6 +345,17 @@ def check_head(head: ProbeHead, base: PreTrainedModel, *, ignore_base_mismatch: 
             made=f"the {head.task} head was trained on",
             fix="train a head on this base",
         )
+
+
+def label_names(model: nn.Module) -> list[str] | None:
+    """Returns the names of the classes of a head or a model, in their order; None if unknown."""
+    if isinstance(model, ProbeHead | ProbedModel):
+        return model.label_names if isinstance(model, ProbeHead) else model.head.label_names
+    base: Any = base_of(model) if isinstance(model, PreTrainedModel) else model
+    names = getattr(getattr(base, "config", None), "id2label", None)
+    if not names or all(re.fullmatch(r"LABEL_\d+", str(name)) for name in names.values()):
+        return None  # transformers' placeholders
+    return [str(names[number]) for number in sorted(names)]
 
 
 def head_digest(base: PreTrainedModel, head: ProbeHead | None) -> str:

@@ -86,6 +86,8 @@ def vision_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
 def _load(loader: Any, name: str, revision: str | None, base_kwargs: Mapping[str, Any]) -> Any:
     try:
         return loader.from_pretrained(name, revision=revision, use_safetensors=True, **base_kwargs)
+    except FileNotFoundError as exc:  # safetensors says so of files that it may not read
+        raise PermissionError(f"{name}: its weights can't be opened, they may be another user's: {exc}") from exc
     except OSError as exc:
         if "safetensors" in str(exc):
             raise ValueError(

@@ -48,6 +48,7 @@ from ..hub import (
     write_adapter,
 )
 from ..report import RobustnessReport
+from ..utils import local_path
 from .features import default_feature_view, extract_features
 from .injection import TokenInjector, as_state, attach_tokens, check_state, new_state, remove_tokens, tokens_in
 from .layer_stack import base_fingerprint, check_base, find_layer_stack, vision_config
@@ -156,7 +157,7 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
                 )
             base_class = type(base).__name__
         else:
-            name = _absolute_if_folder(os.fspath(base_model))
+            name = _absolute_if_folder(local_path(base_model))
             base_class = headless_class_name(name, revision, base_kwargs)
             base = cls._load_base(name, base_class, revision, base_kwargs)
         stack = find_layer_stack(base)
@@ -242,7 +243,7 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
             _check_no_loading_arguments("the base is", for_base)
             base = base_model
         elif base_model is not None:
-            base = cls._load_base(os.fspath(base_model), adapter.config.base_model_class, None, base_kwargs)
+            base = cls._load_base(local_path(base_model), adapter.config.base_model_class, None, base_kwargs)
         else:
             base = cls._load_named_base(adapter, base_kwargs)
         if not ignore_base_mismatch:
@@ -393,7 +394,7 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
         if not is_main_process:
             return
         self.get_base_model()  # raises after unload()
-        folder = Path(save_directory)
+        folder = Path(local_path(save_directory))
         folder.mkdir(parents=True, exist_ok=True)
         check_no_other_model(folder)
         config = RobustnessTokenConfig.from_dict(self.config.to_dict())

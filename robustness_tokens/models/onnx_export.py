@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..data import height_and_width
+from ..utils import local_path
 from .heads import base_of
 from .injection import TokenInjector, active_injector
 from .layer_stack import find_layer_stack, vision_config
@@ -94,7 +95,7 @@ def export_onnx(
                 verbose=False,
             )
     assert program is not None
-    path = Path(file)
+    path = Path(local_path(file))
     size_in_bytes = sum(tensor.nbytes for tensor in exported.state_dict().values())
     # Written to a scratch folder and moved after the check, so that no wrong file is left behind.
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:

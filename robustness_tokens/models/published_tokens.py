@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from ..hub import holds_adapter
+from ..utils import local_path
 from .modeling import RobustnessTokenModel
 
 
@@ -30,7 +31,7 @@ _FIX = f"take the file from {SOURCE_URL} again, or train tokens of your own"
 
 def read_published_tokens(file: str | os.PathLike[str]) -> Tensor:
     """Reads one of the authors' files, `{"rtokens": (1, K, D) float32}`, as (K, D) on the CPU; runs no code of it."""
-    path = Path(file)
+    path = Path(local_path(file))
     _check_archive(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
@@ -102,7 +103,7 @@ def import_published_tokens(
         "paper": PAPER,
         "license": "MIT, (c) Brian Pulfer",
         "file": Path(file).name,
-        "sha256": hashlib.sha256(Path(file).read_bytes()).hexdigest(),
+        "sha256": hashlib.sha256(Path(local_path(file)).read_bytes()).hexdigest(),
         "secrecy": "none: these tokens are published",
     }
     model.save_pretrained(output_dir, base_model_id=base_model_id)

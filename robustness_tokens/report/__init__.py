@@ -31,6 +31,7 @@ from .words import (
     format_setting,
     group_results,
     is_sweep,
+    num_queries,
     plain,
 )
 from .writing import REPORT_FILE, RobustnessReport

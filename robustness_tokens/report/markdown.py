@@ -132,7 +132,7 @@ def _sweep_table(results: Sequence[Result]) -> str:
     order = list(words.ATTACKERS)
     rows: dict[tuple[str, ...], dict[float, list[str]]] = {}
     for r in sorted(results, key=lambda r: (order.index(r.knowledge), r.tokens == "trained")):
-        row = (words.describe_attacker(r.knowledge), words.TOKENS[r.tokens], f"{r.num_images:,}", str(r.seed))
+        row = (words.describe_attacker_of(r), words.TOKENS[r.tokens], f"{r.num_images:,}", str(r.seed))
         rows.setdefault(row, {eps: [] for eps in columns})[r.eps].append(_with_interval(r))
     return table(
         ("Attacker", "Tokens", "Images", "Seed", *map(words.format_levels, columns)),
@@ -153,7 +153,7 @@ def results_table(results: Sequence[Result], *, in_short: bool = True) -> str:
         elif settings := [f"{k}={words.format_setting(k, v)}" for k, v in r.attack_parameters.items()]:
             attack += f" {code(', '.join(settings))}"
         eps = "0" if r.attack is None else words.format_eps(r.eps)
-        row = (words.describe_attacker(r.knowledge), attack, eps, f"{r.num_images:,}", str(r.seed))
+        row = (words.describe_attacker_of(r), attack, eps, f"{r.num_images:,}", str(r.seed))
         rows.setdefault(row, {kind: [] for kind in columns})[r.tokens].append(_with_interval(r))
     return table(
         ("Attacker", "Attack", "eps in pixels (L-inf)", "Images", "Seed", *(words.TOKENS[kind] for kind in columns)),

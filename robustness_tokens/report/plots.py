@@ -126,6 +126,8 @@ def plot_eps_curves(series: Mapping[str, Sequence[float]], *, metric: str) -> by
     levels: set[float] = set()
     for who in drawn:
         label, color, style, marker = _EPS_CURVES[who]
+        if queries := series.get(f"sweep/{who}/{metric}/num_queries"):
+            label += f" ({max(queries):,.0f} queries)"
         eps, value, low, high = (
             np.asarray(series[f"sweep/{who}/{metric}/{key}"]) for key in ("eps", "value", "low", "high")
         )

@@ -59,6 +59,18 @@ def describe_attacker(knowledge: str | None) -> str:
     return capitalize(f"{name}: knows {knows}" if knows else name)
 
 
+def describe_attacker_of(result: Result) -> str:
+    """Returns the attacker of a result; a black box with its queries, on whose number the result depends."""
+    queries = num_queries(result)
+    return describe_attacker(result.knowledge) + ("" if queries is None else f" ({queries:,} for each image)")
+
+
+def num_queries(result: Result) -> int | None:
+    """Returns the number of queries for each image; None if the attacker makes none, or a report does not hold it."""
+    queries = result.attack_parameters.get("num_queries")
+    return queries if result.knowledge == "none" and isinstance(queries, int) else None
+
+
 def capitalize(text: str) -> str:
     """Returns the text with a capital first letter; the others keep theirs, as in IoU."""
     return text[:1].upper() + text[1:]

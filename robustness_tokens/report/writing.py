@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from ..utils import MAX_JSON_BYTES, read_json, write_together
+from ..utils import MAX_JSON_BYTES, local_path, read_json, write_together
 from .html import FIGURES, render_report_html
 from .markdown import render_report_markdown
 from .schema import OlderReportError, ReportContent
@@ -60,7 +60,7 @@ class RobustnessReport(ReportContent):
             HTML_FILE: render_report_html(self).encode(),
             **{f"{FIGURES_FOLDER}/{name}": content for name, content in self.figures.items()},
         }
-        path = Path(folder)
+        path = Path(local_path(folder))
         write_together(path, contents, last=REPORT_FILE)
         for file in FIGURE_FILES:
             if file not in contents:  # of an earlier report
@@ -74,7 +74,7 @@ class RobustnessReport(ReportContent):
             OlderReportError: If a package that is too old wrote it.
             ValueError: If it is missing or damaged, or of another schema.
         """
-        path = Path(folder) / REPORT_FILE
+        path = Path(local_path(folder)) / REPORT_FILE
         if not path.is_file():
             raise ValueError(f"{folder} holds no {REPORT_FILE}: write one with `robtok evaluate`")
         try:

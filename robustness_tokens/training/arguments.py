@@ -13,9 +13,9 @@ from typing import Any, Literal, get_args, get_type_hints
 from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from ..attacks import DEFAULT_EPS, PAPER_NUM_STEPS, PAPER_STEP_SIZE_NORMALIZED, pgd_step_size
-from ..data import ATTACK_ARGUMENTS, ResizeMode
+from ..data import ATTACK_ARGUMENTS, LabelMatching, ResizeMode
 from ..models import AUTO, MixedPrecision
-from ..utils import check_choice, check_type
+from ..utils import check_choice, check_fields, check_type, local_path
 from .losses import LOGITS_OBJECTIVES, ObjectiveName
 
 
@@ -166,6 +166,19 @@ class RobustnessTokenTrainingArguments:
     image_column_name: str | None = field(
         default=None, metadata={"help": "Column with the images; by default found by its type."}
     )
+    label_column_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Column with the labels, for objective=cross_entropy; by default the one of class labels, or "
+            "label, labels or cls."
+        },
+    )
+    label_matching: LabelMatching = field(
+        default="name",
+        metadata={
+            "help": "How labels refer to the classes of the head: by name where both sides have names, or by index."
+        },
+    )
     image_size: int | None = field(
         default=None, metadata={"help": "Side of the images in pixels; by default that of the image processor."}
     )
@@ -235,9 +248,9 @@ class RobustnessTokenTrainingArguments:
     disable_tqdm: bool = field(default=False, metadata={"help": "Show no progress bar."})
 
     def __post_init__(self) -> None:
-        self.output_dir = os.fspath(self.output_dir)
-        if isinstance(self.resume_from_checkpoint, os.PathLike):
-            self.resume_from_checkpoint = os.fspath(self.resume_from_checkpoint)  # type: ignore[unreachable]
+        self.output_dir = local_path(self.output_dir)
+        if isinstance(self.resume_from_checkpoint, str | os.PathLike):
+            self.resume_from_checkpoint = local_path(self.resume_from_checkpoint)
         if (word := str(self.resume_from_checkpoint).lower()) in ("true", "false"):  # from the command line
             self.resume_from_checkpoint = True if word == "true" else None
         names = [self.report_to] if isinstance(self.report_to, str) else self.report_to
@@ -248,8 +261,7 @@ class RobustnessTokenTrainingArguments:
         self.attack = self.stated_attack.get("attack", "paper")
         self.num_attack_steps = self.stated_attack.get("num_attack_steps", PAPER_NUM_STEPS)
         self.objective = self.stated_attack.get("objective", "cosine")
-        for name, kind in get_type_hints(type(self)).items():
-            check_type(name, getattr(self, name), kind, lowest=0 if name in _MAY_BE_ZERO else 1)
+        check_fields(self, from_zero=_MAY_BE_ZERO)
         check_choice("lr_scheduler_type", self.lr_scheduler_type, _ENDLESS_SCHEDULES + _SCHEDULES_TO_MAX_STEPS)
         if self.warmup_steps > 0 and self.lr_scheduler_type == "constant":
             raise ValueError(
@@ -340,6 +352,8 @@ _NOT_RECIPE = {
     "output_dir",
     "overwrite_output_dir",
     "image_column_name",
+    "label_column_name",
+    "label_matching",
     "max_broken_images",
     "dataloader_num_workers",
     "logging_steps",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import datasets
@@ -27,7 +27,13 @@ from ..data import (
     load_adversarial_pairs,
     prepare_images,
 )
-from ..models import RobustnessTokenPreTrainedModel, model_digest
+from ..models import (
+    ProbeHead,
+    RobustnessTokenForImageClassification,
+    RobustnessTokenPreTrainedModel,
+    label_names,
+    model_digest,
+)
 from ..utils import share_from_main
 from .arguments import RobustnessTokenTrainingArguments
 
@@ -68,12 +74,15 @@ def prepare_train_dataset(
     image_processor: Any,
     recipe: Mapping[str, Any] | None = None,
     argument: str = "dataset",
+    label_names: Sequence[str] | None = None,
+    num_labels: int | None = None,
     process_index: int = 0,
     num_processes: int = 1,
 ) -> Images:
     """Prepares images by `args`, with labels if the objective needs them; a stream is shuffled and split.
 
-    `recipe` is that of an adapter whose resizing holds instead.
+    `recipe` is that of an adapter whose resizing holds instead. `label_names` and `num_labels` are those of the head,
+    see [`classes_of`]; labels must fit them.
 
     `ValueError`, which names `argument`, if the dataset can't be used or has fewer batches than there are processes.
     """
@@ -93,6 +102,8 @@ def prepare_train_dataset(
         recipe=recipe,
         image_processor=image_processor,
         image_column_name=args.image_column_name,
+        label_column_name=args.label_column_name if needs_labels else None,
+        label_names=label_names,
         streams=isinstance(dataset, datasets.IterableDataset),
         rank=process_index,
         world_size=num_processes,
@@ -100,7 +111,12 @@ def prepare_train_dataset(
     if images.num_images is None:
         return images
     if needs_labels and "labels" not in (first := images.dataset[0]) and "images" in first:
-        raise ValueError(f'{argument} has no "labels" in its items, which objective="cross_entropy" needs')
+        raise ValueError(
+            f'{argument} has no labels, which objective="cross_entropy" needs: name their column by '
+            'label_column_name, or give items with "labels"'
+        )
+    if num_labels is not None:
+        images.check_labels(num_labels)
     if (num_batches := math.ceil(images.num_images / args.per_device_train_batch_size)) < num_processes:
         raise ValueError(
             f"{argument} has {images.num_images} images, which fill {num_batches} of the "
@@ -117,6 +133,18 @@ def trained_on(model: RobustnessTokenPreTrainedModel, images: Images, accelerato
         return {"base_digest": model_digest(model.get_base_model()), "images_digest": images.identity}
 
     return {name: sha256 for name, sha256 in share_from_main(read, accelerator).items() if sha256 is not None}
+
+
+def classes_of(
+    model: RobustnessTokenPreTrainedModel, head: ProbeHead | None, args: RobustnessTokenTrainingArguments
+) -> dict[str, Any]:
+    """Returns the names and the number of the classes that labels refer to; nothing if no labels are read."""
+    has_classes = isinstance(model if head is None else head, RobustnessTokenForImageClassification | ProbeHead)
+    if args.objective != "cross_entropy" or not has_classes:
+        return {}  # the training step refuses what has none
+    names = label_names(model if head is None else head) if args.label_matching == "name" else None
+    base: Any = model.get_base_model()
+    return {"label_names": names, "num_labels": base.config.num_labels if head is None else head.num_labels}
 
 
 def build_train_loader(

@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
 from ..data import BrokenImageLog, Images, build_dataloader
-from ..models import RobustnessTokenPreTrainedModel
+from ..models import ProbeHead, RobustnessTokenPreTrainedModel
 from .arguments import RobustnessTokenTrainingArguments
-from .dataset import prepare_train_dataset, take_pairs
+from .dataset import classes_of, prepare_train_dataset, take_pairs
 from .losses import METRICS, robustness_loss
 from .step import TrainingStep
 
@@ -31,6 +31,7 @@ def prepare_eval_dataset(
     *,
     args: RobustnessTokenTrainingArguments,
     model: RobustnessTokenPreTrainedModel,
+    head: ProbeHead | None,
     train_image_shape: tuple[int, int] | None,
 ) -> Images:
     """Prepares held-out images as [`prepare_train_dataset`] does.
@@ -51,7 +52,9 @@ def prepare_eval_dataset(
             "datasets.Dataset.from_list(list(stream.take(256)))"
         )
     try:
-        images = prepare_train_dataset(dataset, args=args, image_processor=model.image_processor)
+        images = prepare_train_dataset(
+            dataset, args=args, image_processor=model.image_processor, **classes_of(model, head, args)
+        )
     except ValueError as exc:
         raise ValueError(f"eval_dataset can't be used: {exc}") from exc
     if None not in (images.shape, train_image_shape) and images.shape != train_image_shape:

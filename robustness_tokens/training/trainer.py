@@ -23,7 +23,7 @@ from transformers.trainer_utils import TrainOutput
 from ..data import AdversarialPairs, Normalizer
 from ..hub import holds_adapter, push_adapter
 from ..models import ProbeHead, RobustnessTokenPreTrainedModel, check_patches, packed_once
-from ..utils import in_use, share_from_main
+from ..utils import in_use, local_path, share_from_main
 from .accelerator import abandon_trackers, build_accelerator, finish_trackers, start_trackers
 from .arguments import RobustnessTokenTrainingArguments
 from .callbacks import (
@@ -37,7 +37,16 @@ from .callbacks import (
     restore_callbacks,
 )
 from .checkpoints import save_checkpoint
-from .dataset import Batch, Position, build_train_loader, iterate_steps, prepare_train_dataset, take_pairs, trained_on
+from .dataset import (
+    Batch,
+    Position,
+    build_train_loader,
+    classes_of,
+    iterate_steps,
+    prepare_train_dataset,
+    take_pairs,
+    trained_on,
+)
 from .held_out import measure_held_out, prepare_eval_dataset
 from .run_folder import (
     EVAL_LOG_FILE,
@@ -134,6 +143,7 @@ class RobustnessTokenTrainer:
             argument="train_dataset",
             args=args,
             image_processor=model.image_processor,
+            **classes_of(model, head, args),
             process_index=self.accelerator.process_index,
             num_processes=self.accelerator.num_processes,
         )
@@ -143,7 +153,7 @@ class RobustnessTokenTrainer:
         self._eval_images = (
             None
             if eval_dataset is None
-            else prepare_eval_dataset(eval_dataset, args=args, model=model, train_image_shape=images.shape)
+            else prepare_eval_dataset(eval_dataset, args=args, model=model, head=head, train_image_shape=images.shape)
         )
         self.eval_dataset = None if self._eval_images is None else self._eval_images.dataset
         self._previous_recipe: dict[str, Any] = {}  # of tokens that are trained further
@@ -230,7 +240,7 @@ class RobustnessTokenTrainer:
         Raises:
             ValueError: If another folder holds an adapter and `args.overwrite_output_dir` is not set.
         """
-        folder = self.output_dir if output_dir is None else Path(output_dir)
+        folder = self.output_dir if output_dir is None else Path(local_path(output_dir))
 
         def save() -> None:
             if folder != self.output_dir and holds_adapter(folder) and not self.args.overwrite_output_dir:

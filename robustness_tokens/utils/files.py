@@ -24,6 +24,25 @@ LEFTOVERS = ".robtok-*.part"
 """Pattern of the files that a killed run may leave beside those that it was writing."""
 # Lone surrogates, and characters that steer a terminal or the direction of a text (all but tab and line feed).
 _NOT_TEXT = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_SURROGATE = re.compile(r"[\ud800-\udfff]")  # how Python holds a byte of a path that is not UTF-8
+
+
+def local_path(path: str | os.PathLike[str]) -> str:
+    """Returns a path that a user gave, with the home folder in place of a leading ~; a Hub id stays unchanged.
+
+    `ValueError` for a path that is not UTF-8, which safetensors and datasets can't open; `PermissionError` for one in
+    another user's folder, which would count as missing.
+    """
+    name = os.path.expanduser(os.fspath(path))
+    if _SURROGATE.search(name):
+        raise ValueError(f"{name!a} must be valid UTF-8, which other libraries need to open it: rename the folder")
+    try:
+        os.stat(name)
+    except PermissionError:
+        raise
+    except (OSError, ValueError):
+        pass  # to be made, or a Hub id
+    return name
 
 
 def check_own_file(path: Path) -> None:
@@ -109,6 +128,17 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 @contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Adds the file to errors of writing that name none, such as that of a full disk."""
+    try:
+        yield
+    except OSError as exc:
+        if exc.filename is not None:
+            raise
+        raise OSError(exc.errno, exc.strerror or str(exc), str(path)) from exc
+
+
+@contextmanager
 def replacing(path: Path, *, mode: int = 0o600) -> Iterator[Path]:
     """Yields a file beside the target and renames it once it is on the disk: no reader ever sees half a file.
 
@@ -117,9 +147,10 @@ def replacing(path: Path, *, mode: int = 0o600) -> Iterator[Path]:
     partial = path.with_name(LEFTOVERS.replace("*", secrets.token_hex(8)))
     os.close(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode))
     try:
-        yield partial
-        flush_to_disk(partial)
-        partial.replace(path)
+        with naming(path):
+            yield partial
+            flush_to_disk(partial)
+            partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
 from safetensors import SafetensorError
@@ -66,6 +66,16 @@ def check_list(name: str, value: Any) -> None:
 def check_bool(name: str, value: Any) -> None:
     if type(value) is not bool:
         raise ValueError(f"{name} must be true or false, got {value!r:.200}")
+
+
+def check_fields(values: Any, *, from_zero: Collection[str] = (), free: Collection[str] = ()) -> None:
+    """Checks the fields of a dataclass by their types, see [`check_type`]: whole numbers from 1, or from 0.
+
+    Those named in `free` pass.
+    """
+    for name, kind in get_type_hints(type(values)).items():
+        if name not in free:
+            check_type(name, getattr(values, name), kind, lowest=0 if name in from_zero else 1)
 
 
 def check_choice(name: str, value: Any, allowed: Collection[str]) -> None:

@@ -264,7 +264,7 @@ def test_model_and_pixel_values_stay_as_they_were() -> None:
         ({"pixel_values": torch.full((1, 3, 6, 6), math.nan)}, "unnormalised they go from nan to nan"),
         ({"eps": -0.1}, "eps must be .* at least 0, got -0.1"),
         ({"step_size": 0.0}, "step_size must be .* above 0, got 0.0"),
-        ({"num_steps": 0}, "num_steps must be at least 1, got 0"),
+        ({"num_steps": 0}, "num_steps must be a whole number of at least 1, got 0"),
         ({"generator": [torch.Generator()]}, "generator must hold one generator per image, 4, got 1"),
         ({"model_fn": lambda x: x.flatten(1).detach()}, "model_fn has no gradient with respect to the images"),
         ({"model_fn": lambda x: x.flatten(1) * math.nan}, "model_fn must return finite outputs, .* step 0 is nan"),

@@ -100,7 +100,7 @@ def test_corners_are_corners() -> None:
 
 @pytest.mark.parametrize(
     ("kwargs", "message"),
-    [({"num_queries": 0}, "num_steps"), ({"initial_area": 0.0}, "initial_area"), ({"eps": -1.0}, "eps")],
+    [({"num_queries": 0}, "num_queries"), ({"initial_area": 0.0}, "initial_area"), ({"eps": -1.0}, "eps")],
 )
 def test_square_refuses_what_makes_no_sense(images: Tensor, kwargs: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):

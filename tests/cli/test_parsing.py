@@ -249,3 +249,29 @@ def test_an_unknown_preset_is_an_error() -> None:
 def test_lists_in_a_file(tmp_path: Path) -> None:
     model_args, _, _ = parse_arguments([write_yaml(tmp_path, "image_mean: [0.5, 0.4, 0.3]\n"), *REQUIRED])
     assert model_args.image_mean == [0.5, 0.4, 0.3]
+
+
+def test_a_tilde_is_the_home_folder_on_the_command_line_and_in_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    file = write_yaml(tmp_path, "dataset: ~/data\nhead: ~/head\n")
+    model_args, data_args, args = parse_arguments([file, "--base_model=~/base", "--output_dir=~/out"])
+    found = (model_args.base_model, model_args.head, data_args.dataset, args.output_dir)
+    assert found == tuple(f"{tmp_path}/{name}" for name in ("base", "head", "data", "out"))
+    _, values = build_parser("merge").parse(["~/adapter", "~/plain"])
+    assert (values["adapter"], values["output_dir"]) == (f"{tmp_path}/adapter", tmp_path / "plain")
+    model_args, _, _ = parse_arguments(["--base_model=org/~name", "--dataset=d", "--output_dir=o"])
+    assert model_args.base_model == "org/~name"
+
+
+def test_columns_and_labels_are_told_to_both_commands() -> None:
+    columns = ("--image_column_name", "photo", "--label_column_name", "fine", "--label_matching", "index")
+    _, _, training_args = parse_arguments([*REQUIRED, *columns])
+    (args,), _ = build_parser("evaluate").parse(
+        ["adapter", "--dataset", "d", "--output_dir", "o", *columns, "--mask_column_name", "mask"]
+    )
+    for found in (training_args, args):
+        told = (found.image_column_name, found.label_column_name, found.label_matching)
+        assert told == ("photo", "fine", "index")
+    assert args.mask_column_name == "mask"

@@ -10,6 +10,8 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest
 import torch
 from PIL import Image
@@ -28,6 +30,7 @@ from robustness_tokens.data.image_datasets import (
     collate_images,
     validate_images,
 )
+from robustness_tokens.data.labels import LabelReader
 from robustness_tokens.data.loading import find_image_column, find_label_column, load_image_dataset
 from robustness_tokens.data.prepare import prepare_images
 from robustness_tokens.data.preprocessing import ImageTransform, to_rgb
@@ -129,6 +132,234 @@ def test_an_unknown_split_lists_the_splits(kind: str, streaming: bool, tmp_path:
     assert ("test" in str(error.value).partition("train")[2]) == (kind not in ("parquet file", "saved dataset"))
 
 
+def write_pictures(root: Path, *files: str) -> Path:
+    for file in files:
+        (root / file).parent.mkdir(parents=True, exist_ok=True)
+        picture(1).save(root / file)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("folders", "split", "classes", "count"),
+    [
+        (("bus", "car", "train_station"), "train", ["bus", "car", "train_station"], 6),
+        (("flask", "test_tube"), "train", ["flask", "test_tube"], 4),
+        (("test_tube", "train_station"), "train", ["test_tube", "train_station"], 4),
+        (("bus", "train"), "train", ["bus", "train"], 4),
+        (("data/val", "data/bus"), "train", ["bus", "val"], 4),
+        (("train/test_tube", "train/bus", "test/bus", "test/test_tube"), "test", ["bus", "test_tube"], 4),
+        (("images/train2017/a", "images/val2017/a", "images/val2017/b"), "validation", ["a", "b"], 4),
+        (("training_set/a", "training_set/b", "eval/a", "eval/b"), "test", ["a", "b"], 4),
+        (("a[1]/b", "a[1]/dev_kit"), "train", ["b", "dev_kit"], 4),
+    ],
+)
+def test_words_of_splits_in_names_of_classes_lose_no_picture(
+    folders: tuple[str, ...], split: str, classes: list[str], count: int, tmp_path: Path
+) -> None:
+    source = write_pictures(tmp_path / "source", *(f"{folder}/{row}.png" for folder in folders for row in range(2)))
+    for streaming in (False, True):
+        dataset = load_image_dataset(source, split=split, streaming=streaming, cache_dir=tmp_path / "cache")
+        assert dataset.features is not None
+        assert dataset.features["label"].names == classes
+        assert len(list(dataset)) == count
+
+
+def test_pictures_without_folders_are_one_split(tmp_path: Path) -> None:
+    source = write_pictures(tmp_path / "source", "train_0.png", "test_1.png", "test.png", ".hidden/2.png")
+    assert len(load_image_dataset(source, cache_dir=tmp_path / "cache")) == 3
+
+
+def test_a_folder_that_says_what_it_holds_is_left_alone(tmp_path: Path) -> None:
+    source = write_pictures(tmp_path / "source", "train/0.png", "test_tube/0.png")
+    configs = "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: train/*\n---\n"
+    (source / "README.md").write_text(configs)
+    assert len(load_image_dataset(source, cache_dir=tmp_path / "cache")) == 1
+    table = write_source("parquet folder", tmp_path / "table")
+    write_pictures(table, "assets/logo.png")
+    assert len(load_image_dataset(table, split="test", cache_dir=tmp_path / "cache")) == NUM_IMAGES
+
+
+@pytest.mark.parametrize(("second", "count"), [("test_tube", 2), ("test", 1)])
+def test_metadata_keep_their_pictures(second: str, count: int, tmp_path: Path) -> None:
+    source = write_pictures(tmp_path / "source", "train/0.png", f"{second}/0.png")
+    (source / "metadata.csv").write_text(f"file_name,caption\ntrain/0.png,b\n{second}/0.png,c\n")
+    dataset = load_image_dataset(source, cache_dir=tmp_path / "cache")
+    assert len(dataset) == count
+    assert second == "test" or sorted(dataset["caption"]) == ["b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("source/source.py", b"x", "Dataset scripts are no longer supported, but found source.py"),
+        ("source/a.zip", b"PK\x03\x04broken", "not a zip file"),
+        ("source/a.tar", b"bad" * 300, "invalid header"),
+        ("source/a.tar.gz", b"\x1f\x8bbroken", "header"),
+        ("source/a.parquet", b"PAR1broken", "Parquet magic bytes not found"),
+        ("source/state.json", b"{", "damaged"),
+    ],
+)
+def test_damaged_and_unknown_sources_end_in_one_clear_error(
+    file: str, content: bytes, message: str, tmp_path: Path
+) -> None:
+    (tmp_path / "source").mkdir()
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"source'.*can't be loaded.*{message}"):
+        load_image_dataset(tmp_path / "source", cache_dir=tmp_path / "cache")
+
+
+@pytest.mark.parametrize("kind", ["struct", "bytes alone", "binary"])
+def test_parquet_without_a_schema_of_datasets_holds_pictures(kind: str, tmp_path: Path) -> None:
+    stored = encoded(picture(7))
+    cell = {
+        "struct": {**stored, "path": "7.png"},
+        "bytes alone": {"bytes": stored["bytes"]},
+        "binary": stored["bytes"],
+    }
+    pq.write_table(pa.table({"photo": pa.array([cell[kind]]), "label": [1]}), tmp_path / "a.parquet")
+    for streaming in (False, True):
+        dataset = load_image_dataset(tmp_path / "a.parquet", streaming=streaming, cache_dir=tmp_path / "cache")
+        if kind == "binary":
+            with pytest.raises(
+                ValueError, match=r"name the one that holds it by image_column_name.*'photo' \(binary\)"
+            ):
+                find_image_column(dataset)
+        column = "photo" if kind == "binary" else None
+        make: Any = IterableImageDataset if streaming else ImageDataset
+        (item,) = make(dataset, TRANSFORM, image_column_name=column)
+        assert torch.equal(item["images"], TRANSFORM(picture(7)))
+        assert item["labels"] == 1
+
+
+# Classes
+
+
+def labelled(labels: list[Any], names: list[str] | None) -> datasets.Dataset:
+    kind = "string" if isinstance(labels[0], str) else "int64"
+    label = datasets.Value(kind) if names is None else datasets.ClassLabel(names=names)
+    rows = {"image": [encoded(picture(row)) for row in range(len(labels))], "label": labels}
+    return datasets.Dataset.from_dict(rows, features=datasets.Features({"image": datasets.Image(), "label": label}))
+
+
+MODEL_NAMES = ["T-shirt/top", "Dress", "Bag"]
+
+
+@pytest.mark.parametrize(
+    ("labels", "names", "expected"),
+    [
+        ([0, 1, 2], ["Bag", "Dress", "T-shirt/top"], [2, 1, 0]),
+        ([0, 1, 2], ["bag", "dress", "t_shirt / TOP"], [2, 1, 0]),  # spellings
+        ([0, 1, 1], ["Bag", "T-shirt/top"], [2, 0, 0]),  # a part of the classes
+        ([0, 1, 2], MODEL_NAMES, [0, 1, 2]),
+        (["Bag", "dress"], None, [2, 1]),  # words
+        ([2, 0], None, [2, 0]),  # numbers without names
+        ([-1, 2], ["Bag", "Dress", "T-shirt/top"], [-1, 0]),  # no label: refused by its range
+    ],
+)
+def test_labels_are_matched_by_name(labels: list[Any], names: list[str] | None, expected: list[int]) -> None:
+    dataset = labelled(labels, names)
+    items = ImageDataset(dataset, TRANSFORM, label_names=MODEL_NAMES)
+    assert [items[row]["labels"] for row in range(len(labels))] == expected
+    assert items.labels == set(expected)
+    stream = IterableImageDataset(dataset.to_iterable_dataset(), TRANSFORM, label_names=MODEL_NAMES)
+    assert [item["labels"] for item in stream] == expected
+
+
+def test_without_names_of_the_model_numbers_stay() -> None:
+    items = ImageDataset(labelled([1, 0], ["Bag", "Dress"]), TRANSFORM)
+    assert [items[row]["labels"] for row in range(2)] == [1, 0]
+    assert items.label_names == ["Bag", "Dress"]
+
+
+@pytest.mark.parametrize(
+    ("names", "model_names", "message"),
+    [
+        (
+            ["Bag", "Shoe"],
+            MODEL_NAMES,
+            r"such as 'Shoe'.* has 'Bag', 'Shoe', the model 'T-shirt/top', 'Dress', 'Bag'.*index",
+        ),
+        (["crane", "ox"], ["crane", "ox", "crane"], "different classes, such as 'crane'"),  # which of the two?
+        ([f"n{row}" for row in range(30)], MODEL_NAMES, r"'n11', ... \(30 in all\)"),
+    ],
+)
+def test_other_classes_are_refused_with_both_lists(names: list[str], model_names: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ImageDataset(labelled([0, 1], names), TRANSFORM, label_names=model_names)
+
+
+class Torchvision(list[Any]):
+    """Image and class, as torchvision's datasets give them, with the names of the classes."""
+
+    classes = ("Bag", "Dress", "T-shirt/top")
+
+
+def test_names_of_ready_images_count_too() -> None:
+    tuples = Torchvision([(torch.rand(3, 4, 4), torch.tensor(row)) for row in range(3)])
+    ready = prepare_images(tuples, task="classification", label_names=MODEL_NAMES).dataset
+    assert [int(ready[row]["labels"]) for row in range(3)] == [2, 1, 0]
+    table = ImageDataset(labelled([0, 1], ["Bag", "Dress"]), TRANSFORM)
+    again = prepare_images(table, task="classification", label_names=MODEL_NAMES).dataset
+    assert [again[row]["labels"] for row in range(2)] == [2, 1]
+    # Labels that are matched already are matched once.
+    matched = ImageDataset(labelled([0, 1], ["Bag", "Dress"]), TRANSFORM, label_names=MODEL_NAMES)
+    once = prepare_images(matched, task="classification", label_names=MODEL_NAMES).dataset
+    assert [once[row]["labels"] for row in range(2)] == [2, 1]
+    with pytest.raises(ValueError, match="different classes"):
+        prepare_images(tuples, task="classification", label_names=["cat", "dog"])
+    assert prepare_images(tuples, label_names=["cat", "dog"]).dataset[0].keys() == {"images", "index"}
+
+
+def test_two_classes_of_one_name_are_no_problem_in_the_same_order() -> None:
+    names = ["crane", "ox", "crane"]
+    with pytest.raises(ValueError, match="are duplicated"):
+        datasets.ClassLabel(names=names)
+    reader = LabelReader(names, names)
+    assert [reader(number) for number in range(3)] == [0, 1, 2]
+
+
+def test_one_name_in_a_hundred_may_be_spelt_otherwise_where_all_others_stand_in_place() -> None:
+    model_names = [f"class {row}" for row in range(200)]
+    model_names[17] = model_names[150] = "crane"
+    names = list(model_names)
+    names[150] = "crane2"  # as in ImageNet on the Hub: a dataset can't have two classes of one name
+    reader = LabelReader(names, model_names)
+    assert [reader(number) for number in range(200)] == list(range(200))
+    with pytest.raises(ValueError, match="different classes, such as 'crane'"):
+        LabelReader([*names[1:], names[0]], model_names)
+    with pytest.raises(ValueError, match="different classes, such as 'crane'"):
+        LabelReader(names[:199], model_names)
+    names[3] = "cat"
+    with pytest.raises(ValueError, match="different classes, such as 'cat'"):
+        LabelReader(names, model_names)
+
+
+@pytest.mark.parametrize(
+    ("labels", "model_names", "message"),
+    [
+        (
+            ["Bag", "Shoe"],
+            MODEL_NAMES,
+            "label 'Shoe' must be a class of the model, one of 'T-shirt/top', 'Dress', 'Bag'",
+        ),
+        (["Bag"], None, r"labels are words, such as 'Bag', .*class_encode_column"),
+        ([0, None], None, "1 rows have no 'label': filter"),
+    ],
+)
+def test_labels_that_are_no_class_are_found_without_a_picture(
+    labels: list[Any], model_names: list[str] | None, message: str
+) -> None:
+    items = ImageDataset(labelled(labels, None), TRANSFORM, label_names=model_names)
+    items.transform = None  # type: ignore[assignment]
+    with pytest.raises(ValueError, match=message):
+        _ = items.labels
+
+
+def test_labels_of_chosen_rows_alone_count() -> None:
+    items = ImageDataset(labelled([0, 7, 1, 0], None).select([3, 2]), TRANSFORM)
+    assert items.labels == {0, 1}
+
+
 def test_a_saved_split_keeps_its_name(tmp_path: Path) -> None:
     dataset = load_image_dataset(write_source("imagefolder", tmp_path), split="test", cache_dir=tmp_path / "cache")
     dataset.save_to_disk(tmp_path / "saved")
@@ -197,7 +428,10 @@ def test_a_named_image_column_is_checked(named: str) -> None:
         ({"kind": datasets.ClassLabel(names=["a"])}, None, "kind"),
         ({"label": datasets.Value("int64"), "kind": datasets.ClassLabel(names=["a"])}, None, "kind"),
         ({"labels": datasets.Value("uint8")}, None, "labels"),
-        ({"label": datasets.Value("string"), "kind": datasets.Value("int64")}, None, None),
+        ({"label": datasets.Value("string"), "kind": datasets.Value("int64")}, None, "label"),
+        ({"cls": datasets.Value("int64"), "__key__": datasets.Value("string")}, None, "cls"),  # webdataset
+        ({"kind": datasets.Value("string"), "size": datasets.Value("int64")}, None, None),
+        ({"kind": datasets.Value("string"), "size": datasets.Value("int64")}, "kind", "kind"),
         ({"label": datasets.Value("string"), "kind": datasets.Value("int64")}, "kind", "kind"),
     ],
 )
@@ -208,11 +442,11 @@ def test_label_columns(features: dict[str, Any], named: str | None, expected: st
 
 def test_ambiguous_and_wrong_labels_are_refused() -> None:
     features = {"fine": datasets.ClassLabel(names=["a"]), "coarse": datasets.ClassLabel(names=["a"])}
-    features["label"] = datasets.Value("string")
+    features["label"] = datasets.Value("float32")
     dataset = datasets.Dataset.from_dict({column: [] for column in features}, features=datasets.Features(features))
-    with pytest.raises(ValueError, match=r"several columns of class indices, \['fine', 'coarse'\].*label_column_name"):
+    with pytest.raises(ValueError, match=r"several columns of class labels, \['fine', 'coarse'\].*label_column_name"):
         find_label_column(dataset)
-    with pytest.raises(ValueError, match=r"label_column_name must name .* columns of class indices, got 'label'"):
+    with pytest.raises(ValueError, match=r"label_column_name must name .* columns of class labels, got 'label'"):
         find_label_column(dataset, "label")
 
 
@@ -519,11 +753,22 @@ def test_ready_images_are_numbered() -> None:
     assert "labels" not in TensorImageDataset(Ready({"images": image, "labels": None}), with_labels=False)[0]
 
 
+@pytest.mark.parametrize("kind", [tuple, list])
+def test_tuples_as_torchvision_gives_them_are_images_and_labels(kind: type) -> None:
+    image = torch.rand(3, 4, 4)
+    item = TensorImageDataset(Ready(kind((image, 2))))[1]
+    assert torch.equal(item["images"], image)
+    assert (item["labels"], item["index"]) == (2, 1)
+    assert TensorImageDataset(Ready(kind((image,))))[0].keys() == {"images", "index"}
+    assert "labels" not in TensorImageDataset(Ready(kind((image, 2))), with_labels=False)[0]
+
+
 @pytest.mark.parametrize(
     ("item", "message"),
     [
         ({"pixel_values": 1}, r"dataset\[0\] must be a dict with 'images', got keys \['pixel_values'\]"),
-        ((torch.zeros(3, 4, 4), 0), "dataset.0. must be a dict with 'images', got a tuple"),
+        ((1, 2, 3), r"must be a dict with 'images', got a tuple: give that, or \(image, label\)"),
+        ((Image.new("RGB", (4, 4)), 0), r"must be a float tensor in .*, got a Image"),
         ({"images": torch.zeros(1, 3, 4, 4)}, r"must have 3 dimensions, \(C, H, W\), got shape \(1, 3, 4, 4\)"),
         ({"images": torch.zeros(3, 4, 4, dtype=torch.uint8)}, "divide 8-bit images by 255"),
     ],

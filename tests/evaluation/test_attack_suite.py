@@ -299,14 +299,16 @@ def test_attacks_by_name_take_their_target_after_a_colon() -> None:
         build_attack("bim", BUDGETS["quick"])
 
 
-def test_momentum_is_of_the_full_budget_against_who_knows_the_base() -> None:
+def test_momentum_and_targets_are_of_the_standard_budget_against_who_knows_the_base() -> None:
     runs = {
         (knowledge, budget)
         for knowledge in ("none", "base", "own_tokens", "full")
         for budget in ("quick", "standard", "full")
-        if "mi_fgsm" in {attack.name for attack in select_attacks(None, BUDGETS[budget], knowledge)}
+        if {"mi_fgsm", "apgd_targeted_dlr"}
+        <= {attack.name for attack in select_attacks(None, BUDGETS[budget], knowledge)}
     }
-    assert runs == {("base", "full"), ("full", "full")}
+    assert runs == {(knowledge, budget) for knowledge in ("base", "full") for budget in ("standard", "full")}
+    assert BUDGETS["standard"].num_queries >= 1000
 
 
 @pytest.mark.parametrize("num_steps", [1, 4])

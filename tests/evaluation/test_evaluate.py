@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from robustness_tokens import (
@@ -19,9 +19,10 @@ from robustness_tokens import (
     RobustnessTokenModel,
     RobustnessTokenTrainingArguments,
     evaluate_robustness,
+    inject_tokens,
 )
 from robustness_tokens.configuration import TOKENS
-from robustness_tokens.data import choose_rows
+from robustness_tokens.data import Normalizer, choose_rows
 from robustness_tokens.evaluation import cells as cells_module
 from robustness_tokens.evaluation import evaluate
 from robustness_tokens.evaluation.arguments import EvaluationArguments
@@ -587,13 +588,15 @@ def test_what_the_checks_look_at_is_run(classifier: RobustnessTokenForImageClass
         ({"eps": [8.0]}, r"eps must lie in \[0, 1\]"),
         ({"eps": []}, "at least one budget"),
         ({"budget": "huge"}, "budget must be one of"),
-        ({"knowledge": "full"}, "knowledge must be a list"),
+        ({"eps": "4/255"}, r"eps must lie in \[0, 1\], .* got '4/255'"),
+        ({"knowledge": "everything"}, "knowledge must be a list of at least one of"),
         ({"knowledge": ["everything"]}, "knowledge must be a list of at least one of"),
         ({"attacks": ["bim"]}, "unknown, expected one of"),
         ({"attacks": ["square"], "knowledge": ["full"]}, "no attack fits"),
         ({"num_images": 0}, "num_images must be a whole number"),
         ({"image_size": 8}, "image_size=8 can't be applied"),
-        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"batch_size": 0}, "batch_size must be a whole number of at least 1, got 0"),
+        ({"seed": -1}, "seed must be a whole number of at least 0, got -1"),
     ],
 )
 def test_what_makes_no_sense_is_refused(
@@ -615,6 +618,182 @@ def test_an_unknown_attack_is_refused_before_anything_is_computed(
 def test_labels_must_be_there(classifier: RobustnessTokenForImageClassification) -> None:
     with pytest.raises(ValueError, match="dataset has no labels"):
         run(classifier, Images(None))
+
+
+ALONE: dict[str, Any] = {"knowledge": "base", "attacks": "cross_entropy", "eps_sweep": [], "num_steps": 1}
+
+
+def clean_accuracy(report: RobustnessReport) -> float:
+    (clean,) = pick(report.results, knowledge=None, tokens="none", metric="accuracy")
+    return clean.value
+
+
+def test_one_value_stands_for_a_list_of_one(classifier: RobustnessTokenForImageClassification, images: Images) -> None:
+    listed = run(classifier, images, **{**ALONE, "knowledge": ["base"], "attacks": ["cross_entropy"]})
+    alone = run(classifier, images, **ALONE, eps=EPS)
+    assert [r.value for r in alone.results] == [r.value for r in listed.results]
+    assert len(pick(alone.results, attack="cross_entropy", eps=EPS)) > 0
+
+
+def test_tuples_of_image_and_label_do(classifier: RobustnessTokenForImageClassification, images: Images) -> None:
+    tuples = [(item["images"], item["labels"]) for item in (images[row] for row in range(len(images)))]
+    found, expected = run(classifier, tuples, **ALONE), run(classifier, images, **ALONE)
+    assert [r.value for r in found.results] == [r.value for r in expected.results]
+
+
+@pytest.mark.parametrize("answer", ["tensor", "logits"])
+def test_a_model_inside_a_users_module_is_evaluated(answer: str) -> None:
+    base = build_base("dinov2", classifier=True)
+    inject_tokens(base, torch.randn(3, HIDDEN_SIZE, generator=torch.Generator().manual_seed(0)))
+
+    class Wrapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inside = base
+
+        def forward(self, x: Tensor) -> Any:
+            output = self.inside(x)
+            return output.logits if answer == "tensor" else output
+
+    settings: dict[str, Any] = {**ALONE, "task": "classification", "normalizer": Normalizer([0.5] * 3, [0.5] * 3)}
+    dataset = Images([0] * NUM_IMAGES)
+    wrapped, plain = run(Wrapped(), dataset, **settings), run(base, dataset, **settings)
+    assert [r.value for r in wrapped.results] == [r.value for r in plain.results]
+
+
+def test_an_answer_without_logits_is_named() -> None:
+    base = build_base("dinov2")
+    inject_tokens(base, torch.zeros(3, HIDDEN_SIZE))
+    settings: dict[str, Any] = {**ALONE, "task": "classification", "normalizer": Normalizer([0.5] * 3, [0.5] * 3)}
+    with pytest.raises(ValueError, match=r"Sequential must return logits, .*, got a BaseModelOutput"):
+        run(nn.Sequential(base), Images([0] * NUM_IMAGES), **settings)
+
+
+NAMES = ["shirt", "bag", "boot", "coat", "dress"]
+
+
+@pytest.fixture
+def named(classifier: RobustnessTokenForImageClassification) -> Iterator[RobustnessTokenForImageClassification]:
+    """The classifier with names of its classes."""
+    config = classifier.get_base_model().config
+    before = config.id2label
+    config.id2label = dict(enumerate(NAMES))
+    yield classifier
+    config.id2label = before
+
+
+def pictures_of(images: Images, **columns: Any) -> datasets.Dataset:
+    """Returns the images as a table with these columns of labels."""
+    arrays = [(255 * image).round().byte().permute(1, 2, 0).numpy() for image in images.images]
+    rows = {"image": [Image.fromarray(array) for array in arrays]}
+    features = {"image": datasets.Image(), **{name: feature for name, (feature, _) in columns.items()}}
+    values = {name: value for name, (_, value) in columns.items()}
+    return datasets.Dataset.from_dict({**rows, **values}, features=datasets.Features(features))
+
+
+@pytest.mark.parametrize("kind", ["other order", "words", "numbers", "a named column"])
+def test_labels_mean_the_same_classes_on_both_sides(
+    kind: str, named: RobustnessTokenForImageClassification, images: Images
+) -> None:
+    assert images.labels is not None
+    order = sorted(NAMES)
+    in_order = (datasets.ClassLabel(names=order), [order.index(NAMES[label]) for label in images.labels])
+    columns: dict[str, Any] = {
+        "other order": {"label": in_order},
+        "words": {"label": (datasets.Value("string"), [NAMES[label] for label in images.labels])},
+        "numbers": {"label": (datasets.Value("int32"), images.labels)},
+        "a named column": {"fine": in_order, "coarse": (datasets.ClassLabel(names=["a"]), [0] * NUM_IMAGES)},
+    }[kind]
+    dataset = pictures_of(images, **columns)
+    assert clean_accuracy(run(named, dataset, **ALONE, label_column_name=next(iter(columns)))) == 0.9
+    if kind == "other order":
+        by_index = run(named, dataset, **ALONE, label_matching="index")
+        labels = torch.tensor(in_order[1])
+        assert clean_accuracy(by_index) != 0.9
+        with torch.no_grad():
+            predicted = EvaluatedModel(named).logits(images.images, None).argmax(dim=1)
+        assert clean_accuracy(by_index) == (predicted == labels).double().mean().item()
+    if kind == "a named column":
+        with pytest.raises(ValueError, match=r"several columns of class labels, .*choose by label_column_name"):
+            run(named, dataset, **ALONE)
+
+
+def test_other_classes_than_the_models_are_an_error(
+    named: RobustnessTokenForImageClassification, images: Images
+) -> None:
+    dataset = pictures_of(images, label=(datasets.ClassLabel(names=["shirt", "cat"]), [0, 1] * 5))
+    with pytest.raises(ValueError, match=r"such as 'cat': the dataset has 'shirt', 'cat', the model 'shirt', 'bag', "):
+        run(named, dataset, **ALONE)
+
+
+def test_a_surrogate_has_the_same_classes(named: RobustnessTokenForImageClassification, images: Images) -> None:
+    base = build_base("vit", classifier=True, id2label=dict(enumerate(reversed(NAMES))))
+    surrogate = RobustnessTokenForImageClassification.from_base(base)
+    with pytest.raises(ValueError, match="model and surrogate must have the same classes in the same order"):
+        run(named, images, **ALONE, surrogate=surrogate)
+
+
+@pytest.mark.parametrize("label", [-1, 5, 999])
+def test_labels_are_checked_before_anything_runs(
+    label: int, classifier: RobustnessTokenForImageClassification, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("train_own_tokens", "run_cells"):
+        monkeypatch.setattr(evaluate, name, lambda *_, **__: pytest.fail("began"))
+    with pytest.raises(ValueError, match=f"labels must be from 0 to 4, the classes of the model, got {label}"):
+        run(classifier, Images([0] * (NUM_IMAGES - 1) + [label]), own_tokens=None)
+    masks = [torch.zeros(IMAGE_SIZE, IMAGE_SIZE, dtype=torch.int64) for _ in range(NUM_IMAGES)]
+    masks[-1][0, 0], masks[0][0, 0] = label, 255
+    probed = ProbedModel(RobustnessTokenModel.from_base(build_base("dinov2")), SegmentationHead(HIDDEN_SIZE, 5))
+    with pytest.raises(ValueError, match=f"labels must be from 0 to 4, .* got {label}"):
+        run(probed, Images(masks), own_tokens=None)
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["evaluated images", "own images"])
+def test_columns_hold_for_the_attackers_own_datasets_too(
+    given: bool, named: RobustnessTokenForImageClassification, images: Images, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[dict[str, Any]] = []
+
+    def train(*_: Any, overrides: dict[str, Any], **__: Any) -> None:
+        seen.append(overrides)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate, "train_own_tokens", train)
+    assert images.labels is not None
+    dataset = pictures_of(images, fine=(datasets.Value("int64"), images.labels))
+    columns: dict[str, Any] = {"label_column_name": "fine", "label_matching": "index"}
+    theirs = {"attacker_datasets": [dataset]} if given else {}
+    with pytest.raises(KeyboardInterrupt):
+        run(named, dataset, knowledge="own_tokens", own_tokens=None, **columns, **theirs)
+    assert seen == [columns if given else {"label_matching": "index"}]
+
+
+def test_the_number_of_queries_stands_beside_every_number_of_a_black_box(
+    report: RobustnessReport, classifier: RobustnessTokenForImageClassification, images: Images
+) -> None:
+    black_box = pick(report.results, knowledge="none")
+    assert black_box
+    found = {
+        (r.attack, r.attack_parameters.get("series")): r.attack_parameters["num_queries"]
+        for r in black_box
+        if r.metric == "accuracy"
+    }
+    # Square 5, two kinds of noise 2 each; the sweep draws corners alone.
+    assert found == {
+        ("worst_case", None): 9,
+        ("square", None): 5,
+        ("uniform_noise", None): 2,
+        ("corner_noise", None): 2,
+        ("worst_case", "sweep"): 2,
+    }
+    assert all("num_queries" not in r.attack_parameters for r in report.results if r.knowledge in (None, "base"))
+    assert set(report.series["sweep/none/accuracy/num_queries"]) == {2}
+    assert "Black box: knows nothing, and tries noise and queries (9 for each image)" in render_report_markdown(report)
+    assert "num_queries = 9" in render_report_html(report)
+    surrogate = RobustnessTokenForImageClassification.from_base(build_base("vit", classifier=True))
+    transfer = run(classifier, images, knowledge="none", attacks=["cross_entropy"], eps_sweep=[], surrogate=surrogate)
+    (alone,) = pick(transfer.results, attack="cross_entropy", tokens="trained", metric="accuracy")
+    assert alone.attack_parameters["num_queries"] == 0
 
 
 def test_random_tokens_have_the_norm_of_the_trained_ones_and_other_directions() -> None:

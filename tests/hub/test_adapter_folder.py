@@ -14,9 +14,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from robustness_tokens import RobustnessReport, RobustnessTokenModel
+from robustness_tokens import (
+    RobustnessReport,
+    RobustnessTokenModel,
+    RobustnessTokenTrainer,
+    RobustnessTokenTrainingArguments,
+    load_image_dataset,
+)
 from robustness_tokens.configuration import TOKENS, state_digest
-from robustness_tokens.data.image_processors import read_image_processor
+from robustness_tokens.data.image_processors import build_image_processor, read_image_processor
 from robustness_tokens.hub.adapter_folder import (
     cached_commit,
     check_base_is_repo_id,
@@ -30,6 +36,7 @@ from robustness_tokens.hub.adapter_folder import (
     read_state,
     write_adapter,
 )
+from robustness_tokens.models.heads import ClassificationHead, load_head, save_head
 from robustness_tokens.utils.files import read_json, write_text
 from tests.support.adapters import COMMIT, cache_as_repo
 from tests.support.bases import build_base
@@ -142,9 +149,7 @@ def test_an_adapter_loads_beside_a_report_of_an_older_package(
         RobustnessReport.load(adapter_folder)
 
 
-def test_another_programs_evaluation_is_not_removed(
-    adapter_folder: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_another_programs_evaluation_is_not_removed(adapter_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     files = {adapter_folder / name: f"{{}}{name}" for name in ("evaluation.json", "evaluation.md", "report.html")}
     for path, text in files.items():
         path.write_text(text)
@@ -479,3 +484,78 @@ def test_another_model_is_not_overwritten(adapter_folder: Path, base_folders: di
     (adapter_folder / "config.json").write_text("{")
     with pytest.raises(ValueError, match="not valid JSON"):
         check_no_other_model(adapter_folder)
+
+
+def test_a_tilde_is_the_home_folder_in_every_function_that_takes_a_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    base = build_base("dinov2")
+    base.save_pretrained(tmp_path / "home" / "base")
+    processor = build_image_processor(image_size=16)
+    processor.save_pretrained(tmp_path / "home" / "base")
+    RobustnessTokenModel.from_base("~/base").save_pretrained("~/adapter")
+    RobustnessTokenModel.from_pretrained("~/adapter")
+    RobustnessTokenModel.from_pretrained("~/adapter", base_model="~/base")
+    assert load_adapter("~/adapter").folder == tmp_path / "home" / "adapter"
+    assert holds_adapter("~/adapter")
+    save_head(ClassificationHead(4, 2), "~/head")
+    assert load_head("~/head").num_labels == 2
+    make_report().save("~/report")
+    assert RobustnessReport.load("~/report").results
+    args = RobustnessTokenTrainingArguments(output_dir="~/run", max_steps=1, num_attack_steps=1, disable_tqdm=True)
+    trainer = RobustnessTokenTrainer(
+        RobustnessTokenModel.from_base(base, image_processor=processor), args, [{"images": torch.rand(3, 16, 16)}] * 2
+    )
+    trainer.train()
+    trainer.save_model()
+    trainer.save_model("~/copy")
+    found = {path.name for path in (tmp_path / "home").iterdir()}
+    assert found == {"base", "adapter", "head", "report", "run", "copy"}
+    assert not list((tmp_path / "work").iterdir())
+
+
+@pytest.mark.parametrize("name", ["save", "load", "head", "run", "dataset", "report"])
+def test_a_path_that_is_not_utf8_is_named(name: str, tmp_path: Path) -> None:
+    path = f"{tmp_path}/a\udcff"
+    uses: dict[str, Any] = {
+        "save": lambda: RobustnessTokenModel.from_base(
+            build_base("dinov2"), image_processor=build_image_processor(image_size=16)
+        ).save_pretrained(path),
+        "load": lambda: RobustnessTokenModel.from_pretrained(path),
+        "head": lambda: save_head(ClassificationHead(4, 2), path),
+        "run": lambda: RobustnessTokenTrainingArguments(output_dir=path),
+        "dataset": lambda: load_image_dataset(path),
+        "report": lambda: make_report().save(path),
+    }
+    with pytest.raises(ValueError, match=r"a\\udcff' must be valid UTF-8, .* rename the folder"):
+        uses[name]()
+
+
+def test_another_users_folder_is_not_taken_for_a_missing_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, closed = os.stat, str(tmp_path / "closed" / "adapter")
+
+    def stat(path: Any, **kwargs: Any) -> os.stat_result:
+        if path == closed:
+            raise PermissionError(13, "Permission denied", closed)
+        return real(path, **kwargs)
+
+    monkeypatch.setattr(os, "stat", stat)
+    uses: list[Any] = [RobustnessTokenModel.from_pretrained, RobustnessTokenModel.from_base, load_head]
+    for load in (*uses, load_image_dataset, RobustnessReport.load):
+        with pytest.raises(PermissionError, match=r"Permission denied: .*closed/adapter"):
+            load(closed)
+
+
+def test_weights_that_may_not_be_read_are_not_called_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build_base("dinov2").save_pretrained(tmp_path)
+
+    def unreadable(path: Any, *_: Any, **__: Any) -> None:
+        raise FileNotFoundError(f"No such file or directory: {path}")  # as safetensors says
+
+    monkeypatch.setattr("transformers.modeling_utils.safe_open", unreadable)
+    with pytest.raises(PermissionError, match=r"weights can't be opened, they may be another user's: .*safetensors"):
+        RobustnessTokenModel.from_base(tmp_path)

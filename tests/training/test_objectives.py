@@ -1,11 +1,14 @@
 """Trains tokens of every layer, gains and shifts by each objective, with the heads and labels that they need."""
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any, get_args
 
+import datasets
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 from transformers import CLIPModel
 
@@ -37,7 +40,13 @@ def labelled(count: int) -> list[dict[str, Any]]:
 
 
 def make(
-    folder: Path, *, head: Any = None, classifier: bool = True, dataset: Any = None, **kwargs: Any
+    folder: Path,
+    *,
+    head: Any = None,
+    classifier: bool = True,
+    dataset: Any = None,
+    eval_dataset: Any = None,
+    **kwargs: Any,
 ) -> RobustnessTokenTrainer:
     torch.manual_seed(3)
     model_class = RobustnessTokenForImageClassification if classifier else RobustnessTokenModel
@@ -50,7 +59,9 @@ def make(
     args = RobustnessTokenTrainingArguments(
         output_dir=str(folder), **{**SETTINGS, "attack_through": "tokens", **kwargs}
     )
-    return RobustnessTokenTrainer(model, args, images(8) if dataset is None else dataset, head=head)
+    if eval_dataset is not None:
+        args = dataclasses.replace(args, eval_steps=args.max_steps)
+    return RobustnessTokenTrainer(model, args, images(8) if dataset is None else dataset, eval_dataset, head=head)
 
 
 @pytest.mark.parametrize("objective", ["cosine", "head_distance", "distillation", "cross_entropy"])
@@ -132,7 +143,15 @@ def test_a_segmentation_head_is_distilled_patch_by_patch(tmp_path: Path) -> None
     [
         ({"classifier": False, "objective": "distillation"}, "distillation.* has no head: .*ForImageClassification"),
         ({"objective": "head_distance", "head": ClassificationHead(2 * HIDDEN_SIZE, 4)}, "reads no head"),
-        ({"objective": "cross_entropy"}, "label"),
+        (
+            {"classifier": False, "objective": "cross_entropy", "dataset": labelled(8)},
+            "cross_entropy.* has no head: .*ForImageClassification",
+        ),
+        (
+            {"classifier": False, "head": torch.nn.Linear(4, 2), "objective": "cross_entropy", "dataset": labelled(8)},
+            "head is a Linear, expected a probe head",
+        ),
+        ({"objective": "cross_entropy"}, "no labels, .* name their column by label_column_name"),
         ({"objective": "distillation", "attack": "paper", "eps": None}, 'distillation.* needs attack="pgd"'),
         ({"objective": "kl"}, "objective must be one of"),
         ({"eps_warmup_ratio": 1.5}, "eps_warmup_ratio must be from 0 to 1"),
@@ -224,6 +243,54 @@ def test_labels_that_are_no_classes_are_refused(label: int, tmp_path: Path) -> N
     dataset = [{**item, "labels": label} for item in images(8)]
     with pytest.raises(ValueError, match=f"labels go from {label} to {label}, expected classes of the head, 0 to"):
         make(tmp_path, dataset=dataset, objective="cross_entropy", max_steps=1).train()
+
+
+NAMES = ["shirt", "bag", "boot", "coat", "dress"]
+
+
+def pictures(names: list[str] | None, labels: list[Any], **columns: Any) -> datasets.Dataset:
+    kind: Any = datasets.ClassLabel(names=names) if names else datasets.Value("int64")
+    shots = [(255 * item["images"]).byte().permute(1, 2, 0).numpy() for item in images(len(labels))]
+    rows = {"image": [Image.fromarray(shot) for shot in shots], "label": labels, **columns}
+    features = {"image": datasets.Image(), "label": kind, **dict.fromkeys(columns, datasets.Value("int64"))}
+    return datasets.Dataset.from_dict(rows, features=datasets.Features(features))
+
+
+@pytest.mark.parametrize("who", ["classifier", "probe", "zero-shot"])
+def test_labels_are_those_of_the_heads_classes(who: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    named_base = functools.partial(build_base, id2label=dict(enumerate(NAMES)))
+    monkeypatch.setattr("tests.training.test_objectives.build_base", named_base)
+    head: Any = {
+        "classifier": None,
+        "probe": ClassificationHead(2 * HIDDEN_SIZE, 5, label_names=NAMES),
+        "zero-shot": ZeroShotHead(torch.randn(5, HIDDEN_SIZE), label_names=NAMES),
+    }[who]
+    settings: dict[str, Any] = {"classifier": head is None, "head": head, "objective": "cross_entropy"}
+    settings |= {"max_steps": 2, "image_size": 16}
+    labels, order = [0, 1, 2, 3, 4, 0, 1, 2], sorted(NAMES)
+    there = [order.index(NAMES[label]) for label in labels]
+    ours = make(tmp_path / "a", dataset=pictures(NAMES, labels), **settings)
+    theirs = make(tmp_path / "b", dataset=pictures(order, there), **settings)
+    for row in range(8):
+        assert theirs.train_dataset[row]["labels"] == ours.train_dataset[row]["labels"] == labels[row]
+    held_out = make(tmp_path / "c", dataset=pictures(NAMES, labels), eval_dataset=pictures(order, there), **settings)
+    assert held_out.eval_dataset is not None
+    assert [held_out.eval_dataset[row]["labels"] for row in range(8)] == labels
+    by_index = make(tmp_path / "d", dataset=pictures(order, there), label_matching="index", **settings)
+    assert [by_index.train_dataset[row]["labels"] for row in range(8)] == there
+    with pytest.raises(ValueError, match=r"such as 'cat': the dataset has 'cat', 'bag', the model 'shirt', 'bag'"):
+        make(tmp_path / "e", dataset=pictures(["cat", "bag"], [0, 1] * 4), **settings)
+
+
+@pytest.mark.parametrize("label", [-1, 5])
+def test_labels_of_a_table_are_checked_before_anything_runs(label: int, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"objective": "cross_entropy", "image_size": 16}
+    with pytest.raises(ValueError, match=f"labels must be from 0 to 4, .* got {label}"):
+        make(tmp_path, dataset=pictures(None, [0] * 7 + [label]), **settings)
+    with pytest.raises(ValueError, match=f"eval_dataset can't be used: labels must be from 0 to 4, .* got {label}"):
+        make(tmp_path, dataset=pictures(None, [0] * 8), eval_dataset=pictures(None, [label]), **settings)
+    named = make(tmp_path, dataset=pictures(None, [label] * 8, fine=[3] * 8), label_column_name="fine", **settings)
+    assert named.train_dataset[7]["labels"] == 3
 
 
 @pytest.mark.parametrize("name", ["timm_deit3_classifier", "vit_classifier", "dinov2_classifier"])
