@@ -119,7 +119,7 @@ def push_adapter(
         contents[REPORT_FILE] = report.to_json_string().encode()
     elif (stored := _download(api, repo_id, prefix + REPORT_FILE, parent)) is not None:
         _download(api, repo_id, prefix + TOKENS_FILE, parent)
-        report = report_of(stored.parent, adapter.state)
+        report = report_of(stored.parent, adapter.state | adapter.head)
         if report is None:
             operations.append(CommitOperationDelete(prefix + REPORT_FILE))
     card = render_card(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..configuration import TOKENS
-from ..utils import check_int
+from ..utils import check_finite, check_int
 from .features import patch_size
 from .gains_and_shifts import fold
 from .injection import active_injector, remove_tokens
@@ -55,6 +55,7 @@ def merge(model: PreTrainedModel, *, image_size: int | None = None) -> PreTraine
     of `image_size` pixels.
     """
     state = active_injector(model, to="merge").active_state
+    check_finite("refusing to merge tokens", state)
     tokens, gains_and_shifts = state.pop(TOKENS).detach(), state
     name = type(model).__name__
     if tokens.dim() == 3 and tokens.shape[1] > 0:
