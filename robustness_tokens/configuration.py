@@ -77,8 +77,7 @@ _TRANSIENT_KEYS = {
     "torch_dtype",
 }
 # What a caller may ask of the base by an Auto class, which hands it to the adapter's config.
-_FOR_THE_BASE = {"id2label", "label2id", "num_labels", "problem_type", "return_dict"}
-_FOR_THE_BASE |= {"output_attentions", "output_hidden_states"}
+_FOR_THE_BASE = ("id2label", "label2id", "num_labels", "output_attentions", "output_hidden_states", "problem_type")
 
 
 class RobustnessTokenConfig(PreTrainedConfig):

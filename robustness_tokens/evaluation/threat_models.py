@@ -154,7 +154,8 @@ class EvaluatedModel:
     ) -> Tensor:
         half = self.attack_precision == "bf16" and not exact
         with tokens_in(self.model, tokens), torch.autocast(self.device.type, torch.bfloat16, enabled=half):
-            return function(self.normalizer(images)).float()
+            pixel_values = self.normalizer(images)
+            return function(pixel_values.to(getattr(self.base, "dtype", pixel_values.dtype))).float()
 
 
 def _task_of(model: nn.Module) -> Task:

@@ -192,8 +192,11 @@ def _merge_timm(model: PreTrainedModel, tokens: Tensor, image_size: int | None) 
 
 
 def _fill(plain: PreTrainedModel, state: dict[str, Tensor], model: PreTrainedModel) -> PreTrainedModel:
-    # Assigned, not copied, so that each tensor keeps its dtype and unsaved buffers stay float32.
+    # Assigned, not copied, so that each tensor keeps its dtype; unsaved buffers get the model's.
     plain.load_state_dict(state, strict=True, assign=True)
+    dtypes = {name: buffer.dtype for name, buffer in model.named_buffers()}
+    for name, buffer in plain.named_buffers():
+        buffer.data = buffer.to(dtypes.get(name, buffer.dtype))
     plain.config.name_or_path = ""
     return plain.to(model.device).eval()  # type: ignore[arg-type]
 

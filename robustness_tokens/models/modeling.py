@@ -108,7 +108,7 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
             setattr(config, name, getattr(base_model.config, name, None))
         config._attn_implementation_internal = base_model.config._attn_implementation
         self.supports_gradient_checkpointing = base_model.supports_gradient_checkpointing
-        self._head_digest = digest(head_parameters(base_model))
+        self._head_digest = self._digest_head()
         self.post_init()
         self.eval()
 
@@ -482,10 +482,14 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
         """Returns the tensors to save, from a state dict where it has them: the state, and a head that was trained."""
         own: dict[str, Tensor] = {f"injector.{attribute(name)}": t for name, t in self.injector.state.items()}
         head = head_parameters(self.get_base_model())
-        if any(p.requires_grad for p in head.values()) or digest(head) != self._head_digest:
+        if any(p.requires_grad for p in head.values()) or self._digest_head() != self._head_digest:
             own |= {f"{HEAD_PREFIX}{name}": tensor for name, tensor in head.items()}
         names = {f"injector.{attribute(name)}": name for name in self.injector.names}
         return {names.get(key, key): given.get(key, tensor) for key, tensor in own.items()}
+
+    def _digest_head(self) -> str | None:
+        head = head_parameters(self.get_base_model())
+        return None if any(parameter.is_meta for parameter in head.values()) else digest(head)
 
     def _load_head(self, head: Mapping[str, Tensor]) -> None:
         own = head_parameters(self.get_base_model())
@@ -512,8 +516,11 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
         base, expected = self.get_base_model(), self.config.base_model_fingerprint or {}
         if any(parameter.is_meta for parameter in base.parameters()):
             return
-        found = base_fingerprint(base)
-        is_changed = any(found[dtype] != expected[dtype] for dtype in found.keys() & expected.keys())
+        try:
+            found = base_fingerprint(base)
+        except ValueError:  # the layers differ now, or were quantised
+            found = {}
+        is_changed = not found or any(found[dtype] != expected[dtype] for dtype in found.keys() & expected.keys())
         head = {id(parameter) for parameter in head_parameters(base).values()}
         if is_changed or any(p.requires_grad and id(p) not in head for p in base.parameters()):
             logger.warning(

@@ -88,12 +88,14 @@ def _run_smallest(base: Any, stack: LayerStack) -> tuple[dict[str, Any], list[Te
         inputs: dict[str, Any] = {}
         if not stack.is_timm:
             images, inputs = cut_for_siglip2(base, images)
+            if getattr(base.config, "output_attentions", False):
+                inputs["output_attentions"] = False  # tokens take part of the attention, though none has an effect
         inputs["pixel_values"] = images
         try:
             return inputs, _outputs(base, stack, inputs)
-        except Exception:
+        except Exception as exc:
             if size == sizes[-1]:
-                raise
+                raise RuntimeError(f"without tokens, on an image of {size[0]} x {size[1]} pixels: {exc}") from exc
     raise AssertionError
 
 
