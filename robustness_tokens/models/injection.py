@@ -109,6 +109,7 @@ class TokenInjector(nn.Module):
             for module in self._rotary_modules:
                 module.num_prefix_tokens += self.num_active_tokens  # type: ignore[operator, assignment]
             return
+        stack.owner.register_forward_pre_hook(self.check_before_layers)
         # Prepended, so that transformers' recorder of hidden states sees the stripped output.
         stack.layers[-1].register_forward_hook(self.strip_after_layer, prepend=True)
         stack.owner.register_forward_hook(self.trim_recorded)
@@ -131,6 +132,8 @@ class TokenInjector(nn.Module):
 
     def check_layers(self) -> None:
         """Raises `ValueError` if layers were added, removed or replaced since the hooks were set."""
+        if not self.enabled:
+            return
         (stack,) = self._stacks
         owner: Any = stack.owner
         layers: Any = owner.get_submodule(self._layers_name)
@@ -145,6 +148,9 @@ class TokenInjector(nn.Module):
                 f"layers of {type(owner).__name__} were added, removed or replaced since the robustness tokens were "
                 "put in: call remove_tokens(model) before changing layers, and inject_tokens afterwards"
             )
+
+    def check_before_layers(self, module: nn.Module, args: Any) -> None:
+        self.check_layers()
 
     def _has_hook(self, module: nn.Module) -> bool:
         hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
@@ -219,7 +225,6 @@ class TokenInjector(nn.Module):
 
     def trim_recorded(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Removes the tokens from recorded `hidden_states` and `attentions`."""
-        self.check_layers()
         k = self.num_active_tokens
         if k == 0:
             return output

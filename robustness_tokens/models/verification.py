@@ -87,7 +87,8 @@ def _run_smallest(base: Any, stack: LayerStack) -> tuple[dict[str, Any], list[Te
         images = images.to(parameter.device, getattr(base, "dtype", parameter.dtype))
         inputs: dict[str, Any] = {}
         if not stack.is_timm:
-            images, inputs = cut_for_siglip2(base, images)
+            images, others = cut_for_siglip2(base, images)
+            inputs |= others
             if getattr(base.config, "output_attentions", False):
                 inputs["output_attentions"] = False  # tokens take part of the attention, though none has an effect
         inputs["pixel_values"] = images
@@ -109,11 +110,18 @@ def _sizes(base: Any, stack: LayerStack) -> Iterator[tuple[int, int]]:
 
 
 def _outputs(base: Any, stack: LayerStack, inputs: dict[str, Any]) -> list[Tensor]:
-    device = inputs["pixel_values"].device
+    images, seen = inputs["pixel_values"], list[Any]()
     # Each run starts from the caller's random state and leaves it: ViT-MAE shuffles the patches.
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        output = base.forward_features(inputs["pixel_values"]) if stack.is_timm else base(**inputs)
-    return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    with torch.random.fork_rng(devices=[images.device] if images.is_cuda else []):
+        if stack.is_timm:  # a head may pool the features away
+            handle = base.norm.register_forward_hook(lambda module, args, output: seen.append(output))
+            try:
+                seen.append(base(images))
+            finally:
+                handle.remove()
+        else:
+            seen.append(base(**inputs))
+    return [leaf for leaf in pytree.tree_leaves(seen) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
 def _module_that_takes_images(model: nn.Module, stack: LayerStack) -> nn.Module:

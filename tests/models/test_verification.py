@@ -123,6 +123,7 @@ class LeakyMlp(nn.Module):
 @pytest.mark.parametrize("name", ["dinov2", "timm_deit3"])
 def test_layers_in_which_more_than_attention_mixes_are_refused(name: str, how: str, dtype: torch.dtype) -> None:
     model = FAMILIES[name].build()
+    layer: Any
     for layer in find_layer_stack(model).layers:
         layer.mlp = LeakyMlp(layer.mlp, how)
     with pytest.raises(ValueError, match="its outputs change by"):
