@@ -42,7 +42,7 @@ class TokenInjector(nn.Module):
         self._rotary_modules: list[nn.Module] = []  # timm's Eva: positions begin after the prefix
         self._stacks: list[LayerStack] = []  # in a list, since modules that are attributes would become children
         self._layers_name = ""  # of the stack's layers inside its owner
-        self._num_hooks = 0  # inside the owner
+        self._num_hooked = 0  # modules inside the owner
         self._has_warned = False
 
     @property
@@ -84,7 +84,7 @@ class TokenInjector(nn.Module):
         self._stacks = [stack]
         self._layers_name = next(name for name, module in stack.owner.named_modules() if module is stack.layers)
         self._register_hooks(model, stack)
-        self._num_hooks = self._count_hooks(stack.owner)
+        self._num_hooked = sum(map(self._has_hook, stack.owner.modules()))
         torch.compiler.reset()  # programs that were compiled without the hooks would go on without the tokens
 
     def _register_hooks(self, model: nn.Module, stack: LayerStack) -> None:
@@ -109,16 +109,13 @@ class TokenInjector(nn.Module):
             for module in self._rotary_modules:
                 module.num_prefix_tokens += self.num_active_tokens  # type: ignore[operator, assignment]
             return
-        stack.owner.register_forward_pre_hook(self.check_before_layers)
+        stack.owner.register_forward_pre_hook(self.check_layers)
         # Prepended, so that transformers' recorder of hidden states sees the stripped output.
         stack.layers[-1].register_forward_hook(self.strip_after_layer, prepend=True)
         stack.owner.register_forward_hook(self.trim_recorded)
         for module in stack.layers.modules():
             if stack.attention_class is not None and isinstance(module, stack.attention_class):
                 module.register_forward_pre_hook(self.pad_attention_mask, with_kwargs=True)
-
-    def _count_hooks(self, module: nn.Module) -> int:
-        return sum(injector is self for *_, injector in _own_hooks(module))
 
     def warn_of_state_dict(self, module: nn.Module, prefix: str, keep_vars: bool) -> None:
         """Says once that the state dict of a model with injected tokens lacks them."""
@@ -130,7 +127,7 @@ class TokenInjector(nn.Module):
                 type(module).__name__,
             )
 
-    def check_layers(self) -> None:
+    def check_layers(self, *args: Any) -> None:  # also a hook
         """Raises `ValueError` if layers were added, removed or replaced since the hooks were set."""
         if not self.enabled:
             return
@@ -143,14 +140,11 @@ class TokenInjector(nn.Module):
             if all(map(self._has_hook, (*ends, *layers[1 : depth_of(self.robustness_tokens)]))):
                 return
         # Slower: a layer may have been wrapped, as by FSDP, and then runs its hooks inside.
-        if not is_whole or self._count_hooks(owner) != self._num_hooks:
+        if not is_whole or sum(map(self._has_hook, owner.modules())) != self._num_hooked:
             raise ValueError(
                 f"layers of {type(owner).__name__} were added, removed or replaced since the robustness tokens were "
                 "put in: call remove_tokens(model) before changing layers, and inject_tokens afterwards"
             )
-
-    def check_before_layers(self, module: nn.Module, args: Any) -> None:
-        self.check_layers()
 
     def _has_hook(self, module: nn.Module) -> bool:
         hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
@@ -423,7 +417,8 @@ def _own_hooks(model: nn.Module) -> Iterator[tuple[nn.Module, int, TokenInjector
 
 
 def _registries(module: nn.Module) -> tuple[dict[int, Any], ...]:
-    return module._forward_pre_hooks, module._forward_hooks, module._state_dict_pre_hooks
+    pre_hooks = module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs
+    return *pre_hooks, module._forward_hooks, module._state_dict_pre_hooks
 
 
 def _injector_of(hook: Any) -> TokenInjector | None:

@@ -593,12 +593,10 @@ class Wrapped(nn.Module):
 
 def test_layers_may_be_wrapped_afterwards(tokens: Tensor) -> None:
     """Runs their hooks inside, as under FSDP."""
-    model = build("dinov2")
-    attach_tokens(model, tokens)
-    expected = run(model, "dinov2").last_hidden_state
-    layers = model.encoder.layer
-    model.encoder.layer = nn.ModuleList(Wrapped(layer) for layer in layers)
-    assert torch.equal(run(model, "dinov2").last_hidden_state, expected)
+    model = inject_tokens(build("vit"), tokens)
+    expected = run(model, "vit").last_hidden_state
+    model.layers = nn.ModuleList(Wrapped(layer) for layer in model.layers)
+    assert torch.equal(run(model, "vit").last_hidden_state, expected)
 
 
 # Devices
