@@ -119,7 +119,7 @@ class TokenInjector(nn.Module):
 
     def warn_of_state_dict(self, module: nn.Module, prefix: str, keep_vars: bool) -> None:
         """Says once that the state dict of a model with injected tokens lacks them."""
-        if not self._has_warned:
+        if not (self._has_warned or keep_vars):  # torch.export keeps them, saving does not
             self._has_warned = True
             logger.warning(
                 "%s is saved without its robustness tokens: keep their adapter, and inject_tokens(model, adapter) "

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import ResNetConfig
 
 from robustness_tokens.configuration import TOKENS
+from robustness_tokens.data import build_image_processor
 from robustness_tokens.models import RobustnessTokenModel, inject_tokens
 from robustness_tokens.models.gains_and_shifts import find_adapted_modules
 from robustness_tokens.models.injection import attach_tokens, find_injector
@@ -98,6 +99,10 @@ def test_models_that_mix_the_sequence_otherwise_are_refused(name: str) -> None:
         inject_tokens(model, TOKENS_3)
     assert find_injector(model) is None
     assert [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()] == hooks
+    processor = build_image_processor(image_size=16)
+    with pytest.raises(ValueError, match=message):
+        RobustnessTokenModel.from_base(model, image_processor=processor)
+    assert find_injector(model) is None
     assert find_injector(inject_tokens(model, TOKENS_3, verify=False)) is not None
 
 
