@@ -509,7 +509,10 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Loads a state dict of this model, or the tensors of a saved adapter, as `transformers.Trainer` does."""
         own = {name: f"injector.{attribute(name)}" for name in self.injector.names}
-        return super().load_state_dict({own.get(key, key): t for key, t in state_dict.items()}, *args, **kwargs)
+        result = super().load_state_dict({own.get(key, key): t for key, t in state_dict.items()}, *args, **kwargs)
+        if not own.keys().isdisjoint(state_dict):  # an adapter has no base
+            result.missing_keys[:] = [key for key in result.missing_keys if not key.startswith(HEAD_PREFIX)]
+        return result
 
     def _check_base_as_loaded(self) -> None:
         """Warns if layers of the base are not those that the tokens belong to: they are not saved."""
