@@ -32,6 +32,9 @@ SCHEMA_VERSION = 2
 
 TOKENS = "robustness_tokens"
 
+HEAD_PREFIX = "backbone."
+"""Begins the names of a trained head's tensors in an adapter's file, as in the model's state dict."""
+
 TokenState = Mapping[str, Tensor]
 """What an adapter learned: its tokens under `TOKENS`, (K, D), or (depth, K, D) where several layers have tokens of
 their own; and its gains and shifts by name, such as `"norm1.gain"`, (L, D) for L layers."""
@@ -79,7 +82,10 @@ _TRANSIENT_KEYS = {
     "output_hidden_states",
     "problem_type",
     "return_dict",
+    "torch_dtype",
 }
+# What a caller may ask of the base by an Auto class, which hands it to the adapter's config.
+_FOR_THE_BASE = ("id2label", "label2id", "num_labels", "output_attentions", "output_hidden_states", "problem_type")
 
 
 class RobustnessTokenConfig(PreTrainedConfig):
@@ -130,6 +136,7 @@ class RobustnessTokenConfig(PreTrainedConfig):
         if unknown := sorted(set(kwargs) - _TRANSFORMERS_KEYS - _TRANSIENT_KEYS):
             raise ValueError(f"RobustnessTokenConfig got unknown keys {unknown}; it knows {sorted(own_keys())}")
         self.auto_map = kwargs.pop("auto_map", {})
+        self.asked_of_base: dict[str, Any] = {}
         self._check_transformers_keys()
         self.base_model_fingerprint = self.base_model_fingerprint or {}
         self.training = self.training or {}
@@ -222,7 +229,10 @@ class RobustnessTokenConfig(PreTrainedConfig):
         name, optional = "the adapter's config.json", _TRANSFORMERS_KEYS
         version = config_dict.get("schema_version") if isinstance(config_dict, dict) else None
         check_keys(name, config_dict, own_keys(version), optional=optional, schema=SCHEMA_VERSION)
-        return super().from_dict(config_dict, **kwargs)
+        made = super().from_dict(config_dict, **kwargs)
+        config = made[0] if isinstance(made, tuple) else made
+        config.asked_of_base = {name: kwargs[name] for name in _FOR_THE_BASE if kwargs.get(name) is not None}
+        return made
 
 
 def own_keys(schema_version: Any = SCHEMA_VERSION) -> set[str]:

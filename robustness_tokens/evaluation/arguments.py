@@ -133,13 +133,14 @@ class EvaluationArguments:
     def __post_init__(self) -> None:
         for name in ("knowledge", "attacks", "eps", "eps_sweep"):
             value = getattr(self, name)
-            if value is not None and (isinstance(value, str) or not isinstance(value, Iterable)):
-                setattr(self, name, [value])
+            if value is not None:
+                is_one = isinstance(value, str) or not isinstance(value, Iterable)
+                setattr(self, name, [value] if is_one else list(value))
         if not self.knowledge or set(self.knowledge) - set(get_args(Knowledge)):
             raise ValueError(
                 f"knowledge must be a list of at least one of {get_args(Knowledge)}, got {self.knowledge!r}"
             )
-        check_fields(self, from_zero=("seed",), free=("ignore_index",))
+        check_fields(self, from_zero=("seed",), free=("ignore_index", "attacks", "eps", "eps_sweep"))
         if self.eps is not None and not self.eps:
             raise ValueError("eps must hold at least one budget, got none")
         budgets: list[Any] = [*(self.eps or ()), *self.eps_sweep]

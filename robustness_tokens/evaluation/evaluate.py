@@ -202,7 +202,7 @@ def evaluate_robustness(
     return RobustnessReport(
         package_version=__version__,
         adapter=getattr(evaluated.adapter, "name_or_path", "") or type(model).__name__,
-        adapter_digest=state_digest(evaluated.tokens),
+        adapter_digest=state_digest(evaluated.learned),
         base_model=base_model or type(model).__name__,
         base_model_revision=None if config is None else config.base_model_revision,
         dataset={

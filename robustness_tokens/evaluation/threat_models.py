@@ -95,6 +95,11 @@ class EvaluatedModel:
         """The tokens in the model, with their gains and shifts: the secret of the defence."""
         return {name: tensor.detach() for name, tensor in self.injector.state.items()}
 
+    @property
+    def learned(self) -> dict[str, Tensor]:
+        """The tokens, and a head that is saved with them."""
+        return self.tokens if self.adapter is None else self.adapter.learned_state()
+
     @functools.cached_property
     def identity(self) -> dict[str, Any]:
         """What identifies the model and how it is attacked, as JSON values."""
@@ -180,7 +185,8 @@ class EvaluatedModel:
     ) -> Tensor:
         half = self.attack_precision == "bf16" and not exact
         with tokens_in(self.model, tokens), torch.autocast(self.device.type, torch.bfloat16, enabled=half):
-            return function(self.normalizer(images)).float()
+            pixel_values = self.normalizer(images)
+            return function(pixel_values.to(getattr(self.base, "dtype", pixel_values.dtype))).float()
 
 
 def _task_of(model: nn.Module) -> Task:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,7 +22,7 @@ from safetensors.torch import save
 from torch import Tensor
 from transformers import BaseImageProcessor
 
-from ..configuration import TOKENS, RobustnessTokenConfig, TokenState, state_digest
+from ..configuration import HEAD_PREFIX, TOKENS, RobustnessTokenConfig, TokenState, state_digest
 from ..data import read_image_processor
 from ..report import REPORT_FILE, OlderReportError, RobustnessReport
 from ..utils import check_finite, has_cache_hash, local_path, read_json, read_tensors, write_together
@@ -37,7 +38,8 @@ ADAPTER_FILES = (CONFIG_FILE, TOKENS_FILE, PROCESSOR_FILE, CARD_FILE, REPORT_FIL
 
 # Names of gains and shifts; whether a base has them, and in which shape, is checked where they are put into it.
 _GAIN_OR_SHIFT = r"[A-Za-z0-9_.]{1,200}\.(gain|shift)|patch_embedding\.(weight|bias)"
-_MAX_GAINS_AND_SHIFTS_BYTES = 1 << 26
+_HEAD = re.escape(HEAD_PREFIX) + r"[A-Za-z0-9_.]{1,200}"
+_MAX_OTHER_BYTES = 1 << 26
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,12 +49,18 @@ class Adapter:
     folder: Path
     config: RobustnessTokenConfig
     state: dict[str, Tensor]  # float32, finite, see TokenState
+    head: dict[str, Tensor]  # of a classifier, if it was trained: by name in the base, after HEAD_PREFIX
     commit: str | None  # on the Hub; None for a local folder
 
     @property
     def tokens(self) -> Tensor:
         """Its tokens, (K, D) or (depth, K, D)."""
         return self.state[TOKENS]
+
+    @property
+    def learned(self) -> dict[str, Tensor]:
+        """All that its tensor file holds: what a report measures."""
+        return self.state | self.head
 
     @cached_property
     def image_processor(self) -> BaseImageProcessor:
@@ -62,7 +70,7 @@ class Adapter:
     @cached_property
     def report(self) -> RobustnessReport | None:
         """Its evaluation.json, None if there is none or it measured another adapter; `ValueError` if it is damaged."""
-        return report_of(self.folder, self.state)
+        return report_of(self.folder, self.learned)
 
 
 def load_adapter(
@@ -107,7 +115,9 @@ def load_adapter(
         folder, commit = snapshot / subfolder, snapshot.name
     _check_files(folder, [CONFIG_FILE, TOKENS_FILE, PROCESSOR_FILE], name)
     config = read_config(folder)
-    return Adapter(folder, config, read_state(folder, config), commit)
+    tensors = read_state(folder, config)
+    head = {name: tensors.pop(name) for name in list(tensors) if name.startswith(HEAD_PREFIX)}
+    return Adapter(folder, config, tensors, head, commit)
 
 
 def normalize_subfolder(subfolder: str) -> str:
@@ -178,14 +188,15 @@ def check_base_is_repo_id(name: str) -> None:
 
 def read_state(folder: Path, config: RobustnessTokenConfig) -> dict[str, Tensor]:
     """Reads what an adapter learned; `ValueError` unless it is float32, finite, and tokens have the config's shape."""
+    is_classifier = "RobustnessTokenForImageClassification" in (config.architectures or ())
+    others = "|".join([_GAIN_OR_SHIFT] * bool(config.gains_and_shifts) + [_HEAD] * is_classifier)
     expected = {TOKENS: torch.empty(config.tokens_shape, dtype=torch.float32, device="meta")}
-    has_others = bool(config.gains_and_shifts)
     return read_tensors(
         folder / TOKENS_FILE,
         expected,
         config_file=CONFIG_FILE,
-        others=_GAIN_OR_SHIFT if has_others else None,
-        max_other_bytes=_MAX_GAINS_AND_SHIFTS_BYTES if has_others else 0,
+        others=others or None,
+        max_other_bytes=_MAX_OTHER_BYTES if others else 0,
     )
 
 
@@ -218,7 +229,7 @@ def report_of(folder: Path, state: TokenState) -> RobustnessReport | None:
 
 def check_no_other_adapter(folder: Path, state: TokenState) -> None:
     """Raises `ValueError` if a folder holds another adapter than this state, beside which a report would be wrong."""
-    if is_adapter(folder) and state_digest(load_adapter(folder).state) != state_digest(state):
+    if is_adapter(folder) and state_digest(load_adapter(folder).learned) != state_digest(state):
         raise ValueError(
             f"output_dir {str(folder)!r} holds another adapter than the evaluated one: its report would be taken for "
             "that one's; choose another output_dir"

@@ -118,7 +118,7 @@ def push_adapter(
         )
         contents[REPORT_FILE] = report.to_json_string().encode()
     elif (stored := _download(api, repo_id, prefix + REPORT_FILE, parent)) is not None:
-        report = report_of(stored.parent, adapter.state)
+        report = report_of(stored.parent, adapter.learned)
         if report is None:
             operations.append(CommitOperationDelete(prefix + REPORT_FILE))
     card = render_card(

@@ -61,10 +61,10 @@ def extract_features(
             pooled: Tensor = headless.timm_model.forward_head(hidden_states, pre_logits=True)
             return pooled
         return _select_tokens(hidden_states, headless, count_patches(headless, pixel_values), feature_view)
+    pixel_values = pixel_values.to(headless.dtype)  # most families do it themselves, BEiT does not
     num_patches = count_patches(headless, pixel_values)
-    if vision_config(headless).model_type == "siglip2_vision_model" and pixel_values.dim() == 4:
-        pixel_values, siglip2_inputs = _cut_for_siglip2(headless, pixel_values)
-        model_inputs = {**siglip2_inputs, **model_inputs}
+    pixel_values, siglip2_inputs = cut_for_siglip2(headless, pixel_values)
+    model_inputs = {**siglip2_inputs, **model_inputs}
     with _all_patches_in_order(headless, pixel_values) as mae_inputs:
         forward = getattr(headless, "get_image_features", headless)  # two towers: vision tower and projection
         output = forward(pixel_values=pixel_values, **{**mae_inputs, **model_inputs})
@@ -77,6 +77,17 @@ def extract_features(
             '"cls_and_patches", "cls" or "patches"'
         )
     return _select_tokens(getattr(output, "last_hidden_state", None), headless, num_patches, feature_view)
+
+
+def head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Returns the parameters of a classifier's own head by name; none for a headless model."""
+    headless: Any = headless_model(model)
+    timm_model = getattr(headless, "timm_model", None)
+    if timm_model is not None:  # its wrapper has the head inside
+        own = {id(parameter) for parameter in timm_model.get_classifier().parameters()}
+        return {name: p for name, p in model.named_parameters() if id(p) in own}
+    inside = {id(parameter) for parameter in headless.parameters()}
+    return {name: p for name, p in model.named_parameters() if id(p) not in inside}
 
 
 def count_patches(model: nn.Module, pixel_values: Tensor) -> int:
@@ -133,8 +144,13 @@ def patch_size(model: nn.Module) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
-def _cut_for_siglip2(headless: Any, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Cuts (B, 3, H, W) into (B, P, 3 * patch_size ** 2) as SigLIP 2's processor does, but differentiably."""
+def cut_for_siglip2(headless: Any, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Cuts (B, 3, H, W) into (B, P, 3 * patch_size ** 2) as SigLIP 2's processor does, but differentiably.
+
+    Returns them with the mask and the grid; for other families, or what is cut already, the images as they are.
+    """
+    if vision_config(headless).model_type != "siglip2_vision_model" or images.dim() != 4:
+        return images, {}
     (height, width), (rows, columns) = patch_size(headless), patch_grid(headless, images)
     whole = images[..., : rows * height, : columns * width]  # whole patches only
     grid = whole.unflatten(3, (columns, width)).unflatten(2, (rows, height))  # (B, 3, rows, height, columns, width)

@@ -26,7 +26,7 @@ def model_digest(model: nn.Module) -> str:
     config, such as timm's, counts by the settings of its modules. The config of an adapter does not count.
     `ValueError` if weights are on the meta device.
     """
-    weights = model.state_dict()
+    weights = model.state_dict(keep_vars=True)  # which is no saving
     if missing := sorted(name for name, tensor in weights.items() if tensor.is_meta):
         raise ValueError(
             f"{len(missing)} weights of {type(model).__name__} are on the meta device, such as {missing[0]}: load it "

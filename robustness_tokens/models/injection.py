@@ -9,6 +9,7 @@ Shapes: B images, N the base's own sequence, K robustness tokens, D width.
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -23,6 +24,9 @@ from .gains_and_shifts import apply_patch_embedding, check_adapted_modules, find
 from .layer_stack import LayerStack, find_layer_stack
 
 
+logger = logging.getLogger(__name__)
+
+
 class TokenInjector(nn.Module):
     """Holds tokens, gains and shifts. Its bound methods are the hooks, so deepcopy and pickle keep both together."""
 
@@ -32,16 +36,19 @@ class TokenInjector(nn.Module):
         super().__init__()
         self.names = tuple(tokens)
         for name, tensor in tokens.items():
-            self.register_parameter(_attribute(name), nn.Parameter(tensor))
+            self.register_parameter(attribute(name), nn.Parameter(tensor))
         self.enabled = True
-        self.strips_before_norm = True
         self._borrowed: TokenState | None = None  # used instead of the injector's own
         self._rotary_modules: list[nn.Module] = []  # timm's Eva: positions begin after the prefix
+        self._stacks: list[LayerStack] = []  # in a list, since modules that are attributes would become children
+        self._layers_name = ""  # of the stack's layers inside its owner
+        self._num_hooked = 0  # modules inside the owner
+        self._has_warned = False
 
     @property
     def state(self) -> dict[str, nn.Parameter]:
         """The injector's own state: its parameters by name."""
-        return {name: self.get_parameter(_attribute(name)) for name in self.names}
+        return {name: self.get_parameter(attribute(name)) for name in self.names}
 
     def active(self, name: str) -> Tensor | None:
         """Returns a tensor of the state in use; None while the injector is off, or if the state has no such tensor."""
@@ -49,7 +56,7 @@ class TokenInjector(nn.Module):
             return None
         if self._borrowed is not None:
             return self._borrowed.get(name)
-        return getattr(self, _attribute(name), None)
+        return getattr(self, attribute(name), None)
 
     @property
     def active_state(self) -> dict[str, Tensor]:
@@ -74,6 +81,13 @@ class TokenInjector(nn.Module):
 
     def attach(self, model: nn.Module, stack: LayerStack) -> None:
         """Registers the hooks on the stack's layers, and on the modules that have gains and shifts."""
+        self._stacks = [stack]
+        self._layers_name = next(name for name, module in stack.owner.named_modules() if module is stack.layers)
+        self._register_hooks(model, stack)
+        self._num_hooked = sum(map(self._has_hook, stack.owner.modules()))
+        torch.compiler.reset()  # programs that were compiled without the hooks would go on without the tokens
+
+    def _register_hooks(self, model: nn.Module, stack: LayerStack) -> None:
         depth = depth_of(self.state[TOKENS])
         adapted = find_adapted_modules(model, stack)
         used = [found for found in adapted if not found.shapes.keys().isdisjoint(self.names)]
@@ -90,10 +104,12 @@ class TokenInjector(nn.Module):
             timm_model.norm_pre.register_forward_hook(self.put_after_norm_pre)
             timm_model.norm.register_forward_pre_hook(self.strip_before_norm)
             timm_model.forward_intermediates = functools.partial(_forward_intermediates, timm_model, self)
+            timm_model._replicate_for_data_parallel = functools.partial(_replicate, timm_model, self)
             self._rotary_modules = [m for m in stack.layers.modules() if hasattr(m, "num_prefix_tokens")]
             for module in self._rotary_modules:
                 module.num_prefix_tokens += self.num_active_tokens  # type: ignore[operator, assignment]
             return
+        stack.owner.register_forward_pre_hook(self.check_layers)
         # Prepended, so that transformers' recorder of hidden states sees the stripped output.
         stack.layers[-1].register_forward_hook(self.strip_after_layer, prepend=True)
         stack.owner.register_forward_hook(self.trim_recorded)
@@ -101,8 +117,53 @@ class TokenInjector(nn.Module):
             if stack.attention_class is not None and isinstance(module, stack.attention_class):
                 module.register_forward_pre_hook(self.pad_attention_mask, with_kwargs=True)
 
-    def _put(self, hidden_states: Tensor, layer: int) -> Tensor:
+    def warn_of_state_dict(self, module: nn.Module, prefix: str, keep_vars: bool) -> None:
+        """Says once that the state dict of a model with injected tokens lacks them."""
+        if not (self._has_warned or keep_vars):  # torch.export keeps them, saving does not
+            self._has_warned = True
+            logger.warning(
+                "%s is saved without its robustness tokens: keep their adapter, and inject_tokens(model, adapter) "
+                "after loading",
+                type(module).__name__,
+            )
+
+    def check_layers(self, *args: Any) -> None:  # also a hook
+        """Raises `ValueError` if layers were added, removed or replaced since the hooks were set."""
+        if not self.enabled:
+            return
+        (stack,) = self._stacks
+        owner: Any = stack.owner
+        layers: Any = owner.get_submodule(self._layers_name)
+        is_whole = len(layers) == len(stack.layers)
+        if is_whole:
+            ends = (owner.norm_pre, owner.norm) if stack.is_timm else (layers[0], layers[-1])
+            if all(map(self._has_hook, (*ends, *layers[1 : depth_of(self.robustness_tokens)]))):
+                return
+        # Slower: a layer may have been wrapped, as by FSDP, and then runs its hooks inside.
+        if not is_whole or sum(map(self._has_hook, owner.modules())) != self._num_hooked:
+            raise ValueError(
+                f"layers of {type(owner).__name__} were added, removed or replaced since the robustness tokens were "
+                "put in: call remove_tokens(model) before changing layers, and inject_tokens afterwards"
+            )
+
+    def _has_hook(self, module: nn.Module) -> bool:
+        hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+        return any(_injector_of(hook) is self for hook in hooks)
+
+    def _follow(self, module: nn.Module, device: torch.device) -> None:
+        """Moves the injector to its first layer's device at the first use, rather than copying at each one."""
+        if self.robustness_tokens.is_meta and device.type != "meta":
+            raise ValueError(
+                "the robustness tokens are on the meta device: offload the base first, and put them in afterwards"
+            )
+        is_lasting = device.type != "meta" and not torch.compiler.is_compiling()
+        if is_lasting and not getattr(module, "_is_replica", False):  # replicas share the original's injector
+            self.to(device)
+
+    def _put(self, module: nn.Module, hidden_states: Tensor, layer: int) -> Tensor:
         """Puts a layer's tokens in front, and drops those of the previous layer: (B, N, D) to (B, K + N, D)."""
+        if layer == 0 and self.robustness_tokens.device != hidden_states.device:
+            self._follow(module, hidden_states.device)
         tokens = self.active(TOKENS)
         if tokens is None:
             return hidden_states
@@ -121,8 +182,8 @@ class TokenInjector(nn.Module):
 
     def put_before_layer(self, module: nn.Module, args: Any, kwargs: Any, *, layer: int) -> tuple[Any, Any]:
         if args:
-            return (self._put(args[0], layer), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": self._put(kwargs["hidden_states"], layer)}
+            return (self._put(module, args[0], layer), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": self._put(module, kwargs["hidden_states"], layer)}
 
     def scale_and_shift(self, module: nn.Module, args: Any, output: Tensor, *, name: str, layer: int) -> Tensor:
         """Returns `output * (1 + gain) + shift`, each over the last dimension."""
@@ -149,6 +210,8 @@ class TokenInjector(nn.Module):
         if mask is None or not self.enabled:
             return args, kwargs
         sequence = (args[0] if args else kwargs["hidden_states"]).shape[1]
+        if torch.compiler.is_exporting() and getattr(module, "config", None) is not None:
+            _check_exported_mask(mask, module.config)
         mask = _pad_mask(mask, self.num_active_tokens, sequence - self.num_active_tokens)
         if by_position:
             return (args[0], mask, *args[2:]), kwargs
@@ -167,11 +230,13 @@ class TokenInjector(nn.Module):
         return tuple(_trim(item, k) if isinstance(item, tuple) else item for item in output)
 
     def put_after_norm_pre(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        return self._put(output, 0)
+        self.check_layers()
+        return self._put(module, output, 0)
 
     def strip_before_norm(self, module: nn.Module, args: Any) -> Any:
-        if not self.strips_before_norm:
+        if getattr(module, "_keeps_robustness_tokens", False):
             return args
+        self.check_layers()
         return (args[0][:, self.num_active_tokens :], *args[1:])
 
 
@@ -333,24 +398,35 @@ def remove_tokens(model: nn.Module) -> Any:
         raise ValueError(f"{type(model).__name__} has no robustness tokens to remove")
     injector.set_enabled(False)
     for module, hook_id, _ in _own_hooks(model):
-        for registry in (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs, module._forward_hooks):
+        for registry in _registries(module):
             registry.pop(hook_id, None)
-    stack = find_layer_stack(model)
+    (stack,) = injector._stacks
     if stack.is_timm:
-        del stack.owner.forward_intermediates
+        del stack.owner.forward_intermediates, stack.owner._replicate_for_data_parallel
+    torch.compiler.reset()
     return model
 
 
 def _own_hooks(model: nn.Module) -> Iterator[tuple[nn.Module, int, TokenInjector]]:
     """Yields (module, hook id, injector) for every hook of an injector. Handles would not survive a deepcopy."""
     for module in model.modules():
-        for hook_id, hook in [*module._forward_pre_hooks.items(), *module._forward_hooks.items()]:
-            owner = getattr(getattr(hook, "func", hook), "__self__", None)
-            if isinstance(owner, TokenInjector):
-                yield module, hook_id, owner
+        for hook_id, hook in [item for registry in _registries(module) for item in registry.items()]:
+            injector = _injector_of(hook)
+            if injector is not None:
+                yield module, hook_id, injector
 
 
-def _attribute(name: str) -> str:
+def _registries(module: nn.Module) -> tuple[dict[int, Any], ...]:
+    pre_hooks = module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs
+    return *pre_hooks, module._forward_hooks, module._state_dict_pre_hooks
+
+
+def _injector_of(hook: Any) -> TokenInjector | None:
+    owner = getattr(getattr(hook, "func", hook), "__self__", None)
+    return owner if isinstance(owner, TokenInjector) else None
+
+
+def attribute(name: str) -> str:
     """Returns the attribute of a tensor: torch takes no dots in names of parameters."""
     return name.replace(".", "/")
 
@@ -375,6 +451,16 @@ def _pad_mask(mask: Any, k: int, sequence: int) -> Tensor:
     return F.pad(mask, (k, 0), value=0.0 if mask.is_floating_point() else True)
 
 
+def _check_exported_mask(mask: Any, config: Any) -> None:
+    # When exporting with sdpa, transformers adds BEiT's position bias to a boolean mask, so it is 1 too high. The
+    # softmax ignores a constant, but the tokens' bias stays 0: they would get less attention than the patches.
+    if config._attn_implementation == "sdpa" and isinstance(mask, Tensor) and mask.is_floating_point():
+        raise ValueError(
+            'with robustness tokens, a relative position bias can\'t be exported with attn_implementation="sdpa": '
+            'load the base with "eager", or call model.set_attn_implementation("eager")'
+        )
+
+
 def _token_row(mask: Tensor) -> Tensor:
     """Maps (B, H, N, N) to the row of a token, (B, H, 1, N): no bias, but padding stays masked."""
     if not mask.is_floating_point():
@@ -394,16 +480,25 @@ def _trim(recorded: Any, k: int) -> Any:
     return (*(None if state is None else state[:, k:] for state in inner), last)
 
 
+def _replicate(timm_model: Any, injector: TokenInjector) -> Any:
+    """Makes a replica for DataParallel, which would run its original's `forward_intermediates`."""
+    replica = type(timm_model)._replicate_for_data_parallel(timm_model)
+    replica.forward_intermediates = functools.partial(_forward_intermediates, replica, injector)
+    return replica
+
+
 def _forward_intermediates(timm_model: Any, injector: TokenInjector, *args: Any, **kwargs: Any) -> Any:
     """Runs timm's own method, which splits off the tokens as prefix tokens; then removes them from the prefix."""
     own, k = timm_model.num_prefix_tokens, injector.num_active_tokens
     timm_model.num_prefix_tokens = own + k
-    injector.strips_before_norm = False  # with norm=True the intermediates pass through the norm before the split
+    # With norm=True the intermediates pass through the norm before the split. The mark is the norm's, since replicas
+    # share an injector.
+    timm_model.norm._keeps_robustness_tokens = True
     try:
         output = type(timm_model).forward_intermediates(timm_model, *args, **kwargs)
     finally:
         timm_model.num_prefix_tokens = own
-        injector.strips_before_norm = True
+        del timm_model.norm._keeps_robustness_tokens
 
     def strip_prefix(intermediate: Any) -> Any:
         if not isinstance(intermediate, tuple):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils.modeling import get_state_dict_offloaded_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -55,7 +56,8 @@ def find_layer_stack(model: nn.Module) -> LayerStack:
         f"no stack of vision transformer layers found in {type(model).__name__}: robustness tokens need layers that "
         "hand one sequence (B, N, D) from the first to the last, as in ViT, DINOv2 or CLIP's vision model of "
         "transformers, and VisionTransformer or Eva of timm; text models, convolutional networks, and layers that "
-        "pass feature maps on (ViTDet) have none"
+        "pass feature maps on (ViTDet) have none, and programs that were exported, scripted or traced have no layers "
+        "left: put tokens in before"
     )
 
 
@@ -69,6 +71,14 @@ def base_fingerprint(model: nn.Module, dtypes: Mapping[str, torch.dtype] = _FING
     tensors: dict[str, Tensor] = {}
     for index in sorted({0, len(layers) - 1}):
         tensors |= {f"{index}.{name}": tensor for name, tensor in sorted(layers[index].state_dict().items())}
+    if any(tensor.is_meta for tensor in layers.parameters()) and any(hasattr(m, "_hf_hook") for m in layers.modules()):
+        offloaded = get_state_dict_offloaded_model(layers)
+        tensors = {name: offloaded.get(name, tensor) for name, tensor in tensors.items()}
+    if any(not isinstance(tensor, Tensor) for tensor in tensors.values()):
+        raise ValueError(
+            f"{type(model).__name__} is quantised, so its weights can't be compared: put the tokens in first and "
+            "quantise then, or pass ignore_base_mismatch=True if you know that it is the same base"
+        )
     floating = {t.dtype for t in tensors.values() if t.is_floating_point()}
     if any(tensor.is_meta for tensor in tensors.values()):
         raise ValueError("the base's weights are on the meta device: load it without offloading to fingerprint it")
@@ -141,7 +151,8 @@ def is_timm_vit(module: nn.Module) -> bool:
 
 
 def _check_alike(layers: nn.ModuleList | nn.Sequential, model: nn.Module) -> None:
-    first, last = ({n: t.shape for n, t in layers[i].state_dict().items()} for i in (0, -1))
+    # Quantised layers hold more than tensors.
+    first, last = ({n: getattr(t, "shape", None) for n, t in layers[i].state_dict().items()} for i in (0, -1))
     if first != last:
         raise ValueError(
             f"{type(model).__name__} is hierarchical (its first and last stage differ in shape): robustness tokens "

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import transformers
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
 
+from ..configuration import HEAD_PREFIX
 from ..data import build_image_processor, load_image_processor
 from .layer_stack import vision_config
 
@@ -26,6 +27,9 @@ def headless_class_name(name: str, revision: str | None, base_kwargs: Mapping[st
     two_towers = vision_class(config)
     if two_towers is not None:
         return two_towers.__name__
+    projected = next((n for n in config.architectures or () if n.endswith("VisionModelWithProjection")), None)
+    if projected is not None and getattr(getattr(transformers, projected, None), "config_class", None) is type(config):
+        return projected  # AutoModel would leave out the projection
     try:
         auto_class: Any = AutoModel._model_mapping[type(config)]
     except KeyError as exc:
@@ -33,7 +37,9 @@ def headless_class_name(name: str, revision: str | None, base_kwargs: Mapping[st
     return str((auto_class[0] if isinstance(auto_class, list | tuple) else auto_class).__name__)
 
 
-def load_base(name: str, base_class: str, revision: str | None, base_kwargs: Mapping[str, Any]) -> PreTrainedModel:
+def load_base(
+    name: str, base_class: str, revision: str | None, base_kwargs: Mapping[str, Any], head: Collection[str] = ()
+) -> PreTrainedModel:
     """Loads a base by the name of its class in transformers; `ValueError` if it has no safetensors weights."""
     # The class comes from transformers only: a name in a config never reaches any other code.
     loader = getattr(transformers, base_class, None)
@@ -45,12 +51,14 @@ def load_base(name: str, base_class: str, revision: str | None, base_kwargs: Map
     return base
 
 
-def load_classifier(name: str, revision: str | None, base_kwargs: Mapping[str, Any]) -> PreTrainedModel:
-    """Loads a base with its classification head; `ValueError` if the head's weights are missing."""
+def load_classifier(
+    name: str, revision: str | None, base_kwargs: Mapping[str, Any], head: Collection[str] = ()
+) -> PreTrainedModel:
+    """Loads a base with its classification head; `ValueError` if weights are missing that the adapter's head lacks."""
     options = {"trust_remote_code": False, **base_kwargs, "output_loading_info": True}
     base, info = _load(AutoModelForImageClassification, name, revision, options)
-    if info["missing_keys"]:
-        raise no_head_error(f"{name} ({sorted(info['missing_keys'])} are missing and would be random)")
+    if missing := sorted(key for key in info["missing_keys"] if HEAD_PREFIX + key not in head):
+        raise no_head_error(f"{name} ({missing} are missing and would be random)")
     return base
 
 
@@ -84,8 +92,10 @@ def vision_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
 
 
 def _load(loader: Any, name: str, revision: str | None, base_kwargs: Mapping[str, Any]) -> Any:
+    if base_kwargs.get("use_safetensors") is False:
+        raise ValueError("use_safetensors=False can't be used: only safetensors weights are read")
     try:
-        return loader.from_pretrained(name, revision=revision, use_safetensors=True, **base_kwargs)
+        return loader.from_pretrained(name, revision=revision, **{**base_kwargs, "use_safetensors": True})
     except FileNotFoundError as exc:  # safetensors says so of files that it may not read
         raise PermissionError(f"{name}: its weights can't be opened, they may be another user's: {exc}") from exc
     except OSError as exc:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..configuration import TOKENS
-from ..utils import check_int
+from ..utils import check_finite, check_int
 from .features import patch_size
 from .gains_and_shifts import fold
 from .injection import active_injector, remove_tokens
@@ -55,6 +55,7 @@ def merge(model: PreTrainedModel, *, image_size: int | None = None) -> PreTraine
     of `image_size` pixels.
     """
     state = active_injector(model, to="merge").active_state
+    check_finite("refusing to merge tokens", state)
     tokens, gains_and_shifts = state.pop(TOKENS).detach(), state
     name = type(model).__name__
     if tokens.dim() == 3 and tokens.shape[1] > 0:
@@ -191,8 +192,11 @@ def _merge_timm(model: PreTrainedModel, tokens: Tensor, image_size: int | None) 
 
 
 def _fill(plain: PreTrainedModel, state: dict[str, Tensor], model: PreTrainedModel) -> PreTrainedModel:
-    # Assigned, not copied, so that each tensor keeps its dtype and unsaved buffers stay float32.
+    # Assigned, not copied, so that each tensor keeps its dtype; unsaved buffers get the model's.
     plain.load_state_dict(state, strict=True, assign=True)
+    dtypes = {name: buffer.dtype for name, buffer in model.named_buffers()}
+    for name, buffer in plain.named_buffers():
+        buffer.data = buffer.to(dtypes.get(name, buffer.dtype))
     plain.config.name_or_path = ""
     return plain.to(model.device).eval()  # type: ignore[arg-type]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import tempfile
@@ -18,6 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..configuration import (
     AUTO_MAP,
+    HEAD_PREFIX,
     REMOTE_CODE,
     REMOTE_CODE_FILE,
     TOKENS,
@@ -48,9 +50,18 @@ from ..hub import (
     write_adapter,
 )
 from ..report import RobustnessReport
-from ..utils import local_path
-from .features import default_feature_view, extract_features
-from .injection import TokenInjector, as_state, attach_tokens, check_state, new_state, remove_tokens, tokens_in
+from ..utils import digest, local_path
+from .features import default_feature_view, extract_features, head_parameters
+from .injection import (
+    TokenInjector,
+    as_state,
+    attach_tokens,
+    attribute,
+    check_state,
+    new_state,
+    remove_tokens,
+    tokens_in,
+)
 from .layer_stack import base_fingerprint, check_base, find_layer_stack, vision_config
 from .loading import (
     HUB_KWARGS,
@@ -62,9 +73,14 @@ from .loading import (
     vision_class,
 )
 from .merging import merge
+from .verification import verify_injection
 
 
 logger = logging.getLogger(__name__)
+
+# Arguments of PreTrainedModel.save_pretrained, now or in version 4, that mean nothing for files as small as these.
+_IGNORED_ON_SAVING = {"distributed_checkpoint", "max_shard_size", "safe_serialization", "save_function", "variant"}
+_IGNORED_ON_SAVING |= {"save_original_format", "save_peft_format"}
 
 
 class RobustnessTokenPreTrainedModel(PreTrainedModel):
@@ -79,22 +95,39 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
     _load_base = staticmethod(load_base)
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
 
-    def __init__(self, config: RobustnessTokenConfig, base_model: PreTrainedModel | None = None) -> None:
+    def __init__(
+        self, config: RobustnessTokenConfig, base_model: PreTrainedModel | None = None, *, verify: bool = True
+    ) -> None:
         super().__init__(config)
         if base_model is None:
             raise ValueError(f"{type(self).__name__} needs its base: call from_base or from_pretrained")
         self.injector: TokenInjector = attach_tokens(base_model, new_state(base_model, config))
+        if verify:
+            verify_injection(base_model)
         self.backbone = base_model.requires_grad_(False)
-        self.injector.to(device=next(base_model.parameters()).device)
         self.image_processor: BaseImageProcessor | None = None
         for name in ("id2label", "label2id", "problem_type"):  # for pipelines; to_dict leaves them out
             setattr(config, name, getattr(base_model.config, name, None))
+        config._attn_implementation_internal = base_model.config._attn_implementation
+        self.supports_gradient_checkpointing = base_model.supports_gradient_checkpointing
+        self._head_digest = self._digest_head()
+        self.post_init()
         self.eval()
+
+    def init_weights(self) -> None:
+        """Does nothing: the weights come from the base and the adapter."""
 
     @property
     def robustness_tokens(self) -> nn.Parameter:
         """The tokens, (K, D) float32, or (depth, K, D) where several layers have tokens of their own."""
         return self.injector.robustness_tokens
+
+    @property
+    def accepts_loss_kwargs(self) -> bool:
+        """Tells `transformers.Trainer` whether the base's forward takes arguments for its loss."""
+        base = self.get_base_model()
+        parameters = inspect.signature(base.forward).parameters.values()
+        return getattr(base, "accepts_loss_kwargs", any(p.kind == p.VAR_KEYWORD for p in parameters))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -116,6 +149,7 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
         image_std: Sequence[float] | None = None,
         image_processor: Any = None,
         revision: str | None = None,
+        verify: bool = True,
         **base_kwargs: Any,
     ) -> Self:
         """Puts new, untrained tokens into a base.
@@ -134,6 +168,7 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
             image_mean, image_std: Per-channel normalisation of [0, 1] images to train with; by default the base's.
             image_processor: The base's image processor; by default loaded from the base, or built from its image size.
             revision: Branch, tag or commit of the base; for a model in memory, the one it was loaded from.
+            verify: Check by two forward passes of one image that tokens act through the base's attention alone.
             base_kwargs: For the base's `from_pretrained`: `dtype`, `device_map`, `attn_implementation`, `token`, ...
 
         Returns:
@@ -141,8 +176,9 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
 
         Raises:
             ValueError: If the base is no vision transformer, has tokens already, has no safetensors weights, has fewer
-                layers than `token_depth`, or lacks what `gains_and_shifts` names.
+                layers than `token_depth`, lacks what `gains_and_shifts` names, or can't be verified.
         """
+        _check_is_pretrained(base_model)
         if isinstance(base_model, PreTrainedModel):
             _check_no_loading_arguments("the base is", base_kwargs)
             if isinstance(base_model, RobustnessTokenPreTrainedModel):
@@ -193,7 +229,7 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
             image_mean=list(mean),
             image_std=list(std),
         )
-        model = cls(config, base)
+        model = cls(config, base, verify=verify)
         model.image_processor = image_processor
         return model
 
@@ -208,18 +244,20 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
         revision: str | None = None,
         subfolder: str = "",
         adapter_kwargs: Mapping[str, Any] | None = None,
+        verify: bool = True,
         **base_kwargs: Any,
     ) -> Self:
         """Loads an adapter and its base.
 
         Args:
             pretrained_model_name_or_path: Folder or Hub id of the adapter.
-            config: Passed by the Auto classes; only its attention implementation is used.
+            config: Passed by the Auto classes; only what the caller asked of it is used, for the base.
             base_model: Folder, Hub id or model in memory to use instead of the base that the adapter names.
             ignore_base_mismatch: Accept a base with another fingerprint than the tokens were trained on.
             revision: Branch, tag, commit or `refs/pr/N` of the adapter, which itself pins the commit of the base.
             subfolder: Folder of the adapter inside its repo.
             adapter_kwargs: Passed by the Auto classes for PEFT; not used.
+            verify: As in [`from_base`].
             base_kwargs: For the base's `from_pretrained`: `dtype`, `device_map`, `attn_implementation`, `token`,
                 `cache_dir`, `local_files_only`, `trust_remote_code`, ...
 
@@ -233,8 +271,11 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
             raise ValueError("output_loading_info=True can't be used: loading an incomplete adapter is an error")
         hub_kwargs = {name: base_kwargs[name] for name in HUB_KWARGS if base_kwargs.get(name) is not None}
         adapter = load_adapter(pretrained_model_name_or_path, revision=revision, subfolder=subfolder, **hub_kwargs)
-        if config is not None and config._attn_implementation is not None:
-            base_kwargs.setdefault("attn_implementation", config._attn_implementation)  # AutoModel moved it there
+        if config is not None:  # AutoModel moved there what belongs to the base
+            base_kwargs = {**config.asked_of_base, **base_kwargs}
+            if config._attn_implementation is not None:
+                base_kwargs.setdefault("attn_implementation", config._attn_implementation)
+        _check_is_pretrained(base_model)
         image_processor = adapter.image_processor
         base_kwargs = {name: value for name, value in base_kwargs.items() if value is not None}
         if isinstance(base_model, PreTrainedModel):
@@ -243,13 +284,16 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
             _check_no_loading_arguments("the base is", for_base)
             base = base_model
         elif base_model is not None:
-            base = cls._load_base(local_path(base_model), adapter.config.base_model_class, None, base_kwargs)
+            base = cls._load_base(
+                local_path(base_model), adapter.config.base_model_class, None, base_kwargs, adapter.head
+            )
         else:
             base = cls._load_named_base(adapter, base_kwargs)
         if not ignore_base_mismatch:
             _check_base(base, adapter.config)
         check_state(base, adapter.config, adapter.state, name=str(pretrained_model_name_or_path))
-        model = cls(adapter.config, base)
+        model = cls(adapter.config, base, verify=verify)
+        model._load_head(adapter.head)
         with torch.no_grad():
             for name, tensor in model.injector.state.items():
                 tensor.copy_(adapter.state[name])
@@ -266,7 +310,7 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
             check_base_is_repo_id(name)
         elif not os.path.isdir(name) and not is_repo_id(name):
             raise ValueError(f"the adapter's base was the folder {name!r}, which is gone: pass base_model=")
-        return cls._load_base(name, config.base_model_class, config.base_model_revision, base_kwargs)
+        return cls._load_base(name, config.base_model_class, config.base_model_revision, base_kwargs, adapter.head)
 
     def train(self, mode: bool = True) -> Self:
         """Sets the training mode of the tokens and returns this model. The base stays in eval mode."""
@@ -280,7 +324,7 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
         return self
 
     def _set_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> None:
-        super()._set_gradient_checkpointing(*args, **kwargs)
+        self.get_base_model()._set_gradient_checkpointing(*args, **kwargs)  # timm's has its own way
         self.train(self.training)  # sets the mode of the layers that checkpoint from now on
 
     def forward(self, pixel_values: Tensor, **kwargs: Any) -> Any:
@@ -293,7 +337,8 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
         Returns:
             The base's output, with the same class and shapes as without tokens.
         """
-        return self.get_base_model()(pixel_values=pixel_values, **kwargs)
+        base = self.get_base_model()
+        return base(pixel_values=pixel_values.to(base.dtype), **kwargs)
 
     def get_features(self, pixel_values: Tensor) -> Tensor:
         """Computes the features that the tokens were trained on, `config.feature_view`.
@@ -366,21 +411,25 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
     def save_pretrained(  # type: ignore[override]
         self,
         save_directory: str | os.PathLike[str],
-        *,
         is_main_process: bool = True,
+        state_dict: Mapping[str, Tensor] | None = None,
         push_to_hub: bool = False,
+        *,
         repo_id: str | None = None,
         base_model_id: str | None = None,
         **push_kwargs: Any,
     ) -> None:
         """Writes the adapter: config.json, model.safetensors (what was learned), preprocessor_config.json, README.md.
 
-        Replaces an adapter in the folder as a whole: a kill leaves the old one, the new one, or none. Other files
-        stay; an evaluation.json that measured another adapter is ignored from then on.
+        A classifier's head is written too if it is trainable or was changed; other changes of the base are not, which
+        is logged. Replaces an adapter in the folder as a whole: a kill leaves the old one, the new one, or none. Other
+        files stay; an evaluation.json that measured another adapter is ignored from then on. Other arguments of
+        `PreTrainedModel.save_pretrained` are accepted and change nothing.
 
         Args:
             save_directory: Folder, created if needed. A README.md that a person wrote is kept.
             is_main_process: Write and push only on the main process of a distributed run.
+            state_dict: Gathered state of this model to write, as Accelerate hands it over; by default the model's own.
             push_to_hub: Push as well, see [`push_to_hub`].
             repo_id: Repo to push to; by default the folder's name.
             base_model_id: Hub id to name as the base if it was loaded from a folder.
@@ -389,11 +438,24 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: If the tokens are not finite, or the folder holds another model. Nothing is written then.
         """
+        if push_kwargs.get("safe_serialization") is False:
+            raise ValueError("safe_serialization=False can't be used: adapters are written as safetensors only")
+        push_kwargs = {
+            name: value
+            for name, value in push_kwargs.items()
+            if name not in _IGNORED_ON_SAVING and (push_to_hub or name != "token")
+        }
         if push_kwargs and not push_to_hub:
             raise ValueError(f"save_pretrained got {sorted(push_kwargs)}, unknown, or for push_to_hub=True only")
         if not is_main_process:
             return
-        self.get_base_model()  # raises after unload()
+        self._check_base_as_loaded()
+        if self.image_processor is None:
+            raise ValueError(
+                f"this {type(self).__name__} was made without an image processor, and could not be loaded: make it by "
+                "from_base(base), or set its image_processor"
+            )
+        state = self.learned_state(state_dict)
         folder = Path(local_path(save_directory))
         folder.mkdir(parents=True, exist_ok=True)
         check_no_other_model(folder)
@@ -406,10 +468,9 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
             config.auto_map = {auto_class: AUTO_MAP[auto_class] for auto_class in ("AutoConfig", self._auto_class)}
             files[REMOTE_CODE_FILE] = REMOTE_CODE
         files[CONFIG_FILE] = config.to_json_string(use_diff=False)
-        if self.image_processor is not None:
-            files[PROCESSOR_FILE] = self.image_processor.to_json_string()
+        files[PROCESSOR_FILE] = self.image_processor.to_json_string()
         try:
-            report = report_of(folder, self.injector.state)
+            report = report_of(folder, state)
         except ValueError as exc:  # no reason to lose what was learned
             logger.warning("the card leaves out a report that can't be read: %s", exc)
             report = None
@@ -417,9 +478,63 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
         existing = read_card(folder, errors="surrogateescape")  # a person's card may have any encoding
         if existing is None or is_generated(existing):
             files[CARD_FILE] = update_card(existing, text)
-        write_adapter(folder, self.injector.state, {name: content.encode() for name, content in files.items()})
+        write_adapter(folder, state, {name: content.encode() for name, content in files.items()})
         if push_to_hub:
             push_adapter(folder, repo_id or folder.resolve().name, base_model_id=base_model_id, **push_kwargs)
+
+    def learned_state(self, given: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Returns the tensors to save, from a state dict where it has them: the state, and a head that was trained."""
+        own: dict[str, Tensor] = {f"injector.{attribute(name)}": t for name, t in self.injector.state.items()}
+        head = head_parameters(self.get_base_model())
+        if any(p.requires_grad for p in head.values()) or self._digest_head() != self._head_digest:
+            own |= {f"{HEAD_PREFIX}{name}": tensor for name, tensor in head.items()}
+        names = {f"injector.{attribute(name)}": name for name in self.injector.names}
+        return {names.get(key, key): (given or {}).get(key, tensor) for key, tensor in own.items()}
+
+    def _digest_head(self) -> str | None:
+        head = head_parameters(self.get_base_model())
+        return None if any(parameter.is_meta for parameter in head.values()) else digest(head)
+
+    def _load_head(self, head: Mapping[str, Tensor]) -> None:
+        own = head_parameters(self.get_base_model())
+        if not own:
+            return  # the features of a classifier
+        expected = {f"{HEAD_PREFIX}{name}": tuple(tensor.shape) for name, tensor in own.items()}
+        found = {name: tuple(tensor.shape) for name, tensor in head.items()}
+        if head and found != expected:
+            raise ValueError(
+                f"the adapter holds the head {found}, the base's is {expected}: load it with the "
+                "num_labels= that it was trained with"
+            )
+        with torch.no_grad():
+            for name, tensor in head.items():
+                own[name.removeprefix(HEAD_PREFIX)].copy_(tensor)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Loads a state dict of this model, or the tensors of a saved adapter, as `transformers.Trainer` does."""
+        own = {name: f"injector.{attribute(name)}" for name in self.injector.names}
+        result = super().load_state_dict({own.get(key, key): t for key, t in state_dict.items()}, *args, **kwargs)
+        if not own.keys().isdisjoint(state_dict):  # an adapter has no base
+            result.missing_keys[:] = [key for key in result.missing_keys if not key.startswith(HEAD_PREFIX)]
+        return result
+
+    def _check_base_as_loaded(self) -> None:
+        """Warns if layers of the base are not those that the tokens belong to: they are not saved."""
+        base, expected = self.get_base_model(), self.config.base_model_fingerprint or {}
+        if any(parameter.is_meta for parameter in base.parameters()):
+            return
+        try:
+            found = base_fingerprint(base)
+        except ValueError:  # the layers differ now, or were quantised
+            found = {}
+        is_changed = not found or any(found[dtype] != expected[dtype] for dtype in found.keys() & expected.keys())
+        head = {id(parameter) for parameter in head_parameters(base).values()}
+        if is_changed or any(p.requires_grad and id(p) not in head for p in base.parameters()):
+            logger.warning(
+                "The layers of %s were changed or trained (as by LoRA), and are not saved with the adapter: keep them "
+                "by model.unload().save_pretrained(folder), and train the tokens on that model",
+                type(base).__name__,
+            )
 
     def push_to_hub(  # type: ignore[override]
         self, repo_id: str, *, report: RobustnessReport | None = None, **push_kwargs: Any
@@ -454,15 +569,30 @@ class RobustnessTokenForImageClassification(RobustnessTokenPreTrainedModel):
     """A frozen image classifier with robustness tokens. It returns its base's outputs: logits."""
 
     _load_base = staticmethod(
-        lambda name, base_class, revision, base_kwargs: load_classifier(name, revision, base_kwargs)
+        lambda name, base_class, revision, base_kwargs, head=(): load_classifier(name, revision, base_kwargs, head)
     )
 
-    def __init__(self, config: RobustnessTokenConfig, base_model: PreTrainedModel | None = None) -> None:
+    def __init__(
+        self, config: RobustnessTokenConfig, base_model: PreTrainedModel | None = None, *, verify: bool = True
+    ) -> None:
         base_config: Any = type(getattr(base_model, "config", None))
         classifiers: Any = AutoModelForImageClassification._model_mapping.get(base_config, ())
         if base_model is not None and not isinstance(base_model, classifiers):
             raise no_head_error(f"{type(base_model).__name__} {base_model.config.name_or_path!r}")
-        super().__init__(config, base_model)
+        super().__init__(config, base_model, verify=verify)
+
+    def forward(self, pixel_values: Tensor, labels: Tensor | None = None, **kwargs: Any) -> Any:
+        """Runs the base with the tokens in its sequence.
+
+        Args:
+            pixel_values: (B, 3, H, W) normalised images.
+            labels: (B,) classes, for the loss; `transformers.Trainer` looks for this name.
+            kwargs: Other arguments of the base's forward.
+
+        Returns:
+            The base's output, with the same class and shapes as without tokens.
+        """
+        return super().forward(pixel_values, **kwargs, **({} if labels is None else {"labels": labels}))
 
 
 def inject_tokens(
@@ -472,6 +602,7 @@ def inject_tokens(
     ignore_base_mismatch: bool = False,
     revision: str | None = None,
     subfolder: str = "",
+    verify: bool = True,
     **hub_kwargs: Any,
 ) -> Any:
     """Puts trained tokens into a vision model in place; a classifier, DPT or UperNet keeps its own head.
@@ -483,14 +614,15 @@ def inject_tokens(
         ignore_base_mismatch: Accept a model with other weights than the tokens were trained on.
         revision: Branch, tag, commit or `refs/pr/N` of an adapter on the Hub.
         subfolder: Folder of the adapter inside its repo.
+        verify: Check by two forward passes of one image that tokens act through the model's attention alone.
         hub_kwargs: `token`, `cache_dir`, `local_files_only`, `force_download`, as in `snapshot_download`.
 
     Returns:
         The same model, with frozen tokens in it. [`remove_tokens`] removes them.
 
     Raises:
-        ValueError: If the model has tokens already, is no vision transformer, or has other weights, or if the adapter
-            is damaged.
+        ValueError: If the model has tokens already, is no vision transformer, has other weights or can't be verified,
+            or if the adapter is damaged.
     """
     if isinstance(adapter, Tensor | Mapping):
         given = {"revision": revision, "subfolder": subfolder or None, **hub_kwargs}
@@ -509,9 +641,11 @@ def inject_tokens(
         if not ignore_base_mismatch:
             _check_base(model, loaded.config)
         check_state(model, loaded.config, state, name=os.fspath(adapter))
-    device = next(model.parameters()).device
-    injector = attach_tokens(model, {name: tensor.to(device) for name, tensor in state.items()})
+    injector = attach_tokens(model, state)
     injector.requires_grad_(False)
+    if verify:
+        verify_injection(model)
+    model.register_state_dict_pre_hook(injector.warn_of_state_dict)
     return model
 
 
@@ -526,6 +660,16 @@ def _in_order(kinds: Sequence[GainsAndShifts]) -> list[GainsAndShifts]:
 def _absolute_if_folder(name: str) -> str:
     """Makes a folder's path absolute: in another working directory, a relative one may mean something else."""
     return os.path.abspath(name) if name and os.path.isdir(name) else name
+
+
+def _check_is_pretrained(base_model: Any) -> None:
+    if isinstance(base_model, nn.Module) and not isinstance(base_model, PreTrainedModel):
+        raise ValueError(
+            f"the base is a {type(base_model).__name__}, expected a model of transformers, its name or its folder. "
+            "Take it out of what is around it (torch.compile: model._orig_mod; DataParallel: model.module; PEFT: "
+            "model.merge_and_unload()); load timm's models by transformers, as from_base('timm/...') or by "
+            "TimmWrapperModel; or put tokens into any of them in place: inject_tokens(model, tokens)"
+        )
 
 
 def _check_no_loading_arguments(what: str, arguments: Mapping[str, Any]) -> None:

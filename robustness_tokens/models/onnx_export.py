@@ -96,7 +96,7 @@ def export_onnx(
             )
     assert program is not None
     path = Path(local_path(file))
-    size_in_bytes = sum(tensor.nbytes for tensor in exported.state_dict().values())
+    size_in_bytes = sum(tensor.nbytes for tensor in exported.state_dict(keep_vars=True).values())
     # Written to a scratch folder and moved after the check, so that no wrong file is left behind.
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         unchecked = Path(scratch) / path.name

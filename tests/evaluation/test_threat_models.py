@@ -13,6 +13,7 @@ from robustness_tokens.evaluation.threat_models import EvaluatedModel, attacker_
 from robustness_tokens.models import speedups
 from robustness_tokens.models.heads import ClassificationHead, ProbedModel, SegmentationHead
 from tests.support.bases import HIDDEN_SIZE, IMAGE_SIZE, NUM_LABELS, NUM_TOKENS, ONEDNN_BFLOAT16, build_base
+from tests.support.families import FAMILIES
 
 
 @pytest.fixture
@@ -201,3 +202,17 @@ def test_pixel_logits_have_the_size_of_the_labels(images: Tensor) -> None:
     model = RobustnessTokenModel.from_base(build_base("dinov2"))
     evaluated = EvaluatedModel(ProbedModel(model, SegmentationHead(HIDDEN_SIZE, NUM_LABELS)))
     assert evaluated.pixel_logits(images, None, (32, 24)).shape == (3, NUM_LABELS, 32, 24)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["beit_classifier", "siglip_classifier", "timm_eva_classifier"])
+def test_injected_classifiers_in_half_precision_take_float32_images(
+    name: str, dtype: torch.dtype, images: Tensor
+) -> None:
+    model = inject_tokens(FAMILIES[name].build().to(dtype), torch.randn(NUM_TOKENS, HIDDEN_SIZE))
+    normalizer = Normalizer([0.5] * 3, [0.5] * 3)
+    evaluated = EvaluatedModel(model, task="classification", normalizer=normalizer, feature_view="patches")
+    with torch.no_grad():
+        expected = model(pixel_values=normalizer(images).to(dtype)).logits
+        assert torch.equal(evaluated.logits(images, evaluated.tokens), expected.float())
+        assert evaluated.features(images, None).dtype == torch.float32

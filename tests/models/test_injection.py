@@ -2,17 +2,20 @@
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload, disk_offload
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from robustness_tokens.configuration import TOKENS
 from robustness_tokens.models.injection import TokenInjector, attach_tokens, find_injector, remove_tokens, tokens_in
-from robustness_tokens.models.layer_stack import find_layer_stack
-from tests.support.families import BATCH_SIZE, DEIT3, FAMILIES, HIDDEN_SIZE, hf, timm
+from robustness_tokens.models.layer_stack import base_fingerprint, find_layer_stack
+from robustness_tokens.models.modeling import inject_tokens
+from tests.support.families import BASES, BATCH_SIZE, DEIT3, FAMILIES, HIDDEN_SIZE, hf, timm
 
 
 NUM_TOKENS = 3
@@ -435,3 +438,223 @@ def test_gradients_match_finite_differences(tokens: Tensor) -> None:
         injector.robustness_tokens.sub_(direction, alpha=2e-5)
         slope = (above - value()) / 2e-5
     torch.testing.assert_close((gradient * direction).sum(), slope, rtol=1e-5, atol=1e-7)
+
+
+# Against a plain forward of the same blocks
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", [name for name in BASES if name != "beit_relative"])  # its layers make their bias
+def test_layers_compute_as_without_hooks(name: str, tokens: Tensor) -> None:
+    """Runs the base's layers on [tokens, sequence] by hand: rotary offsets, masks and biases act as they should."""
+    model, inputs = build(name), FAMILIES[name].inputs()
+    stack = find_layer_stack(model)
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    hooks = [
+        layer.register_forward_pre_hook(lambda m, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)
+        for layer in stack.layers
+    ]
+    model(**inputs)
+    for hook in hooks:
+        hook.remove()
+    plain = copy.deepcopy(stack.layers)
+    module: Any
+    for module in plain.modules():
+        if hasattr(module, "num_prefix_tokens"):  # timm's Eva
+            module.num_prefix_tokens += NUM_TOKENS
+    hidden_states = prepend(tokens, calls[0][0][0])
+    for layer, (args, kwargs) in zip(plain, calls, strict=True):
+        widened = [widen(value) for value in args[1:]]
+        hidden_states = layer(
+            hidden_states, *widened, **{k: widen(v) if "mask" in k else v for k, v in kwargs.items()}
+        )
+    seen: list[Tensor] = []
+    attach_tokens(model, tokens)
+    stack.layers[-1].register_forward_hook(lambda m, args, output: seen.append(output))
+    model(**inputs)
+    close(seen[0] if not stack.is_timm else seen[0][:, NUM_TOKENS:], hidden_states[:, NUM_TOKENS:])
+
+
+def widen(mask: Any) -> Any:
+    """Lets every position attend to the tokens, and tokens to what any position may attend to."""
+    if mask is None:
+        return None
+    is_bool = mask.dtype == torch.bool
+    batch, heads, rows, columns = mask.shape
+    assert rows == columns
+    wide = torch.full((batch, heads, rows + NUM_TOKENS, columns + NUM_TOKENS), 1.0 if is_bool else 0.0).to(mask.dtype)
+    wide[..., NUM_TOKENS:, NUM_TOKENS:] = mask
+    hidden = ~mask if is_bool else mask < -1e30
+    for image in range(batch):
+        for column in range(columns):
+            if hidden[image, 0, :, column].all():
+                wide[image, :, :NUM_TOKENS, NUM_TOKENS + column] = mask[image, 0, 0, column]
+    return wide
+
+
+# Programs that were captured before
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["dinov2", "timm_eva"])
+@pytest.mark.parametrize("how", ["wrapped", "in place", "given"])
+def test_compiled_programs_see_the_tokens_come_and_go(name: str, how: str, tokens: Tensor) -> None:
+    model, inputs = build(name), FAMILIES[name].inputs()
+    if how == "in place":
+        model.compile(backend="eager")
+    compiled: Any = model if how == "in place" else torch.compile(model, backend="eager")
+    before = compiled(**inputs).last_hidden_state
+    expected = build(name)
+    attach_tokens(expected, tokens)
+    inject_tokens(compiled if how == "given" else model, tokens)
+    close(compiled(**inputs).last_hidden_state, expected(**inputs).last_hidden_state)
+    remove_tokens(compiled if how == "given" else model)
+    close(compiled(**inputs).last_hidden_state, before)
+
+
+@pytest.mark.parametrize("how", ["exported", "traced"])
+def test_captured_programs_are_refused(how: str, tokens: Tensor) -> None:
+    model, inputs = build("dinov2"), FAMILIES["dinov2"].inputs()
+    if how == "exported":
+        program: Any = torch.export.export(model, (), inputs).module()
+    else:
+        program = torch.jit.trace(model, inputs["pixel_values"], strict=False)
+    with pytest.raises(ValueError, match=r"exported, scripted or traced have no layers left: put tokens in before"):
+        attach_tokens(program, tokens)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["beit_relative", "beit_shared", "vit", "dinov3_vit", "timm_eva"])
+def test_exported_programs_hold_the_tokens_or_are_refused(name: str, tokens: Tensor) -> None:
+    """Under export, transformers adds BEiT's bias to a boolean mask, and tokens would get too little attention."""
+    for implementation in FAMILIES[name].implementations or (None,):
+        model, inputs = build(name, attn_implementation=implementation), FAMILIES[name].inputs()
+        attach_tokens(model, tokens)
+        if name.startswith("beit") and implementation == "sdpa":
+            with pytest.raises(Exception, match=r'set_attn_implementation\("eager"\)'):
+                torch.export.export(model, (), inputs)
+            model.set_attn_implementation("eager")
+        program = torch.export.export(model, (), inputs).module()
+        close(program(**inputs).last_hidden_state, model(**inputs).last_hidden_state)
+
+
+# Layers that change afterwards
+
+
+CHANGES: dict[str, Callable[[Any, Any], list[Any]]] = {
+    "last dropped": lambda layers, fresh: [layers[0]],
+    "first dropped": lambda layers, fresh: [layers[1]],
+    "one more": lambda layers, fresh: [*layers, fresh[1]],
+    "one between": lambda layers, fresh: [layers[0], fresh[0], layers[1]],
+    "first replaced": lambda layers, fresh: [fresh[0], layers[1]],
+    "last replaced": lambda layers, fresh: [layers[0], fresh[1]],
+    "all replaced": lambda layers, fresh: [*fresh],
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", list(CHANGES))
+@pytest.mark.parametrize("name", ["dinov2", "vit", "beit_relative", "clip_vision"])
+def test_changed_layers_are_an_error(name: str, change: str, tokens: Tensor) -> None:
+    model = build(name)
+    injector = attach_tokens(model, tokens.expand(2, -1, -1))
+    run(model, name)
+    owner: Any = find_layer_stack(model).owner
+    *path, last = injector._layers_name.split(".")
+    parent = owner.get_submodule(".".join(path))
+    fresh = find_layer_stack(build(name)).layers
+    setattr(parent, last, nn.ModuleList(CHANGES[change](getattr(parent, last), fresh)))
+    with pytest.raises(ValueError, match=r"added, removed or replaced since .* remove_tokens"):
+        run(model, name)
+    injector.set_enabled(False)
+    run(model, name)  # off, there is nothing to lose
+    remove_tokens(model)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("place", ["blocks", "norm", "norm_pre"])
+def test_changed_timm_layers_are_an_error(place: str, tokens: Tensor) -> None:
+    model = build("timm_deit3")
+    attach_tokens(model, tokens)
+    old = getattr(model.timm_model, place)
+    setattr(model.timm_model, place, old[:-1] if place == "blocks" else type(old)(HIDDEN_SIZE))
+    with pytest.raises(ValueError, match="added, removed or replaced"):
+        run(model, "timm_deit3")
+
+
+class Wrapped(nn.Module):
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
+
+
+def test_layers_may_be_wrapped_afterwards(tokens: Tensor) -> None:
+    """Runs their hooks inside, as under FSDP."""
+    model = inject_tokens(build("vit"), tokens)
+    expected = run(model, "vit").last_hidden_state
+    model.layers = nn.ModuleList(Wrapped(layer) for layer in model.layers)
+    assert torch.equal(run(model, "vit").last_hidden_state, expected)
+
+
+# Devices
+
+
+@pytest.mark.parametrize("offload", ["cpu", "disk"])
+@pytest.mark.parametrize("name", ["dinov2", "beit_relative"])
+def test_offloaded_bases_take_tokens(name: str, offload: str, tokens: Tensor, tmp_path: Path) -> None:
+    model, expected = build(name), build(name)
+    attach_tokens(expected, tokens)
+    digests = base_fingerprint(model)
+    if offload == "cpu":
+        cpu_offload(model, execution_device=torch.device("cpu"))
+    else:
+        disk_offload(model, str(tmp_path), execution_device=torch.device("cpu"))
+    assert next(model.parameters()).is_meta
+    assert base_fingerprint(model) == digests
+    inject_tokens(model, tokens)
+    injector = find_injector(model)
+    assert injector is not None
+    assert injector.robustness_tokens.device.type == "cpu"
+    close(run(model, name)[0], run(expected, name)[0])
+
+
+def test_tokens_that_were_offloaded_say_so(tokens: Tensor) -> None:
+    model = build("dinov2")
+    attach_tokens(model, tokens).to("meta")
+    with pytest.raises(ValueError, match="offload the base first"):
+        run(model, "dinov2")
+
+
+def test_tokens_move_once_to_their_layers_device(monkeypatch: pytest.MonkeyPatch, tokens: Tensor) -> None:
+    injector, device = TokenInjector({TOKENS: tokens}), torch.device("cuda")
+    moved: list[torch.device] = []
+    monkeypatch.setattr(injector, "to", moved.append)
+    injector._follow(nn.Identity(), device)
+    replica = nn.Identity()._replicate_for_data_parallel()  # shares the original's tokens
+    injector._follow(replica, device)
+    injector._follow(nn.Identity(), torch.device("meta"))
+    assert moved == [device]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("name", TIMM)
+def test_replicas_of_timm_run_their_own_weights(name: str, norm: bool, tokens: Tensor) -> None:
+    """DataParallel copies a module's attributes; a replica's `forward_intermediates` must not be the original's."""
+    model, pixel_values = build(name).timm_model, FAMILIES[name].inputs()["pixel_values"]
+    attach_tokens(model, tokens)
+    other = copy.deepcopy(model)
+    other.patch_embed.proj.weight.mul_(2.0)
+    features, maps = other.forward_intermediates(pixel_values, norm=norm)
+    replica = model._replicate_for_data_parallel()
+    for key, value in [*other._parameters.items(), *other._modules.items()]:
+        setattr(replica, key, value)
+    found, found_maps = replica.forward_intermediates(pixel_values, norm=norm)
+    assert torch.equal(found, features)
+    assert all(torch.equal(one, expected) for one, expected in zip(found_maps, maps, strict=True))
+    assert not torch.equal(model.forward_intermediates(pixel_values, norm=norm)[0], features)
+    remove_tokens(model)
+    assert "_replicate_for_data_parallel" not in vars(model)

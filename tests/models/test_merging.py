@@ -364,3 +364,25 @@ def test_nothing_to_merge_or_to_extract() -> None:
         extract_tokens(make_base("registers"), num_robustness_tokens=3)
     with pytest.raises(ValueError, match="at least 1, got 0"):
         extract_tokens(make_base("registers"), num_robustness_tokens=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", MERGEABLE)
+def test_half_precision_merges_too(name: str, dtype: torch.dtype) -> None:
+    """Cast after loading, a base has its unsaved buffers in half precision too: rotary positions."""
+    base = make_base(name).to(dtype)
+    tokens_in(base)
+    pixel_values = torch.randn(2, 3, SIZE, SIZE).to(dtype)
+    plain = merge(base)
+    expected = {key: buffer.dtype for key, buffer in base.named_buffers()}
+    assert {key: b.dtype for key, b in plain.named_buffers() if key in expected} == expected
+    for key, tensor in results(plain, pixel_values).items():
+        torch.testing.assert_close(tensor, results(base, pixel_values)[key], rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_tokens_that_are_not_finite_are_not_merged(broken: float) -> None:
+    base = make_base("dinov2")
+    attach_tokens(base, torch.full((K, WIDTH), broken))
+    with pytest.raises(ValueError, match="refusing to merge tokens whose robustness_tokens is not finite"):
+        merge(base)

@@ -1,4 +1,5 @@
 import copy
+import inspect
 import json
 import os
 import pickle
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from accelerate import Accelerator, cpu_offload
 from packaging.version import Version
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -30,10 +32,13 @@ from transformers import (
     ResNetModel,
     SwinConfig,
     SwinModel,
+    Trainer,
+    TrainingArguments,
     pipeline,
 )
 
 from robustness_tokens.configuration import RobustnessTokenConfig
+from robustness_tokens.data import build_image_processor
 from robustness_tokens.hub import load_adapter, push_adapter
 from robustness_tokens.models.injection import find_injector, remove_tokens
 from robustness_tokens.models.layer_stack import find_layer_stack, headless_model
@@ -43,6 +48,7 @@ from robustness_tokens.models.modeling import (
     inject_tokens,
 )
 from tests.support.adapters import cache_as_repo
+from tests.support.families import BASES, FAMILIES
 from tests.support.reports import make_report, report_on
 
 
@@ -1011,3 +1017,339 @@ def test_nothing_is_saved_after_unload(dinov2_model: RobustnessTokenModel, tmp_p
     with pytest.raises(ValueError, match=r"taken out by unload\(\)"):
         dinov2_model.save_pretrained(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+# As any model of transformers
+
+
+def examples(count: int) -> list[dict[str, Any]]:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 5, (count,), generator=generator).tolist()
+    return [{"pixel_values": torch.randn(3, 16, 16, generator=generator) + k / 2, "labels": k} for k in labels]
+
+
+def accuracy(prediction: Any) -> dict[str, float]:
+    return {"accuracy": (prediction.predictions.argmax(-1) == prediction.label_ids).mean()}
+
+
+def test_a_head_is_trained_on_robust_features_by_the_trainer_of_transformers(
+    family: str, classifier_folders: Folders, pixel_values: Tensor, tmp_path: Path
+) -> None:
+    model: Any = RobustnessTokenForImageClassification.from_base(classifier_folders[family], num_robustness_tokens=3)
+    randomize(model).injector.requires_grad_(False)
+    model.get_base_model().classifier.requires_grad_(True)
+    tokens, head = model.robustness_tokens.clone(), model.get_base_model().classifier.weight.clone()
+    arguments = TrainingArguments(
+        str(tmp_path / "run"),
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+        num_train_epochs=4,
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        logging_strategy="no",
+        load_best_model_at_end=True,
+        learning_rate=0.1,
+    )
+    trainer = Trainer(
+        model,
+        arguments,
+        train_dataset=examples(16),
+        eval_dataset=examples(12),
+        compute_metrics=accuracy,
+    )
+    trainer.train()
+    measured = trainer.evaluate()
+    assert measured["eval_loss"] == pytest.approx(trainer.state.best_metric)
+    assert 0 <= measured["eval_accuracy"] <= 1
+    assert torch.equal(model.robustness_tokens, tokens)
+    assert not torch.equal(model.get_base_model().classifier.weight, head)
+    trained = logits(model, pixel_values)
+    assert torch.isfinite(trained).all()
+    trainer.save_model(str(tmp_path / "final"))
+    for folder in (tmp_path / "final", Path(str(trainer.state.best_model_checkpoint))):
+        loaded = AutoModelForImageClassification.from_pretrained(folder)
+        assert torch.equal(logits(loaded, pixel_values), trained)
+    with torch.no_grad():
+        model.get_base_model().classifier.weight.zero_()
+        model.robustness_tokens.zero_()
+    trainer.train(resume_from_checkpoint=trainer.state.best_model_checkpoint)
+    assert torch.equal(model.robustness_tokens, tokens)
+
+
+def test_an_injected_classifier_is_trained_by_the_trainer_of_transformers(
+    adapter_folder: Path, base_folders: Folders, make_base: MakeBase, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    classifier = inject_tokens(classifier_on(make_base("dinov2"), "dinov2", make_base), adapter_folder)
+    arguments = TrainingArguments(
+        str(tmp_path), use_cpu=True, report_to=[], disable_tqdm=True, max_steps=2, save_steps=1, logging_strategy="no"
+    )
+    Trainer(classifier, arguments, train_dataset=examples(8)).train()
+    assert caplog.text.count("saved without its robustness tokens: keep their adapter") == 1
+    again = AutoModelForImageClassification.from_pretrained(tmp_path / "checkpoint-2")
+    images = torch.randn(2, 3, 16, 16)
+    assert torch.equal(
+        logits(inject_tokens(again, adapter_folder, ignore_base_mismatch=True), images),
+        logits(classifier.eval(), images),
+    )
+
+
+@pytest.mark.parametrize("how", ["save_pretrained", "state_dict"])
+def test_saving_an_injected_model_says_once_that_its_tokens_are_missing(
+    how: str, make_base: MakeBase, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = inject_tokens(make_base("vit"), torch.randn(3, HIDDEN_SIZE))
+    for _ in range(2):
+        if how == "save_pretrained":
+            model.save_pretrained(tmp_path)
+        else:
+            model.state_dict()
+    assert caplog.text.count("ViTModel is saved without its robustness tokens") == 1
+    caplog.clear()
+    remove_tokens(model).state_dict()
+    RobustnessTokenModel.from_base(model).state_dict()
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize("change", ["in place", "trainable", "nothing"])
+def test_a_head_is_saved_if_it_was_trained(
+    change: str, family: str, classifier_folders: Folders, pixel_values: Tensor, tmp_path: Path
+) -> None:
+    model = randomize(RobustnessTokenForImageClassification.from_base(classifier_folders[family]))
+    head = model.get_base_model().classifier
+    if change == "in place":
+        head.weight.data.normal_()
+    elif change == "trainable":
+        head.requires_grad_(True)
+    for folder in (tmp_path / "first", tmp_path / "second"):
+        model.save_pretrained(folder)
+        written = set(load_file(folder / "model.safetensors"))
+        expected = {f"backbone.classifier.{name}" for name in ("weight", "bias")}
+        assert written == {"robustness_tokens"} | (expected if change != "nothing" else set())
+        loaded = RobustnessTokenForImageClassification.from_pretrained(folder)
+        assert torch.equal(logits(loaded, pixel_values), logits(model, pixel_values))
+        if change == "in place":
+            model = loaded  # what was loaded is saved again
+    features = RobustnessTokenModel.from_pretrained(tmp_path / "second")  # has no head to load
+    assert torch.equal(features.get_features(pixel_values), model.get_features(pixel_values))
+
+
+def test_a_new_head_on_a_headless_base_is_loaded_with_its_number_of_labels(
+    base_folders: Folders, pixel_values: Tensor, tmp_path: Path
+) -> None:
+    classifier = AutoModelForImageClassification.from_pretrained(base_folders["dinov2"], num_labels=3)
+    model = randomize(RobustnessTokenForImageClassification.from_base(classifier))
+    model.get_base_model().classifier.requires_grad_(True)
+    model.save_pretrained(tmp_path)
+    for load in (RobustnessTokenForImageClassification, AutoModelForImageClassification):
+        loaded = load.from_pretrained(tmp_path, num_labels=3)
+        assert torch.equal(logits(loaded, pixel_values), logits(model, pixel_values))
+    with pytest.raises(ValueError, match=r"load it with the num_labels= that it was trained with"):
+        RobustnessTokenForImageClassification.from_pretrained(tmp_path, num_labels=4)
+
+
+@pytest.mark.parametrize("name", ["backbone.dinov2.layernorm.weight", "backbone.other", "other"])
+def test_an_adapter_may_bring_a_head_and_nothing_else_of_the_base(
+    name: str, classifier_folders: Folders, tmp_path: Path
+) -> None:
+    RobustnessTokenForImageClassification.from_base(classifier_folders["dinov2"]).save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    save_file(load_file(file) | {name: torch.zeros(HIDDEN_SIZE)}, file)
+    with pytest.raises(ValueError, match=name):
+        RobustnessTokenForImageClassification.from_pretrained(tmp_path)
+
+
+class LowRank(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer, self.lora_b = layer, nn.Linear(HIDDEN_SIZE, HIDDEN_SIZE)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        output: Tensor = self.base_layer(hidden_states) + self.lora_b(hidden_states)
+        return output
+
+
+@pytest.mark.parametrize("change", ["lora", "lora in one layer", "trainable", "weights", "nothing"])
+def test_saving_says_that_changes_of_the_base_are_not_saved(
+    change: str, make_base: MakeBase, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = RobustnessTokenModel.from_base(make_base("dinov2"))
+    layers: Any = find_layer_stack(model.get_base_model()).layers
+    for layer in layers[: {"lora": 2, "lora in one layer": 1}.get(change, 0)]:
+        layer.attention.q_proj = LowRank(layer.attention.q_proj)
+    if change == "trainable":
+        layers[1].mlp.requires_grad_(True)
+    if change == "weights":
+        layers[1].mlp.fc1.weight.data.add_(1)
+    model.save_pretrained(tmp_path)
+    expected = 0 if change == "nothing" else 1
+    assert caplog.text.count("layers of Dinov2Model were changed or trained") == expected
+
+
+def test_saving_takes_the_arguments_of_transformers(dinov2_model: RobustnessTokenModel, tmp_path: Path) -> None:
+    accelerator = Accelerator(cpu=True)
+    prepared = accelerator.prepare(dinov2_model)
+    state_dict = {name: 2 * tensor for name, tensor in accelerator.get_state_dict(prepared).items()}
+    accelerator.unwrap_model(prepared).save_pretrained(
+        tmp_path,
+        is_main_process=accelerator.is_main_process,
+        save_function=accelerator.save,
+        state_dict=state_dict,
+        max_shard_size="1GB",
+        safe_serialization=True,
+        token="secret",
+        variant=None,
+    )
+    assert {path.name for path in tmp_path.iterdir()} == ADAPTER_FILES
+    loaded = RobustnessTokenModel.from_pretrained(tmp_path)
+    assert torch.equal(loaded.robustness_tokens, 2 * dinov2_model.robustness_tokens)
+    taken = inspect.signature(PreTrainedModel.save_pretrained).parameters.values()
+    dinov2_model.save_pretrained(tmp_path, **{p.name: p.default for p in taken if p.default is not p.empty})
+    with pytest.raises(ValueError, match="safetensors only"):
+        dinov2_model.save_pretrained(tmp_path, safe_serialization=False)
+    with pytest.raises(ValueError, match=r"save_pretrained got \['max_size'\], unknown"):
+        dinov2_model.save_pretrained(tmp_path, max_size=1)
+
+
+def test_an_adapters_tensors_are_a_state_dict(dinov2_model: RobustnessTokenModel, tmp_path: Path) -> None:
+    dinov2_model.save_pretrained(tmp_path)
+    tokens = dinov2_model.robustness_tokens.clone()
+    with torch.no_grad():
+        dinov2_model.robustness_tokens.zero_()
+    result = dinov2_model.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=False)
+    assert result.missing_keys == result.unexpected_keys == []
+    assert torch.equal(dinov2_model.robustness_tokens, tokens)
+    dinov2_model.load_state_dict(dinov2_model.state_dict())
+
+
+def test_auto_classes_hand_on_what_belongs_to_the_base(
+    adapter_folder: Path, classifier_adapter: Path, pixel_values: Tensor
+) -> None:
+    assert len(AutoModel.from_pretrained(adapter_folder, output_hidden_states=True)(pixel_values).hidden_states) == 3
+    eager = AutoModel.from_pretrained(adapter_folder, output_attentions=True, attn_implementation="eager")
+    assert len(eager(pixel_values).attentions) == 2
+    names = dict(enumerate("abcde"))
+    labelled = AutoModelForImageClassification.from_pretrained(classifier_adapter, id2label=names)
+    assert labelled.config.id2label == labelled.get_base_model().config.id2label == names
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        AutoModelForImageClassification.from_pretrained(classifier_adapter, num_labels=7)
+    with pytest.raises(ValueError, match=r"in memory already: \['output_hidden_states'\] can't be applied"):
+        AutoModel.from_pretrained(adapter_folder, output_hidden_states=True, base_model=labelled.unload())
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_the_config_names_the_bases_attention(adapter_folder: Path, implementation: str) -> None:
+    model: Any
+    for model in (
+        AutoModel.from_pretrained(adapter_folder, attn_implementation=implementation),
+        RobustnessTokenModel.from_pretrained(adapter_folder, attn_implementation=implementation),
+    ):
+        assert model.config._attn_implementation == implementation
+        assert model.get_base_model().config._attn_implementation == implementation
+        other = {"eager": "sdpa", "sdpa": "eager"}[implementation]
+        model.set_attn_implementation(other)
+        assert model.config._attn_implementation == model.get_base_model().config._attn_implementation == other
+
+
+@pytest.mark.parametrize(
+    ("arguments", "dtype"),
+    [
+        ({"torch_dtype": torch.float16}, torch.float16),
+        ({"torch_dtype": "bfloat16"}, torch.bfloat16),
+        ({"torch_dtype": "auto"}, torch.float32),
+        ({"dtype": torch.bfloat16}, torch.bfloat16),
+        ({"use_safetensors": True}, torch.float32),
+    ],
+)
+def test_arguments_of_older_code(adapter_folder: Path, arguments: dict[str, Any], dtype: torch.dtype) -> None:
+    for load in (AutoModel, RobustnessTokenModel):
+        assert load.from_pretrained(adapter_folder, **arguments).dtype == dtype
+    with pytest.raises(ValueError, match="only safetensors weights are read"):
+        RobustnessTokenModel.from_pretrained(adapter_folder, use_safetensors=False)
+
+
+def test_weights_are_never_initialised_again(model: RobustnessTokenModel, pixel_values: Tensor) -> None:
+    expected = last_hidden_state(model, pixel_values)
+    model.init_weights()
+    model.post_init()
+    model.tie_weights()
+    assert torch.equal(last_hidden_state(model, pixel_values), expected)
+
+
+def test_what_could_not_be_loaded_is_not_saved(make_base: MakeBase, tmp_path: Path) -> None:
+    config = RobustnessTokenConfig(num_robustness_tokens=3, hidden_size=HIDDEN_SIZE)
+    model = RobustnessTokenModel(config, make_base("dinov2"))
+    with pytest.raises(ValueError, match=r"make it by from_base\(base\)"):
+        model.save_pretrained(tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
+@pytest.mark.parametrize("name", ["timm_deit3", "timm_eva"])
+def test_gradient_checkpointing_of_timm(name: str, pixel_values: Tensor) -> None:
+    model = RobustnessTokenModel.from_base(
+        FAMILIES[name].build(), image_processor=build_image_processor(image_size=16)
+    )
+    blocks: Any = find_layer_stack(model.get_base_model()).layers
+    calls: list[None] = []
+    blocks[0].norm1.register_forward_hook(lambda *_: calls.append(None))
+    gradients = []
+    for enable in (True, False):
+        (model.gradient_checkpointing_enable if enable else model.gradient_checkpointing_disable)()
+        calls.clear()
+        model.zero_grad()
+        model(pixel_values=pixel_values).last_hidden_state.square().sum().backward()
+        assert len(calls) == (2 if enable else 1)
+        gradients.append(model.robustness_tokens.grad.clone())  # type: ignore[union-attr]
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
+@pytest.mark.parametrize("wrap", ["timm", "compiled", "DataParallel"])
+def test_other_bases_say_how_to_take_them(wrap: str, adapter_folder: Path, make_base: MakeBase) -> None:
+    base: Any = make_base("dinov2")
+    if wrap == "timm":
+        base = FAMILIES["timm_deit3"].build().timm_model
+    else:
+        base = torch.compile(base) if wrap == "compiled" else nn.DataParallel(base)
+    for attempt in (
+        lambda: RobustnessTokenModel.from_base(base),
+        lambda: RobustnessTokenModel.from_pretrained(adapter_folder, base_model=base),
+    ):
+        with pytest.raises(
+            ValueError, match=r"_orig_mod; .*module; .*TimmWrapperModel; .*inject_tokens\(model, tokens"
+        ):
+            attempt()
+    inject_tokens(base, torch.randn(3, HIDDEN_SIZE))
+
+
+def test_a_vision_model_with_its_projection_keeps_it(pixel_values: Tensor, tmp_path: Path) -> None:
+    base = FAMILIES["clip_vision_projection"].build()
+    base.save_pretrained(tmp_path / "base")
+    build_image_processor(image_size=16).save_pretrained(tmp_path / "base")
+    model = randomize(RobustnessTokenModel.from_base(tmp_path / "base"))
+    assert model.config.base_model_class == "CLIPVisionModelWithProjection"
+    assert model.get_features(pixel_values).shape == (2, 24)
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = RobustnessTokenModel.from_pretrained(tmp_path / "adapter")
+    assert torch.equal(loaded.get_features(pixel_values), model.get_features(pixel_values))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", [name for name in BASES if name != "clip_two_towers"])
+def test_half_precision_bases_take_float32_images(name: str, dtype: torch.dtype) -> None:
+    processor = build_image_processor(image_size=16)
+    model = RobustnessTokenModel.from_base(BASES[name].build().to(dtype), image_processor=processor)
+    images = torch.randn(2, 3, 16, 16)
+    assert model.get_features(images).dtype == dtype
+    assert torch.equal(model.get_features(images), model.get_features(images.to(dtype)))
+    assert model(**BASES[name].inputs())[0].dtype == dtype
+
+
+def test_an_offloaded_base_gets_an_adapter(make_base: MakeBase, pixel_values: Tensor, tmp_path: Path) -> None:
+    expected = RobustnessTokenModel.from_base(make_base("dinov2"))
+    base = cpu_offload(make_base("dinov2"), execution_device=torch.device("cpu"))
+    model = RobustnessTokenModel.from_base(base)
+    assert model.config.base_model_fingerprint == expected.config.base_model_fingerprint
+    with torch.no_grad():
+        model.robustness_tokens.copy_(expected.robustness_tokens)
+    assert torch.equal(last_hidden_state(model, pixel_values), last_hidden_state(expected, pixel_values))
+    model.save_pretrained(tmp_path)
