@@ -32,6 +32,7 @@ from ..models import (
     model_digest,
     resize_logits,
     runs_in_half,
+    size_inputs,
     tokens_in,
 )
 from ..report import Knowledge, Task
@@ -152,9 +153,11 @@ class EvaluatedModel:
         """Returns the head's logits, float32 (B, C) or (B, C, h, w); arguments as in [`features`]."""
 
         def run(pixel_values: Tensor) -> Tensor:
-            # A user's module may call its argument as it likes.
-            is_known = isinstance(self.model, PreTrainedModel | ProbedModel)
-            output: Any = self.model(pixel_values=pixel_values) if is_known else self.model(pixel_values)
+            output: Any
+            if isinstance(self.model, PreTrainedModel):
+                output = self.model(pixel_values=pixel_values, **size_inputs(self.model, pixel_values))
+            else:  # a user's module may call its argument as it likes
+                output = self.model(pixel_values)
             logits = getattr(output, "logits", output)
             if not isinstance(logits, Tensor):
                 raise ValueError(

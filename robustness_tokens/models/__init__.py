@@ -7,6 +7,7 @@ from .features import (
     extract_features,
     head_inputs,
     patch_grid,
+    size_inputs,
 )
 from .gains_and_shifts import kinds_of
 from .heads import (

@@ -5,6 +5,7 @@ Shapes: B images, N the sequence, P patches, D width, E projection.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -67,7 +68,9 @@ def extract_features(
     model_inputs = {**siglip2_inputs, **model_inputs}
     with _all_patches_in_order(headless, pixel_values) as mae_inputs:
         forward = getattr(headless, "get_image_features", headless)  # two towers: vision tower and projection
-        output = forward(pixel_values=pixel_values, **{**mae_inputs, **model_inputs})
+        output = forward(
+            pixel_values=pixel_values, **{**mae_inputs, **size_inputs(headless, pixel_values), **model_inputs}
+        )
     if feature_view == "pooled":
         for key in ("image_embeds", "pooler_output"):
             if getattr(output, key, None) is not None:
@@ -88,6 +91,21 @@ def head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
         return {name: p for name, p in model.named_parameters() if id(p) in own}
     inside = {id(parameter) for parameter in headless.parameters()}
     return {name: p for name, p in model.named_parameters() if id(p) not in inside}
+
+
+def size_inputs(model: nn.Module, pixel_values: Tensor) -> dict[str, Any]:
+    """Returns what a forward needs for images (B, 3, H, W) of another size than the model's: interpolated positions.
+
+    Nothing for families without the argument: they interpolate unasked, or have positions for any size.
+    """
+    config, found = vision_config(headless_model(model)), tuple(pixel_values.shape[-2:])
+    own = getattr(config, "image_size", None) or found
+    # BEiT's relative positions fit any size, and must not be stretched over the tokens.
+    is_relative = any(getattr(config, f"use_{kind}relative_position_bias", False) for kind in ("", "shared_"))
+    if pixel_values.dim() != 4 or is_relative or found == ((own, own) if isinstance(own, int) else tuple(own)):
+        return {}
+    takes = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
+    return {"interpolate_pos_encoding": True} if takes else {}
 
 
 def count_patches(model: nn.Module, pixel_values: Tensor) -> int:

@@ -51,7 +51,7 @@ from ..hub import (
 )
 from ..report import RobustnessReport
 from ..utils import digest, local_path
-from .features import default_feature_view, extract_features, head_parameters
+from .features import default_feature_view, extract_features, head_parameters, size_inputs
 from .injection import (
     TokenInjector,
     as_state,
@@ -331,14 +331,15 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
         """Runs the base with the tokens in its sequence.
 
         Args:
-            pixel_values: (B, 3, H, W) normalised images.
+            pixel_values: (B, 3, H, W) normalised images; positions are interpolated if they have another size than the
+                base's, where the family can (`interpolate_pos_encoding`).
             kwargs: Other arguments of the base's forward.
 
         Returns:
             The base's output, with the same class and shapes as without tokens.
         """
         base = self.get_base_model()
-        return base(pixel_values=pixel_values.to(base.dtype), **kwargs)
+        return base(pixel_values=pixel_values.to(base.dtype), **{**size_inputs(base, pixel_values), **kwargs})
 
     def get_features(self, pixel_values: Tensor) -> Tensor:
         """Computes the features that the tokens were trained on, `config.feature_view`.
