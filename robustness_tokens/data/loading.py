@@ -168,8 +168,8 @@ def check_saved(folder: Path) -> None:
 def _load_saved(path: Path, *, split: str, streaming: bool) -> datasets.Dataset | datasets.IterableDataset:
     import datasets
 
-    check_saved(path)
     try:
+        check_saved(path)
         loaded = datasets.load_from_disk(str(path))
     except Exception as exc:  # as above
         raise ValueError(f"{str(path)!r} can't be loaded, so it is damaged: {exc}") from exc

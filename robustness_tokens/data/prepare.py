@@ -161,8 +161,8 @@ def prepare_images(
         for name, value in {"image_size": image_size, **columns}.items():
             if value is not None:
                 raise ValueError(f"{name}={value!r} can't be applied to a {kind} of ready images: leave it out")
-        if isinstance(dataset, IterableDataset | ImageDataset):  # prepared already
-            return Images(dataset, dataset)
+        if isinstance(dataset, IterableDataset) or (isinstance(dataset, ImageDataset) and label_names is None):
+            return Images(dataset, dataset)  # prepared already
         ready = TensorImageDataset(
             dataset,
             with_labels=task in ("classification", "segmentation"),

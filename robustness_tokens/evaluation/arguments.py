@@ -13,7 +13,7 @@ from ..configuration import FeatureView
 from ..data import LabelMatching
 from ..models import MixedPrecision
 from ..report import Knowledge, Task
-from ..utils import check_fields
+from ..utils import check_fields, local_path
 from .attack_suite import find_definition
 
 
@@ -131,6 +131,8 @@ class EvaluationArguments:
     disable_tqdm: bool = field(default=False, metadata={"help": "Show no progress bars."})
 
     def __post_init__(self) -> None:
+        if self.output_dir is not None:
+            self.output_dir = local_path(self.output_dir)
         for name in ("knowledge", "attacks", "eps", "eps_sweep"):
             value = getattr(self, name)
             if value is not None:

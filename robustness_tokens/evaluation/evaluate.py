@@ -21,7 +21,7 @@ from ..configuration import TOKENS, TokenState, state_digest
 from ..data import Normalizer, check_label_range, check_same_classes, choose_rows, prepare_images
 from ..models import ProbedModel, as_state, label_names, random_state
 from ..report import RobustnessReport
-from ..utils import __version__, digest, local_path, process_state
+from ..utils import __version__, digest, process_state
 from .arguments import EvaluationArguments, override_arguments, training_settings
 from .attack_suite import AttackBatch, on_8bit_grid
 from .cells import CellStore, measure_outcome, merge, run_cells
@@ -227,7 +227,7 @@ def evaluate_robustness(
 def _folder(output_dir: str | os.PathLike[str] | None) -> Iterator[Path]:
     """Yields the folder to work in, the same on every process; a temporary one if none is given."""
     if output_dir is not None:
-        yield Path(local_path(output_dir))
+        yield Path(output_dir)
         return
     state = process_state()
     with tempfile.TemporaryDirectory() as own:

@@ -143,7 +143,9 @@ def train_own_tokens(
             f"with whole kinds, {sorted(names)}: give own_tokens, or leave the level out"
         )
     images = [
-        prepare_train_dataset(dataset, args=recipe, image_processor=processor, recipe=model.recipe, **classes)
+        prepare_train_dataset(
+            dataset, args=recipe, image_processor=processor, recipe=model.recipe | dict(overrides or {}), **classes
+        )
         for dataset in datasets
     ]
     # Pictures as the defender resizes them; a stream is prepared by each training.

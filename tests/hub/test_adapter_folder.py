@@ -502,7 +502,7 @@ def test_a_tilde_is_the_home_folder_in_every_function_that_takes_a_path(
     RobustnessTokenModel.from_pretrained("~/adapter", base_model="~/base")
     assert load_adapter("~/adapter").folder == tmp_path / "home" / "adapter"
     assert holds_adapter("~/adapter")
-    save_head(ClassificationHead(4, 2), "~/head")
+    save_head(ClassificationHead(4, 2, base_model_fingerprint={"float32": "0" * 64}), "~/head")
     assert load_head("~/head").num_labels == 2
     make_report().save("~/report")
     assert RobustnessReport.load("~/report").results
@@ -526,7 +526,7 @@ def test_a_path_that_is_not_utf8_is_named(name: str, tmp_path: Path) -> None:
             build_base("dinov2"), image_processor=build_image_processor(image_size=16)
         ).save_pretrained(path),
         "load": lambda: RobustnessTokenModel.from_pretrained(path),
-        "head": lambda: save_head(ClassificationHead(4, 2), path),
+        "head": lambda: save_head(ClassificationHead(4, 2, base_model_fingerprint={"float32": "0" * 64}), path),
         "run": lambda: RobustnessTokenTrainingArguments(output_dir=path),
         "dataset": lambda: load_image_dataset(path),
         "report": lambda: make_report().save(path),

@@ -89,7 +89,7 @@ def test_from_the_picture_to_the_report(family: str, of_the_processor: bool, tmp
 
 def test_pictures_are_evaluated_by_the_processor_where_it_resized_the_training(tmp_path: Path) -> None:
     build_base("dinov2").save_pretrained(tmp_path / "base")
-    processor = build_image_processor(image_size=16)
+    processor: Any = build_image_processor(image_size=16)
     processor.size, processor.do_center_crop = {"shortest_edge": 20}, True
     processor.save_pretrained(tmp_path / "base")
     model = RobustnessTokenModel.from_base(tmp_path / "base", num_robustness_tokens=3)

@@ -141,7 +141,20 @@ def test_what_cannot_be_exported_is_refused(tmp_path: Path, monkeypatch: pytest.
     base.eval().to(torch.bfloat16)
     with pytest.raises(ValueError, match="bfloat16"):
         export_onnx(model, file)
-    base.float().config.image_size = (32, 48)
-    with pytest.raises(ValueError, match="image_size"):
+    base.float().config.image_size = None
+    with pytest.raises(ValueError, match="names no image_size: pass image_size="):
         export_onnx(model, file)
     assert not file.exists()
+
+
+def test_a_rectangle_is_exported(tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    model = make_adapter_model()
+    names = export_onnx(model, tmp_path / "model.onnx", image_size=(16, 32))
+    images = torch.randn(2, 3, 16, 32)
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    found = session.run(names, {"pixel_values": images.numpy()})[0]
+    with torch.no_grad():
+        expected = model(images)[names[0]]
+    torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-4)
