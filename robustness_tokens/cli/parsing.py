@@ -51,7 +51,7 @@ GROUPS = {
     ),
     "saving": (
         *("output_dir", "overwrite_output_dir", "save_steps", "save_total_limit", "resume_from_checkpoint"),
-        "images_per_shard",
+        *("ignore_images_mismatch", "images_per_shard"),
     ),
     "logging": ("logging_steps", "eval_steps", "report_to", "disable_tqdm"),
     "Hub": (

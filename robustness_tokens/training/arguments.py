@@ -245,6 +245,12 @@ class RobustnessTokenTrainingArguments:
             "default False."
         },
     )
+    ignore_images_mismatch: bool = field(
+        default=False,
+        metadata={
+            "help": "Go on with images that can't be told to be those before, as after a folder of pictures was moved."
+        },
+    )
     disable_tqdm: bool = field(default=False, metadata={"help": "Show no progress bar."})
 
     def __post_init__(self) -> None:
@@ -363,6 +369,7 @@ _NOT_RECIPE = {
     "per_device_eval_batch_size",
     "report_to",
     "resume_from_checkpoint",
+    "ignore_images_mismatch",
     "disable_tqdm",
     *SPEEDUP_ARGUMENTS,
 }

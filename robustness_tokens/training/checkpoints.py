@@ -120,6 +120,7 @@ def save_checkpoint(
 def read_checkpoint(folder: Path, *, settings: Mapping[str, Any], shapes: Shapes) -> Checkpoint:
     """Reads a checkpoint of a run with these settings, and tokens, gains and shifts of these shapes.
 
+    A setting that is `...` may have been any.
     `DamagedCheckpointError` if a file can't be read; `ValueError` if one is missing, or settings or shapes differ.
     """
     if not _is_whole(folder):
@@ -185,10 +186,12 @@ def list_checkpoints(output_dir: Path) -> list[tuple[int, Path]]:
 
 
 def _check_settings(folder: Path, *, stored: Mapping[str, Any], found: Mapping[str, Any]) -> None:
-    differing = sorted(key for key in {*stored, *found} if stored.get(key) != found.get(key))
+    differing = sorted(key for key in {*stored, *found} if found.get(key) not in (stored.get(key), ...))
     if differing:
         changes = ", ".join(f"{key}: {stored.get(key)!r} -> {found.get(key)!r}" for key in differing)
-        raise ValueError(f"{folder} was made by another run ({changes}): resume with the same settings")
+        moved = " (if only the place of the images differs: ignore_images_mismatch=True)"
+        hint = moved if any("images" in key for key in differing) else ""
+        raise ValueError(f"{folder} was made by another run ({changes}): resume with the same settings{hint}")
 
 
 def _is_whole(folder: Path) -> bool:

@@ -132,7 +132,7 @@ def make_adversarial_pairs(
         share_from_main(lambda: held.enter_context(in_use(folder)), accelerator)
 
         def start() -> list[int]:
-            _start(folder, info, overwrite=args.overwrite_output_dir)
+            _start(folder, info, args)
             missing = missing_shards(folder, info)
             _check_room(folder, info, len(missing), announce=not args.disable_tqdm)
             return missing
@@ -210,8 +210,8 @@ def _rows_of(shard: int, rows: Sequence[int], info: PairsInfo) -> Sequence[int]:
     return rows[shard * info.images_per_shard : (shard + 1) * info.images_per_shard]
 
 
-def _start(folder: Path, info: PairsInfo, *, overwrite: bool) -> None:
-    """Keeps the folder's pairs if they were made by the same `info`; otherwise empties it, if `overwrite` allows."""
+def _start(folder: Path, info: PairsInfo, args: RobustnessTokenTrainingArguments) -> None:
+    """Keeps the folder's pairs if they were made by the same `info`; otherwise empties it, if `args` allow it."""
     folder.mkdir(parents=True, exist_ok=True)
     own = {
         *(file for pattern in ("shard-*.arrow", ".shard-*.part", LEFTOVERS) for file in folder.glob(pattern)),
@@ -221,22 +221,25 @@ def _start(folder: Path, info: PairsInfo, *, overwrite: bool) -> None:
         found = set(folder.iterdir())
         if found - own:
             raise ValueError(f"output_dir {str(folder)!r} holds files other than adversarial pairs: choose another")
-        if found and not overwrite:  # left by a replacement that was interrupted
+        if found and not args.overwrite_output_dir:  # left by a replacement that was interrupted
             raise ValueError(
                 f"output_dir {str(folder)!r} holds files of adversarial pairs, but no {INFO_FILE} that says how they "
                 "were made: set overwrite_output_dir=True to replace them, or choose another"
             )
     else:
         stored = PairsInfo.from_dict(read_json(path))
+        if args.ignore_images_mismatch:
+            stored = dataclasses.replace(stored, images_digest=info.images_digest)
         differing = _differences(dataclasses.asdict(stored), dataclasses.asdict(info))
         if info.images_digest is None and len(missing_shards(folder, info)) < info.num_shards:
             differing.append("the dataset gives other images at each reading")
         if not differing:
             return
-        if not overwrite:
+        if not args.overwrite_output_dir:
             raise ValueError(
                 f"output_dir {str(folder)!r} holds pairs that were made differently ({'; '.join(differing)}): choose "
-                "another, or set overwrite_output_dir=True"
+                "another, or set overwrite_output_dir=True (or, if only the place of the images differs, "
+                "ignore_images_mismatch=True)"
             )
         path.unlink()  # first, so that an interruption leaves no description of a half-deleted set
     for file in own:

@@ -459,6 +459,8 @@ class RobustnessTokenTrainer:
         """Prepares the output folder and restores the checkpoint, if any; returns the position to start from."""
         args, accelerator, tokens = self.args, self.accelerator, self.model.injector.state
         settings = self._settings()
+        if args.ignore_images_mismatch:
+            settings |= dict.fromkeys(("images_digest", "eval_images_digest"), ...)
         rounding = self._rounding()
         shapes = {name: tuple(tensor.shape) for name, tensor in tokens.items()}
         run = share_from_main(lambda: read_run(args, settings=settings, rounding=rounding, shapes=shapes), accelerator)

@@ -342,6 +342,17 @@ def test_a_run_on_something_else_is_not_resumed(
     assert [step for step, _ in list_checkpoints(trainer.output_dir)] == [2, 4]
 
 
+def test_images_that_were_moved_are_taken_if_asked(make_trainer: TrainerFactory) -> None:
+    settings: dict[str, Any] = {"save_steps": 2, "max_steps": 4}
+    make_trainer(**settings).train()
+    moved = {**settings, "dataset": other_images(), "resume_from_checkpoint": True}
+    with pytest.raises(ValueError, match=r"resume with the same settings \(if only .*: ignore_images_mismatch=True"):
+        make_trainer(**moved).train()
+    resumed = make_trainer(**moved, ignore_images_mismatch=True)
+    assert resumed.train().global_step == 4
+    assert "ignore_images_mismatch" not in (resumed.model.config.training or {})
+
+
 def test_images_that_differ_at_each_reading_are_no_reason_to_refuse(make_trainer: TrainerFactory) -> None:
     class Augmented(torch.utils.data.Dataset[Any]):
         def __len__(self) -> int:
