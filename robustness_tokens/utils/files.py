@@ -11,7 +11,7 @@ import os
 import re
 import secrets
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -194,7 +194,11 @@ def in_use(folder: Path) -> Iterator[None]:
             ) from None
         except OSError:  # a file system without locks
             logger.debug("%s can't be locked", folder)
-        yield
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # not only closed: processes forked meanwhile hold the file open
+                fcntl.flock(descriptor, fcntl.LOCK_UN)
     finally:
         os.close(descriptor)
 

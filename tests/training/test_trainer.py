@@ -4,7 +4,10 @@ import dataclasses
 import io
 import json
 import math
+import os
 import shutil
+import signal
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -371,6 +374,19 @@ def test_two_runs_do_not_share_a_folder(make_trainer: TrainerFactory) -> None:
     with in_use(first.output_dir), pytest.raises(ValueError, match="is in use by another run"):
         second.train()
     first.train()
+
+
+def test_a_folder_is_free_after_its_run_though_a_worker_lives_on(tmp_path: Path) -> None:
+    with in_use(tmp_path):
+        if (child := os.fork()) == 0:  # as a data loader's worker
+            time.sleep(60)
+            os._exit(0)
+    try:
+        with in_use(tmp_path):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
 
 
 def test_a_half_written_checkpoint_is_not_taken(make_trainer: TrainerFactory) -> None:
