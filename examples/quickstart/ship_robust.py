@@ -18,7 +18,7 @@ import os
 from pathlib import Path
 
 from robustness_tokens import RobustnessTokenForImageClassification
-from robustness_tokens.hub import read_report
+from robustness_tokens.hub import load_adapter
 from robustness_tokens.report import REPORT_FILE
 
 
@@ -35,7 +35,7 @@ def main() -> None:
     os.chdir(ROOT)
     model = RobustnessTokenForImageClassification.from_pretrained(adapter, base_model=BASE)
     model.save_pretrained(SHIPPED, base_model_id=BASE)
-    if (report := read_report(adapter)) is not None:
+    if (report := load_adapter(adapter).report) is not None:
         report = dataclasses.replace(report, base_model=BASE, adapter=SHIPPED.name)
         (SHIPPED / REPORT_FILE).write_text(report.to_json_string(), encoding="utf-8")
         model.save_pretrained(SHIPPED, base_model_id=BASE)  # the card shows the report
