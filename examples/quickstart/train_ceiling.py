@@ -141,7 +141,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="folder with the images as parquet")
     parser.add_argument("--output", type=Path, default=Path("outputs/ceiling"))
-    parser.add_argument("--learning_rates", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3])
+    parser.add_argument("--learning_rates", type=float, nargs="+", default=[1e-3, 3e-3, 6e-3])
     parser.add_argument("--search_steps", type=int, default=200, help="of each training that tries a learning rate")
     parser.add_argument("--max_steps", type=int, default=resolve_preset("robust")["max_steps"])
     parser.add_argument("--eps", type=Fraction, default="16/255", help="pixel units of [0, 1] images")
