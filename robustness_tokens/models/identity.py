@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..configuration import RobustnessTokenConfig
 from ..utils import digest
@@ -22,11 +22,11 @@ _CHANGING = {"training", "fused_attn", "grad_checkpointing", "num_prefix_tokens"
 def model_digest(model: nn.Module) -> str:
     """Returns a sha256 of all weights and buffers of a model, and of the configs that it was built by.
 
-    It changes with any weight, where [`base_fingerprint`] reads the first and the last layer alone. A model without a
-    config, such as timm's, counts by the settings of its modules. The config of an adapter does not count.
+    It changes with any weight, where [`base_fingerprint`] reads the first and the last layer alone. Modules without a
+    config, such as timm's and a user's, count by their settings. The config of an adapter does not count.
     `ValueError` if weights are on the meta device.
     """
-    weights = model.state_dict(keep_vars=True)  # which is no saving
+    weights = dict(model.named_parameters()) | dict(model.named_buffers())
     if missing := sorted(name for name, tensor in weights.items() if tensor.is_meta):
         raise ValueError(
             f"{len(missing)} weights of {type(model).__name__} are on the meta device, such as {missing[0]}: load it "
@@ -35,8 +35,10 @@ def model_digest(model: nn.Module) -> str:
     found: list[Any] = [getattr(module, "config", None) for module in model.modules()]
     configs = {id(one): one for one in found if isinstance(one, PreTrainedConfig)}.values()
     built_by: Any = [_strip(one.to_dict()) for one in configs if not isinstance(one, RobustnessTokenConfig)]
-    if not built_by:
-        built_by = repr(model), [_settings(module) for module in model.modules()]
+    of_transformers = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    described = {id(inner) for module in of_transformers for inner in module.modules()}
+    others = [module for module in model.modules() if id(module) not in described]
+    built_by = [*built_by, *((repr(module), _settings(module)) for module in others)]
     content = json.dumps([type(model).__name__, built_by, digest(weights)], sort_keys=True, default=str)
     return hashlib.sha256(content.encode()).hexdigest()
 

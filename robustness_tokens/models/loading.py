@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
+import torch
 import transformers
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
 
@@ -95,7 +96,11 @@ def _load(loader: Any, name: str, revision: str | None, base_kwargs: Mapping[str
     if base_kwargs.get("use_safetensors") is False:
         raise ValueError("use_safetensors=False can't be used: only safetensors weights are read")
     try:
-        return loader.from_pretrained(name, revision=revision, **{**base_kwargs, "use_safetensors": True})
+        # Weights that a checkpoint lacks, such as the pooler of a classifier's ViT, are the same at each load, since
+        # resumed runs and caches depend on all weights.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return loader.from_pretrained(name, revision=revision, **{**base_kwargs, "use_safetensors": True})
     except FileNotFoundError as exc:  # safetensors says so of files that it may not read
         raise PermissionError(f"{name}: its weights can't be opened, they may be another user's: {exc}") from exc
     except OSError as exc:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from robustness_tokens import RobustnessTokenModel, inject_tokens
+from robustness_tokens.data.image_processors import build_image_processor
 from robustness_tokens.models.identity import model_digest
 from tests.support.bases import HIDDEN_SIZE, build_base
 
@@ -65,3 +66,26 @@ def test_an_adapter_counts_by_what_it_learned(make_model: Callable[..., Robustne
 def test_an_offloaded_model_is_refused(family: str) -> None:
     with pytest.raises(ValueError, match=r"weights of .* are on the meta device, such as .*: load it without"):
         model_digest(build_base(family).to("meta"))
+
+
+def test_weights_that_a_checkpoint_lacks_are_the_same_at_each_load(tmp_path: Path) -> None:
+    build_base("vit", classifier=True).save_pretrained(tmp_path)  # without the pooler
+    build_image_processor(image_size=16).save_pretrained(tmp_path)
+    digests = {model_digest(RobustnessTokenModel.from_base(tmp_path).get_base_model()) for _ in range(2)}
+    assert len(digests) == 1
+
+
+class Wrapped(torch.nn.Module):
+    """As a user wraps a model; its own settings and buffers change what it computes."""
+
+    def __init__(self, model: torch.nn.Module, sign: int = 1, scale: float = 1.0) -> None:
+        super().__init__()
+        self.model, self.sign = model, sign
+        self.register_buffer("scale", torch.tensor(scale), persistent=False)
+
+
+def test_a_users_module_counts_by_its_own_settings_and_buffers(family: str) -> None:
+    base = build_base(family)
+    assert model_digest(Wrapped(base)) == model_digest(Wrapped(build_base(family)))
+    digests = {model_digest(Wrapped(base, **change)) for change in ({}, {"sign": -1}, {"scale": 2.0})}
+    assert len(digests) == 3
