@@ -22,6 +22,7 @@ from ..models import (
     ProbedModel,
     RobustnessTokenForImageClassification,
     RobustnessTokenModel,
+    RobustnessTokenPreTrainedModel,
     import_published_tokens,
     load_head,
 )
@@ -154,7 +155,8 @@ def evaluate(args: EvaluationCommandArguments, *, adapter: str) -> RobustnessRep
     if args.attacker_dataset is not None:
         attacker_datasets = [load_image_dataset(args.attacker_dataset, split=args.attacker_split)]
     model = _load_model(adapter, args, head=args.head, base_model=args.base_model)
-    check_no_other_adapter(Path(args.output_dir), load_adapter(adapter).learned)
+    measured = next(one for one in model.modules() if isinstance(one, RobustnessTokenPreTrainedModel))
+    check_no_other_adapter(Path(args.output_dir), measured.learned_state())
     report = evaluate_robustness(
         model,
         load_image_dataset(args.dataset, name=args.dataset_config, split=args.split),

@@ -194,8 +194,8 @@ class ImageDataset(_PictureDataset, Dataset[dict[str, Any]]):
 
     @property
     def fingerprint(self) -> str:
-        """The fingerprint that `datasets` gives to the rows, of the columns that are read."""
-        return str(self._rows._fingerprint)
+        """The fingerprint that `datasets` gives to the rows, of the columns that are read, and how labels are."""
+        return f"{self._rows._fingerprint} {self._read_label.settings}"
 
 
 class IterableImageDataset(_PictureDataset, IterableDataset[dict[str, Any]]):

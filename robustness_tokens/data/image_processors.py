@@ -105,11 +105,12 @@ def normalization_of(image_processor: BaseImageProcessor) -> tuple[tuple[float, 
     computes something else.
     """
     options: Any = image_processor
-    if getattr(options, "rescale_offset", None) or getattr(options, "offset", None):
-        raise ValueError(
-            f"image_processor {type(options).__name__} shifts the values besides normalising them, which can't be "
-            "expressed by image_mean and image_std: give one without an offset"
-        )
+    for setting in ("rescale_offset", "offset", "include_top", "do_flip_channel_order"):
+        if getattr(options, setting, None):
+            raise ValueError(
+                f"image_processor {type(options).__name__} has {setting}, which can't be expressed by image_mean and "
+                "image_std: give one without"
+            )
     # By which images in [0, 1] differ from what it normalises.
     scale = 255.0
     if getattr(options, "do_rescale", True):

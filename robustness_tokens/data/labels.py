@@ -41,6 +41,11 @@ class LabelReader:
             )
         self._numbers = [self._names.index(name) for name in plain]
 
+    @property
+    def settings(self) -> list[Any]:
+        """What the numbers depend on besides the labels."""
+        return [self._numbers, self._names]
+
     def __call__(self, label: Any) -> Any:
         """Returns the number of the model's class; `ValueError` for a word that is no class of the model."""
         if isinstance(label, str):

@@ -87,9 +87,8 @@ class Images:
         """
         if isinstance(self.source, AdversarialPairs):
             return self.source.digest()
-        if isinstance(self.dataset, ImageDataset):
-            transform: Any = self.dataset.transform  # an ImageTransform, see prepare_images
-            content = json.dumps([self.dataset.fingerprint, transform.settings], sort_keys=True)
+        if isinstance(self.dataset, ImageDataset) and isinstance(self.dataset.transform, ImageTransform):
+            content = json.dumps([self.dataset.fingerprint, self.dataset.transform.settings], sort_keys=True)
             return hashlib.sha256(content.encode()).hexdigest()
         if self.num_images is None:
             return None

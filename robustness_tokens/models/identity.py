@@ -6,7 +6,7 @@ import hashlib
 import json
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..configuration import RobustnessTokenConfig
@@ -26,7 +26,12 @@ def model_digest(model: nn.Module) -> str:
     config, such as timm's and a user's, count by their settings. The config of an adapter does not count.
     `ValueError` if weights are on the meta device.
     """
-    weights = dict(model.named_parameters()) | dict(model.named_buffers())
+    weights: dict[str, Tensor] = {}
+    for name, value in {**model.state_dict(keep_vars=True), **dict(model.named_buffers())}.items():
+        # A quantised layer packs its weight and its bias into a tuple.
+        for index, part in enumerate(value if isinstance(value, tuple) else [value]):
+            if isinstance(part, Tensor):
+                weights[f"{name}.{index}"] = part.dequantize() if part.is_quantized else part
     if missing := sorted(name for name, tensor in weights.items() if tensor.is_meta):
         raise ValueError(
             f"{len(missing)} weights of {type(model).__name__} are on the meta device, such as {missing[0]}: load it "
@@ -44,9 +49,11 @@ def model_digest(model: nn.Module) -> str:
 
 
 def _settings(module: nn.Module) -> dict[str, Any]:
-    """Returns a module's own plain values, such as its number of heads."""
-    values = {key: value for key, value in vars(module).items() if isinstance(value, int | float | str)}
-    return {key: value for key, value in values.items() if key not in _CHANGING}
+    """Returns a module's own values, such as its number of heads; of tensors the digest."""
+    values = {name: value for name, value in vars(module).items() if name[0] != "_" and name not in _CHANGING}
+    tensors = {name: digest([value]) for name, value in values.items() if isinstance(value, Tensor)}
+    plain = int | float | str | list | tuple | dict
+    return tensors | {name: repr(value) for name, value in values.items() if isinstance(value, plain)}
 
 
 def _strip(values: Any) -> Any:

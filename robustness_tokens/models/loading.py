@@ -99,7 +99,7 @@ def _load(loader: Any, name: str, revision: str | None, base_kwargs: Mapping[str
         # Weights that a checkpoint lacks, such as the pooler of a classifier's ViT, are the same at each load, since
         # resumed runs and caches depend on all weights.
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+            torch.default_generator.manual_seed(0)  # the CPU's alone, which is restored
             return loader.from_pretrained(name, revision=revision, **{**base_kwargs, "use_safetensors": True})
     except FileNotFoundError as exc:  # safetensors says so of files that it may not read
         raise PermissionError(f"{name}: its weights can't be opened, they may be another user's: {exc}") from exc

@@ -510,6 +510,8 @@ class RobustnessTokenPreTrainedModel(PreTrainedModel):
         with torch.no_grad():
             for name, tensor in head.items():
                 own[name.removeprefix(HEAD_PREFIX)].copy_(tensor)
+        if head:
+            self._head_digest = ""  # it belongs to the adapter, whatever head the base has
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Loads a state dict of this model, or the tensors of a saved adapter, as `transformers.Trainer` does."""

@@ -206,3 +206,26 @@ def test_sizes_that_are_none_are_refused(image_size: Any) -> None:
     for options in ({"image_size": image_size}, {"recipe": {"image_size": image_size}}):
         with pytest.raises(ValueError, match="image_size must be"):
             prepare_images(pictures((9, 7)), image_processor=PROCESSOR, **options)
+
+
+def test_the_numbering_of_labels_counts_for_the_identity() -> None:
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["dog", "cat"])})
+    rows = {"image": [Image.new("RGB", (4, 4))] * 2, "label": [0, 1]}
+    table = datasets.Dataset.from_dict(rows, features=features)
+    found = [
+        prepare_images(table, task="classification", image_size=4, label_names=names).identity
+        for names in (None, ["dog", "cat"], ["cat", "dog"])
+    ]
+    assert len(set(found)) == 3
+
+
+def test_a_transform_of_the_users_own_is_read() -> None:
+    def dark(picture: Image.Image) -> Tensor:
+        return torch.zeros(3, 4, 4)
+
+    def light(picture: Image.Image) -> Tensor:
+        return torch.ones(3, 4, 4)
+
+    found = [prepare_images(ImageDataset(pictures((4, 4)), transform)).identity for transform in (dark, light)]
+    assert None not in found
+    assert len(set(found)) == 2

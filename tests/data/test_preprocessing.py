@@ -14,6 +14,7 @@ from transformers import (
     BatchFeature,
     BitImageProcessorPil,
     EfficientNetImageProcessorPil,
+    MobileViTImageProcessorPil,
     ViTImageProcessorPil,
 )
 
@@ -364,7 +365,13 @@ def test_the_normalizer_does_what_the_image_processor_does(settings: dict[str, A
     torch.testing.assert_close(found, Normalizer([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])(images), rtol=1e-5, atol=1e-5)
 
 
-def test_an_image_processor_that_shifts_is_refused() -> None:
-    processor = EfficientNetImageProcessorPil(rescale_offset=True)
-    with pytest.raises(ValueError, match="EfficientNetImageProcessorPil shifts the values besides normalising"):
+@pytest.mark.parametrize(
+    ("processor", "setting"),
+    [
+        (EfficientNetImageProcessorPil(rescale_offset=True), "rescale_offset"),
+        (MobileViTImageProcessorPil(do_flip_channel_order=True), "do_flip_channel_order"),
+    ],
+)
+def test_an_image_processor_that_does_more_is_refused(processor: Any, setting: str) -> None:
+    with pytest.raises(ValueError, match=f"{type(processor).__name__} has {setting}, which can't be expressed"):
         normalization_of(processor)

@@ -78,7 +78,7 @@ def test_weights_that_a_checkpoint_lacks_are_the_same_at_each_load(tmp_path: Pat
 class Wrapped(torch.nn.Module):
     """As a user wraps a model; its own settings and buffers change what it computes."""
 
-    def __init__(self, model: torch.nn.Module, sign: int = 1, scale: float = 1.0) -> None:
+    def __init__(self, model: torch.nn.Module, sign: Any = 1, scale: float = 1.0) -> None:
         super().__init__()
         self.model, self.sign = model, sign
         self.register_buffer("scale", torch.tensor(scale), persistent=False)
@@ -87,5 +87,17 @@ class Wrapped(torch.nn.Module):
 def test_a_users_module_counts_by_its_own_settings_and_buffers(family: str) -> None:
     base = build_base(family)
     assert model_digest(Wrapped(base)) == model_digest(Wrapped(build_base(family)))
-    digests = {model_digest(Wrapped(base, **change)) for change in ({}, {"sign": -1}, {"scale": 2.0})}
-    assert len(digests) == 3
+    changes: Any = ({}, {"sign": -1}, {"sign": [1]}, {"sign": torch.ones(2)}, {"scale": 2.0})
+    digests = {model_digest(Wrapped(base, **change)) for change in changes}
+    assert len(digests) == 5
+
+
+def test_a_quantised_model_counts_by_its_packed_weights(family: str) -> None:
+    def quantise(sign: int) -> Any:
+        base = build_base(family)
+        with torch.no_grad():
+            next(module for module in base.modules() if isinstance(module, torch.nn.Linear)).weight.mul_(sign)
+        return torch.ao.quantization.quantize_dynamic(base, {torch.nn.Linear}, dtype=torch.qint8)
+
+    assert model_digest(quantise(1)) == model_digest(quantise(1))
+    assert model_digest(quantise(1)) != model_digest(quantise(-1))

@@ -37,7 +37,7 @@ from transformers import (
     pipeline,
 )
 
-from robustness_tokens.configuration import RobustnessTokenConfig
+from robustness_tokens.configuration import RobustnessTokenConfig, state_digest
 from robustness_tokens.data import build_image_processor
 from robustness_tokens.hub import load_adapter, push_adapter
 from robustness_tokens.models.injection import find_injector, remove_tokens
@@ -48,6 +48,7 @@ from robustness_tokens.models.modeling import (
     inject_tokens,
 )
 from tests.support.adapters import cache_as_repo
+from tests.support.bases import build_base
 from tests.support.families import BASES, FAMILIES
 from tests.support.reports import make_report, report_on
 
@@ -1353,3 +1354,22 @@ def test_an_offloaded_base_gets_an_adapter(make_base: MakeBase, pixel_values: Te
         model.robustness_tokens.copy_(expected.robustness_tokens)
     assert torch.equal(last_hidden_state(model, pixel_values), last_hidden_state(expected, pixel_values))
     model.save_pretrained(tmp_path)
+
+
+def test_an_adapters_head_is_saved_again_on_a_base_that_has_it(tmp_path: Path) -> None:
+    build_base("vit", classifier=True).save_pretrained(tmp_path / "base")
+    build_image_processor(image_size=16).save_pretrained(tmp_path / "base")
+    model = RobustnessTokenForImageClassification.from_base(tmp_path / "base")
+    base: Any = model.get_base_model()
+    with torch.no_grad():
+        base.classifier.weight.mul_(-1)
+    model.save_pretrained(tmp_path / "adapter")
+    stored = load_adapter(tmp_path / "adapter")
+    assert stored.head
+    tuned = RobustnessTokenForImageClassification.from_pretrained(tmp_path / "adapter").unload()
+    again = RobustnessTokenForImageClassification.from_pretrained(tmp_path / "adapter", base_model=tuned)
+    again.save_pretrained(tmp_path / "again")
+    found = load_adapter(tmp_path / "again")
+    assert found.head.keys() == stored.head.keys()
+    assert all(torch.equal(found.head[name], stored.head[name]) for name in stored.head)
+    assert state_digest(found.learned) == state_digest(stored.learned)
