@@ -43,7 +43,7 @@ class LabelReader:
 
     @property
     def settings(self) -> list[Any]:
-        """What the numbers depend on besides the labels."""
+        """Tells what the numbers depend on besides the labels."""
         return [self._numbers, self._names]
 
     def __call__(self, label: Any) -> Any:

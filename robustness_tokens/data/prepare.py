@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from torch.utils.data import Dataset, IterableDataset
 from tqdm.auto import tqdm
 from transformers.image_processing_utils import BaseImageProcessor
 
-from ..utils import digest
+from ..utils import digest, digest_json
 from .adversarial_pairs import AdversarialPairs
 from .image_datasets import ImageDataset, IterableImageDataset, SegmentationDataset, TensorImageDataset
 from .image_processors import processor_image_size
@@ -88,8 +87,7 @@ class Images:
         if isinstance(self.source, AdversarialPairs):
             return self.source.digest()
         if isinstance(self.dataset, ImageDataset) and isinstance(self.dataset.transform, ImageTransform):
-            content = json.dumps([self.dataset.fingerprint, self.dataset.transform.settings], sort_keys=True)
-            return hashlib.sha256(content.encode()).hexdigest()
+            return digest_json([self.dataset.fingerprint, self.dataset.transform.settings])
         if self.num_images is None:
             return None
         sha = hashlib.sha256()

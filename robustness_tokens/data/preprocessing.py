@@ -134,7 +134,7 @@ class ImageTransform:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the images depend on besides the pictures, as JSON values."""
+        """Tells what the images depend on besides the pictures, as JSON values."""
         processor = self.image_processor
         return {
             "resize": self.resize,

@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-import hashlib
-import json
 import math
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -41,7 +39,7 @@ from ..training import (
     max_pixel_difference,
     prepare_train_dataset,
 )
-from ..utils import MAX_NAME, __version__, check_parameters, process_state, share_from_main
+from ..utils import MAX_NAME, __version__, check_parameters, digest_json, process_state, share_from_main
 from .threat_models import EvaluatedModel
 
 
@@ -271,12 +269,12 @@ def _key(
         "initializer_range": initializer_range(model),
         "normalizer": repr(model.normalizer.image_mean.tolist() + model.normalizer.image_std.tolist()),
         "arguments": {key: value for key, value in values.items() if key not in ("seed", "disable_tqdm")},
-        # Images that nothing identifies are trained on anew each time.
+        # Without an identity, nothing stored is reused.
         "datasets": [one.identity or uuid.uuid4().hex for one in images],
         "pairs": num_adversarial_pairs,
         "versions": [__version__, torch.__version__, transformers.__version__],
     }
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+    return digest_json(content)[:12]
 
 
 def describe_training(

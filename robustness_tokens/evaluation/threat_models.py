@@ -103,7 +103,7 @@ class EvaluatedModel:
 
     @functools.cached_property
     def identity(self) -> dict[str, Any]:
-        """What identifies the model and how it is attacked, as JSON values."""
+        """Tells which model it is and how it is attacked, as JSON values."""
         return {
             "model": model_digest(self.model),
             "normalizer": repr(self.normalizer.image_mean.tolist() + self.normalizer.image_std.tolist()),

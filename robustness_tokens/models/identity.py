@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..configuration import RobustnessTokenConfig
-from ..utils import digest
+from ..utils import digest, digest_json
 
 
 # Where a model lies and how it was loaded; the dtype of the weights counts.
@@ -39,13 +37,11 @@ def model_digest(model: nn.Module) -> str:
         )
     found: list[Any] = [getattr(module, "config", None) for module in model.modules()]
     configs = {id(one): one for one in found if isinstance(one, PreTrainedConfig)}.values()
-    built_by: Any = [_strip(one.to_dict()) for one in configs if not isinstance(one, RobustnessTokenConfig)]
+    built_by = [_strip(one.to_dict()) for one in configs if not isinstance(one, RobustnessTokenConfig)]
     of_transformers = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
     described = {id(inner) for module in of_transformers for inner in module.modules()}
-    others = [module for module in model.modules() if id(module) not in described]
-    built_by = [*built_by, *((repr(module), _settings(module)) for module in others)]
-    content = json.dumps([type(model).__name__, built_by, digest(weights)], sort_keys=True, default=str)
-    return hashlib.sha256(content.encode()).hexdigest()
+    built_by += [(repr(module), _settings(module)) for module in model.modules() if id(module) not in described]
+    return digest_json([type(model).__name__, built_by, digest(weights)], default=str)
 
 
 def _settings(module: nn.Module) -> dict[str, Any]:

@@ -101,7 +101,7 @@ def _load(loader: Any, name: str, revision: str | None, base_kwargs: Mapping[str
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(0)  # the CPU's alone, which is restored
             return loader.from_pretrained(name, revision=revision, **{**base_kwargs, "use_safetensors": True})
-    except FileNotFoundError as exc:  # safetensors says so of files that it may not read
+    except FileNotFoundError as exc:  # safetensors raises it for a file without read permission
         raise PermissionError(f"{name}: its weights can't be opened, they may be another user's: {exc}") from exc
     except OSError as exc:
         if "safetensors" in str(exc):

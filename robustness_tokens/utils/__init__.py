@@ -38,6 +38,7 @@ from .strict import (
     check_text,
     check_type,
     digest,
+    digest_json,
     read_tensors,
 )
 from .strict_yaml import add_scalars, read_yaml

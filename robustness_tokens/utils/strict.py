@@ -6,6 +6,7 @@ Each raises `ValueError` with the name, what came and what was expected.
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import re
 from collections.abc import Collection, Iterable, Mapping
@@ -217,6 +218,11 @@ def check_finite(what: str, tensors: Mapping[str, Tensor]) -> None:
 def _describe(tensors: Mapping[str, Tensor]) -> str:
     kinds = (f"{name!r} ({tensor.dtype} of shape {tuple(tensor.shape)})" for name, tensor in sorted(tensors.items()))
     return ", ".join(kinds) or "no tensors"
+
+
+def digest_json(content: Any, *, default: Any = None) -> str:
+    """Returns the sha256 of content as JSON, in which the order of keys does not count."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=default).encode()).hexdigest()
 
 
 def digest(tensors: Iterable[Tensor] | Mapping[str, Tensor]) -> str:
